@@ -1,0 +1,25 @@
+# Each target makes .venv when it is missing and installs only when pyproject.toml has changed.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python -m
+
+.PHONY: demo test lint bench
+
+demo: $(VENV)/.installed-demo
+	$(VENV)/bin/fastlora demo
+
+test: $(VENV)/.installed-dev
+	$(RUN) pytest
+
+lint: $(VENV)/.installed-dev
+	$(RUN) ruff format --check
+	$(RUN) ruff check
+	$(RUN) mypy
+
+bench: $(VENV)/.installed-bench
+	$(VENV)/bin/python benchmarks/cpu_layers.py --output benchmarks/results/cpu.json
+
+$(VENV)/.installed-%: pyproject.toml
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(RUN) pip install --disable-pip-version-check --editable ".[$*]"
+	touch $@
