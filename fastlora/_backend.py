@@ -1,0 +1,123 @@
+"""Which implementation runs. The only file of the package that reads the environment.
+
+``FASTLORA_BACKEND`` sets the backend of a process (``auto``, ``triton``, ``torch`` or ``reference``).
+"""
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Literal, cast
+
+import torch
+
+Backend = Literal["triton", "torch", "reference"]
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_selected = os.environ.get("FASTLORA_BACKEND", "auto")
+
+
+def set_backend(name: str) -> None:
+    """Choose the implementation for every fastlora op of this process.
+
+    Args:
+        name: ``"auto"`` chooses by device and dtype; ``"triton"`` runs the fused kernels (CUDA tensors, or
+            CPU tensors when Triton's interpreter is on); ``"torch"`` runs the same graph on library matrix
+            products; ``"reference"`` runs the eager formula. A backend asked for by name never falls back.
+
+    Raises:
+        ValueError: ``name`` is none of these.
+
+    Example:
+        >>> import fastlora
+        >>> fastlora.set_backend("auto")
+    """
+    global _selected
+    _selected = _known(name)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Like :func:`set_backend`, for the length of a ``with`` block.
+
+    Example:
+        >>> import fastlora
+        >>> with fastlora.use_backend("reference"):
+        ...     pass
+    """
+    global _selected
+    before, _selected = _selected, _known(name)
+    try:
+        yield
+    finally:
+        _selected = before
+
+
+def resolve(device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend that serves tensors of this device and dtype.
+
+    Raises:
+        ValueError: The selected backend can't serve them.
+    """
+    name = _known(_selected)
+    if name == "auto":
+        return _automatic(device, dtype)
+    if name == "triton":
+        _require_triton(device, dtype)
+    return cast(Backend, name)
+
+
+def is_automatic() -> bool:
+    """Whether fastlora chooses, so that a plan may prefer library products to the kernels."""
+    return _selected == "auto"
+
+
+def triton_available() -> bool:
+    """Whether the kernels can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def interpreter_enabled() -> bool:
+    """Whether Triton runs kernels in its CPU interpreter (``TRITON_INTERPRET=1``)."""
+    if not triton_available():
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _known(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(
+            f"expected a backend out of {', '.join(BACKENDS)}, got {name!r}; "
+            "set it with fastlora.set_backend(...) or FASTLORA_BACKEND"
+        )
+    return name
+
+
+def _automatic(device: torch.device, dtype: torch.dtype) -> Backend:
+    if dtype not in KERNEL_DTYPES:
+        return "reference"
+    return "triton" if device.type == "cuda" and triton_available() else "torch"
+
+
+def _require_triton(device: torch.device, dtype: torch.dtype) -> None:
+    if not triton_available():
+        raise ValueError(
+            "backend 'triton' was asked for, but the package triton is not installed; "
+            "install it or use fastlora.set_backend('torch')"
+        )
+    if device.type != "cuda" and not (device.type == "cpu" and interpreter_enabled()):
+        raise ValueError(
+            f"backend 'triton' serves CUDA tensors, got a tensor on {device}; move it to the GPU, "
+            "use fastlora.set_backend('torch'), or start Python with TRITON_INTERPRET=1 to debug on CPU"
+        )
+    if dtype not in KERNEL_DTYPES:
+        raise ValueError(
+            f"backend 'triton' serves float32, float16 and bfloat16, got {dtype}; "
+            "use fastlora.set_backend('reference') for other dtypes"
+        )

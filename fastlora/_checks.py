@@ -1,0 +1,105 @@
+"""Argument checks of the ops. Every message says what was expected, what was given and what to do."""
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float,
+    dropout: float,
+) -> None:
+    """Refuse arguments that :func:`fastlora.functional.lora_linear` can't serve.
+
+    Raises:
+        TypeError: An argument is no floating-point tensor.
+        ValueError: Shapes, dtypes, devices or scalars do not fit.
+    """
+    named = {"x": x, "weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B}
+    given = {name: tensor for name, tensor in named.items() if tensor is not None}
+    for name, tensor in given.items():
+        check_floating(name, tensor)
+    _check_shapes(x, weight, bias, lora_A, lora_B)
+    check_same_device(given)
+    for name in ("weight", "bias"):
+        _check_dtype_of(name, given.get(name), x)
+    check_dropout(dropout)
+    if not math.isfinite(scaling):
+        raise ValueError(f"expected a finite scaling, got {scaling!r}; it is usually alpha / rank")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Refuse anything but a dense float64, float32, float16 or bfloat16 tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"expected {name} to be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype in FLOATING_DTYPES:
+        return
+    advice = (
+        "quantised weights are not supported, dequantise it first"
+        if name == "weight"
+        else "convert it with .to(torch.float32)"
+    )
+    raise TypeError(f"expected {name} in float64, float32, float16 or bfloat16, got {tensor.dtype}; {advice}")
+
+
+def check_same_device(tensors: dict[str, Tensor]) -> None:
+    """Refuse tensors that are on different devices."""
+    devices = {name: tensor.device for name, tensor in tensors.items()}
+    if len(set(devices.values())) <= 1:
+        return
+    placed = ", ".join(f"{name} on {device}" for name, device in devices.items())
+    advice = "move them to one device with .to(device)"
+    if any(device.type == "meta" for device in devices.values()):
+        advice = (
+            "a meta tensor holds no data, materialise it first (module.to_empty(...) and load its weights)"
+        )
+    raise ValueError(f"expected all tensors on one device, got {placed}; {advice}")
+
+
+def check_dropout(dropout: float) -> None:
+    """Refuse a dropout probability outside [0, 1)."""
+    if not 0 <= dropout < 1:
+        raise ValueError(f"expected a dropout probability in [0, 1), got {dropout!r}")
+
+
+def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> None:
+    for name, tensor in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+        if tensor.dim() != 2:
+            raise ValueError(f"expected {name} with 2 dimensions, got shape {tuple(tensor.shape)}")
+    out_features, in_features = weight.shape
+    rank = lora_A.shape[0]
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(
+            f"expected x with last dimension {in_features} (weight is {tuple(weight.shape)}), "
+            f"got shape {tuple(x.shape)}"
+        )
+    if rank < 1:
+        raise ValueError(f"expected a rank of at least 1, got lora_A with shape {tuple(lora_A.shape)}")
+    if lora_A.shape[1] != in_features or tuple(lora_B.shape) != (out_features, rank):
+        raise ValueError(
+            f"expected lora_A [rank, {in_features}] and lora_B [{out_features}, rank] for a weight of shape "
+            f"{tuple(weight.shape)}, got {tuple(lora_A.shape)} and {tuple(lora_B.shape)}"
+        )
+    if bias is not None and tuple(bias.shape) != (out_features,):
+        raise ValueError(f"expected bias with shape ({out_features},), got {tuple(bias.shape)}")
+
+
+def _check_dtype_of(name: str, tensor: Tensor | None, x: Tensor) -> None:
+    if tensor is None or tensor.dtype == x.dtype:
+        return
+    # autocast rounds x, weight and bias to its own dtype, float64 excepted
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return
+    raise ValueError(
+        f"expected {name} in x's dtype {x.dtype}, got {tensor.dtype}; convert one of them, or run under "
+        f"torch.autocast({x.device.type!r})"
+    )

@@ -1,0 +1,5 @@
+"""The ops as functions. :mod:`fastlora.nn` holds the modules built on them."""
+
+from fastlora.ops.lora_linear import lora_linear
+
+__all__ = ["lora_linear"]
