@@ -1,0 +1,240 @@
+"""The ops' registration with ``torch.library``: schemas, implementations and fakes, so that they compile."""
+
+import contextlib
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastlora.ops import _lora_torch
+
+_LIBRARY = torch.library.Library("fastlora", "DEF")
+_LIBRARY.define(
+    "lora_linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? seed, "
+    "float scaling, float dropout, str backend) -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "lora_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor? lora_A, Tensor lora_B, Tensor? s, "
+    "Tensor? mask, float scaling, float dropout, bool need_x, bool need_A, bool need_B, str backend) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+
+
+class Implementation(Protocol):
+    """What a backend's module offers. Tensors are 2-D with x ``[M, K]``, weight ``[N, K]``, S ``[M, R]``.
+
+    S carries the factor scaling / (1 - p), applied in float32, and so does dS: nothing else has to scale.
+    """
+
+    def keep_mask_shape(self, rows: int, in_features: int) -> tuple[tuple[int, int], torch.dtype]:
+        """Shape and dtype in which the dropout mask is kept for backward."""
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        seed: Tensor | None,
+        *,
+        scaling: float,
+        dropout: float,
+        y: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Fill y ``[M, N]``; S and, with a seed, the dropout mask."""
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor | None,
+        weight: Tensor | None,
+        lora_A: Tensor | None,
+        lora_B: Tensor,
+        s: Tensor | None,
+        mask: Tensor | None,
+        *,
+        scaling: float,
+        dropout: float,
+        need_x: bool,
+        need_A: bool,
+        need_B: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """dX, dA and dB, those that are needed, each in its tensor's dtype."""
+
+
+def implementation(backend: str) -> Implementation:
+    """The module behind a backend's name."""
+    if backend == "torch":
+        return _lora_torch
+    # imported late: Triton is not installed everywhere
+    from fastlora.ops import _lora_triton
+
+    return _lora_triton
+
+
+def lora_linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    dropout: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y ``[..., N]``, S ``[M, R]`` and the kept dropout mask (empty without a seed), for x ``[..., K]``."""
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.fastlora.lora_linear_forward(
+        x, weight, bias, lora_A, lora_B, seed, scaling, dropout, backend
+    )
+    return result
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor,
+    s: Tensor | None,
+    mask: Tensor | None,
+    scaling: float,
+    dropout: float,
+    need_x: bool,
+    need_A: bool,
+    need_B: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dX ``[..., K]``, dA and dB; an empty tensor for each that is not needed."""
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.fastlora.lora_linear_backward(
+        dy, x, weight, lora_A, lora_B, s, mask, scaling, dropout, need_x, need_A, need_B, backend
+    )
+    return result
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    dropout: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # allocated in its final shape: autograd refuses in-place changes of a Function's output that is a view
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    with torch.no_grad(), _without_autocast(x):
+        s, mask = implementation(backend).forward(
+            _rows(x),
+            weight.to(x.dtype),
+            None if bias is None else bias.to(x.dtype),
+            lora_A,
+            lora_B,
+            seed,
+            scaling=scaling,
+            dropout=dropout,
+            y=_rows(y),
+        )
+    return y, s, x.new_empty(0) if mask is None else mask
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor,
+    s: Tensor | None,
+    mask: Tensor | None,
+    scaling: float,
+    dropout: float,
+    need_x: bool,
+    need_A: bool,
+    need_B: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.no_grad(), _without_autocast(dy):
+        dx, da, db = implementation(backend).backward(
+            _rows(dy),
+            None if x is None else _rows(x),
+            None if weight is None else weight.to(dy.dtype),
+            lora_A,
+            lora_B,
+            s,
+            mask if dropout > 0 else None,
+            scaling=scaling,
+            dropout=dropout,
+            need_x=need_x,
+            need_A=need_A,
+            need_B=need_B,
+        )
+    return (
+        dy.new_empty(0) if dx is None else dx.view(*dy.shape[:-1], dx.shape[1]),
+        dy.new_empty(0) if da is None else da,
+        dy.new_empty(0) if db is None else db,
+    )
+
+
+def _fake_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    dropout: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else x.shape[:-1].numel()
+    mask = x.new_empty(0)
+    if seed is not None:
+        shape, dtype = implementation(backend).keep_mask_shape(rows, x.shape[-1])
+        mask = x.new_empty(shape, dtype=dtype)
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(rows, lora_A.shape[0]), mask
+
+
+def _fake_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor,
+    s: Tensor | None,
+    mask: Tensor | None,
+    scaling: float,
+    dropout: float,
+    need_x: bool,
+    need_A: bool,
+    need_B: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        dy.new_empty(*dy.shape[:-1], weight.shape[1]) if need_x and weight is not None else dy.new_empty(0),
+        torch.empty_like(lora_A, memory_format=torch.contiguous_format)
+        if need_A and lora_A is not None
+        else dy.new_empty(0),
+        torch.empty_like(lora_B, memory_format=torch.contiguous_format) if need_B else dy.new_empty(0),
+    )
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    # flatten keeps zero-sized dimensions apart, where reshape(-1, …) can't infer the row count
+    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor[None]
+
+
+def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    device_type = tensor.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+for _key in ("CPU", "CUDA", "MPS", "XPU"):
+    _LIBRARY.impl("lora_linear_forward", _forward, _key)
+    _LIBRARY.impl("lora_linear_backward", _backward, _key)
+torch.library.register_fake("fastlora::lora_linear_forward", _fake_forward, lib=_LIBRARY)
+torch.library.register_fake("fastlora::lora_linear_backward", _fake_backward, lib=_LIBRARY)

@@ -1,0 +1,161 @@
+"""The ``triton`` backend of lora_linear: allocates, asks the plan for tiles, launches the kernels."""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora.ops._keep_mask import drop_threshold, keep_probability
+from fastlora_kernels import plan as plans
+from fastlora_kernels import targets
+from fastlora_kernels.lora_backward import lora_grad_a, lora_grad_s_b, lora_grad_x
+from fastlora_kernels.lora_down import lora_down
+from fastlora_kernels.lora_forward import lora_forward
+from fastlora_kernels.partials import sum_partials
+from fastlora_kernels.plan import Plan, Shape
+from fastlora_kernels.primitives import MASK_WORD_BITS
+
+
+def keep_mask_shape(rows: int, in_features: int) -> tuple[tuple[int, int], torch.dtype]:
+    """One bit an element, 32 to a word."""
+    return (rows, plans.cdiv(in_features, MASK_WORD_BITS)), torch.int32
+
+
+def plans_library(x: Tensor, weight: Tensor, rank: int, dtype: torch.dtype) -> bool:
+    """Whether the plan leaves this layer call, x ``[..., K]`` and weight ``[N, K]``, to library products."""
+    n, k = weight.shape
+    aligned = n % 16 == 0 and k % 16 == 0 and weight.stride(-1) == 1
+    shape = Shape(m=x.shape[:-1].numel(), n=n, k=k, r=rank, aligned=aligned)
+    return plans.choose("lora_forward", shape, dtype, targets.detect(x.device)).path == "library"
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    seed: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float,
+    y: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """y = x·Wᵀ + bias + S·Bᵀ with S = scaling / (1 - p) · dropout(x)·Aᵀ; see :mod:`fastlora.ops._library`."""
+    x, weight, lora_A, lora_B = _row_major(x), _row_major(weight), lora_A.contiguous(), lora_B.contiguous()
+    (m, k), n, r = x.shape, weight.shape[0], lora_A.shape[0]
+    shape = Shape(m=m, n=n, k=k, r=r, aligned=_aligned(x, weight))
+    target = targets.detect(x.device)
+    mask = None
+    if seed is not None:
+        mask_shape, mask_dtype = keep_mask_shape(shape.m, shape.k)
+        mask = x.new_empty(mask_shape, dtype=mask_dtype)
+    with _current_device(x):
+        down = plans.choose("lora_down", shape, x.dtype, target)
+        s = _down(x, lora_A, seed, mask, down, scaling=scaling, dropout=dropout)
+        lora_forward(x, weight, bias, s, lora_B, y, plan=plans.choose("lora_forward", shape, x.dtype, target))
+    return s, mask
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor,
+    s: Tensor | None,
+    mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float,
+    need_x: bool,
+    need_A: bool,
+    need_B: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dS and dB from one read of dY, then dX = dY·W + mask ⊙ (dS·A) and dA = dSᵀ·dropped x."""
+    dy, lora_B = _row_major(dy), lora_B.contiguous()
+    columns = next((t.shape[1] for t in (lora_A, x, weight) if t is not None), 0)
+    aligned = _aligned(*(t for t in (dy, x, weight) if t is not None))
+    (m, n), r = dy.shape, lora_B.shape[1]
+    shape = Shape(m=m, n=n, k=columns, r=r, aligned=aligned)
+    target = targets.detect(dy.device)
+    dx = da = None
+    with _current_device(dy):
+        ds, db = _grad_s_b(
+            dy,
+            s if s is not None else dy.new_zeros(shape.m, shape.r),
+            lora_B,
+            plans.choose("lora_grad_s_b", shape, dy.dtype, target),
+            scale=scaling / keep_probability(dropout),
+        )
+        if need_x and weight is not None and lora_A is not None:
+            dx = dy.new_empty(shape.m, shape.k)
+            plan = plans.choose("lora_grad_x", shape, dy.dtype, target)
+            lora_grad_x(dy, _row_major(weight), ds, lora_A.contiguous(), mask, dx, plan=plan)
+        if need_A and x is not None and lora_A is not None:
+            plan = plans.choose("lora_grad_a", shape, dy.dtype, target)
+            da = _grad_a(_row_major(x), ds, mask, lora_A.dtype, plan)
+    return dx, da, db if need_B else None
+
+
+def _down(
+    x: Tensor,
+    lora_A: Tensor,
+    seed: Tensor | None,
+    mask: Tensor | None,
+    plan: Plan,
+    *,
+    scaling: float,
+    dropout: float,
+) -> Tensor:
+    s = x.new_empty(x.shape[0], lora_A.shape[0])
+    partial = s if plan.splits == 1 else s.new_empty(plan.splits, *s.shape, dtype=torch.float32)
+    lora_down(
+        x,
+        lora_A,
+        seed,
+        mask,
+        partial,
+        drop_threshold=drop_threshold(dropout),
+        scale=scaling / keep_probability(dropout),
+        plan=plan,
+    )
+    if plan.splits > 1:
+        sum_partials(partial, s)
+    return s
+
+
+def _grad_s_b(dy: Tensor, s: Tensor, lora_B: Tensor, plan: Plan, *, scale: float) -> tuple[Tensor, Tensor]:
+    (m, n), r = dy.shape, lora_B.shape[1]
+    ds_partial = dy.new_empty(plans.cdiv(n, plan.tile.cols), m, r, dtype=torch.float32)
+    db_partial = dy.new_empty(plan.splits, n, r, dtype=torch.float32)
+    lora_grad_s_b(dy, s, lora_B, ds_partial, db_partial, scale=scale, plan=plan)
+    ds, db = dy.new_empty(m, r), torch.empty_like(lora_B)
+    sum_partials(ds_partial, ds)
+    sum_partials(db_partial, db)
+    return ds, db
+
+
+def _grad_a(x: Tensor, ds: Tensor, mask: Tensor | None, dtype: torch.dtype, plan: Plan) -> Tensor:
+    r, k = ds.shape[1], x.shape[1]
+    partial = x.new_empty(plan.splits, r, k, dtype=torch.float32)
+    lora_grad_a(x, ds, mask, partial, plan=plan)
+    da = x.new_empty(r, k, dtype=dtype)
+    sum_partials(partial, da)
+    return da
+
+
+def _aligned(*matrices: Tensor) -> bool:
+    """Whether rows can be read in wide words: sizes, row strides and addresses are multiples of 16."""
+    return all(t.shape[1] % 16 == 0 and t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0 for t in matrices)
+
+
+def _row_major(matrix: Tensor) -> Tensor:
+    """The matrix itself where its last dimension is contiguous, else a contiguous copy."""
+    return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] == 0 else matrix.contiguous()
+
+
+def _current_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    # kernels launch on the current device, which need not be the tensors'
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,202 @@
+"""The fused LoRA linear op: check the arguments, choose the backend, run inside an autograd Function."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora import _backend, reference
+from fastlora._checks import check_lora_linear
+from fastlora.ops import _library
+
+_SECOND_DERIVATIVE = (
+    "the fused lora_linear has no second derivative; run the forward pass under "
+    "fastlora.use_backend('reference') to differentiate twice"
+)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    training: bool = True,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """y = x·Wᵀ + bias + scaling · dropout(x)·Aᵀ·Bᵀ (Hu et al., https://arxiv.org/abs/2106.09685).
+
+    Equal to :func:`fastlora.reference.lora_linear` within that formula's own rounding error. Beside x, which
+    autograd needs anyway, only S = dropout(x)·Aᵀ ``[M, rank]`` and, with dropout, the mask (a bit an element
+    on a GPU, a byte on a CPU) are kept for backward. Gradients are the same bits on every run.
+
+    Args:
+        x: ``[..., in_features]`` in float64, float32, float16 or bfloat16; autocast is honoured.
+        weight: ``[out_features, in_features]`` in x's dtype.
+        bias: ``[out_features]`` in x's dtype, or None.
+        lora_A: ``[rank, in_features]`` in any of these dtypes; rounded to x's for the product, its gradient
+            comes back in its own.
+        lora_B: ``[out_features, rank]``, likewise.
+        scaling: Factor of the low-rank path, usually alpha / rank; applied in float32.
+        dropout: Probability of zeroing an element of the low-rank path's input, in steps of 2⁻¹⁶.
+        training: Without it dropout does nothing.
+        generator: Source of the mask's seed, on x's device; torch's default generator without it, so that
+            ``torch.manual_seed`` and ``torch.utils.checkpoint`` repeat the mask.
+
+    Returns:
+        ``[..., out_features]`` in x's dtype, or autocast's.
+
+    Raises:
+        TypeError: An argument is no floating-point tensor.
+        ValueError: Shapes, dtypes, devices or scalars do not fit, or the selected backend can't serve them.
+
+    Example:
+        >>> import torch
+        >>> from fastlora.functional import lora_linear
+        >>> x, weight = torch.ones(2, 3), torch.eye(3)
+        >>> lora_linear(x, weight, None, torch.ones(1, 3), torch.ones(3, 1), scaling=0.5)
+        tensor([[2.5000, 2.5000, 2.5000],
+                [2.5000, 2.5000, 2.5000]])
+    """
+    check_lora_linear(x, weight, bias, lora_A, lora_B, scaling=scaling, dropout=dropout)
+    compute_dtype = _compute_dtype(x)
+    backend = _choose_backend(x, weight, lora_A, compute_dtype)
+    if backend == "reference":
+        return reference.lora_linear(
+            x,
+            weight,
+            bias,
+            lora_A,
+            lora_B,
+            scaling=scaling,
+            dropout=dropout,
+            training=training,
+            generator=generator,
+        )
+    active_dropout = float(dropout) if training else 0.0
+    seed = _draw_seed(x.device, generator) if active_dropout > 0 else None
+    y: Tensor = LoRALinearFunction.apply(
+        x.to(compute_dtype), weight, bias, lora_A, lora_B, seed, float(scaling), active_dropout, backend
+    )[0]
+    return y
+
+
+class LoRALinearFunction(torch.autograd.Function):
+    """Autograd of :func:`lora_linear`. Saves x, S, the mask and the weights, as far as they are needed."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        seed: Tensor | None,
+        scaling: float,
+        dropout: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """y, S and the dropout mask (empty without dropout)."""
+        return _library.lora_linear_forward(x, weight, bias, lora_A, lora_B, seed, scaling, dropout, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Keep for backward only what the wanted gradients need."""
+        x, weight, _, lora_A, lora_B, _, ctx.scaling, ctx.dropout, ctx.backend = inputs
+        _, s, mask = output
+        need_x, need_weight, _, need_A, need_B = ctx.needs_input_grad[:5]
+        ctx.mark_non_differentiable(s, mask)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            x if need_A or need_weight else None,
+            weight if need_x else None,
+            lora_A if need_x or need_A else None,
+            lora_B if need_x or need_A or need_B else None,
+            s if need_B else None,
+            mask if need_x or need_A else None,
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weight, bias, lora_A and lora_B, those that are wanted."""
+        dy = grads[0]
+        if dy is None:
+            return (None,) * 9
+        with torch.no_grad():
+            wanted = _wanted_gradients(ctx, dy)
+        if torch.is_grad_enabled():
+            wanted = tuple(g if g is None else _SecondDerivative.apply(g, dy) for g in wanted)
+        return (*wanted, None, None, None, None)
+
+
+class _SecondDerivative(torch.autograd.Function):
+    """Identity on a gradient that says what to do when somebody differentiates it."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, dy: Tensor) -> Tensor:
+        return grad.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError(_SECOND_DERIVATIVE)
+
+
+def _wanted_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, lora_A, lora_B, s, mask = ctx.saved_tensors
+    need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
+    dx = da = db = None
+    if need_x or need_A or need_B:
+        dx, da, db = _library.lora_linear_backward(
+            dy,
+            x,
+            weight,
+            lora_A,
+            lora_B,
+            s,
+            mask,
+            ctx.scaling,
+            ctx.dropout,
+            need_x,
+            need_A,
+            need_B,
+            ctx.backend,
+        )
+    rows = dy.flatten(0, -2) if dy.dim() > 1 else dy[None]
+    # the base layer is frozen as a rule; whoever trains it all the same gets its gradient, never silence
+    dweight = rows.t() @ x.reshape(-1, x.shape[-1]) if need_weight else None
+    dbias = rows.sum(0) if need_bias else None
+    return (
+        dx if need_x else None,
+        dweight,
+        dbias,
+        da if need_A else None,
+        db if need_B else None,
+    )
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device_type = x.device.type
+    if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
+        return x.dtype
+    return torch.get_autocast_dtype(device_type)
+
+
+def _choose_backend(
+    x: Tensor, weight: Tensor, lora_A: Tensor, compute_dtype: torch.dtype
+) -> _backend.Backend:
+    backend = _backend.resolve(x.device, compute_dtype)
+    if backend == "triton" and _backend.is_automatic():
+        # imported late: Triton is not installed everywhere
+        from fastlora.ops._lora_triton import plans_library
+
+        if plans_library(x, weight, lora_A.shape[0], compute_dtype):
+            return "torch"
+    return backend
+
+
+def _draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
+    # on the tensors' own device, so that a GPU is never synchronised with the host
+    return torch.randint(2**62, (1,), device=device, dtype=torch.int64, generator=generator)
