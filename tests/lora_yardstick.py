@@ -1,0 +1,118 @@
+"""The yardstick of the LoRA ops: float64 is the truth, eager's error at the same dtype the tolerance."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastlora import reference
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+NAMES = ("y", "dX", "dA", "dB")
+FACTOR = 2.0
+
+
+@dataclass
+class Case:
+    """The tensors of one layer call; ``keep`` is the dropout mask, None without dropout."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    dy: Tensor
+    keep: Tensor | None = None
+    keep_probability: float = 1.0
+    scaling: float = 1.7
+
+    def to(self, dtype: torch.dtype) -> "Case":
+        """The same case in another dtype, adapters too."""
+        x, weight, lora_a, lora_b, dy = (
+            t.to(dtype) for t in (self.x, self.weight, self.lora_a, self.lora_b, self.dy)
+        )
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return Case(x, weight, bias, lora_a, lora_b, dy, self.keep, self.keep_probability, self.scaling)
+
+
+def make_case(
+    m: int,
+    n: int,
+    k: int,
+    r: int,
+    dtype: torch.dtype,
+    *,
+    bias: bool = True,
+    adapter_dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Case:
+    """Random tensors of a layer's usual scale."""
+
+    def draw(*shape: int, scale: float = 1.0, of: torch.dtype = dtype) -> Tensor:
+        return (torch.randn(*shape) * scale).to(device, of)
+
+    return Case(
+        x=draw(m, k),
+        weight=draw(n, k, scale=max(k, 1) ** -0.5),
+        bias=draw(n) if bias else None,
+        lora_a=draw(r, k, scale=max(k, 1) ** -0.5, of=adapter_dtype or dtype),
+        lora_b=draw(n, r, scale=max(r, 1) ** -0.5, of=adapter_dtype or dtype),
+        dy=draw(m, n),
+    )
+
+
+def eager(case: Case) -> list[Tensor]:
+    """y, dX, dA and dB of the reference in the case's own dtypes."""
+
+    def forward(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+        if case.keep is None:
+            return reference.lora_linear(x, case.weight, case.bias, lora_a, lora_b, scaling=case.scaling)
+        return reference.lora_linear_with_mask(
+            x,
+            case.weight,
+            case.bias,
+            lora_a,
+            lora_b,
+            case.keep,
+            scaling=case.scaling,
+            keep_probability=case.keep_probability,
+        )
+
+    return outputs_and_gradients(forward, case)
+
+
+def outputs_and_gradients(forward: Callable[[Tensor, Tensor, Tensor], Tensor], case: Case) -> list[Tensor]:
+    """y, dX, dA and dB of ``forward(x, lora_A, lora_B)`` at the case's inputs."""
+    inputs = [t.detach().requires_grad_() for t in (case.x, case.lora_a, case.lora_b)]
+    y = forward(*inputs)
+    return [y.detach(), *torch.autograd.grad(y, inputs, case.dy)]
+
+
+def assert_as_exact_as_eager(got: list[Tensor], case: Case) -> dict[str, float]:
+    """Each result's error against float64 is at most FACTOR times eager's own; returns the ratios."""
+    exact = eager(case.to(torch.float64))
+    ratios: dict[str, float] = {}
+    for name, value, ours, theirs in zip(NAMES, got, exact, eager(case), strict=True):
+        assert value.shape == ours.shape, name
+        assert value.dtype == theirs.dtype, name
+        ratios[name] = _assert_close(name, value, theirs, ours)
+    return ratios
+
+
+def _assert_close(name: str, value: Tensor, eager_value: Tensor, exact: Tensor) -> float:
+    if exact.numel() == 0:
+        return 0.0
+    # an axis of length one leaves eager without any error: one rounding of the result is always allowed
+    rounding = torch.finfo(value.dtype).eps / 2 * exact.norm()
+    error, eager_error = ((t.double() - exact).norm() for t in (value, eager_value))
+    assert error <= FACTOR * eager_error + rounding, f"{name}: error {error:.2e}, eager's {eager_error:.2e}"
+    return float(error / eager_error) if eager_error > 0 else 0.0
+
+
+def unpack_mask(mask: Tensor, columns: int) -> Tensor:
+    """Bool keep mask out of either backend's stored form."""
+    if mask.dtype == torch.int8:
+        return mask != 0
+    bits = (mask[:, :, None] >> torch.arange(32, device=mask.device)) & 1
+    return bits.flatten(1)[:, :columns].bool()

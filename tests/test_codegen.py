@@ -1,0 +1,61 @@
+"""Every kernel of every plan, compiled for four GPU targets without a GPU: a gate on what it takes."""
+
+from collections import Counter
+
+import pytest
+
+pytest.importorskip("triton", reason="compiling kernels needs Triton")
+
+from fastlora_kernels import codegen, targets
+from fastlora_kernels.codegen import Row
+
+MATRIX_INSTRUCTION = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    # fp16 differs from bf16 in the type of the matrix instruction alone; `fastlora kernels` compiles it too
+    wanted = [spec for name in codegen.DEFAULT_TARGETS for spec in codegen.specs(name, ("bf16", "fp32"))]
+    compiled = list(codegen.compile_rows(wanted))
+    assert len(compiled) == len(wanted)
+    return compiled
+
+
+def test_nothing_spills(rows: list[Row]) -> None:
+    assert [row for row in rows if row.spills] == []
+
+
+def test_shared_memory_fits(rows: list[Row]) -> None:
+    assert [row for row in rows if row.shared_bytes > targets.TARGETS[row.target].shared_bytes] == []
+
+
+def test_sixteen_bit_products_use_the_matrix_units(rows: list[Row]) -> None:
+    sixteen_bit = [row for row in rows if row.dtype != "fp32"]
+    without = [row for row in sixteen_bit if not row.matrix_instructions]
+    # tiles for unaligned rows are too small for a whole warp group
+    aligned = [row for row in sixteen_bit if row.aligned]
+    wrong = [row for row in aligned if MATRIX_INSTRUCTION[row.target] not in row.matrix_instructions]
+    assert (without, wrong) == ([], [])
+
+
+def test_the_large_products_keep_their_pipeline(rows: list[Row]) -> None:
+    """Only dA with dropout at ranks above 16, bound by its read of x, has its wgmma serialised."""
+    serialized = {(row.kernel, row.dropout) for row in rows if row.serialized}
+    assert serialized <= {("lora_grad_a", True)}
+
+
+def test_every_kernel_is_there_for_every_target(rows: list[Row]) -> None:
+    counts = Counter((row.kernel, row.target) for row in rows)
+    assert {kernel for kernel, _ in counts} == {
+        "lora_down",
+        "lora_forward",
+        "lora_grad_s_b",
+        "lora_grad_x",
+        "lora_grad_a",
+    }
+    assert len(counts) == 5 * 4
+
+
+def test_unknown_target() -> None:
+    with pytest.raises(ValueError, match=r"expected a target out of sm_80.*got 'sm_1'"):
+        codegen.specs("sm_1")

@@ -1,0 +1,204 @@
+"""Each kernel against float64, its inputs between NaN and its outputs between canaries."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="kernels need Triton; the other backends are tested without")
+
+from fastlora_kernels import plan as plans
+from fastlora_kernels import targets
+from fastlora_kernels.lora_backward import lora_grad_a, lora_grad_s_b, lora_grad_x
+from fastlora_kernels.lora_down import lora_down
+from fastlora_kernels.lora_forward import lora_forward
+from fastlora_kernels.partials import sum_partials
+from fastlora_kernels.plan import Kernel, Plan, Shape
+from tests.lora_yardstick import DTYPES, FACTOR, unpack_mask
+
+CANARY = 12345.0
+# every axis at 1, around the tile of 32, odd, and several tiles, the others staying ragged
+BASE = Shape(m=33, n=37, k=41, r=5)
+AXES = {"m": (1, 31, 32, 77), "n": (1, 31, 32, 77), "k": (1, 31, 64, 77), "r": (1, 16, 17, 33, 64)}
+SHAPES = [BASE] + [
+    Shape(**{**{a: getattr(BASE, a) for a in AXES}, axis: size}) for axis in AXES for size in AXES[axis]
+]
+
+
+def shape_id(shape: Shape) -> str:
+    return f"m{shape.m}-n{shape.n}-k{shape.k}-r{shape.r}"
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return DTYPES[request.param]
+
+
+class Harness:
+    """Tensors inside margins that give away whoever reads or writes outside."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self.canaries: list[tuple[Tensor, Tensor]] = []
+
+    def input(self, values: Tensor, *, row_stride: int | None = None) -> Tensor:
+        """The values in NaN margins; with a row stride, NaN between the rows too."""
+        rows, cols = values.shape
+        stride = row_stride or cols
+        buffer = torch.full(((rows + 2) * stride + 64,), float("nan"), dtype=values.dtype, device=self.device)
+        view = buffer.as_strided((rows, cols), (stride, 1), 32)
+        view.copy_(values)
+        return view
+
+    def random(
+        self, rows: int, cols: int, *, padded: bool = False, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        values = torch.randn(rows, cols).to(self.device, dtype or self.dtype)
+        return self.input(values, row_stride=cols + 7 if padded else None)
+
+    def output(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Unwritten elements read NaN (or a canary integer); the margins hold canaries."""
+        dtype = dtype or self.dtype
+        size = torch.Size(shape).numel()
+        buffer = torch.full((size + 128,), CANARY, device=self.device).to(dtype)
+        inside = buffer[64 : 64 + size]
+        if dtype.is_floating_point:
+            inside.fill_(float("nan"))
+        self.canaries.append((buffer[:64], buffer[64 + size :]))
+        return inside.view(shape)
+
+    def assert_margins_untouched(self) -> None:
+        for margins in self.canaries:
+            for margin in margins:
+                assert torch.equal(margin, torch.full_like(margin, CANARY))
+
+
+@pytest.fixture
+def harness(dtype: torch.dtype, kernel_device: torch.device) -> Iterator[Harness]:
+    made = Harness(dtype, kernel_device)
+    yield made
+    made.assert_margins_untouched()
+
+
+def choose(kernel: Kernel, shape: Shape, dtype: torch.dtype, splits: int = 1) -> Plan:
+    return Plan("split", plans.choose(kernel, shape, dtype, targets.DEFAULT).tile, splits)
+
+
+def assert_exact(value: Tensor, compute: Callable[..., Tensor], *operands: Tensor) -> None:
+    """Error against float64 within FACTOR of the same product's in torch at the operands' dtype."""
+    exact = compute(*(t.double() for t in operands))
+    eager = compute(*operands).to(value.dtype)
+    error, eager_error = ((t.double() - exact).norm() for t in (value, eager))
+    rounding = torch.finfo(operands[0].dtype).eps / 2 * exact.norm()
+    assert error <= FACTOR * eager_error + rounding
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_lora_down(harness: Harness, shape: Shape, splits: int) -> None:
+    x, a = harness.random(shape.m, shape.k, padded=True), harness.random(shape.r, shape.k)
+    partial = harness.output(splits, shape.m, shape.r, dtype=torch.float32)
+    plan = choose("lora_down", shape, harness.dtype, splits)
+    lora_down(x, a, None, None, partial, drop_threshold=1, scale=1.5, plan=plan)
+    assert_exact(partial.sum(0), lambda x, a: 1.5 * x @ a.t(), x, a)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_lora_down_dropout(harness: Harness, shape: Shape, splits: int) -> None:
+    x = harness.random(shape.m, shape.k, padded=True)
+    a = harness.random(shape.r, shape.k, dtype=torch.float32)
+    partial = harness.output(splits, shape.m, shape.r, dtype=torch.float32)
+    mask = harness.output(shape.m, plans.cdiv(shape.k, 32), dtype=torch.int32)
+    seed = torch.tensor([77], device=harness.device)
+    plan = choose("lora_down", shape, harness.dtype, splits)
+    lora_down(x, a, seed, mask, partial, drop_threshold=20000, scale=1.0, plan=plan)
+    keep = unpack_mask(mask, shape.k)
+    assert_exact(partial.sum(0), lambda x, a: (x * keep) @ a.t(), x, a.to(harness.dtype))
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_lora_forward(harness: Harness, shape: Shape, bias: bool) -> None:
+    x, weight = harness.random(shape.m, shape.k, padded=True), harness.random(shape.n, shape.k, padded=True)
+    s, b = harness.random(shape.m, shape.r), harness.random(shape.n, shape.r)
+    offset = harness.random(1, shape.n)
+    y = harness.output(shape.m, shape.n)
+    plan = choose("lora_forward", shape, harness.dtype)
+    lora_forward(x, weight, offset[0] if bias else None, s, b, y, plan=plan)
+    assert_exact(y, lambda x, w, s, b, o: x @ w.t() + s @ b.t() + (o if bias else 0), x, weight, s, b, offset)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_lora_grad_s_b(harness: Harness, shape: Shape, splits: int) -> None:
+    dy = harness.random(shape.m, shape.n, padded=True)
+    s, b = harness.random(shape.m, shape.r), harness.random(shape.n, shape.r)
+    plan = choose("lora_grad_s_b", shape, harness.dtype, splits)
+    ds = harness.output(plans.cdiv(shape.n, plan.tile.cols), shape.m, shape.r, dtype=torch.float32)
+    db = harness.output(splits, shape.n, shape.r, dtype=torch.float32)
+    lora_grad_s_b(dy, s, b, ds, db, scale=0.5, plan=plan)
+    assert_exact(ds.sum(0), lambda dy, b: 0.5 * dy @ b, dy, b)
+    assert_exact(db.sum(0), lambda dy, s: dy.t() @ s, dy, s)
+
+
+@pytest.mark.parametrize("dropout", [True, False], ids=["dropout", "no-dropout"])
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_lora_grad_x(harness: Harness, shape: Shape, dropout: bool) -> None:
+    dy, weight = harness.random(shape.m, shape.n, padded=True), harness.random(shape.n, shape.k, padded=True)
+    ds, a = harness.random(shape.m, shape.r), harness.random(shape.r, shape.k)
+    mask, keep = _random_mask(harness, shape)
+    dx = harness.output(shape.m, shape.k)
+    plan = choose("lora_grad_x", shape, harness.dtype)
+    lora_grad_x(dy, weight, ds, a, mask if dropout else None, dx, plan=plan)
+    assert_exact(dx, lambda dy, w, ds, a: dy @ w + (ds @ a) * (keep if dropout else 1), dy, weight, ds, a)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("dropout", [True, False], ids=["dropout", "no-dropout"])
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_lora_grad_a(harness: Harness, shape: Shape, dropout: bool, splits: int) -> None:
+    x, ds = harness.random(shape.m, shape.k, padded=True), harness.random(shape.m, shape.r)
+    mask, keep = _random_mask(harness, shape)
+    da = harness.output(splits, shape.r, shape.k, dtype=torch.float32)
+    plan = choose("lora_grad_a", shape, harness.dtype, splits)
+    lora_grad_a(x, ds, mask if dropout else None, da, plan=plan)
+    assert_exact(da.sum(0), lambda x, ds: ds.t() @ (x * (keep if dropout else 1)), x, ds)
+
+
+@pytest.mark.parametrize("size", [1, 1023, 1024, 1025])
+@pytest.mark.parametrize("parts", [0, 1, 5])
+def test_sum_partials(harness: Harness, parts: int, size: int) -> None:
+    partial = harness.random(parts, size, dtype=torch.float32)
+    out = harness.output(size)
+    sum_partials(partial, out)
+    in_order = torch.zeros(size, device=harness.device)
+    for part in partial:
+        in_order = in_order + part
+    assert torch.equal(out, in_order.to(harness.dtype))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_pinned_tiles_compute_the_same(target: str, kernel_device: torch.device) -> None:
+    """The large tiles that GPUs get, with ranks in chunks and a ragged edge on every axis."""
+    shape = Shape(m=150, n=270, k=145, r=96)
+    harness = Harness(torch.float16, kernel_device)
+    x, weight = harness.random(shape.m, shape.k), harness.random(shape.n, shape.k)
+    s, b = harness.random(shape.m, shape.r), harness.random(shape.n, shape.r)
+    dy, ds, a = harness.random(shape.m, shape.n), s, harness.random(shape.r, shape.k)
+    mask, keep = _random_mask(harness, shape)
+    for tile in plans.tiles("lora_forward", shape.r, harness.dtype, targets.TARGETS[target]):
+        y = harness.output(shape.m, shape.n)
+        lora_forward(x, weight, None, s, b, y, plan=Plan("split", tile))
+        assert_exact(y, lambda x, w, s, b: x @ w.t() + s @ b.t(), x, weight, s, b)
+        dx = harness.output(shape.m, shape.k)
+        lora_grad_x(dy, weight, ds, a, mask, dx, plan=Plan("split", tile))
+        assert_exact(dx, lambda dy, w, ds, a: dy @ w + (ds @ a) * keep, dy, weight, ds, a)
+    harness.assert_margins_untouched()
+
+
+def _random_mask(harness: Harness, shape: Shape) -> tuple[Tensor, Tensor]:
+    words = torch.randint(-(2**31), 2**31, (shape.m, plans.cdiv(shape.k, 32)), dtype=torch.int64)
+    mask = words.to(harness.device, torch.int32)
+    return mask, unpack_mask(mask, shape.k)

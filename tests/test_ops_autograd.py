@@ -1,0 +1,192 @@
+"""Autograd behaviour: gradcheck, what is kept, what is skipped, autocast, compile, torch.library."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastlora
+from fastlora.functional import lora_linear
+from fastlora.ops import _library
+
+M, N, K, R = 6, 5, 7, 3
+
+
+def make(dtype: torch.dtype = torch.float64, *, grad: bool = True) -> tuple[Tensor, ...]:
+    """x, weight, bias, lora_A and lora_B; the first and the last two train."""
+    x, weight, bias = torch.randn(M, K), torch.randn(N, K), torch.randn(N)
+    a, b = torch.randn(R, K), torch.randn(N, R)
+    tensors = [t.to(dtype) for t in (x, weight, bias, a, b)]
+    for index in (0, 3, 4):
+        tensors[index].requires_grad_(grad)
+    return tuple(tensors)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_gradcheck(backend: str, dropout: float) -> None:
+    tensors = [t.requires_grad_() for t in make()]
+
+    def call(*args: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        return lora_linear(*args, scaling=1.3, dropout=dropout, generator=generator)
+
+    with fastlora.use_backend(backend):
+        assert torch.autograd.gradcheck(call, tensors)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_opcheck(dropout: float) -> None:
+    x, weight, bias, a, b = make(torch.float32, grad=False)
+    seed = torch.tensor([1]) if dropout else None
+    forward = (x, weight, bias, a, b, seed, 1.3, dropout, "torch")
+    torch.library.opcheck(torch.ops.fastlora.lora_linear_forward.default, forward)
+    _, s, mask = _library.lora_linear_forward(*forward)
+    dy = torch.randn(M, N)
+    for need in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
+        backward = (dy, x, weight, a, b, s, mask, 1.3, dropout, *need, "torch")
+        torch.library.opcheck(torch.ops.fastlora.lora_linear_backward.default, backward)
+
+
+def kept_bytes(call: Any, shared: tuple[Tensor, ...]) -> int:
+    """Bytes that a forward pass keeps for backward beside the tensors it was given."""
+    given = {t.untyped_storage().data_ptr() for t in shared}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = call()
+    assert y.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_kept_bytes_follow_the_formula(
+    backend: str, dropout: float, dtype: torch.dtype, kernel_device: torch.device
+) -> None:
+    m, n, k, r = 64, 48, 80, 4
+    x, weight = torch.randn(m, k, requires_grad=True), torch.randn(n, k)
+    a, b = torch.randn(r, k, requires_grad=True), torch.randn(n, r, requires_grad=True)
+    device = kernel_device if backend == "triton" else torch.device("cpu")
+    tensors = tuple(t.to(device, dtype).detach().requires_grad_(t.requires_grad) for t in (x, weight, a, b))
+
+    def call() -> Tensor:
+        x, weight, a, b = tensors
+        return lora_linear(x, weight, None, a, b, scaling=1.0, dropout=dropout)
+
+    mask_bytes = m * k if backend == "torch" else m * -(-k // 32) * 4
+    expected = m * r * dtype.itemsize + (mask_bytes if dropout else 0)
+    with fastlora.use_backend(backend):
+        assert kept_bytes(call, tensors) == expected
+
+
+def test_only_needed_tensors_are_kept() -> None:
+    x, weight, bias, a, b = make(torch.float32)
+
+    def saved(*, x_grad: bool, a_grad: bool, b_grad: bool) -> set[int]:
+        tensors = [x.detach().requires_grad_(x_grad), weight, bias]
+        tensors += [a.detach().requires_grad_(a_grad), b.detach().requires_grad_(b_grad)]
+        seen: set[int] = set()
+
+        def pack(tensor: Tensor) -> Tensor:
+            seen.add(tensor.data_ptr())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            lora_linear(*tensors, scaling=1.0)
+        return seen
+
+    assert x.data_ptr() not in saved(x_grad=True, a_grad=False, b_grad=True)
+    assert weight.data_ptr() not in saved(x_grad=False, a_grad=True, b_grad=True)
+    assert a.data_ptr() not in saved(x_grad=False, a_grad=False, b_grad=True)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("wanted", [(0,), (3,), (4,), (3, 4), (0, 3)], ids=str)
+def test_gradients_that_are_not_wanted_are_skipped(
+    backend: str, wanted: tuple[int, ...], kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = kernel_device if backend == "triton" else torch.device("cpu")
+    tensors = [t.detach().to(device).requires_grad_(i in wanted) for i, t in enumerate(make(torch.float32))]
+    asked: list[tuple[bool, ...]] = []
+    original = _library.lora_linear_backward
+
+    def spy(*args: Any) -> Any:
+        asked.append(args[9:12])
+        return original(*args)
+
+    monkeypatch.setattr(_library, "lora_linear_backward", spy)
+    with fastlora.use_backend(backend):
+        y = lora_linear(*tensors, scaling=1.0)
+        gradients = torch.autograd.grad(y.sum(), [tensors[i] for i in wanted])
+    assert asked == [(0 in wanted, 3 in wanted, 4 in wanted)]
+    with fastlora.use_backend("reference"):
+        expected = torch.autograd.grad(lora_linear(*tensors, scaling=1.0).sum(), [tensors[i] for i in wanted])
+    torch.testing.assert_close(gradients, expected)
+
+
+def test_second_derivative_says_what_to_do() -> None:
+    tensors = make(torch.float32)
+    y = lora_linear(*tensors, scaling=1.0)
+    (dx,) = torch.autograd.grad(y.square().sum(), tensors[0], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative.*use_backend\\('reference'\\)"):
+        dx.square().sum().backward()
+
+
+def test_output_can_be_changed_in_place() -> None:
+    tensors = make(torch.float32)
+    y = lora_linear(*tensors, scaling=1.0)
+    y.add_(1.0).relu_()
+    y.sum().backward()
+    assert tensors[0].grad is not None
+
+
+@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast(input_dtype: torch.dtype) -> None:
+    """As eager under autocast: bf16 out, gradients in each tensor's own dtype, weight still fp32."""
+    x, weight, bias, a, b = make(torch.float32)
+    x = x.detach().to(input_dtype).requires_grad_()
+    results = []
+    for backend in ("reference", "torch"):
+        with fastlora.use_backend(backend), torch.autocast("cpu", torch.bfloat16):
+            y = lora_linear(x, weight, bias, a, b, scaling=1.0)
+        assert y.dtype == torch.bfloat16
+        results.append((y, *torch.autograd.grad(y.float().square().sum(), (x, a, b))))
+    for eager, fused in zip(*results, strict=True):
+        assert fused.dtype == eager.dtype
+        torch.testing.assert_close(fused, eager, rtol=0.05, atol=0.05 * eager.abs().max().item())
+
+
+def test_backward_inside_autocast_keeps_precision() -> None:
+    tensors = make(torch.float32)
+    y = lora_linear(*tensors, scaling=1.0)
+    expected = torch.autograd.grad(y.sum(), tensors[0], retain_graph=True)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(torch.autograd.grad(y.sum(), tensors[0])[0], expected)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+def test_compiles_without_graph_breaks(dropout: float, autocast: bool) -> None:
+    tensors = make(torch.float32)
+
+    def step(*args: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return lora_linear(*args, scaling=1.5, dropout=dropout).float().square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    loss = compiled(*tensors)
+    gradients = torch.autograd.grad(loss, (tensors[0], *tensors[3:]))
+    assert all(torch.isfinite(g).all() and g.abs().sum() > 0 for g in gradients)
+    if dropout == 0:
+        expected = torch.autograd.grad(step(*tensors), (tensors[0], *tensors[3:]))
+        torch.testing.assert_close(gradients, expected)

@@ -1,0 +1,123 @@
+"""Arguments that the op refuses: one clear error each, before anything is drawn or changed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastlora
+from fastlora.functional import lora_linear
+
+M, N, K, R = 4, 5, 6, 2
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {
+        "x": torch.randn(M, K),
+        "weight": torch.randn(N, K),
+        "bias": torch.randn(N),
+        "lora_A": torch.randn(R, K),
+        "lora_B": torch.randn(N, R),
+        "scaling": 1.0,
+        "dropout": 0.0,
+    }
+    return given | changes
+
+
+Make = Callable[[], Any]
+BAD: dict[str, tuple[str, Make, type[Exception], str]] = {
+    "last dimension": (
+        "x",
+        lambda: torch.randn(M, K + 1),
+        ValueError,
+        r"last dimension 6 .*got shape \(4, 7\)",
+    ),
+    "no dimension": ("x", lambda: torch.tensor(1.0), ValueError, r"last dimension 6"),
+    "integer x": (
+        "x",
+        lambda: torch.ones(M, K, dtype=torch.int64),
+        TypeError,
+        "x in float64.*got torch.int64",
+    ),
+    "complex x": ("x", lambda: torch.ones(M, K, dtype=torch.complex64), TypeError, "got torch.complex64"),
+    "not a tensor": ("x", lambda: [[1.0] * K], TypeError, "x to be a torch.Tensor, got list"),
+    "int8 weight": ("weight", lambda: torch.ones(N, K, dtype=torch.int8), TypeError, "quantised weights"),
+    "float8 weight": (
+        "weight",
+        lambda: torch.ones(N, K).to(torch.float8_e4m3fn),
+        TypeError,
+        "quantised weights",
+    ),
+    "weight's dimensions": ("weight", lambda: torch.randn(N), ValueError, "weight with 2 dimensions"),
+    "meta weight": (
+        "weight",
+        lambda: torch.empty(N, K, device="meta"),
+        ValueError,
+        "meta tensor holds no data",
+    ),
+    "meta adapter": (
+        "lora_A",
+        lambda: torch.empty(R, K, device="meta"),
+        ValueError,
+        "x on cpu.*lora_A on meta",
+    ),
+    "rank zero": ("lora_A", lambda: torch.empty(0, K), ValueError, "rank of at least 1"),
+    "A does not fit": ("lora_A", lambda: torch.randn(R, K + 1), ValueError, r"lora_A \[rank, 6\]"),
+    "A and B differ": ("lora_B", lambda: torch.randn(N, R + 1), ValueError, r"lora_B \[5, rank\].*\(5, 3\)"),
+    "bias does not fit": ("bias", lambda: torch.randn(N + 1), ValueError, r"bias with shape \(5,\)"),
+    "dtypes differ": (
+        "weight",
+        lambda: torch.randn(N, K).half(),
+        ValueError,
+        "weight in x's dtype torch.float32",
+    ),
+    "dropout of one": ("dropout", lambda: 1.0, ValueError, r"dropout probability in \[0, 1\), got 1.0"),
+    "negative dropout": ("dropout", lambda: -0.1, ValueError, r"got -0.1"),
+    "dropout is nan": ("dropout", lambda: float("nan"), ValueError, r"got nan"),
+    "infinite scaling": ("scaling", lambda: float("inf"), ValueError, "finite scaling"),
+}
+
+
+@pytest.mark.parametrize(("name", "make", "error", "message"), BAD.values(), ids=BAD)
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_refused(backend: str, name: str, make: Make, error: type[Exception], message: str) -> None:
+    given = arguments(**{name: make()})
+    state = torch.get_rng_state()
+    with fastlora.use_backend(backend), pytest.raises(error, match=message):
+        lora_linear(**given)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(
+        ValueError, match=r"expected a backend out of auto, triton, torch, reference, got 'cuda'"
+    ):
+        fastlora.set_backend("cuda")
+
+
+def test_backend_named_in_the_environment_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastlora._backend._selected", "fast")
+    with pytest.raises(ValueError, match=r"got 'fast'; set it with fastlora.set_backend.*FASTLORA_BACKEND"):
+        lora_linear(**arguments())
+
+
+def test_use_backend_restores_on_error() -> None:
+    with pytest.raises(KeyError), fastlora.use_backend("reference"):
+        raise KeyError
+    with fastlora.use_backend("torch"):
+        y: Tensor = lora_linear(**arguments())
+    assert torch.isfinite(y).all()
+
+
+def test_triton_by_name_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastlora._backend.interpreter_enabled", lambda: False)
+    with (
+        fastlora.use_backend("triton"),
+        pytest.raises(ValueError, match="serves CUDA tensors, got a tensor on cpu"),
+    ):
+        lora_linear(**arguments())
+    monkeypatch.setattr("fastlora._backend.triton_available", lambda: False)
+    with fastlora.use_backend("triton"), pytest.raises(ValueError, match="triton is not installed"):
+        lora_linear(**arguments())
