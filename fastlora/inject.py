@@ -1,0 +1,249 @@
+"""Put LoRA layers into a model by name, fold them in, and take them out again."""
+
+import logging
+from collections.abc import Collection, Mapping
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from fastlora._modules import (
+    lora_parameters,
+    named_modules,
+    replace_modules,
+    require_lora_layers,
+    unwrap,
+)
+from fastlora._targets import ALL_LINEAR, select_targets
+from fastlora.nn import LoRALinear, LoRAModule, LoRAMultiheadAttention
+from fastlora.nn._settings import LoRASettings, check_linear
+from fastlora.nn.attention import check_attention
+from fastlora.summary import adapter_summary
+
+Model = TypeVar("Model", bound=nn.Module)
+logger = logging.getLogger("fastlora")
+
+# torch's transformer encoder has a fused inference path that reads weights and calls no layer: LoRA would be
+# silently ignored under eval() and no_grad(). class → the attribute that allows it, and its "off"
+_FAST_PATHS: dict[type[nn.Module], tuple[str, int | bool]] = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
+_REMEMBERED = "_fastlora_fast_path"
+
+
+def apply_lora(
+    model: Model,
+    *,
+    target_modules: str | Collection[str] = ALL_LINEAR,
+    rank: int = 16,
+    alpha: float = 32.0,
+    dropout: float = 0.0,
+    exclude_modules: str | Collection[str] | None = None,
+    modules_to_save: Collection[str] | None = None,
+    rslora: bool = False,
+    adapter_dtype: torch.dtype | None = None,
+) -> Model:
+    """Replace layers of a model by LoRA layers (https://arxiv.org/abs/2106.09685) and freeze the rest.
+
+    Changes the model in place; its output stays what it was until training moves B away from zero. Weights
+    are shared with the layers replaced, not copied. Hooks on replaced layers are not carried over. What
+    changed is logged at INFO on the logger ``fastlora`` and told by :func:`fastlora.adapter_summary`.
+
+    Args:
+        model: Any model with ``nn.Linear`` or ``nn.MultiheadAttention`` in it.
+        target_modules: As in PEFT: a list of names, each the whole name of a module or the end of it
+            (``"query"`` means every ``….query``); or a regular expression for whole names; or
+            ``"all-linear"`` for every ``nn.Linear`` and ``nn.MultiheadAttention`` except what
+            ``model.get_output_embeddings()`` returns. An attention includes its ``out_proj``.
+        rank: Inner size of every update.
+        alpha: Strength of every update.
+        dropout: Probability in [0, 1) of zeroing an element of an update's input while training.
+        exclude_modules: Names or a regular expression to leave out of the targets.
+        modules_to_save: Names of modules to train whole, a new classification head, say; never adapted.
+        rslora: Scale by alpha/√rank instead of alpha/rank.
+        adapter_dtype: Dtype of A and B; None means float32 for 16-bit weights, else the weights' dtype.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: A module that matches but can't carry LoRA (all are listed), or a wrong argument type.
+        ValueError: A name that matches nothing (near matches are listed), a setting out of range, a model
+            already adapted, or a model that itself is the layer. The model is unchanged after any error.
+
+    Example:
+        >>> from torchvision.models import VisionTransformer
+        >>> model = VisionTransformer(8, 4, 1, 2, 8, 16, num_classes=3)
+        >>> model = apply_lora(model, target_modules=["self_attention", "mlp.0"], modules_to_save=["head"])
+        >>> sum(p.requires_grad for p in model.parameters())
+        8
+    """
+    settings = LoRASettings(rank, alpha, dropout, rslora, adapter_dtype)
+    root = unwrap(model)
+    check_unadapted(root)
+    chosen, whole = select_targets(root, target_modules, exclude_modules, modules_to_save)
+    check_carriers(chosen)
+    inject(root, {module: settings for module in chosen.values()}, whole)
+    return model
+
+
+def merge_adapters(model: Model) -> Model:
+    """Fold every update into its weight, reversibly: inference then costs what it did without LoRA.
+
+    Args:
+        model: An adapted model, changed in place.
+
+    Returns:
+        The same model. Call :func:`unmerge_adapters` before training on.
+
+    Raises:
+        ValueError: The model has no LoRA layers.
+
+    Example:
+        >>> model = merge_adapters(apply_lora(nn.Sequential(nn.Linear(4, 2)), rank=1))
+        >>> model[0].merged
+        True
+    """
+    for layer in require_lora_layers(model).values():
+        layer.merge()
+    return model
+
+
+def unmerge_adapters(model: Model) -> Model:
+    """Put every original weight back, bit for bit.
+
+    Args:
+        model: An adapted model, changed in place.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: The model has no LoRA layers.
+
+    Example:
+        >>> model = merge_adapters(apply_lora(nn.Sequential(nn.Linear(4, 2)), rank=1))
+        >>> unmerge_adapters(model)[0].merged
+        False
+    """
+    for layer in require_lora_layers(model).values():
+        layer.unmerge()
+    return model
+
+
+def remove_adapters(model: Model) -> Model:
+    """Replace every LoRA layer by a plain one that shares its weight as it is now.
+
+    After :func:`merge_adapters` this is PEFT's ``merge_and_unload``, otherwise its ``unload``. Parameters
+    stay frozen; hooks on replaced layers are not carried over.
+
+    Args:
+        model: An adapted model, changed in place.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: The model has no LoRA layers, or is itself one.
+
+    Example:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 2)), rank=1)
+        >>> remove_adapters(model)
+        Sequential(
+          (0): Linear(in_features=4, out_features=2, bias=True)
+        )
+    """
+    root = unwrap(model)
+    layers = require_lora_layers(root)
+    if isinstance(root, LoRAModule):
+        raise ValueError(
+            f"expected a model around its layers, got a bare {type(root).__name__}; use its .to_base()"
+        )
+    replace_modules(root, {layer: layer.to_base() for layer in layers.values()})
+    _restore_fast_paths(root)
+    return model
+
+
+def check_unadapted(model: nn.Module) -> None:
+    """Refuse a model that carries LoRA already, or is itself the layer to replace.
+
+    Raises:
+        ValueError: Either of these.
+    """
+    adapted = [name or "the model itself" for name, m in named_modules(model).items() if hasattr(m, "lora_A")]
+    if adapted:
+        raise ValueError(
+            f"expected a model without LoRA, got one adapted at {len(adapted)} places, {adapted[0]!r} first; "
+            "take it out with fastlora.remove_adapters first (PEFT: unload or merge_and_unload)"
+        )
+    if isinstance(model, nn.Linear | nn.MultiheadAttention):
+        linear = isinstance(model, nn.Linear)
+        maker = "LoRALinear.from_linear" if linear else "LoRAMultiheadAttention.from_attention"
+        raise ValueError(
+            f"expected a model around its layers, got a bare {type(model).__name__}; "
+            f"use fastlora.{maker}(layer)"
+        )
+
+
+def check_carriers(chosen: Mapping[str, nn.Module]) -> None:
+    """Refuse modules that can't carry LoRA, all in one error.
+
+    Raises:
+        TypeError: At least one can't.
+    """
+    found = {name: cannot_carry(module) for name, module in chosen.items()}
+    problems = [f"  {name}: {problem}" for name, problem in found.items() if problem]
+    if problems:
+        shown = problems[:5] + ([f"  … and {len(problems) - 5} more"] if len(problems) > 5 else [])
+        raise TypeError(
+            f"expected only modules that can carry LoRA, got {len(problems)} that cannot; leave them out "
+            "with exclude_modules or name the others:\n" + "\n".join(shown)
+        )
+
+
+def cannot_carry(module: nn.Module) -> str | None:
+    """Why this module can't be replaced by a LoRA layer, or None if it can."""
+    check = check_attention if isinstance(module, nn.MultiheadAttention) else check_linear
+    try:
+        check(module)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def inject(model: nn.Module, plan: Mapping[nn.Module, LoRASettings], whole: Collection[nn.Module]) -> None:
+    """Replace the plan's modules, freeze the rest, let the ``whole`` ones train. All is checked before."""
+    replacements = {module: _adapted(module, settings) for module, settings in plan.items()}
+    replace_modules(model, replacements)
+    model.requires_grad_(False)
+    for parameter in lora_parameters(model):
+        parameter.requires_grad_(True)
+    for module in whole:
+        for parameter in module.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+    _disable_fast_paths(model)
+    logger.info("%s: %s", type(model).__name__, adapter_summary(model))
+
+
+def _adapted(module: nn.Module, settings: LoRASettings) -> nn.Module:
+    if isinstance(module, nn.MultiheadAttention):
+        return LoRAMultiheadAttention.from_attention(module, **vars(settings))
+    assert isinstance(module, nn.Linear)
+    return LoRALinear.from_linear(module, **vars(settings))
+
+
+def _disable_fast_paths(model: nn.Module) -> None:
+    for module in model.modules():
+        for kind, (attribute, off) in _FAST_PATHS.items():
+            if isinstance(module, kind) and any(isinstance(m, LoRAModule) for m in module.modules()):
+                setattr(module, _REMEMBERED, getattr(module, attribute))
+                setattr(module, attribute, off)
+
+
+def _restore_fast_paths(model: nn.Module) -> None:
+    for module in model.modules():
+        for kind, (attribute, _) in _FAST_PATHS.items():
+            if isinstance(module, kind) and hasattr(module, _REMEMBERED):
+                setattr(module, attribute, getattr(module, _REMEMBERED))
+                delattr(module, _REMEMBERED)

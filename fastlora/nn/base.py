@@ -1,0 +1,195 @@
+"""What every LoRA layer shares: its two matrices, folding them in and out, and its state dict."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import Self
+
+from fastlora.functional import lora_linear
+from fastlora.nn._settings import LoRASettings
+
+# bounds what folding an update in needs beside the new weight: 32 MiB in float64
+_FOLD_ELEMENTS = 2**22
+
+
+class LoRAModule(nn.Module):
+    """Mixin for a layer with a frozen weight W ``[out, in]`` and a trainable update (alpha/rank)·B·A.
+
+    LoRA: Hu et al., https://arxiv.org/abs/2106.09685; rank-stabilised scaling: Kalajdzievski,
+    https://arxiv.org/abs/2312.03732.
+
+    Attributes:
+        lora_A: ``[rank, in]``, trainable.
+        lora_B: ``[out, rank]``, trainable, zero at the start.
+        rank: Inner size of the update.
+        alpha: Numerator of :attr:`scaling`.
+        lora_dropout: Probability of zeroing an element of the update's input while training.
+        rslora: Whether :attr:`scaling` is alpha/√rank instead of alpha/rank.
+    """
+
+    rank: int
+    alpha: float
+    lora_dropout: float
+    rslora: bool
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    # the name of the frozen weight in its owner, and the untouched weight while another one stands there.
+    # a tuple hides the Parameter from nn.Module, which would list it beside the merged one
+    _weight_name: ClassVar[str] = "weight"
+    _unmerged: tuple[nn.Parameter] | None = None
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the update: alpha/rank, or alpha/√rank with ``rslora``."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the update is folded into the weight."""
+        return self._unmerged is not None
+
+    def adapter_params(self) -> list[str]:
+        """Names of this layer's own trainable parameters."""
+        return ["lora_A", "lora_B"]
+
+    def reset_lora_parameters(self) -> None:
+        """Start a fresh update: A random, B zero, so that the layer computes exactly the frozen one.
+
+        The paper draws A from a Gaussian. Like its published code, PEFT and ``nn.Linear``, we draw it
+        uniformly from ±1/√in (``kaiming_uniform_`` with a = √5), from torch's default generator.
+        A merged layer is unmerged first.
+        """
+        self.unmerge()
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold the update into the weight: one matrix product per forward, as without LoRA.
+
+        W + scaling·B·A is computed in float64, some rows at a time, and rounded once into a new tensor that
+        takes the weight's place. The original is kept aside for :meth:`unmerge` and untouched, so a module
+        that shares it keeps its values. A merged layer gives A and B no gradient. Merging twice changes
+        nothing.
+        """
+        if self.merged:
+            return
+        original = self._weight()
+        self._set_weight(nn.Parameter(self._fold(original), requires_grad=False))
+        self._unmerged = (original,)
+
+    def unmerge(self) -> None:
+        """Put the original weight back: the same object, hence the same bits. Without a merge, nothing."""
+        if self._unmerged is not None:
+            self._set_weight(self._unmerged[0])
+            self._unmerged = None
+
+    def to_base(self) -> nn.Module:
+        """The plain layer, sharing this one's weight as it is now (folded in if merged), still frozen."""
+        raise NotImplementedError
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The usual state dict, with the *original* frozen weight even while merged."""
+        with self._original_in_place():
+            return super().state_dict(*args, **kwargs)
+
+    def _add_lora(self, settings: LoRASettings) -> None:
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        self.rank, self.alpha = settings.rank, settings.alpha
+        self.lora_dropout, self.rslora = settings.dropout, settings.rslora
+        weight = self._weight()
+        dtype = settings.adapter_dtype or _adapter_dtype(weight.dtype)
+        out_features, in_features = weight.shape
+        self.lora_A = nn.Parameter(torch.empty(self.rank, in_features, device=weight.device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.empty(out_features, self.rank, device=weight.device, dtype=dtype))
+        self.reset_lora_parameters()
+
+    def _project(self, x: Tensor, weight: Tensor, bias: Tensor | None, lora_B: Tensor) -> Tensor:
+        if self.merged:
+            return F.linear(x, weight, bias)
+        return lora_linear(
+            x,
+            weight,
+            bias,
+            self.lora_A,
+            lora_B,
+            scaling=self.scaling,
+            dropout=self.lora_dropout,
+            training=self.training,
+        )
+
+    def _fold(self, weight: Tensor) -> Tensor:
+        # float64 also keeps TF32 out; Metal has none
+        wide = torch.float32 if weight.device.type == "mps" else torch.float64
+        lora_A = self.lora_A.to(wide)
+        folded = torch.empty_like(weight)
+        rows = max(1, _FOLD_ELEMENTS // weight.shape[1])
+        with torch.autocast(weight.device.type, enabled=False):
+            for part, old, lora_B in zip(
+                folded.split(rows), weight.split(rows), self.lora_B.split(rows), strict=True
+            ):
+                part.copy_(torch.addmm(old.to(wide), lora_B.to(wide), lora_A, alpha=self.scaling))
+        return folded
+
+    def _weight_owner(self) -> nn.Module:
+        return self
+
+    def _weight(self) -> nn.Parameter:
+        weight = getattr(self._weight_owner(), self._weight_name)
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    def _set_weight(self, weight: nn.Parameter) -> None:
+        setattr(self._weight_owner(), self._weight_name, weight)
+
+    @contextlib.contextmanager
+    def _original_in_place(self) -> Iterator[None]:
+        if self._unmerged is None:
+            yield
+            return
+        merged = self._weight()
+        self._set_weight(self._unmerged[0])
+        try:
+            yield
+        finally:
+            self._unmerged = (self._weight(),)
+            self._set_weight(merged)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        # the original moves as the Parameter it is, so that it stays shared with whoever else holds it
+        with self._original_in_place():
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.merged:
+            self._set_weight(nn.Parameter(fn(self._weight().data), requires_grad=False))
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        self.unmerge()
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        own = {prefix + name for name in self.adapter_params()}
+        # a plain layer's state dict is complete without an adapter; half an adapter, or none at all to
+        # fill meta tensors with, is not
+        if own.isdisjoint(state_dict) and not self.lora_A.is_meta:
+            missing_keys[:] = [key for key in missing_keys if key not in own]
+
+
+def _adapter_dtype(weight_dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if weight_dtype.itemsize < 4 else weight_dtype

@@ -1,0 +1,80 @@
+"""What an adapted model consists of, in one line."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import nn
+
+from fastlora._modules import clean_name, lora_layers, lora_parameters, unwrap
+
+_LISTED = 4
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """What :func:`adapter_summary` found; ``print`` it.
+
+    Attributes:
+        layers: How many LoRA layers there are of each kind, most frequent first. An attention is one layer.
+        ranks: The ranks in use, ascending.
+        also_trainable: Modules that train whole, a classification head, say.
+        trainable_parameters: Number of scalars that train.
+        total_parameters: Number of scalars altogether, A and B included.
+        merged: Whether any update is folded into its weight.
+    """
+
+    layers: dict[str, int]
+    ranks: tuple[int, ...]
+    also_trainable: tuple[str, ...]
+    trainable_parameters: int
+    total_parameters: int
+    merged: bool
+
+    @property
+    def trainable_percent(self) -> float:
+        """Share of the parameters that train, in percent."""
+        return 100.0 * self.trainable_parameters / max(self.total_parameters, 1)
+
+    def __str__(self) -> str:
+        """One line for a log or a terminal."""
+        kinds = " + ".join(f"{count} {kind}" for kind, count in self.layers.items())
+        ranks = ", ".join(map(str, self.ranks))
+        merged = " (merged)" if self.merged else ""
+        text = f"LoRA rank {ranks} on {kinds}{merged}" if kinds else "no LoRA layers"
+        if kinds and self.also_trainable:
+            shown, rest = self.also_trainable[:_LISTED], len(self.also_trainable) - _LISTED
+            text += f"; also training {', '.join(shown)}{f' and {rest} more' if rest > 0 else ''}"
+        return (
+            f"{text}; {self.trainable_parameters:,} of {self.total_parameters:,} parameters "
+            f"train ({self.trainable_percent:.2f} %)"
+        )
+
+
+def adapter_summary(model: nn.Module) -> AdapterSummary:
+    """Count a model's LoRA layers and parameters.
+
+    Args:
+        model: Any model, adapted or not; only looked at.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+
+    Example:
+        >>> import fastlora
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> print(fastlora.adapter_summary(fastlora.apply_lora(model, rank=2)))
+        LoRA rank 2 on 2 LoRALinear; 84 of 262 parameters train (32.06 %)
+    """
+    model = unwrap(model)
+    layers = lora_layers(model).values()
+    ours = set(map(id, lora_parameters(model)))
+    parameters = list(model.named_parameters())
+    others = [clean_name(name) for name, p in parameters if p.requires_grad and id(p) not in ours]
+    return AdapterSummary(
+        layers=dict(Counter(type(layer).__name__ for layer in layers).most_common()),
+        ranks=tuple(sorted({layer.rank for layer in layers})),
+        also_trainable=tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in others)),
+        trainable_parameters=sum(p.numel() for _, p in parameters if p.requires_grad),
+        total_parameters=sum(p.numel() for _, p in parameters),
+        merged=any(layer.merged for layer in layers),
+    )
