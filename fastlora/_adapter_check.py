@@ -1,0 +1,131 @@
+"""Does an adapter's content fit a model? Everything is compared before anything is changed."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from fastlora._adapter_config import AdapterConfig
+from fastlora._modules import clean_name, named_modules
+from fastlora.inject import cannot_carry
+from fastlora.nn import LoRALayer, LoRAModule
+from fastlora.nn._settings import WEIGHT_DTYPES
+
+PREFIX = "base_model.model."
+# PEFT wraps nn.MultiheadAttention and leaves the output projection inside the wrapped layer
+_OUT_PROJ = ".base_layer.out_proj"
+_LORA_KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_[AB]\.weight")
+_LISTED = 5
+
+
+class AdapterCheck:
+    """Collects every difference between an adapter's tensors and a model; :meth:`finish` raises them."""
+
+    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """See the class."""
+        self._names = {name: module for name, module in named_modules(model).items() if name}
+        self._tensors = tensors
+        self._explained: set[str] = set()
+        self._problems: list[str] = []
+
+    def targets(self) -> dict[str, nn.Module]:
+        """The modules of a model without LoRA that the tensors belong to."""
+        found = (_LORA_KEY.fullmatch(key) for key in self._tensors)
+        names = dict.fromkeys(match[1] for match in found if match)
+        targets: dict[str, nn.Module] = {}
+        for name in names:
+            if name.removesuffix(_OUT_PROJ) in names and name.endswith(_OUT_PROJ):
+                continue
+            module = self._names.get(name)
+            problem = "no module of this name in the model" if module is None else cannot_carry(module)
+            if module is not None and problem is None:
+                targets[name] = module
+            else:
+                self._problems.append(f"{name}: {problem}")
+                self._explained |= {key for key in self._tensors if key.startswith(f"{PREFIX}{name}.")}
+        return targets
+
+    def layers(self, targets: Mapping[str, nn.Module], config: AdapterConfig) -> None:
+        """Compare the A and B of every layer, adapted or about to be."""
+        for name, module in targets.items():
+            rank = config.settings(name).rank
+            slots = tensor_slots(name, module)
+            if isinstance(module, LoRAModule) and module.rank != rank:
+                self._problems.append(f"{name}: expected rank {module.rank} as in the model, got {rank}")
+                self._explained.update(key for key, _, _ in slots)
+                continue
+            for key, owner, part in slots:
+                self._compare(key, _slot_shape(owner, part, rank))
+
+    def whole_modules(self, entries: Iterable[str]) -> dict[str, nn.Module]:
+        """The modules that ``modules_to_save`` means, their tensors compared."""
+        whole: dict[str, nn.Module] = {}
+        for entry in entries:
+            # PEFT means every module whose name ends so, dot or not; the file says which ones those were
+            named = [n for n in self._names if n.endswith(entry) and self._holds(f"{PREFIX}{n}.")]
+            if not named:
+                self._problems.append(f"modules_to_save {entry!r}: no such module in both model and file")
+            whole |= {name: self._names[name] for name in named}
+        for name, module in whole.items():
+            for key, tensor in module.state_dict().items():
+                self._compare(f"{PREFIX}{name}.{clean_name(key)}", tuple(tensor.shape), like=tensor)
+        return whole
+
+    def finish(self, folder: Path) -> None:
+        """Report what was found.
+
+        Raises:
+            ValueError: There are differences, or the file holds no LoRA tensors.
+        """
+        if not any(_LORA_KEY.fullmatch(key) for key in self._tensors):
+            self._problems.insert(0, f"no LoRA tensors ({PREFIX}<module>.lora_A.weight) in the file")
+        unexpected = [key for key in self._tensors if key not in self._explained]
+        problems = self._problems + [f"{key}: nothing in the model takes it" for key in unexpected]
+        if problems:
+            more = [f"… and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+            raise ValueError(
+                f"expected an adapter that fits this model, got {folder} (differences: "
+                f"{len(problems)}); load it into the model it was trained on. Nothing was changed:\n  "
+                + "\n  ".join(problems[:_LISTED] + more)
+            )
+
+    def _holds(self, prefix: str) -> bool:
+        return any(key.startswith(prefix) for key in self._tensors)
+
+    def _compare(self, key: str, shape: tuple[int, ...], like: Tensor | None = None) -> None:
+        self._explained.add(key)
+        tensor = self._tensors.get(key)
+        if tensor is None:
+            self._problems.append(f"{key}: missing")
+        elif tuple(tensor.shape) != shape:
+            self._problems.append(f"{key}: expected {list(shape)}, got {list(tensor.shape)}")
+        elif not _dtype_fits(tensor, like):
+            wanted = "a 16-, 32- or 64-bit floating dtype" if like is None else like.dtype
+            self._problems.append(f"{key}: expected {wanted}, got {tensor.dtype}")
+
+
+def tensor_slots(name: str, layer: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """File key, owner and attribute of every A and B of one layer, adapted or about to be."""
+    pairs = [(name, layer)]
+    if isinstance(layer, nn.MultiheadAttention):
+        pairs.append((name + _OUT_PROJ, layer.out_proj))
+    return [
+        (f"{PREFIX}{key}.{part}.weight", owner, part) for key, owner in pairs for part in ("lora_A", "lora_B")
+    ]
+
+
+def _slot_shape(owner: nn.Module, part: str, rank: int) -> tuple[int, int]:
+    if isinstance(owner, nn.MultiheadAttention):
+        out_features, in_features = 3 * owner.embed_dim, owner.embed_dim
+    else:
+        linear = owner.original_layer if isinstance(owner, LoRALayer) else owner
+        assert isinstance(linear, nn.Linear)
+        out_features, in_features = linear.out_features, linear.in_features
+    return (rank, in_features) if part == "lora_A" else (out_features, rank)
+
+
+def _dtype_fits(tensor: Tensor, like: Tensor | None) -> bool:
+    if like is None or like.is_floating_point():
+        return tensor.dtype in WEIGHT_DTYPES
+    return tensor.dtype == like.dtype
