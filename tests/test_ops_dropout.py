@@ -175,3 +175,25 @@ def test_gradients_are_the_same_bits_on_every_run(backend: str, device: torch.de
         runs.append(torch.autograd.grad(call(x, weights).sum(), (x, *weights[1:])))
     for gradient in zip(*runs, strict=True):
         assert all(torch.equal(gradient[0], other) for other in gradient[1:])
+
+
+def test_compiled_checkpoint_recomputes_the_same_mask() -> None:
+    """Compile, checkpoint and dropout together: y and dX of dropout itself show the masks they used."""
+    size = 70
+    # two tensors: dynamo can't trace a Function that is given one tensor twice
+    a, b = torch.eye(size), torch.eye(size)
+    x = torch.ones(50, size, requires_grad=True)
+
+    def dropped(x: Tensor) -> Tensor:
+        return lora_linear(x, torch.zeros_like(a), None, a, b, scaling=1.0, dropout=0.4)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(x: Tensor) -> Tensor:
+        y = checkpoint(dropped, x, use_reentrant=False)
+        assert isinstance(y, Tensor)
+        return y
+
+    y = step(x)
+    assert 0.3 < (y == 0).double().mean() < 0.5
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], y)
+    assert not torch.equal(step(x), y)

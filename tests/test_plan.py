@@ -74,7 +74,7 @@ def test_detect(capability: tuple[int, int], name: str, monkeypatch: pytest.Monk
         shared_memory_per_block_optin = 99_000
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
-    target = targets.detect(torch.device("cuda"))
+    target = targets.detect.__wrapped__(torch.device("cuda"))
     assert (target.name, target.multiprocessors) == (name, 17)
     if name == "default":
         assert target.shared_bytes == 99_000

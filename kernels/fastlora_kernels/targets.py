@@ -1,5 +1,6 @@
 """GPU facts that the plan needs, by architecture. An unknown GPU gets a sound default, never an error."""
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,6 +44,7 @@ TARGETS = {
 DEFAULT = Target("default", multiprocessors=64, shared_bytes=65_536, tiles="default")
 
 
+@functools.cache
 def detect(device: torch.device) -> Target:
     """The target of a tensor's device; :data:`DEFAULT` for an unknown GPU and for Triton's interpreter."""
     if device.type != "cuda":
