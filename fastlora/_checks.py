@@ -1,6 +1,6 @@
 """Argument checks of the ops. Every message says what was expected, what was given and what to do."""
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,17 +30,29 @@ def check_lora_linear(
         check_floating(name, tensor)
     _check_shapes(x, weight, bias, lora_A, lora_B)
     check_same_device(given)
-    for name in ("weight", "bias"):
-        _check_dtype_of(name, given.get(name), x)
     check_dropout(dropout)
-    if not math.isfinite(scaling):
+    _check_number("scaling", scaling)
+    # not math.isfinite: under torch.compile a scaling that changes is symbolic
+    if not abs(scaling) < float("inf"):
         raise ValueError(f"expected a finite scaling, got {scaling!r}; it is usually alpha / rank")
+
+
+def check_compute_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Refuse a base layer in another dtype than x, as ``nn.Linear`` does outside autocast."""
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise ValueError(
+                f"expected {name} in x's dtype {x.dtype}, got {tensor.dtype}; convert one of them, or run "
+                f"under torch.autocast({x.device.type!r})"
+            )
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
     """Refuse anything but a dense float64, float32, float16 or bfloat16 tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"expected {name} to be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"expected {name} to be dense, got layout {tensor.layout}; use .to_dense()")
     if tensor.dtype in FLOATING_DTYPES:
         return
     advice = (
@@ -67,6 +79,7 @@ def check_same_device(tensors: dict[str, Tensor]) -> None:
 
 def check_dropout(dropout: float) -> None:
     """Refuse a dropout probability outside [0, 1)."""
+    _check_number("dropout", dropout)
     if not 0 <= dropout < 1:
         raise ValueError(f"expected a dropout probability in [0, 1), got {dropout!r}")
 
@@ -93,13 +106,6 @@ def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor
         raise ValueError(f"expected bias with shape ({out_features},), got {tuple(bias.shape)}")
 
 
-def _check_dtype_of(name: str, tensor: Tensor | None, x: Tensor) -> None:
-    if tensor is None or tensor.dtype == x.dtype:
-        return
-    # autocast rounds x, weight and bias to its own dtype, float64 excepted
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return
-    raise ValueError(
-        f"expected {name} in x's dtype {x.dtype}, got {tensor.dtype}; convert one of them, or run under "
-        f"torch.autocast({x.device.type!r})"
-    )
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, int | float | torch.SymFloat):
+        raise TypeError(f"expected {name} to be a number, got {value!r}")

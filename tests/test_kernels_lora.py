@@ -86,11 +86,14 @@ def choose(kernel: Kernel, shape: Shape, dtype: torch.dtype, splits: int = 1) ->
 
 
 def assert_exact(value: Tensor, compute: Callable[..., Tensor], *operands: Tensor) -> None:
-    """Error against float64 within FACTOR of the same product's in torch at the operands' dtype."""
+    """Error against float64 within FACTOR of the same product's in torch at the result's dtype.
+
+    Partial results are fp32 whatever the operands are, and held to an fp32 product of them.
+    """
     exact = compute(*(t.double() for t in operands))
-    eager = compute(*operands).to(value.dtype)
+    eager = compute(*(t.to(value.dtype) for t in operands))
     error, eager_error = ((t.double() - exact).norm() for t in (value, eager))
-    rounding = torch.finfo(operands[0].dtype).eps / 2 * exact.norm()
+    rounding = torch.finfo(value.dtype).eps / 2 * exact.norm()
     assert error <= FACTOR * eager_error + rounding
 
 
@@ -196,6 +199,19 @@ def test_pinned_tiles_compute_the_same(target: str, kernel_device: torch.device)
         lora_grad_x(dy, weight, ds, a, mask, dx, plan=Plan("split", tile))
         assert_exact(dx, lambda dy, w, ds, a: dy @ w + (ds @ a) * keep, dy, weight, ds, a)
     harness.assert_margins_untouched()
+
+
+def test_row_offsets_pass_two_to_the_31(kernel_device: torch.device) -> None:
+    """Rows so far apart that a 32-bit offset would wrap around; only the pages that are touched exist."""
+    rows, columns, stride = 3, 40, 2**30 + 8
+    far = torch.empty(2 * stride + columns, dtype=torch.float16, device=kernel_device)
+    x = far.as_strided((rows, columns), (stride, 1))
+    x.copy_(torch.randn(rows, columns))
+    weight, s, b = (torch.randn(n, k).to(x) for n, k in ((50, columns), (rows, 4), (50, 4)))
+    y = torch.empty(rows, 50).to(x)
+    plan = choose("lora_forward", Shape(m=rows, n=50, k=columns, r=4), x.dtype)
+    lora_forward(x, weight, None, s, b, y, plan=plan)
+    assert_exact(y, lambda x, w, s, b: x @ w.t() + s @ b.t(), x.clone(), weight, s, b)
 
 
 def _random_mask(harness: Harness, shape: Shape) -> tuple[Tensor, Tensor]:

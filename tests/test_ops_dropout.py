@@ -72,8 +72,8 @@ def test_seeds_give_different_masks(backend: str, device: torch.device) -> None:
     assert 0.4 < (first == other).double().mean() < 0.6
 
 
-def test_splitmix_stream_of_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stream that devices without numpy's use, against the published splitmix64 of a plain loop."""
+def test_splitmix_stream_of_other_devices() -> None:
+    """The stream of devices other than the CPU, against the published splitmix64 of a plain loop."""
     from fastlora.ops import _keep_mask
 
     seed, expected, state = 1234567, [], 1234567
@@ -83,9 +83,8 @@ def test_splitmix_stream_of_other_devices(monkeypatch: pytest.MonkeyPatch) -> No
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
         expected.append(z ^ (z >> 31))
-    words = _keep_mask._splitmix64(torch.tensor([seed]), 0, 6)
+    words = _keep_mask._splitmix64(torch.tensor([seed]), 6)
     assert words.numpy().view(np.uint64).tolist() == expected
-    assert torch.equal(_keep_mask._splitmix64(torch.tensor([seed]), 2, 4), words[2:])
 
 
 def test_thresholds() -> None:

@@ -157,3 +157,48 @@ def test_weight_and_bias_that_train_get_their_gradients(backend: str, device: to
     dweight, dbias = torch.autograd.grad(y, parameters, case.dy)
     torch.testing.assert_close(dweight, case.dy.t() @ case.x)
     torch.testing.assert_close(dbias, case.dy.sum(0))
+
+
+@pytest.mark.parametrize("rank", [16, 32, 96])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_plans_of_real_gpus(
+    target: str, rank: int, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole op with the tiles and splits that a GPU gets, through the interpreter where there is none."""
+    targets = pytest.importorskip("fastlora_kernels.targets")
+    monkeypatch.setattr(targets, "detect", lambda _: targets.TARGETS[target])
+    case = make_case(200, 144, 176, rank, torch.bfloat16, adapter_dtype=torch.float32, device=kernel_device)
+    assert_as_exact_as_eager(run_with_dropout(case, "triton", 0.3), case)
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "expected"),
+    [
+        ((64, 48, 80, 8), torch.bfloat16, "triton"),
+        ((64, 48, 80, 8), torch.float32, "torch"),
+        ((64, 47, 80, 8), torch.bfloat16, "torch"),
+        ((64, 48, 80, 20), torch.bfloat16, "torch"),
+        ((8, 48, 80, 8), torch.bfloat16, "torch"),
+    ],
+    ids=["kernels", "fp32", "unaligned", "odd rank", "few rows"],
+)
+def test_auto_follows_the_plan(
+    size: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    expected: str,
+    kernel_device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    targets = pytest.importorskip("fastlora_kernels.targets")
+    monkeypatch.setattr(targets, "detect", lambda _: targets.TARGETS["sm_90"])
+    monkeypatch.setattr("fastlora._backend._automatic", lambda device, dtype: "triton")
+    used: list[str] = []
+    apply = LoRALinearFunction.apply
+
+    def spy(*args: Any) -> Any:
+        used.append(args[-1])
+        return apply(*args)
+
+    monkeypatch.setattr(LoRALinearFunction, "apply", spy)
+    run(make_case(*size, dtype, device=kernel_device))
+    assert used == [expected]

@@ -47,11 +47,13 @@ def test_pinned_choices() -> None:
         (LARGE, torch.float32, "library"),
         (Shape(8, 4096, 4096, 16), torch.bfloat16, "library"),
         (Shape(8192, 4095, 4096, 16, aligned=False), torch.bfloat16, "library"),
+        (Shape(8192, 4096, 4096, 100), torch.bfloat16, "library"),
     ],
-    ids=["large", "fp32", "few rows", "unaligned"],
+    ids=["large", "fp32", "few rows", "unaligned", "odd rank"],
 )
 def test_path(shape: Shape, dtype: torch.dtype, path: str) -> None:
     assert plans.choose("lora_forward", shape, dtype, targets.TARGETS["sm_90"]).path == path
+    assert plans.choose("lora_forward", shape, dtype, UNKNOWN).path == "library"
 
 
 def test_shared_memory_limits_the_pipeline() -> None:

@@ -47,20 +47,20 @@ def masked(x: Tensor, keep: Tensor, *, out: Tensor) -> Tensor:
 
 def _uniforms(elements: int, seed: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Start and int16 uniforms of each chunk of the elements, at most that many."""
-    stream = np.random.SFC64(int(seed)) if seed.device.type == "cpu" else None
+    if seed.device.type != "cpu":
+        # in one go: a launch costs more than the traffic it would save
+        yield 0, _splitmix64(seed, -(-elements // 4)).view(torch.int16)[:elements]
+        return
+    stream = np.random.SFC64(int(seed))
     for start in range(0, elements, 4 * _WORDS_PER_CHUNK):
         count = min(4 * _WORDS_PER_CHUNK, elements - start)
-        words = -(-count // 4)
-        if stream is None:
-            chunk = _splitmix64(seed, start // 4, words)
-        else:
-            chunk = torch.from_numpy(stream.random_raw(words).view(np.int64))
-        yield start, chunk.view(torch.int16)[:count]
+        words = stream.random_raw(-(-count // 4))
+        yield start, torch.from_numpy(words.view(np.int64)).view(torch.int16)[:count]
 
 
-def _splitmix64(seed: Tensor, first: int, words: int) -> Tensor:
+def _splitmix64(seed: Tensor, words: int) -> Tensor:
     """Counter-based 64-bit words (Steele et al. 2014): no state, so a GPU needs no talk with the host."""
-    z = torch.arange(first + 1, first + 1 + words, device=seed.device).mul_(_GOLDEN_RATIO).add_(seed)
+    z = torch.arange(1, 1 + words, device=seed.device).mul_(_GOLDEN_RATIO).add_(seed)
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         z = (z ^ _shift_right(z, shift)).mul_(factor)
     return z ^ _shift_right(z, 31)

@@ -1,12 +1,13 @@
 """The ops' registration with ``torch.library``: schemas, implementations and fakes, so that they compile."""
 
-import contextlib
-from typing import Any, Protocol
+import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fastlora.ops import _lora_torch
+from fastlora.ops._autocast import without_autocast
 
 _LIBRARY = torch.library.Library("fastlora", "DEF")
 _LIBRARY.define(
@@ -126,9 +127,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     # allocated in its final shape: autograd refuses in-place changes of a Function's output that is a view
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    with torch.no_grad(), _without_autocast(x):
+    with torch.no_grad(), without_autocast(x):
         s, mask = implementation(backend).forward(
-            _rows(x),
+            rows_of(x),
             weight.to(x.dtype),
             None if bias is None else bias.to(x.dtype),
             lora_A,
@@ -136,7 +137,7 @@ def _forward(
             seed,
             scaling=scaling,
             dropout=dropout,
-            y=_rows(y),
+            y=rows_of(y),
         )
     return y, s, x.new_empty(0) if mask is None else mask
 
@@ -156,10 +157,10 @@ def _backward(
     need_B: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.no_grad(), _without_autocast(dy):
+    with torch.no_grad(), without_autocast(dy):
         dx, da, db = implementation(backend).backward(
-            _rows(dy),
-            None if x is None else _rows(x),
+            rows_of(dy),
+            None if x is None else rows_of(x),
             None if weight is None else weight.to(dy.dtype),
             lora_A,
             lora_B,
@@ -189,7 +190,7 @@ def _fake_forward(
     dropout: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else x.shape[:-1].numel()
+    rows = math.prod(x.shape[:-1])
     mask = x.new_empty(0)
     if seed is not None:
         shape, dtype = implementation(backend).keep_mask_shape(rows, x.shape[-1])
@@ -221,20 +222,13 @@ def _fake_backward(
     )
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def rows_of(tensor: Tensor) -> Tensor:
+    """The tensor ``[..., K]`` as a matrix ``[M, K]``."""
     # flatten keeps zero-sized dimensions apart, where reshape(-1, …) can't infer the row count
     return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor[None]
 
 
-def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    device_type = tensor.device.type
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
-
-
-for _key in ("CPU", "CUDA", "MPS", "XPU"):
-    _LIBRARY.impl("lora_linear_forward", _forward, _key)
-    _LIBRARY.impl("lora_linear_backward", _backward, _key)
+_LIBRARY.impl("lora_linear_forward", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("lora_linear_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("fastlora::lora_linear_forward", _fake_forward, lib=_LIBRARY)
 torch.library.register_fake("fastlora::lora_linear_backward", _fake_backward, lib=_LIBRARY)

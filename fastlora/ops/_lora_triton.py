@@ -27,7 +27,7 @@ def plans_library(x: Tensor, weight: Tensor, rank: int, dtype: torch.dtype) -> b
     n, k = weight.shape
     aligned = n % 16 == 0 and k % 16 == 0 and weight.stride(-1) == 1
     shape = Shape(m=x.shape[:-1].numel(), n=n, k=k, r=rank, aligned=aligned)
-    return plans.choose("lora_forward", shape, dtype, targets.detect(x.device)).path == "library"
+    return plans.choose_path(shape, dtype, targets.detect(x.device)) == "library"
 
 
 def forward(
@@ -73,7 +73,7 @@ def backward(
     need_A: bool,
     need_B: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dS and dB from one read of dY, then dX = dY·W + mask ⊙ (dS·A) and dA = dSᵀ·dropped x."""
+    """dS and dB, from one read of dY at low ranks, then dX = dY·W + mask ⊙ (dS·A) and dA = dSᵀ·dropped x."""
     dy, lora_B = _row_major(dy), lora_B.contiguous()
     columns = next((t.shape[1] for t in (lora_A, x, weight) if t is not None), 0)
     aligned = _aligned(*(t for t in (dy, x, weight) if t is not None))
@@ -128,10 +128,13 @@ def _down(
 
 def _grad_s_b(dy: Tensor, s: Tensor, lora_B: Tensor, plan: Plan, *, scale: float) -> tuple[Tensor, Tensor]:
     (m, n), r = dy.shape, lora_B.shape[1]
+    ds, db = dy.new_empty(m, r), torch.empty_like(lora_B)
+    if r > plans.MOST_RANKS_PER_READ:
+        torch.addmm(ds, dy, lora_B.to(dy.dtype), beta=0, alpha=scale, out=ds)
+        return ds, (dy.t() @ s).to(lora_B.dtype)
     ds_partial = dy.new_empty(plans.cdiv(n, plan.tile.cols), m, r, dtype=torch.float32)
     db_partial = dy.new_empty(plan.splits, n, r, dtype=torch.float32)
     lora_grad_s_b(dy, s, lora_B, ds_partial, db_partial, scale=scale, plan=plan)
-    ds, db = dy.new_empty(m, r), torch.empty_like(lora_B)
     sum_partials(ds_partial, ds)
     sum_partials(db_partial, db)
     return ds, db

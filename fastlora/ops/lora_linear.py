@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from fastlora import _backend, reference
-from fastlora._checks import check_lora_linear
+from fastlora._checks import check_compute_dtype, check_lora_linear
 from fastlora.ops import _library
+from fastlora.ops._autocast import autocast_dtype, without_autocast
 
 _SECOND_DERIVATIVE = (
     "the fused lora_linear has no second derivative; run the forward pass under "
@@ -40,7 +41,8 @@ def lora_linear(
         lora_A: ``[rank, in_features]`` in any of these dtypes; rounded to x's for the product, its gradient
             comes back in its own.
         lora_B: ``[out_features, rank]``, likewise.
-        scaling: Factor of the low-rank path, usually alpha / rank; applied in float32.
+        scaling: Factor of the low-rank path, usually alpha / rank; applied in float32. In float16 S is kept
+            times scaling / (1 - dropout), which must stay below 65504.
         dropout: Probability of zeroing an element of the low-rank path's input, in steps of 2⁻¹⁶.
         training: Without it dropout does nothing.
         generator: Source of the mask's seed, on x's device; torch's default generator without it, so that
@@ -62,7 +64,10 @@ def lora_linear(
                 [2.5000, 2.5000, 2.5000]])
     """
     check_lora_linear(x, weight, bias, lora_A, lora_B, scaling=scaling, dropout=dropout)
-    compute_dtype = _compute_dtype(x)
+    autocast = autocast_dtype(x)
+    if autocast is None:
+        check_compute_dtype(x, weight, bias)
+    compute_dtype = autocast or x.dtype
     backend = _choose_backend(x, weight, lora_A, compute_dtype)
     if backend == "reference":
         return reference.lora_linear(
@@ -128,16 +133,21 @@ class LoRALinearFunction(torch.autograd.Function):
         with torch.no_grad():
             wanted = _wanted_gradients(ctx, dy)
         if torch.is_grad_enabled():
-            wanted = tuple(g if g is None else _SecondDerivative.apply(g, dy) for g in wanted)
+            sources = [t for t in (dy, *ctx.saved_tensors) if t is not None and t.requires_grad]
+            wanted = tuple(g if g is None else _SecondDerivative.apply(g, *sources) for g in wanted)
         return (*wanted, None, None, None, None)
 
 
 class _SecondDerivative(torch.autograd.Function):
-    """Identity on a gradient that says what to do when somebody differentiates it."""
+    """A gradient that depends on its sources, and says what to do when somebody differentiates it."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, dy: Tensor) -> Tensor:
+    def forward(grad: Tensor, *sources: Tensor) -> Tensor:
         return grad.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Nothing to keep."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
@@ -147,7 +157,7 @@ class _SecondDerivative(torch.autograd.Function):
 def _wanted_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, lora_A, lora_B, s, mask = ctx.saved_tensors
     need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
-    dx = da = db = None
+    dx = da = db = dweight = dbias = None
     if need_x or need_A or need_B:
         dx, da, db = _library.lora_linear_backward(
             dy,
@@ -164,10 +174,12 @@ def _wanted_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             need_B,
             ctx.backend,
         )
-    rows = dy.flatten(0, -2) if dy.dim() > 1 else dy[None]
     # the base layer is frozen as a rule; whoever trains it all the same gets its gradient, never silence
-    dweight = rows.t() @ x.reshape(-1, x.shape[-1]) if need_weight else None
-    dbias = rows.sum(0) if need_bias else None
+    with without_autocast(dy):
+        if need_weight:
+            dweight = _library.rows_of(dy).t() @ _library.rows_of(x)
+        if need_bias:
+            dbias = _library.rows_of(dy).sum(0)
     return (
         dx if need_x else None,
         dweight,
@@ -175,13 +187,6 @@ def _wanted_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         da if need_A else None,
         db if need_B else None,
     )
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
-        return x.dtype
-    return torch.get_autocast_dtype(device_type)
 
 
 def _choose_backend(

@@ -17,8 +17,9 @@ Kernel = Literal["lora_down", "lora_forward", "lora_grad_s_b", "lora_grad_x", "l
 Path = Literal["split", "library"]
 
 KERNELS: tuple[Kernel, ...] = ("lora_down", "lora_forward", "lora_grad_s_b", "lora_grad_x", "lora_grad_a")
-# below this many rows a launch costs more than what a fused epilogue saves (predicted, not measured)
 _FEWEST_ROWS = 32
+# up to this rank the fp32 partial sums of dS take less traffic than a second read of dY
+MOST_RANKS_PER_READ = 32
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,23 @@ _SKINNY_STAGES = {"sm_80": 3, "sm_90": 3, "sm_100": 3, "gfx942": 2}
 def choose(kernel: Kernel, shape: Shape, dtype: torch.dtype, target: Target) -> Plan:
     """Path, tile and splits for one kernel of a layer call. Deterministic; never raises on an unknown GPU."""
     tile = _fitted(_choose_tile(kernel, shape, dtype, target), kernel, dtype, target)
-    return Plan(_choose_path(shape, dtype), tile, _choose_splits(kernel, shape, tile, target))
+    return Plan(choose_path(shape, dtype, target), tile, _choose_splits(kernel, shape, tile, target))
+
+
+def choose_path(shape: Shape, dtype: torch.dtype, target: Target) -> Path:
+    """Whether a layer call runs the kernels or is left to library products. Predicted, not measured.
+
+    Left to the library: fp32 (IEEE), which has no tensor cores; unaligned rows and ranks above 16 that are no
+    multiple of it, which have no wide loads; so few rows that launches dominate; GPUs without pinned tiles.
+    """
+    kernels_pay = (
+        dtype != torch.float32
+        and target.tiles != "default"
+        and shape.aligned
+        and (shape.r <= 16 or shape.r % 16 == 0)
+        and shape.m >= _FEWEST_ROWS
+    )
+    return "split" if kernels_pay else "library"
 
 
 def tiles(
@@ -92,12 +109,6 @@ def tiles(
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)
-
-
-def _choose_path(shape: Shape, dtype: torch.dtype) -> Path:
-    # fp32 (IEEE) has no tensor cores and unaligned rows no wide loads: there a fused kernel gains nothing
-    kernels_pay = dtype != torch.float32 and shape.aligned and shape.m >= _FEWEST_ROWS
-    return "split" if kernels_pay else "library"
 
 
 def _choose_tile(kernel: Kernel, shape: Shape, dtype: torch.dtype, target: Target) -> Tile:
@@ -143,6 +154,9 @@ def _ranks_at_a_time(rank: int, most: int) -> int:
 def _fitted(tile: Tile, kernel: Kernel, dtype: torch.dtype, target: Target) -> Tile:
     """The tile with as many pipeline stages as its operands leave room for in shared memory."""
     bytes_per_stage = (tile.rows + tile.cols) * tile.depth * dtype.itemsize
+    if kernel == "lora_down":
+        # A may come in fp32 beside a 16-bit x, and x passes through shared memory once more to be masked
+        bytes_per_stage = (2 * tile.rows * dtype.itemsize + tile.cols * 4) * tile.depth
     if kernel in ("lora_grad_s_b", "lora_grad_a"):
         bytes_per_stage = tile.rows * (tile.cols + tile.rank) * dtype.itemsize
     return replace(tile, stages=max(1, min(tile.stages, target.shared_bytes // bytes_per_stage)))
