@@ -41,7 +41,9 @@ def set_backend(name: str) -> None:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Like :func:`set_backend`, for the length of a ``with`` block.
+    """Like :func:`set_backend`, for the length of a ``with`` block, in every thread.
+
+    Where activations are recomputed (``torch.utils.checkpoint``), backward belongs into the block too.
 
     Example:
         >>> import fastlora

@@ -16,7 +16,8 @@ class LoRALinear(LoRAModule, nn.Linear):
     """``nn.Linear`` with a frozen weight and a trainable low-rank update (https://arxiv.org/abs/2106.09685).
 
     y = x·Wᵀ + bias + scaling · dropout(x)·Aᵀ·Bᵀ, with scaling = alpha/rank. B starts at zero, so the first
-    output equals the frozen layer's bit for bit. A plain ``nn.Linear`` state dict loads as it is.
+    output equals the frozen layer's: bit for bit with library products (on a CPU), to rounding with the
+    kernels, whose sums run in another order. A plain ``nn.Linear`` state dict loads as it is.
 
     Args:
         in_features: Size of the last dimension of x ``[..., in_features]``.

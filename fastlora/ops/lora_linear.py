@@ -32,7 +32,7 @@ def lora_linear(
 
     Equal to :func:`fastlora.reference.lora_linear` within that formula's own rounding error. Beside x, which
     autograd needs anyway, only S = dropout(x)·Aᵀ ``[M, rank]`` and, with dropout, the mask (a bit an element
-    on a GPU, a byte on a CPU) are kept for backward. Gradients are the same bits on every run.
+    with the kernels, a byte with library products) are kept for backward. Gradients are the same bits on every run.
 
     Args:
         x: ``[..., in_features]`` in float64, float32, float16 or bfloat16; autocast is honoured.
@@ -92,8 +92,10 @@ def lora_linear(
 class LoRALinearFunction(torch.autograd.Function):
     """Autograd of :func:`lora_linear`. Saves x, S, the mask and the weights, as far as they are needed."""
 
+    # forward with ctx, not setup_context: binding the arguments to its signature costs torch 80 µs a call
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -104,15 +106,12 @@ class LoRALinearFunction(torch.autograd.Function):
         dropout: float,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """y, S and the dropout mask (empty without dropout)."""
-        return _library.lora_linear_forward(x, weight, bias, lora_A, lora_B, seed, scaling, dropout, backend)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        """Keep for backward only what the wanted gradients need."""
-        x, weight, _, lora_A, lora_B, _, ctx.scaling, ctx.dropout, ctx.backend = inputs
-        _, s, mask = output
+        """y, S and the dropout mask (empty without dropout); keeps what the wanted gradients need."""
+        y, s, mask = _library.lora_linear_forward(
+            x, weight, bias, lora_A, lora_B, seed, scaling, dropout, backend
+        )
         need_x, need_weight, _, need_A, need_B = ctx.needs_input_grad[:5]
+        ctx.scaling, ctx.dropout, ctx.backend = scaling, dropout, backend
         ctx.mark_non_differentiable(s, mask)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
@@ -123,6 +122,7 @@ class LoRALinearFunction(torch.autograd.Function):
             s if need_B else None,
             mask if need_x or need_A else None,
         )
+        return y, s, mask
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
