@@ -1,0 +1,28 @@
+"""The command line: ``fastlora COMMAND``. One file per command.
+
+A command's file imports at its top only what its options need; what is slow to import (models, plots) is
+imported when the command runs, so that ``fastlora --help`` answers at once.
+"""
+
+import typer
+
+from fastlora.cli import demo, kernels
+from fastlora.cli._errors import CommandGroup
+
+app = typer.Typer(
+    name="fastlora",
+    cls=CommandGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    help="Parameter-efficient fine-tuning with fused kernels: exact, lean and fast on GPU and CPU.",
+)
+
+
+app.command("demo")(demo.demo)
+app.command("kernels")(kernels.kernels)
+
+
+def main() -> None:
+    """Run the command line and leave with exit code 0 (done), 1 (failed) or 2 (bad usage or input)."""
+    app()

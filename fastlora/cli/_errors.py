@@ -1,0 +1,30 @@
+"""Exit codes, and one line instead of a traceback for the errors a user can do something about."""
+
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+FAILURE, BAD_INPUT = 1, 2
+
+_BAD_INPUT = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError)
+_FAILURES = (ImportError, FloatingPointError, OSError)
+
+
+class CommandGroup(TyperGroup):
+    """Commands whose expected errors end with one line on stderr: exit code 2 for bad input, else 1."""
+
+    # typer's context class has moved between its versions
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except _BAD_INPUT as error:
+            raise _told(error, BAD_INPUT) from error
+        except _FAILURES as error:
+            raise _told(error, FAILURE) from error
+
+
+def _told(error: Exception, code: int) -> typer.Exit:
+    typer.echo(f"error: {error}", err=True)
+    return typer.Exit(code)

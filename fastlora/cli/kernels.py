@@ -1,0 +1,83 @@
+"""``fastlora kernels``: what the compiler makes of every kernel, for GPUs that need not be here."""
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fastlora._backend import triton_available
+
+if TYPE_CHECKING:
+    from fastlora_kernels.codegen import Row
+
+DEFAULT_TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+
+
+def kernels(
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="GPU to compile for, for instance sm_90; repeat it for several. Default: four."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
+) -> None:
+    """Compile every kernel of every launch plan and show what it takes on the GPU. No GPU is needed.
+
+    Registers and spills (bytes written to memory for want of registers) are per thread, shared memory is per
+    program. Exit code 1 when a kernel spills or its shared memory does not fit.
+
+    [bold]Example[/bold]: fastlora kernels --target sm_90
+    """
+    rows = _compile(target or DEFAULT_TARGETS, Console(stderr=True))
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows], indent=1))
+    else:
+        Console().print(_table(rows))
+    if not all(_fits(row) for row in rows):
+        raise typer.Exit(1)
+
+
+def _compile(targets: list[str], console: Console) -> "list[Row]":
+    if not triton_available():
+        raise ImportError("compiling kernels needs the package triton: pip install triton")
+    # slow to import
+    from fastlora_kernels import codegen
+
+    specs = [spec for name in targets for spec in codegen.specs(name)]
+    columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        rows = list(progress.track(codegen.compile_rows(specs), total=len(specs)))
+    return sorted(rows, key=lambda row: (row.target, row.kernel, row.dtype, row.tile, row.dropout))
+
+
+def _fits(row: "Row") -> bool:
+    from fastlora_kernels.targets import TARGETS
+
+    return row.spills == 0 and row.shared_bytes <= TARGETS[row.target].shared_bytes
+
+
+def _table(rows: "list[Row]") -> Table:
+    table = Table(caption="Tile: output rows × columns × depth of a step, ranks at a time.")
+    table.add_column("Kernel")
+    for heading in ("Target", "Dtype", "Dropout", "Aligned", "Tile"):
+        table.add_column(heading)
+    for heading in ("Warps", "Stages", "Registers", "Spills", "Shared", "Matrix instructions"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        instructions = ", ".join(f"{count} {kind}" for kind, count in row.matrix_instructions.items())
+        table.add_row(
+            row.kernel,
+            row.target,
+            row.dtype,
+            "yes" if row.dropout else "",
+            "yes" if row.aligned else "",
+            row.tile,
+            *map(str, (row.warps, row.stages, row.registers, row.spills)),
+            f"{row.shared_bytes:,}",
+            instructions + (" serialised" if row.serialized else ""),
+            style=None if _fits(row) else "red",
+        )
+    return table

@@ -1,0 +1,1 @@
+"""Transfer learning on pretrained models: weights, data, training and reports."""

@@ -1,0 +1,46 @@
+"""Scores of a classifier, all read off its confusion matrix."""
+
+import torch
+from torch import Tensor
+
+
+def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
+    """Count how often each class was taken for each.
+
+    Args:
+        labels: int64 ``[n]``.
+        predictions: int64 ``[n]``.
+        num_classes: c; labels and predictions are below it.
+
+    Returns:
+        int64 ``[c, c]``; row = true class, column = predicted class.
+
+    Example:
+        >>> confusion_matrix(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]), 2)
+        tensor([[1, 1],
+                [0, 1]])
+    """
+    pairs = labels * num_classes + predictions
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def accuracy(confusion: Tensor) -> float:
+    """Share of pictures that were labelled right.
+
+    Example:
+        >>> accuracy(torch.tensor([[3, 1], [0, 4]]))
+        0.875
+    """
+    return confusion.trace().item() / confusion.sum().item()
+
+
+def balanced_accuracy(confusion: Tensor) -> float:
+    """Mean over the classes of the share labelled right; classes without pictures don't count.
+
+    Example:
+        >>> balanced_accuracy(torch.tensor([[3, 1], [0, 8]]))
+        0.875
+    """
+    pictures = confusion.sum(dim=1).double()
+    present = pictures > 0
+    return (confusion.diag()[present] / pictures[present]).mean().item()

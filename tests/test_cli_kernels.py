@@ -1,0 +1,80 @@
+"""``fastlora kernels``: what it prints and how it ends. The compiler itself is tested in test_codegen."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("triton", reason="compiling kernels needs Triton")
+
+from fastlora.cli import app
+from fastlora_kernels import codegen
+from fastlora_kernels.codegen import Row, Spec
+
+KEYS = {"kernel", "target", "dtype", "tile", "warps", "stages", "registers", "spills", "shared_bytes"}
+
+
+@pytest.fixture
+def one_spec(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile one small kernel for each target instead of all."""
+    all_specs = codegen.specs
+
+    def first(target: str) -> list[Spec]:
+        return [spec for spec in all_specs(target) if spec.kernel == "lora_grad_a"][:1]
+
+    monkeypatch.setattr(codegen, "specs", first)
+
+
+@pytest.mark.usefixtures("one_spec")
+def test_json_is_all_there_is_on_stdout() -> None:
+    result = CliRunner().invoke(app, ["kernels", "--target", "sm_90", "--target", "gfx942", "--json"])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)
+    assert [row["target"] for row in rows] == ["gfx942", "sm_90"]
+    assert all(row.keys() >= KEYS | {"matrix_instructions"} for row in rows)
+    assert all(row["registers"] > 0 and row["shared_bytes"] > 0 for row in rows)
+
+
+@pytest.mark.usefixtures("one_spec")
+def test_table() -> None:
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["kernels", "--target", "sm_80"])
+    assert result.exit_code == 0, result.output
+    assert "lora_grad_a" in result.stdout
+    assert "Registers" in result.stdout
+
+
+@pytest.mark.usefixtures("one_spec")
+@pytest.mark.parametrize("change", [{"spills": 4}, {"shared_bytes": 10**6}], ids=["spills", "shared"])
+def test_exit_code_tells_a_kernel_that_does_not_fit(
+    change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = Row(
+        kernel="lora_down",
+        target="sm_90",
+        dtype="bf16",
+        dropout=False,
+        aligned=True,
+        tile="64×16×128, 16",
+        warps=4,
+        stages=3,
+        registers=61,
+        spills=0,
+        shared_bytes=100,
+        matrix_instructions={"wgmma": 8},
+        serialized=False,
+    )
+
+    def rows(specs: Sequence[Spec]) -> Iterator[Row]:
+        yield replace(row, **change)
+
+    monkeypatch.setattr(codegen, "compile_rows", rows)
+    assert CliRunner().invoke(app, ["kernels", "--target", "sm_90"]).exit_code == 1
+
+
+def test_unknown_target_is_bad_input() -> None:
+    result = CliRunner().invoke(app, ["kernels", "--target", "sm_1"])
+    assert result.exit_code == 2
+    assert "expected a target out of sm_80" in result.stderr

@@ -1,0 +1,91 @@
+"""Scores, memory, files and pictures of a report."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastlora.transfer.fit import EpochResult
+from fastlora.transfer.memory import PeakMemory
+from fastlora.transfer.metrics import accuracy, balanced_accuracy, confusion_matrix
+from fastlora.transfer.plots import draw_confusions, draw_curves
+from fastlora.transfer.report import MethodResult, check_output_folder, environment, write_file, write_report
+
+
+def test_scores_against_their_definitions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels, predictions = torch.randint(0, 4, (2, 300), generator=generator)
+    confusion = confusion_matrix(labels, predictions, 5)
+    for true in range(5):
+        for predicted in range(5):
+            count = sum(1 for pair in zip(labels, predictions, strict=True) if pair == (true, predicted))
+            assert confusion[true, predicted] == count
+    right = labels == predictions
+    recalls = [right[labels == label].double().mean().item() for label in range(4)]
+    assert accuracy(confusion) == pytest.approx(right.double().mean().item())
+    # the fifth class has no examples and does not count
+    assert balanced_accuracy(confusion) == pytest.approx(sum(recalls) / 4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the resident set is read from /proc")
+def test_peak_memory_sees_what_is_gone_again() -> None:
+    peak = PeakMemory(torch.device("cpu"))
+    with peak:
+        pass
+    before = peak.bytes
+    assert before is not None
+    with peak:
+        block = torch.ones(50_000_000)
+        torch.sum(block)
+        del block
+    assert peak.bytes is not None
+    assert 150e6 < peak.bytes - before < 400e6
+    highest = peak.bytes
+    with peak:
+        pass
+    assert peak.bytes == highest
+
+
+def test_write_replaces_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "report.json"
+    write_report(path, {"run": 1})
+    assert json.loads(path.read_text()) == {"run": 1}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_file(path, b"half")
+    assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+    assert json.loads(path.read_text()) == {"run": 1}
+
+
+def test_check_makes_the_folder_and_leaves_it_empty(tmp_path: Path) -> None:
+    check_output_folder(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_environment_names_versions() -> None:
+    facts = environment(torch.device("cpu"), "bf16")
+    assert facts["versions"]["torch"] in torch.__version__
+    assert facts["threads"] == torch.get_num_threads()
+    json.dumps(facts)
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+@pytest.mark.parametrize("epochs", [1, 30])
+def test_pictures_of_any_size(classes: int, epochs: int) -> None:
+    labels = torch.arange(classes).repeat(3)
+    history = [EpochResult(n + 1, 1 / (n + 1), n / epochs, 1.0) for n in range(epochs)]
+    result = MethodResult(
+        "probe", "Probe", (1, 2), labels, labels.flip(0), classes, history, 1.0, None, None, {}
+    )
+    names = [str(label) for label in range(classes)]
+    for picture in (
+        draw_curves([result, result], "curves"),
+        draw_confusions([result, result], names, "confusion"),
+    ):
+        assert picture.startswith(b"\x89PNG")
