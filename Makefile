@@ -9,7 +9,7 @@ demo: $(VENV)/.installed-demo
 	$(VENV)/bin/fastlora demo
 
 test: $(VENV)/.installed-dev
-	$(RUN) pytest
+	$(RUN) pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(RUN) ruff format --check

@@ -8,6 +8,9 @@ import torch
 if not torch.cuda.is_available():
     # read when the kernels are decorated, so it has to stand before their first import
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # the workers share the cores
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,83 @@
+"""The package as a whole: imports, layout, and what the README promises."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import importlib.util, torch
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
+import fastlora
+layer = fastlora.LoRALinear(8, 4, rank=2, dropout=0.1)
+layer(torch.randn(3, 8)).sum().backward()
+assert layer.lora_B.grad.abs().sum() > 0
+assert not any(name.startswith("fastlora_kernels.lora") for name in sys.modules)
+try:
+    with fastlora.use_backend("triton"):
+        layer(torch.randn(3, 8))
+except ValueError as error:
+    print(error)
+"""
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_imports_and_runs_without_triton() -> None:
+    assert "the package triton is not installed" in run_python(WITHOUT_TRITON)
+
+
+def test_import_is_lazy() -> None:
+    """``import fastlora`` loads neither the kernels nor what only the commands need."""
+    heavy = "('triton', 'fastlora_kernels', 'matplotlib', 'torchvision', 'peft', 'transformers', 'rich')"
+    loaded = run_python(f"import fastlora, sys; print([name for name in {heavy} if name in sys.modules])")
+    assert loaded.strip() == "[]"
+
+
+def test_kernels_folder_never_becomes_a_package() -> None:
+    """Hugging Face publishes a package called ``kernels``, which transformers imports."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not [path for top in ("tests", "benchmarks") for path in (ROOT / top).rglob("kernels")]
+    found = run_python(
+        "import importlib.util as u; s = u.find_spec('kernels'); print(s.origin if s else None)"
+    )
+    assert str(ROOT / "kernels") not in found
+
+
+def test_kernels_do_not_import_fastlora() -> None:
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert not re.search(r"^\s*(from|import) fastlora\b", path.read_text(), re.M), path
+    reference = (ROOT / "fastlora" / "reference.py").read_text()
+    assert "fastlora_kernels" not in reference
+
+
+def test_only_one_file_reads_the_environment() -> None:
+    readers = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "fastlora").rglob("*.py")
+        if "os.environ" in path.read_text() or "getenv" in path.read_text()
+    }
+    assert readers == {"fastlora/_backend.py"}
+
+
+def test_readme_example_runs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert example is not None
+    exec(compile(example[1], "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    # what the README shows in comments is what the lines print
+    for line in re.findall(r"# prints: (.*)", example[1]):
+        assert line in printed
