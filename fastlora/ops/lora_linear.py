@@ -31,8 +31,8 @@ def lora_linear(
     """y = x·Wᵀ + bias + scaling · dropout(x)·Aᵀ·Bᵀ (Hu et al., https://arxiv.org/abs/2106.09685).
 
     Equal to :func:`fastlora.reference.lora_linear` within that formula's own rounding error. Beside x, which
-    autograd needs anyway, only S = dropout(x)·Aᵀ ``[M, rank]`` and, with dropout, the mask (a bit an element
-    with the kernels, a byte with library products) are kept for backward. Gradients are the same bits on every run.
+    autograd needs anyway, backward keeps only S = dropout(x)·Aᵀ ``[M, rank]`` and, with dropout, the mask:
+    a bit an element with the kernels, a byte with library products. Gradients are the same bits on every run.
 
     Args:
         x: ``[..., in_features]`` in float64, float32, float16 or bfloat16; autocast is honoured.
