@@ -28,6 +28,7 @@ import fastlora
 SHAPES = [(4096, 768, 768), (2048, 768, 3072), (1024, 1024, 4096), (512, 3072, 768)]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RANK, ALPHA = 16, 32.0
+CANDIDATES = ("fastlora", "reference", "peft", "peft_same_dtype")
 # largest error relative to the reference's largest element that still counts as the same function
 TOLERANCE = {"fp32": 1e-4, "bf16": 4e-2}
 
@@ -35,7 +36,7 @@ Step = Callable[[], tuple[Tensor, ...]]
 
 
 def main() -> None:
-    """Time every case, print it as it comes, and write all of them as JSON."""
+    """Time every case, print it as it comes, and write all of them as JSON and as a table."""
     options = _options()
     rows: list[dict[str, Any]] = []
     for threads in options.threads:
@@ -47,7 +48,7 @@ def main() -> None:
                     print(_line(rows[-1]), flush=True)
             print(_summary(rows, threads, dropout), flush=True)
     if options.output is not None:
-        _write(options.output, {"environment": _environment(), "rank": RANK, "rows": rows})
+        write_results(options.output, {"environment": _environment(), "rank": RANK, "rows": rows})
 
 
 def _options() -> argparse.Namespace:
@@ -57,7 +58,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
     parser.add_argument("--rounds", type=int, default=9, help="timed turns of each candidate")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--output", type=Path, help="JSON file to write, with the table beside it")
     return parser.parse_args()
 
 
@@ -162,7 +163,7 @@ def _summary(rows: list[dict[str, Any]], threads: int, dropout: float) -> str:
     ratios = [_ratios(row) for row in rows if row["threads"] == threads and row["dropout"] == dropout]
     means = {
         name: math.exp(statistics.mean(math.log(case[name]) for case in ratios if name in case))
-        for name in ("fastlora", "reference", "peft", "peft_same_dtype")
+        for name in CANDIDATES
     }
     text = "  ".join(f"{name} {mean:.3f}x" for name, mean in means.items())
     return f"geometric mean, threads {threads}, p {dropout}: {text}\n"
@@ -190,9 +191,43 @@ def _processor() -> str:
     return platform.processor()
 
 
-def _write(path: Path, result: dict[str, Any]) -> None:
+def write_results(path: Path, result: dict[str, Any]) -> None:
+    """Write the JSON file and, beside it, the same as a Markdown table."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".md").write_text(_markdown(result))
+
+
+def _markdown(result: dict[str, Any]) -> str:
+    environment, rows = result["environment"], result["rows"]
+    lines = [
+        "# LoRA layer on the CPU",
+        "",
+        f"Forward + backward, rank {result['rank']}, as a multiple of the frozen layer's own time.",
+        f"{environment['cores']} cores, {environment['processor']} ({environment['capability']}), "
+        f"torch {environment['torch']}, PEFT {environment['peft']}, {environment['date']}.",
+        "Medians, all candidates taking turns in one process. `peft` keeps fp32 adapters beside a bf16",
+        "layer, as it does by default and as fastlora does; `peft_same_dtype` has bf16 adapters. Bold:",
+        "as fast as fastlora or faster.",
+        "",
+        "| threads | dropout | dtype | M × K × N | frozen, ms | " + " | ".join(CANDIDATES) + " |",
+        "|" + "---|" * (5 + len(CANDIDATES)),
+    ]
+    lines += [_markdown_row(row) for row in rows]
+    cases = dict.fromkeys((row["threads"], row["dropout"]) for row in rows)
+    lines += ["", *(f"- {_summary(rows, *case).strip()}" for case in cases)]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_row(row: dict[str, Any]) -> str:
+    ratios = _ratios(row)
+    cells = [row["threads"], row["dropout"], row["dtype"], " × ".join(map(str, row["shape"]))]
+    cells.append(f"{row['median_ms']['frozen']:.1f}")
+    for name in CANDIDATES:
+        text = f"{ratios[name]:.2f}" if name in ratios else "–"
+        beats = name != "fastlora" and ratios.get(name, math.inf) <= ratios["fastlora"]
+        cells.append(f"**{text}**" if beats else text)
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 if __name__ == "__main__":
