@@ -14,8 +14,6 @@ from fastlora._backend import triton_available
 if TYPE_CHECKING:
     from fastlora_kernels.codegen import Row
 
-DEFAULT_TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
-
 
 def kernels(
     target: Annotated[
@@ -31,7 +29,7 @@ def kernels(
 
     [bold]Example[/bold]: fastlora kernels --target sm_90
     """
-    rows = _compile(target or DEFAULT_TARGETS, Console(stderr=True))
+    rows = _compile(target, Console(stderr=True))
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in rows], indent=1))
     else:
@@ -40,13 +38,13 @@ def kernels(
         raise typer.Exit(1)
 
 
-def _compile(targets: list[str], console: Console) -> "list[Row]":
+def _compile(targets: list[str] | None, console: Console) -> "list[Row]":
     if not triton_available():
         raise ImportError("compiling kernels needs the package triton: pip install triton")
     # slow to import
     from fastlora_kernels import codegen
 
-    specs = [spec for name in targets for spec in codegen.specs(name)]
+    specs = [spec for name in targets or codegen.DEFAULT_TARGETS for spec in codegen.specs(name)]
     columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         rows = list(progress.track(codegen.compile_rows(specs), total=len(specs)))

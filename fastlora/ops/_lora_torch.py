@@ -96,9 +96,8 @@ def _add_low_rank(dx: Tensor, ds: Tensor, a: Tensor, mask: Tensor | None) -> Non
     if mask is None:
         dx.addmm_(ds, a)
         return
-    buffer: Tensor | None = None
     for rows in _row_blocks(dx):
-        product = torch.mm(ds[rows], a, out=buffer) if buffer is not None else ds[rows] @ a
+        product = ds[rows] @ a
         dx[rows] += masked(product, mask[rows], out=product)
 
 

@@ -228,24 +228,19 @@ def _argument_type(name: str, dtype: str) -> str:
 
 
 def _constants(spec: Spec) -> dict[str, Any]:
-    tile = spec.tile
-    return (
-        {
-            "lora_down": {"BLOCK_M": tile.rows, "BLOCK_K": tile.depth},
-            "lora_forward": {
-                "BLOCK_M": tile.rows,
-                "BLOCK_N": tile.cols,
-                "BLOCK_K": tile.depth,
-                "GROUP": 8,
-                "HAS_BIAS": True,
-            },
-            "lora_grad_s_b": {"BLOCK_M": tile.rows, "BLOCK_N": tile.cols},
-            "lora_grad_x": {"BLOCK_M": tile.rows, "BLOCK_K": tile.cols, "BLOCK_N": tile.depth, "GROUP": 8},
-            "lora_grad_a": {"BLOCK_M": tile.rows, "BLOCK_K": tile.cols},
-        }[spec.kernel]
-        | {"BLOCK_R": tile.rank}
-        | ({"HAS_DROPOUT": spec.dropout} if spec.kernel in _WITH_DROPOUT else {})
-    )
+    from fastlora_kernels.primitives import TILES_PER_GROUP
+
+    tile, group = spec.tile, {"GROUP": TILES_PER_GROUP}
+    forward = {"BLOCK_M": tile.rows, "BLOCK_N": tile.cols, "BLOCK_K": tile.depth, "HAS_BIAS": True}
+    constants: dict[str, dict[str, Any]] = {
+        "lora_down": {"BLOCK_M": tile.rows, "BLOCK_K": tile.depth},
+        "lora_forward": forward | group,
+        "lora_grad_s_b": {"BLOCK_M": tile.rows, "BLOCK_N": tile.cols},
+        "lora_grad_x": {"BLOCK_M": tile.rows, "BLOCK_K": tile.cols, "BLOCK_N": tile.depth} | group,
+        "lora_grad_a": {"BLOCK_M": tile.rows, "BLOCK_K": tile.cols},
+    }
+    dropout = {"HAS_DROPOUT": spec.dropout} if spec.kernel in _WITH_DROPOUT else {}
+    return constants[spec.kernel] | {"BLOCK_R": tile.rank} | dropout
 
 
 def _nvidia_usage(ptx: str) -> tuple[int, int, bool]:
