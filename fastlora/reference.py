@@ -1,8 +1,15 @@
 """The eager definition of every op in plain PyTorch, for any floating dtype and device: the specification."""
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+Activation = Literal["gelu", "relu", "silu"]
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
 
 def lora_linear(
@@ -62,6 +69,81 @@ def lora_linear_with_mask(
     """
     dropped = x * keep_mask / keep_probability
     return _base_plus_low_rank(x, dropped, weight, bias, lora_A, lora_B, scaling)
+
+
+def adapter(
+    h: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    *,
+    residual: Tensor | Literal["input"] | None = "input",
+    activation: Activation = "gelu",
+    dropout: float = 0.0,
+    training: bool = True,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """residual + dropout(act(h·W_dᵀ + b_d))·W_uᵀ + b_u (Houlsby et al., https://arxiv.org/abs/1902.00751).
+
+    Args:
+        h: ``[..., hidden_size]``.
+        down_weight: ``[adapter_size, hidden_size]``, in any floating dtype; rounded to h's.
+        down_bias: ``[adapter_size]`` or None, likewise.
+        up_weight: ``[hidden_size, adapter_size]``, likewise.
+        up_bias: ``[hidden_size]`` or None, likewise.
+        residual: What the bottleneck's output is added to: ``"input"`` means h; a tensor of h's shape, the
+            output of the layer that the adapter runs beside, say; None adds it to nothing.
+        activation: ``"gelu"`` (the exact one, by erf), ``"relu"`` or ``"silu"``.
+        dropout: Probability of zeroing an element after the activation.
+        training: Without it dropout does nothing.
+        generator: Source of the dropout mask; torch's default generator without it.
+
+    Returns:
+        ``[..., hidden_size]``.
+
+    Example:
+        >>> down, up = torch.ones(1, 2), torch.ones(2, 1)
+        >>> adapter(torch.tensor([1.0, 2.0]), down, None, up, None, activation="relu")
+        tensor([4., 5.])
+    """
+    bottleneck = _linear(h, down_weight, down_bias)
+    active = ACTIVATIONS[activation](bottleneck)
+    if training and dropout > 0:
+        active = _dropout(active, dropout, generator)
+    return _add(residual, h, _linear(active, up_weight, up_bias))
+
+
+def adapter_with_mask(
+    h: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    keep_mask: Tensor,
+    *,
+    residual: Tensor | Literal["input"] | None = "input",
+    activation: Activation = "gelu",
+    keep_probability: float,
+) -> Tensor:
+    """:func:`adapter` with the dropout mask given, so that implementations can be compared exactly.
+
+    Args:
+        keep_mask: bool ``[..., adapter_size]``; True keeps an element and divides it by ``keep_probability``.
+        keep_probability: Probability with which the mask was drawn.
+    """
+    active = ACTIVATIONS[activation](_linear(h, down_weight, down_bias))
+    return _add(residual, h, _linear(active * keep_mask / keep_probability, up_weight, up_bias))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _add(residual: Tensor | Literal["input"] | None, h: Tensor, update: Tensor) -> Tensor:
+    if residual is None:
+        return update
+    return (h if isinstance(residual, str) else residual) + update
 
 
 def _base_plus_low_rank(

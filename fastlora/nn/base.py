@@ -12,12 +12,13 @@ from typing_extensions import Self
 
 from fastlora.functional import lora_linear
 from fastlora.nn._settings import LoRASettings
+from fastlora.nn.tuner import TunerModule
 
 # bounds what folding an update in needs beside the new weight: 32 MiB in float64
 _FOLD_ELEMENTS = 2**22
 
 
-class LoRAModule(nn.Module):
+class LoRAModule(TunerModule):
     """Mixin for a layer with a frozen weight W ``[out, in]`` and a trainable update (alpha/rank)·B·A.
 
     LoRA: Hu et al., https://arxiv.org/abs/2106.09685; rank-stabilised scaling: Kalajdzievski,
