@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlora.reference import ACTIVATIONS
+
 FLOATING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -35,6 +37,52 @@ def check_lora_linear(
     # not math.isfinite: under torch.compile a scaling that changes is symbolic
     if not abs(scaling) < float("inf"):
         raise ValueError(f"expected a finite scaling, got {scaling!r}; it is usually alpha / rank")
+
+
+def check_adapter(
+    h: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    residual: Tensor | str | None,
+    *,
+    activation: str,
+    dropout: float,
+) -> None:
+    """Refuse arguments that :func:`fastlora.functional.adapter` can't serve.
+
+    Raises:
+        TypeError: An argument is no floating-point tensor.
+        ValueError: Shapes, devices, the activation or dropout do not fit.
+    """
+    if isinstance(residual, str) and residual != "input":
+        raise ValueError(f"expected residual to be 'input', a tensor or None, got {residual!r}")
+    named = {
+        "h": h,
+        "down_weight": down_weight,
+        "down_bias": down_bias,
+        "up_weight": up_weight,
+        "up_bias": up_bias,
+        "residual": None if isinstance(residual, str) else residual,
+    }
+    given = {name: tensor for name, tensor in named.items() if tensor is not None}
+    for name, tensor in given.items():
+        check_floating(name, tensor)
+    _check_adapter_shapes(h, down_weight, given)
+    check_same_device(given)
+    check_dropout(dropout)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"expected an activation out of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
+def check_adapter_size(size: int, widest: int) -> None:
+    """Refuse a bottleneck that is too wide for the kernels."""
+    if size > widest:
+        raise ValueError(
+            f"backend 'triton' serves bottlenecks up to {widest}, got {size}; "
+            "use fastlora.set_backend('torch') or 'auto' for wider ones"
+        )
 
 
 def check_compute_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -104,6 +152,32 @@ def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor
         )
     if bias is not None and tuple(bias.shape) != (out_features,):
         raise ValueError(f"expected bias with shape ({out_features},), got {tuple(bias.shape)}")
+
+
+def _check_adapter_shapes(h: Tensor, down_weight: Tensor, given: dict[str, Tensor]) -> None:
+    if down_weight.dim() != 2 or 0 in down_weight.shape:
+        raise ValueError(
+            "expected down_weight [adapter_size, hidden_size], both at least 1, got shape "
+            f"{tuple(down_weight.shape)}"
+        )
+    size, hidden = down_weight.shape
+    if h.dim() == 0 or h.shape[-1] != hidden:
+        raise ValueError(
+            f"expected h with last dimension {hidden} (down_weight is {tuple(down_weight.shape)}), "
+            f"got shape {tuple(h.shape)}"
+        )
+    expected = {
+        "down_bias": (size,),
+        "up_weight": (hidden, size),
+        "up_bias": (hidden,),
+        "residual": tuple(h.shape),
+    }
+    for name, shape in expected.items():
+        if name in given and tuple(given[name].shape) != shape:
+            raise ValueError(
+                f"expected {name} of shape {shape} for h {tuple(h.shape)} and down_weight "
+                f"{tuple(down_weight.shape)}, got {tuple(given[name].shape)}"
+            )
 
 
 def _check_number(name: str, value: Any) -> None:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 Activation = Literal["gelu", "relu", "silu"]
 
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
 
 def lora_linear(

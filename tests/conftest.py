@@ -1,9 +1,14 @@
 """Fixtures for every test."""
 
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from tests.kernel_harness import Harness
 
 if not torch.cuda.is_available():
     # read when the kernels are decorated, so it has to stand before their first import
@@ -28,3 +33,22 @@ def kernel_device() -> torch.device:
 
     teach_interpreter_bf16()
     return torch.device("cpu")
+
+
+@pytest.fixture(params=["fp32", "fp16", "bf16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Each dtype the kernels serve."""
+    from tests.lora_yardstick import DTYPES
+
+    return DTYPES[request.param]
+
+
+@pytest.fixture
+def harness(dtype: torch.dtype, kernel_device: torch.device) -> "Iterator[Harness]":
+    """A kernel harness for each dtype; nothing may have been written into its margins."""
+    # imports fastlora, which must not happen before the interpreter is on
+    from tests.kernel_harness import Harness
+
+    made = Harness(dtype, kernel_device)
+    yield made
+    made.assert_margins_untouched()

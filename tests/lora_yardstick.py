@@ -96,11 +96,12 @@ def assert_as_exact_as_eager(got: list[Tensor], case: Case) -> dict[str, float]:
     for name, value, ours, theirs in zip(NAMES, got, exact, eager(case), strict=True):
         assert value.shape == ours.shape, name
         assert value.dtype == theirs.dtype, name
-        ratios[name] = _assert_close(name, value, theirs, ours)
+        ratios[name] = assert_close(name, value, theirs, ours)
     return ratios
 
 
-def _assert_close(name: str, value: Tensor, eager_value: Tensor, exact: Tensor) -> float:
+def assert_close(name: str, value: Tensor, eager_value: Tensor, exact: Tensor) -> float:
+    """The value's error is at most FACTOR times eager's; returns their ratio."""
     if exact.numel() == 0:
         return 0.0
     # an axis of length one leaves eager without any error: one rounding of the result is always allowed

@@ -57,6 +57,7 @@ def test_exit_code_tells_a_kernel_that_does_not_fit(
         dtype="bf16",
         dropout=False,
         aligned=True,
+        activation="",
         tile="64×16×128, 16",
         warps=4,
         stages=3,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import fastlora
 from fastlora.functional import lora_linear
-from fastlora.ops import _library
+from fastlora.ops import _lora_library
 
 M, N, K, R = 6, 5, 7, 3
 
@@ -46,7 +46,7 @@ def test_opcheck(backend: str, leading: tuple[int, ...], dropout: float, kernel_
     seed = torch.tensor([1], device=device) if dropout else None
     forward = (x, weight, bias, a, b, seed, 1.3, dropout, backend)
     torch.library.opcheck(torch.ops.fastlora.lora_linear_forward.default, forward)
-    _, s, mask = _library.lora_linear_forward(*forward)
+    _, s, mask = _lora_library.lora_linear_forward(*forward)
     for need in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
         backward = (dy, x, weight, a, b, s, mask, 1.3, dropout, *need, backend)
         torch.library.opcheck(torch.ops.fastlora.lora_linear_backward.default, backward)
@@ -120,13 +120,13 @@ def test_gradients_that_are_not_wanted_are_skipped(
     device = kernel_device if backend == "triton" else torch.device("cpu")
     tensors = [t.detach().to(device).requires_grad_(i in wanted) for i, t in enumerate(make(torch.float32))]
     asked: list[tuple[bool, ...]] = []
-    original = _library.lora_linear_backward
+    original = _lora_library.lora_linear_backward
 
     def spy(*args: Any) -> Any:
         asked.append(args[9:12])
         return original(*args)
 
-    monkeypatch.setattr(_library, "lora_linear_backward", spy)
+    monkeypatch.setattr(_lora_library, "lora_linear_backward", spy)
     with fastlora.use_backend(backend):
         y = lora_linear(*tensors, scaling=1.0)
         gradients = torch.autograd.grad(y.sum(), [tensors[i] for i in wanted])

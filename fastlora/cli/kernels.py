@@ -60,7 +60,7 @@ def _fits(row: "Row") -> bool:
 def _table(rows: "list[Row]") -> Table:
     table = Table(caption="Tile: output rows × columns × depth of a step, ranks at a time.")
     table.add_column("Kernel")
-    for heading in ("Target", "Dtype", "Dropout", "Aligned", "Tile"):
+    for heading in ("Target", "Dtype", "Dropout", "Aligned", "Activation", "Tile"):
         table.add_column(heading)
     for heading in ("Warps", "Stages", "Registers", "Spills", "Shared", "Matrix instructions"):
         table.add_column(heading, justify="right")
@@ -72,6 +72,7 @@ def _table(rows: "list[Row]") -> Table:
             row.dtype,
             "yes" if row.dropout else "",
             "yes" if row.aligned else "",
+            row.activation,
             row.tile,
             *map(str, (row.warps, row.stages, row.registers, row.spills)),
             f"{row.shared_bytes:,}",

@@ -31,7 +31,7 @@ def forward(
     dropout: float,
     y: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
-    """y = x·Wᵀ + bias + S·Bᵀ with S = scaling / (1 - p) · dropout(x)·Aᵀ; see :mod:`fastlora.ops._library`."""
+    """y = x·Wᵀ + bias + S·Bᵀ, S = scaling/(1 - p) · dropout(x)·Aᵀ; see :mod:`fastlora.ops._lora_library`."""
     a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
     mask = None if seed is None else draw_keep_mask((x.shape[0], x.shape[1]), dropout, seed)
     s = x.new_empty(x.shape[0], a.shape[0])

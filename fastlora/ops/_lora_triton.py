@@ -1,12 +1,10 @@
 """The ``triton`` backend of lora_linear: allocates, asks the plan for tiles, launches the kernels."""
 
-import contextlib
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastlora.ops._keep_mask import drop_threshold, keep_probability
+from fastlora.ops._launch import current_device, is_aligned, row_major
 from fastlora_kernels import plan as plans
 from fastlora_kernels import targets
 from fastlora_kernels.lora_backward import lora_grad_a, lora_grad_s_b, lora_grad_x
@@ -42,16 +40,16 @@ def forward(
     dropout: float,
     y: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
-    """y = x·Wᵀ + bias + S·Bᵀ with S = scaling / (1 - p) · dropout(x)·Aᵀ; see :mod:`fastlora.ops._library`."""
-    x, weight, lora_A, lora_B = _row_major(x), _row_major(weight), lora_A.contiguous(), lora_B.contiguous()
+    """y = x·Wᵀ + bias + S·Bᵀ, S = scaling/(1 - p) · dropout(x)·Aᵀ; see :mod:`fastlora.ops._lora_library`."""
+    x, weight, lora_A, lora_B = row_major(x), row_major(weight), lora_A.contiguous(), lora_B.contiguous()
     (m, k), n, r = x.shape, weight.shape[0], lora_A.shape[0]
-    shape = Shape(m=m, n=n, k=k, r=r, aligned=_aligned(x, weight))
+    shape = Shape(m=m, n=n, k=k, r=r, aligned=is_aligned(x, weight))
     target = targets.detect(x.device)
     mask = None
     if seed is not None:
         mask_shape, mask_dtype = keep_mask_shape(shape.m, shape.k)
         mask = x.new_empty(mask_shape, dtype=mask_dtype)
-    with _current_device(x):
+    with current_device(x):
         down = plans.choose("lora_down", shape, x.dtype, target)
         s = _down(x, lora_A, seed, mask, down, scaling=scaling, dropout=dropout)
         lora_forward(x, weight, bias, s, lora_B, y, plan=plans.choose("lora_forward", shape, x.dtype, target))
@@ -74,14 +72,14 @@ def backward(
     need_B: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dS and dB, from one read of dY at low ranks, then dX = dY·W + mask ⊙ (dS·A) and dA = dSᵀ·dropped x."""
-    dy, lora_B = _row_major(dy), lora_B.contiguous()
+    dy, lora_B = row_major(dy), lora_B.contiguous()
     columns = next((t.shape[1] for t in (lora_A, x, weight) if t is not None), 0)
-    aligned = _aligned(*(t for t in (dy, x, weight) if t is not None))
+    aligned = is_aligned(*(t for t in (dy, x, weight) if t is not None))
     (m, n), r = dy.shape, lora_B.shape[1]
     shape = Shape(m=m, n=n, k=columns, r=r, aligned=aligned)
     target = targets.detect(dy.device)
     dx = da = None
-    with _current_device(dy):
+    with current_device(dy):
         ds, db = _grad_s_b(
             dy,
             s if s is not None else dy.new_zeros(shape.m, shape.r),
@@ -92,10 +90,10 @@ def backward(
         if need_x and weight is not None and lora_A is not None:
             dx = dy.new_empty(shape.m, shape.k)
             plan = plans.choose("lora_grad_x", shape, dy.dtype, target)
-            lora_grad_x(dy, _row_major(weight), ds, lora_A.contiguous(), mask, dx, plan=plan)
+            lora_grad_x(dy, row_major(weight), ds, lora_A.contiguous(), mask, dx, plan=plan)
         if need_A and x is not None and lora_A is not None:
             plan = plans.choose("lora_grad_a", shape, dy.dtype, target)
-            da = _grad_a(_row_major(x), ds, mask, lora_A.dtype, plan)
+            da = _grad_a(row_major(x), ds, mask, lora_A.dtype, plan)
     return dx, da, db if need_B else None
 
 
@@ -147,18 +145,3 @@ def _grad_a(x: Tensor, ds: Tensor, mask: Tensor | None, dtype: torch.dtype, plan
     da = x.new_empty(r, k, dtype=dtype)
     sum_partials(partial, da)
     return da
-
-
-def _aligned(*matrices: Tensor) -> bool:
-    """Whether rows can be read in wide words: sizes, row strides and addresses are multiples of 16."""
-    return all(t.shape[1] % 16 == 0 and t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0 for t in matrices)
-
-
-def _row_major(matrix: Tensor) -> Tensor:
-    """The matrix itself where its last dimension is contiguous, else a contiguous copy."""
-    return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] == 0 else matrix.contiguous()
-
-
-def _current_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    # kernels launch on the current device, which need not be the tensors'
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -7,13 +7,10 @@ from torch import Tensor
 
 from fastlora import _backend, reference
 from fastlora._checks import check_compute_dtype, check_lora_linear
-from fastlora.ops import _library
+from fastlora.ops import _lora_library
 from fastlora.ops._autocast import autocast_dtype, without_autocast
-
-_SECOND_DERIVATIVE = (
-    "the fused lora_linear has no second derivative; run the forward pass under "
-    "fastlora.use_backend('reference') to differentiate twice"
-)
+from fastlora.ops._autograd import draw_seed, refuse_second_derivative
+from fastlora.ops._registration import rows_of
 
 
 def lora_linear(
@@ -82,7 +79,7 @@ def lora_linear(
             generator=generator,
         )
     active_dropout = float(dropout) if training else 0.0
-    seed = _draw_seed(x.device, generator) if active_dropout > 0 else None
+    seed = draw_seed(x.device, generator) if active_dropout > 0 else None
     y: Tensor = LoRALinearFunction.apply(
         x.to(compute_dtype), weight, bias, lora_A, lora_B, seed, float(scaling), active_dropout, backend
     )[0]
@@ -107,7 +104,7 @@ class LoRALinearFunction(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """y, S and the dropout mask (empty without dropout); keeps what the wanted gradients need."""
-        y, s, mask = _library.lora_linear_forward(
+        y, s, mask = _lora_library.lora_linear_forward(
             x, weight, bias, lora_A, lora_B, seed, scaling, dropout, backend
         )
         need_x, need_weight, _, need_A, need_B = ctx.needs_input_grad[:5]
@@ -132,26 +129,8 @@ class LoRALinearFunction(torch.autograd.Function):
             return (None,) * 9
         with torch.no_grad():
             wanted = _wanted_gradients(ctx, dy)
-        if torch.is_grad_enabled():
-            sources = [t for t in (dy, *ctx.saved_tensors) if t is not None and t.requires_grad]
-            wanted = tuple(g if g is None else _SecondDerivative.apply(g, *sources) for g in wanted)
+        wanted = refuse_second_derivative("lora_linear", ctx, dy, wanted)
         return (*wanted, None, None, None, None)
-
-
-class _SecondDerivative(torch.autograd.Function):
-    """A gradient that depends on its sources, and says what to do when somebody differentiates it."""
-
-    @staticmethod
-    def forward(grad: Tensor, *sources: Tensor) -> Tensor:
-        return grad.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Nothing to keep."""
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        raise RuntimeError(_SECOND_DERIVATIVE)
 
 
 def _wanted_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -159,7 +138,7 @@ def _wanted_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
     dx = da = db = dweight = dbias = None
     if need_x or need_A or need_B:
-        dx, da, db = _library.lora_linear_backward(
+        dx, da, db = _lora_library.lora_linear_backward(
             dy,
             x,
             weight,
@@ -177,9 +156,9 @@ def _wanted_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     # the base layer is frozen as a rule; whoever trains it all the same gets its gradient, never silence
     with without_autocast(dy):
         if need_weight:
-            dweight = _library.rows_of(dy).t() @ _library.rows_of(x)
+            dweight = rows_of(dy).t() @ rows_of(x)
         if need_bias:
-            dbias = _library.rows_of(dy).sum(0)
+            dbias = rows_of(dy).sum(0)
     return (
         dx if need_x else None,
         dweight,
@@ -200,8 +179,3 @@ def _choose_backend(
         if plans_library(x, weight, lora_A.shape[0], compute_dtype):
             return "torch"
     return backend
-
-
-def _draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
-    # on the tensors' own device, so that a GPU is never synchronised with the host
-    return torch.randint(2**62, (1,), device=device, dtype=torch.int64, generator=generator)

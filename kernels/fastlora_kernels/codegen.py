@@ -16,37 +16,20 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from fastlora_kernels import plan
-from fastlora_kernels.plan import Kernel, Tile
-from fastlora_kernels.targets import TARGETS, Target
+from fastlora_kernels.plan import Tile
+from fastlora_kernels.specs import Spec, constants, jit_function, signature, specs
+from fastlora_kernels.targets import TARGETS
 
 DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# one rank for every chunk of ranks that a plan can choose
-RANKS = (16, 32, 64)
-_WITH_DROPOUT: tuple[Kernel, ...] = ("lora_down", "lora_grad_x", "lora_grad_a")
+# what the command line and the tests take from here
+__all__ = ["DEFAULT_TARGETS", "Row", "Spec", "compile_rows", "compile_spec", "specs"]
 _MATRIX_INSTRUCTIONS = {
     "wgmma": r"wgmma\.mma_async",
     "tcgen05": r"tcgen05\.mma",
     "mma": r"\bmma\.sync",
     "mfma": r"v_mfma",
 }
-
-
-@dataclass(frozen=True)
-class Spec:
-    """One kernel to compile: which, for which GPU, dtype and tile, with dropout or not, aligned or not."""
-
-    kernel: Kernel
-    target: str
-    dtype: str
-    tile: Tile
-    dropout: bool
-    aligned: bool
 
 
 @dataclass(frozen=True)
@@ -67,6 +50,7 @@ class Row:
     dtype: str
     dropout: bool
     aligned: bool
+    activation: str
     tile: str
     warps: int
     stages: int
@@ -75,25 +59,6 @@ class Row:
     shared_bytes: int
     matrix_instructions: dict[str, int]
     serialized: bool
-
-
-def specs(target_name: str, dtypes: Sequence[str] = tuple(DTYPES)) -> list[Spec]:
-    """Every kernel and tile that a plan for this target can choose, without repeats.
-
-    Raises:
-        ValueError: The target is unknown.
-    """
-    target = _known_target(target_name)
-    found = {
-        Spec(kernel, target_name, dtype, tile, dropout, aligned)
-        for kernel in plan.KERNELS
-        for dtype in dtypes
-        for rank in RANKS
-        for aligned in (True, False)
-        for tile in plan.tiles(kernel, rank, DTYPES[dtype], target, aligned=aligned)
-        for dropout in ((False, True) if kernel in _WITH_DROPOUT else (False,))
-    }
-    return sorted(found, key=repr)
 
 
 def compile_rows(all_specs: Sequence[Spec], *, jobs: int | None = None) -> Iterator[Row]:
@@ -124,10 +89,10 @@ def compile_spec(spec: Spec) -> Row:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = _jit_function(spec.kernel)
-    signature, aligned = _signature(kernel, spec)
+    kernel = jit_function(spec.kernel)
+    types, aligned = signature(kernel, spec)
     target = TARGETS[spec.target]
-    source = ASTSource(kernel, signature, constexprs=_constants(spec), attrs=aligned)
+    source = ASTSource(kernel, types, constexprs=constants(spec), attrs=aligned)
     gpu = (
         GPUTarget("hip", target.name, 64)
         if target.is_amd
@@ -144,6 +109,7 @@ def compile_spec(spec: Spec) -> Row:
         dtype=spec.dtype,
         dropout=spec.dropout,
         aligned=spec.aligned,
+        activation=spec.activation,
         tile=f"{tile.rows}×{tile.cols}×{tile.depth}, {tile.rank}",
         warps=tile.warps,
         stages=tile.stages,
@@ -153,12 +119,6 @@ def compile_spec(spec: Spec) -> Row:
         matrix_instructions=_matrix_instructions(assembly),
         serialized=serialized,
     )
-
-
-def _known_target(name: str) -> Target:
-    if name not in TARGETS:
-        raise ValueError(f"expected a target out of {', '.join(TARGETS)}, got {name!r}")
-    return TARGETS[name]
 
 
 def _batches(all_specs: Sequence[Spec], jobs: int) -> list[Sequence[Spec]]:
@@ -188,59 +148,6 @@ def _run_batch(batch: Sequence[Spec], results: "queue.Queue[Row | Exception | No
             errors.seek(0)
             results.put(RuntimeError(f"a kernel did not compile:\n{errors.read()[-4000:]}"))
     results.put(None)
-
-
-def _jit_function(kernel: Kernel) -> Any:
-    from fastlora_kernels import lora_backward, lora_down, lora_forward
-
-    for module in (lora_down, lora_forward, lora_backward):
-        function = getattr(module, f"_{kernel}_kernel", None)
-        if function is not None:
-            return function
-    raise ValueError(f"no kernel is called {kernel!r}")
-
-
-def _signature(kernel: Any, spec: Spec) -> tuple[dict[str, str], dict[tuple[int, ...], list[list[Any]]]]:
-    """Argument types by our naming rules, and which arguments are multiples of 16."""
-    signature: dict[str, str] = {}
-    aligned: dict[tuple[int, ...], list[list[Any]]] = {}
-    for index, parameter in enumerate(kernel.params):
-        name = parameter.name
-        if parameter.is_constexpr:
-            signature[name] = "constexpr"
-            continue
-        signature[name] = _argument_type(name, spec.dtype)
-        # ranks that are no multiple of 16 run 16 at a time: see the plan
-        wide = (
-            spec.aligned and name not in ("scale", "drop_threshold") and (name != "R" or spec.tile.rank > 16)
-        )
-        if name.endswith("_ptr") or wide:
-            aligned[(index,)] = [["tt.divisibility", 16]]
-    return signature, aligned
-
-
-def _argument_type(name: str, dtype: str) -> str:
-    if not name.endswith("_ptr"):
-        return "fp32" if name == "scale" else "i32"
-    # adapters stay in fp32 beside a 16-bit layer by default, the case that needs more registers
-    special = {"mask_ptr": "i32", "seed_ptr": "i64", "lora_a_ptr": "fp32", "lora_b_ptr": "fp32"}
-    return "*" + ("fp32" if name.endswith("_partial_ptr") else special.get(name, dtype))
-
-
-def _constants(spec: Spec) -> dict[str, Any]:
-    from fastlora_kernels.primitives import TILES_PER_GROUP
-
-    tile, group = spec.tile, {"GROUP": TILES_PER_GROUP}
-    forward = {"BLOCK_M": tile.rows, "BLOCK_N": tile.cols, "BLOCK_K": tile.depth, "HAS_BIAS": True}
-    constants: dict[str, dict[str, Any]] = {
-        "lora_down": {"BLOCK_M": tile.rows, "BLOCK_K": tile.depth},
-        "lora_forward": forward | group,
-        "lora_grad_s_b": {"BLOCK_M": tile.rows, "BLOCK_N": tile.cols},
-        "lora_grad_x": {"BLOCK_M": tile.rows, "BLOCK_K": tile.cols, "BLOCK_N": tile.depth} | group,
-        "lora_grad_a": {"BLOCK_M": tile.rows, "BLOCK_K": tile.cols},
-    }
-    dropout = {"HAS_DROPOUT": spec.dropout} if spec.kernel in _WITH_DROPOUT else {}
-    return constants[spec.kernel] | {"BLOCK_R": tile.rank} | dropout
 
 
 def _nvidia_usage(ptx: str) -> tuple[int, int, bool]:

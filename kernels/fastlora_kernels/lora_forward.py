@@ -5,7 +5,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora_kernels.plan import Plan, cdiv
-from fastlora_kernels.primitives import TILES_PER_GROUP, block_range, grouped_tile, load_tile, store_tile
+from fastlora_kernels.primitives import (
+    TILES_PER_GROUP,
+    block_range,
+    grouped_tile,
+    load_tile,
+    load_vector,
+    store_tile,
+)
 
 
 @triton.jit
@@ -52,7 +59,7 @@ def _lora_forward_kernel(
         acc = tl.dot(s_tile, tl.trans(b_tile), acc, input_precision="ieee")
 
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+        acc += load_vector(bias_ptr, offs_n, N)[None, :]
     store_tile(y_ptr, acc, offs_m, offs_n, N, M, N)
 
 

@@ -17,7 +17,7 @@ Kernel = Literal["lora_down", "lora_forward", "lora_grad_s_b", "lora_grad_x", "l
 Path = Literal["split", "library"]
 
 KERNELS: tuple[Kernel, ...] = ("lora_down", "lora_forward", "lora_grad_s_b", "lora_grad_x", "lora_grad_a")
-_FEWEST_ROWS = 32
+FEWEST_ROWS = 32
 # up to this rank the fp32 partial sums of dS take less traffic than a second read of dY
 MOST_RANKS_PER_READ = 32
 
@@ -93,7 +93,7 @@ def choose_path(shape: Shape, dtype: torch.dtype, target: Target) -> Path:
         and target.tiles != "default"
         and shape.aligned
         and (shape.r <= 16 or shape.r % 16 == 0)
-        and shape.m >= _FEWEST_ROWS
+        and shape.m >= FEWEST_ROWS
     )
     return "split" if kernels_pay else "library"
 

@@ -1,4 +1,4 @@
-"""Jit helpers that the kernels share: tile order, masked loads and stores, dropout bits.
+"""Jit helpers that the kernels share: tile order, masked loads and stores, activations, dropout bits.
 
 Tiles are addressed by ``rows`` and ``cols``, vectors of absolute indices. Every tensor has a contiguous last
 dimension, so one row stride is enough, and row offsets are 64-bit because M·K may pass 2³¹ elements.
@@ -9,10 +9,14 @@ import triton.language as tl
 
 # elements whose keep bits share one int32 of the packed dropout mask
 MASK_WORD_BITS = 32
+# what stands for a dropped bottleneck element: every activation and its slope are exactly 0 there, so no mask
+# has to be kept beside z; float16 can hold it
+DROPPED = -30000.0
 # row tiles that walk the columns together, so that what they share stays in L2
 TILES_PER_GROUP = 8
 
 _WORD_BITS = tl.constexpr(MASK_WORD_BITS)
+_DROPPED = tl.constexpr(DROPPED)
 # Philox4x32-7 passes BigCrush (Salmon et al. 2011, table 2); Triton's default of 10 rounds costs 40 % more
 _PHILOX_ROUNDS = tl.constexpr(7)
 
@@ -52,6 +56,12 @@ def store_tile(ptr, tile, rows, cols, stride, num_rows, num_cols):
 
 
 @triton.jit
+def load_vector(ptr, indices, length):
+    """``ptr[indices]`` in float32; zero from ``length`` on."""
+    return tl.load(ptr + indices, mask=indices < length, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def draw_keep_words(seed, rows, words, words_per_row, drop_threshold):
     """Packed keep bits, int32 ``[rows, words]``: bit b of word w keeps element 32·w + b of its row.
 
@@ -81,3 +91,40 @@ def unpack_keep(packed, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
     """Bool tile ``[BLOCK_ROWS, BLOCK_COLS]`` out of packed words ``[BLOCK_ROWS, BLOCK_COLS / 32]``."""
     bits = (packed[:, :, None] >> tl.arange(0, _WORD_BITS)[None, None, :]) & 1
     return tl.reshape(bits, (BLOCK_ROWS, BLOCK_COLS)) != 0
+
+
+@triton.jit
+def drop_bottleneck(z, seed, rows, cols, num_cols, drop_threshold):
+    """z with the dropped elements set to DROPPED; kept where a 16-bit uniform is at least the threshold."""
+    elements = rows.to(tl.int64)[:, None] * num_cols + cols[None, :]
+    uniform = (tl.randint(seed, elements, _PHILOX_ROUNDS) & 0xFFFF).to(tl.int32)
+    return tl.where(uniform >= drop_threshold, z, _DROPPED)
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr):
+    """The activation of a float32 tile: "gelu" (the exact one, by erf), "relu" or "silu"."""
+    if ACTIVATION == "gelu":
+        return z * _normal_cdf(z)
+    elif ACTIVATION == "silu":
+        return z * tl.sigmoid(z)
+    else:
+        # not tl.maximum, which would swallow a NaN
+        return tl.where(z < 0, 0.0, z)
+
+
+@triton.jit
+def activation_slope(z, ACTIVATION: tl.constexpr):
+    """The derivative of :func:`activate` at a float32 tile."""
+    if ACTIVATION == "gelu":
+        return _normal_cdf(z) + z * (0.3989422804014327 * tl.exp(-0.5 * z * z))
+    elif ACTIVATION == "silu":
+        sigmoid = tl.sigmoid(z)
+        return sigmoid * (1 + z * (1 - sigmoid))
+    else:
+        return tl.where(z <= 0, 0.0, 1.0)
+
+
+@triton.jit
+def _normal_cdf(z):
+    return 0.5 * (1 + tl.erf(0.7071067811865476 * z))

@@ -1,4 +1,4 @@
-"""The ops' registration with ``torch.library``: schemas, implementations and fakes, so that they compile."""
+"""lora_linear's registration with ``torch.library``: schema, implementation and fake, so that it compiles."""
 
 import math
 from typing import Protocol
@@ -8,13 +8,13 @@ from torch import Tensor
 
 from fastlora.ops import _lora_torch
 from fastlora.ops._autocast import without_autocast
+from fastlora.ops._registration import register, rows_of
 
-_LIBRARY = torch.library.Library("fastlora", "DEF")
-_LIBRARY.define(
+_FORWARD_SCHEMA = (
     "lora_linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? seed, "
     "float scaling, float dropout, str backend) -> (Tensor, Tensor, Tensor)"
 )
-_LIBRARY.define(
+_BACKWARD_SCHEMA = (
     "lora_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor? lora_A, Tensor lora_B, Tensor? s, "
     "Tensor? mask, float scaling, float dropout, bool need_x, bool need_A, bool need_B, str backend) "
     "-> (Tensor, Tensor, Tensor)"
@@ -222,13 +222,5 @@ def _fake_backward(
     )
 
 
-def rows_of(tensor: Tensor) -> Tensor:
-    """The tensor ``[..., K]`` as a matrix ``[M, K]``."""
-    # flatten keeps zero-sized dimensions apart, where reshape(-1, …) can't infer the row count
-    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor[None]
-
-
-_LIBRARY.impl("lora_linear_forward", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("lora_linear_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("fastlora::lora_linear_forward", _fake_forward, lib=_LIBRARY)
-torch.library.register_fake("fastlora::lora_linear_backward", _fake_backward, lib=_LIBRARY)
+register(_FORWARD_SCHEMA, _forward, _fake_forward)
+register(_BACKWARD_SCHEMA, _backward, _fake_backward)

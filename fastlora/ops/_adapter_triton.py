@@ -1,0 +1,159 @@
+"""The ``triton`` backend of adapter: allocates, asks the plan for tiles, launches the kernels."""
+
+import torch
+from torch import Tensor
+
+from fastlora.ops._keep_mask import drop_threshold, keep_probability
+from fastlora.ops._launch import current_device, is_aligned, row_major
+from fastlora_kernels import plan_adapter as plans
+from fastlora_kernels import targets
+from fastlora_kernels.adapter_backward import adapter_grad_h_weights, adapter_grad_z
+from fastlora_kernels.adapter_forward import adapter_down, adapter_forward, adapter_up
+from fastlora_kernels.partials import sum_four_partials
+from fastlora_kernels.plan import Plan
+from fastlora_kernels.plan_adapter import WIDEST as WIDEST
+from fastlora_kernels.plan_adapter import AdapterKernel
+
+
+def plans_library(h: Tensor, size: int, dtype: torch.dtype) -> bool:
+    """Whether the plan leaves this call, h ``[..., H]`` and a bottleneck of ``size``, to library products."""
+    rows, target = h.shape[:-1].numel(), targets.detect(h.device)
+    return plans.prefers_library(rows, size, dtype, target, aligned=h.shape[-1] % 16 == 0)
+
+
+def forward(
+    h: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    *,
+    activation: str,
+    dropout: float,
+    out: Tensor,
+) -> Tensor:
+    """out = residual + dropout(act(z))·W_uᵀ + b_u; see :mod:`fastlora.ops._adapter_library`."""
+    h, residual = row_major(h), None if residual is None else row_major(residual)
+    down_weight, up_weight = down_weight.contiguous(), up_weight.contiguous()
+    size = down_weight.shape[0]
+    aligned = is_aligned(*(t for t in (h, residual, out) if t is not None))
+    threshold, scale = drop_threshold(dropout), 1 / keep_probability(dropout)
+    z = h.new_empty(h.shape[0], size)
+    with current_device(h):
+        if plans.one_launch(size):
+            adapter_forward(
+                h,
+                down_weight,
+                down_bias,
+                up_weight,
+                up_bias,
+                residual,
+                seed,
+                z,
+                out,
+                activation=activation,
+                drop_threshold=threshold,
+                scale=scale,
+                plan=_plan("adapter_forward", h, size, aligned),
+            )
+            return z
+        active = torch.empty_like(z)
+        adapter_down(
+            h,
+            down_weight,
+            down_bias,
+            seed,
+            z,
+            active,
+            activation=activation,
+            drop_threshold=threshold,
+            scale=scale,
+            plan=_plan("adapter_down", h, size, aligned),
+        )
+        adapter_up(active, up_weight, up_bias, residual, out, plan=_plan("adapter_up", h, size, aligned))
+    return z
+
+
+def backward(
+    dout: Tensor,
+    h: Tensor | None,
+    z: Tensor,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    *,
+    add_input: bool,
+    activation: str,
+    dropout: float,
+    need_h: bool,
+    need_down: bool,
+    need_up: bool,
+) -> tuple[Tensor | None, ...]:
+    """dz and act(z) from one read of dOut; dh and the four parameters' gradients from one more, and of h."""
+    dout = row_major(dout)
+    down_weight, up_weight = down_weight.contiguous(), up_weight.contiguous()
+    aligned = is_aligned(*(t for t in (dout, h) if t is not None))
+    dz, active = torch.empty_like(z), torch.empty_like(z)
+    with current_device(dout):
+        adapter_grad_z(
+            dout,
+            z,
+            up_weight,
+            dz,
+            active,
+            activation=activation,
+            scale=1 / keep_probability(dropout),
+            plan=_plan("adapter_grad_z", dout, z.shape[1], aligned),
+        )
+        if not (need_down or need_up):
+            return _grad_h(dout, dz, down_weight, add_input), None, None, None, None
+        # without need_down h was not kept; anything of its shape will do, its gradient is thrown away
+        source = row_major(h) if h is not None else dout
+        dh = torch.empty_like(dout, memory_format=torch.contiguous_format) if need_h else None
+        plan = _plan("adapter_grad_h_weights", dout, z.shape[1], aligned)
+        grads = _parameter_gradients(dout, source, dz, active, down_weight, up_weight, dh, add_input, plan)
+    d_up_weight, d_down_weight, d_up_bias, d_down_bias = grads
+    return (
+        dh,
+        d_down_weight if need_down else None,
+        d_down_bias if need_down else None,
+        d_up_weight if need_up else None,
+        d_up_bias if need_up else None,
+    )
+
+
+def _plan(kernel: AdapterKernel, rows: Tensor, size: int, aligned: bool) -> Plan:
+    m, hidden = rows.shape
+    return plans.choose(kernel, m, hidden, size, rows.dtype, targets.detect(rows.device), aligned=aligned)
+
+
+def _grad_h(dout: Tensor, dz: Tensor, down_weight: Tensor, add_input: bool) -> Tensor:
+    # frozen parameters: dh alone is a single library product
+    dh = dz @ down_weight.to(dz.dtype)
+    return dh.add_(dout) if add_input else dh
+
+
+def _parameter_gradients(
+    dout: Tensor,
+    h: Tensor,
+    dz: Tensor,
+    active: Tensor,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    dh: Tensor | None,
+    add_input: bool,
+    plan: Plan,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dW_u, dW_d, db_u and db_d, and dh on the way."""
+    hidden, size = up_weight.shape
+    grads = (
+        torch.empty_like(up_weight),
+        torch.empty_like(down_weight),
+        up_weight.new_empty(hidden),
+        down_weight.new_empty(size),
+    )
+    partial = dout.new_empty(plan.splits, sum(g.numel() for g in grads), dtype=torch.float32)
+    adapter_grad_h_weights(dout, h, dz, active, down_weight, dh, partial, add_input=add_input, plan=plan)
+    sum_four_partials(partial, grads)
+    return grads

@@ -1,0 +1,177 @@
+"""What there is to compile: every kernel with every tile that a plan can choose for a named GPU.
+
+Argument types follow our naming rules: ``*_ptr`` has the layer's dtype, partial results and small trainable
+matrices are fp32, scalars are i32 except ``scale``.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastlora_kernels import plan, plan_adapter
+from fastlora_kernels.plan import Kernel, Tile
+from fastlora_kernels.plan_adapter import AdapterKernel
+from fastlora_kernels.targets import TARGETS, Target
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# one rank for every chunk of ranks that a plan can choose
+RANKS = (16, 32, 64)
+# one bottleneck for every block of it
+BOTTLENECKS = (16, 32, 64, 128, 256)
+ACTIVATIONS = ("gelu", "relu", "silu")
+_TRAINABLE = (
+    "lora_a_ptr", "lora_b_ptr", "down_weight_ptr", "down_bias_ptr", "up_weight_ptr", "up_bias_ptr",
+)  # fmt: skip
+AnyKernel = Kernel | AdapterKernel
+_WITH_DROPOUT: tuple[AnyKernel, ...] = (
+    "lora_down", "lora_grad_x", "lora_grad_a", "adapter_forward", "adapter_down",
+)  # fmt: skip
+_WITH_ACTIVATION: tuple[AnyKernel, ...] = ("adapter_forward", "adapter_down", "adapter_grad_z")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One kernel to compile.
+
+    Attributes:
+        dropout: Whether it draws or reads a dropout mask.
+        aligned: Whether sizes and row strides are multiples of 16.
+        activation: Of a bottleneck; empty where there is none.
+        one_chunk: Whether a tile holds the whole bottleneck.
+    """
+
+    kernel: AnyKernel
+    target: str
+    dtype: str
+    tile: Tile
+    dropout: bool
+    aligned: bool
+    activation: str = ""
+    one_chunk: bool = True
+
+
+def specs(target_name: str, dtypes: Sequence[str] = tuple(DTYPES)) -> list[Spec]:
+    """Every kernel and tile that a plan for this target can choose, without repeats.
+
+    Raises:
+        ValueError: The target is unknown.
+    """
+    target = _known_target(target_name)
+    found = {
+        Spec(kernel, target_name, dtype, tile, dropout, aligned, activation, one_chunk)
+        for dtype in dtypes
+        for aligned in (True, False)
+        for kernel, tile, one_chunk in _kernel_tiles(target, DTYPES[dtype], aligned)
+        for dropout in ((False, True) if kernel in _WITH_DROPOUT else (False,))
+        for activation in _activations(kernel, every=aligned and not dropout and dtype != "fp32")
+    }
+    return sorted(found, key=repr)
+
+
+def jit_function(kernel: AnyKernel) -> Any:
+    """The ``@triton.jit`` function behind a kernel's name."""
+    from fastlora_kernels import adapter_backward, adapter_forward, lora_backward, lora_down, lora_forward
+
+    for module in (lora_down, lora_forward, lora_backward, adapter_forward, adapter_backward):
+        function = getattr(module, f"_{kernel}_kernel", None)
+        if function is not None:
+            return function
+    raise ValueError(f"no kernel is called {kernel!r}")
+
+
+def signature(kernel: Any, spec: Spec) -> tuple[dict[str, str], dict[tuple[int, ...], list[list[Any]]]]:
+    """Argument types by our naming rules, and which arguments are multiples of 16."""
+    types: dict[str, str] = {}
+    aligned: dict[tuple[int, ...], list[list[Any]]] = {}
+    for index, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            types[name] = "constexpr"
+            continue
+        types[name] = _argument_type(name, spec.dtype)
+        # ranks that are no multiple of 16 run 16 at a time: see the plan
+        narrow = name in ("R", "D") and spec.tile.rank <= 16
+        wide = spec.aligned and name not in ("scale", "drop_threshold") and not narrow
+        if name.endswith("_ptr") or wide:
+            aligned[(index,)] = [["tt.divisibility", 16]]
+    return types, aligned
+
+
+def constants(spec: Spec) -> dict[str, Any]:
+    """The values of a kernel's constexpr parameters."""
+    from fastlora_kernels.primitives import TILES_PER_GROUP
+
+    tile, group = spec.tile, {"GROUP": TILES_PER_GROUP}
+    if spec.kernel.startswith("adapter"):
+        values = _adapter_constants(spec) | (group if spec.kernel == "adapter_up" else {})
+    else:
+        values = _LORA_BLOCKS[spec.kernel](tile) | {"BLOCK_R": tile.rank}
+        values |= group if spec.kernel in ("lora_forward", "lora_grad_x") else {}
+    return values | ({"HAS_DROPOUT": spec.dropout} if spec.kernel in _WITH_DROPOUT else {})
+
+
+_LORA_BLOCKS: dict[str, Callable[[Tile], dict[str, Any]]] = {
+    "lora_down": lambda tile: {"BLOCK_M": tile.rows, "BLOCK_K": tile.depth},
+    "lora_forward": lambda tile: {
+        "BLOCK_M": tile.rows, "BLOCK_N": tile.cols, "BLOCK_K": tile.depth, "HAS_BIAS": True
+    },
+    "lora_grad_s_b": lambda tile: {"BLOCK_M": tile.rows, "BLOCK_N": tile.cols},
+    "lora_grad_x": lambda tile: {"BLOCK_M": tile.rows, "BLOCK_K": tile.cols, "BLOCK_N": tile.depth},
+    "lora_grad_a": lambda tile: {"BLOCK_M": tile.rows, "BLOCK_K": tile.cols},
+}  # fmt: skip
+
+
+def _adapter_constants(spec: Spec) -> dict[str, Any]:
+    # everything that may be absent is there: the case that needs more registers
+    tile, kernel = spec.tile, spec.kernel
+    by_columns = kernel in ("adapter_up", "adapter_grad_h_weights")
+    values: dict[str, Any] = {
+        "BLOCK_M": tile.rows,
+        "BLOCK_H": tile.cols if by_columns else tile.depth,
+        "BLOCK_D": tile.rank,
+    }
+    if kernel in ("adapter_forward", "adapter_down"):
+        values["HAS_DOWN_BIAS"] = True
+    if kernel in ("adapter_forward", "adapter_up"):
+        values |= {"HAS_UP_BIAS": True, "HAS_RESIDUAL": True}
+    if kernel == "adapter_grad_h_weights":
+        values |= {"HAS_DH": True, "ADD_INPUT": True, "ONE_CHUNK": spec.one_chunk}
+    return values | ({"ACTIVATION": spec.activation} if spec.activation else {})
+
+
+def _known_target(name: str) -> Target:
+    if name not in TARGETS:
+        raise ValueError(f"expected a target out of {', '.join(TARGETS)}, got {name!r}")
+    return TARGETS[name]
+
+
+def _kernel_tiles(
+    target: Target, dtype: torch.dtype, aligned: bool
+) -> Iterator[tuple[AnyKernel, Tile, bool]]:
+    """Kernel, tile and whether a tile holds the whole bottleneck."""
+    for kernel in plan.KERNELS:
+        for rank in RANKS:
+            for tile in plan.tiles(kernel, rank, dtype, target, aligned=aligned):
+                yield kernel, tile, True
+    for adapter_kernel in plan_adapter.KERNELS:
+        for size in BOTTLENECKS:
+            for tile in plan_adapter.tiles(adapter_kernel, size, dtype, target, aligned=aligned):
+                chunked = adapter_kernel == "adapter_grad_h_weights" and tile.rank < size
+                yield adapter_kernel, tile, not chunked
+
+
+def _activations(kernel: AnyKernel, *, every: bool) -> tuple[str, ...]:
+    """All three for the usual tiles, elsewhere the one that takes most."""
+    if kernel not in _WITH_ACTIVATION:
+        return ("",)
+    return ACTIVATIONS if every else ("gelu",)
+
+
+def _argument_type(name: str, dtype: str) -> str:
+    if not name.endswith("_ptr"):
+        return "fp32" if name == "scale" else "i32"
+    # trainable matrices stay in fp32 beside a 16-bit layer by default, the case that needs more registers
+    special = {"mask_ptr": "i32", "seed_ptr": "i64"} | dict.fromkeys(_TRAINABLE, "fp32")
+    return "*" + ("fp32" if name.endswith("_partial_ptr") else special.get(name, dtype))

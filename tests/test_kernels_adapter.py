@@ -1,0 +1,308 @@
+"""Each kernel of the bottleneck adapter against float64, inputs between NaN and outputs between canaries."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+pytest.importorskip("triton", reason="kernels need Triton; the other backends are tested without")
+
+from fastlora_kernels import plan_adapter as plans
+from fastlora_kernels import targets
+from fastlora_kernels.adapter_backward import adapter_grad_h_weights, adapter_grad_z
+from fastlora_kernels.adapter_forward import adapter_down, adapter_forward, adapter_up
+from fastlora_kernels.partials import sum_four_partials
+from fastlora_kernels.plan import Plan
+from fastlora_kernels.plan_adapter import AdapterKernel
+from fastlora_kernels.primitives import DROPPED
+from tests.kernel_harness import Harness, assert_exact
+from tests.lora_yardstick import FACTOR
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Rows m, hidden size h and bottleneck d; a bottleneck above 32 is cut into chunks in one kernel."""
+
+    m: int
+    h: int
+    d: int
+
+    def __str__(self) -> str:
+        return f"m{self.m}-h{self.h}-d{self.d}"
+
+
+BASE = Size(m=33, h=41, d=5)
+AXES = {"m": (1, 31, 32, 77), "h": (1, 31, 32, 77), "d": (1, 16, 17, 33, 64)}
+SIZES = [BASE] + [replace(BASE, **{axis: size}) for axis in AXES for size in AXES[axis]]
+# every size with one activation, the others at one size
+CASES = [*((size, "gelu") for size in SIZES), (BASE, "relu"), (BASE, "silu")]
+WIDE = [replace(BASE, d=100), replace(BASE, d=256, h=31)]
+
+
+def choose(kernel: AdapterKernel, size: Size, dtype: torch.dtype, splits: int = 1) -> Plan:
+    chosen = plans.choose(kernel, size.m, size.h, size.d, dtype, targets.DEFAULT)
+    return Plan("split", chosen.tile, splits)
+
+
+@dataclass
+class Tensors:
+    """h, the four parameters and a residual, between NaN; parameters in fp32 or the layer's dtype."""
+
+    h: Tensor
+    down_weight: Tensor
+    down_bias: Tensor
+    up_weight: Tensor
+    up_bias: Tensor
+    residual: Tensor
+
+    @property
+    def parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.down_weight, self.down_bias, self.up_weight, self.up_bias
+
+
+def make(harness: Harness, size: Size, *, parameters: torch.dtype | None = None) -> Tensors:
+    def vector(length: int) -> Tensor:
+        return harness.random(1, length, dtype=parameters)[0]
+
+    return Tensors(
+        h=harness.random(size.m, size.h, padded=True),
+        down_weight=harness.random(size.d, size.h, dtype=parameters),
+        down_bias=vector(size.d),
+        up_weight=harness.random(size.h, size.d, dtype=parameters),
+        up_bias=vector(size.h),
+        residual=harness.random(size.m, size.h, padded=True),
+    )
+
+
+def rounded(tensors: Tensors, dtype: torch.dtype) -> list[Tensor]:
+    """The operands of a product: matrices in the layer's dtype, biases as they are."""
+    return [
+        tensors.h, tensors.down_weight.to(dtype), tensors.down_bias, tensors.up_weight.to(dtype),
+        tensors.up_bias, tensors.residual,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "activation"), CASES, ids=str)
+def test_adapter_forward(harness: Harness, size: Size, activation: str) -> None:
+    tensors = make(harness, size, parameters=torch.float32)
+    z, out = harness.output(size.m, size.d), harness.output(size.m, size.h)
+    plan = choose("adapter_forward", size, harness.dtype)
+    adapter_forward(
+        tensors.h, *tensors.parameters, tensors.residual, None, z, out,
+        activation=activation, drop_threshold=1, scale=1.0, plan=plan,
+    )  # fmt: skip
+    act = ACTIVATIONS[activation]
+    operands = rounded(tensors, harness.dtype)
+    assert_exact(z, lambda h, wd, bd, *_: h @ wd.t() + bd, *operands)
+    assert_exact(out, lambda h, wd, bd, wu, bu, r: r + act(h @ wd.t() + bd) @ wu.t() + bu, *operands)
+
+
+def test_adapter_forward_without_biases_and_residual(harness: Harness) -> None:
+    tensors = make(harness, BASE)
+    z, out = harness.output(BASE.m, BASE.d), harness.output(BASE.m, BASE.h)
+    adapter_forward(
+        tensors.h, tensors.down_weight, None, tensors.up_weight, None, None, None, z, out,
+        activation="gelu", drop_threshold=1, scale=1.0, plan=choose("adapter_forward", BASE, harness.dtype),
+    )  # fmt: skip
+    assert_exact(
+        out, lambda h, wd, wu: F.gelu(h @ wd.t()) @ wu.t(), tensors.h, tensors.down_weight, tensors.up_weight
+    )
+
+
+@pytest.mark.parametrize("size", [BASE, *WIDE, Size(m=64, h=32, d=64)], ids=str)
+def test_adapter_down_and_up(harness: Harness, size: Size) -> None:
+    tensors = make(harness, size, parameters=torch.float32)
+    z, active = harness.output(size.m, size.d), harness.output(size.m, size.d)
+    out = harness.output(size.m, size.h)
+    adapter_down(
+        tensors.h, tensors.down_weight, tensors.down_bias, None, z, active,
+        activation="silu", drop_threshold=1, scale=1.0, plan=choose("adapter_down", size, harness.dtype),
+    )  # fmt: skip
+    operands = rounded(tensors, harness.dtype)
+    assert_exact(z, lambda h, wd, bd, *_: h @ wd.t() + bd, *operands)
+    assert_exact(active, lambda h, wd, bd, *_: F.silu(h @ wd.t() + bd), *operands)
+    plan = choose("adapter_up", size, harness.dtype)
+    adapter_up(active, tensors.up_weight, tensors.up_bias, tensors.residual, out, plan=plan)
+    assert_exact(out, lambda a, wu, bu, r: r + a @ wu.t() + bu, active, *operands[3:])
+
+
+@pytest.mark.parametrize("one_launch", [True, False], ids=["one-launch", "two-launches"])
+def test_dropped_elements_are_marked_and_vanish(harness: Harness, one_launch: bool) -> None:
+    size, threshold, scale = replace(BASE, m=77, d=33), 20000, 1.5
+    tensors, seed = make(harness, size), torch.tensor([77], device=harness.device)
+    z, out = harness.output(size.m, size.d), harness.output(size.m, size.h)
+    settings: dict[str, Any] = {"activation": "gelu", "drop_threshold": threshold, "scale": scale}
+    if one_launch:
+        plan = choose("adapter_forward", size, harness.dtype)
+        adapter_forward(tensors.h, *tensors.parameters, None, seed, z, out, **settings, plan=plan)
+    else:
+        active = harness.output(size.m, size.d)
+        plan = choose("adapter_down", size, harness.dtype)
+        down = (tensors.h, tensors.down_weight, tensors.down_bias, seed, z, active)
+        adapter_down(*down, **settings, plan=plan)
+        adapter_up(
+            active,
+            tensors.up_weight,
+            tensors.up_bias,
+            None,
+            out,
+            plan=choose("adapter_up", size, harness.dtype),
+        )
+    keep = z != torch.tensor(DROPPED).to(z)
+    kept, expected = float(keep.float().mean()), 1 - threshold / 65536
+    assert abs(kept - expected) < 4 * (expected * (1 - expected) / keep.numel()) ** 0.5
+    assert_exact(
+        out,
+        lambda h, wd, bd, wu, bu: (scale * (F.gelu(h @ wd.t() + bd) * keep)) @ wu.t() + bu,
+        tensors.h,
+        *tensors.parameters,
+    )
+
+
+@pytest.mark.parametrize(("size", "activation"), [*CASES, *((size, "gelu") for size in WIDE)], ids=str)
+def test_adapter_grad_z(harness: Harness, size: Size, activation: str) -> None:
+    dout, z = harness.random(size.m, size.h, padded=True), harness.random(size.m, size.d)
+    z[::3, ::2] = DROPPED
+    up_weight = harness.random(size.h, size.d)
+    dz, active = harness.output(size.m, size.d), harness.output(size.m, size.d)
+    plan = choose("adapter_grad_z", size, harness.dtype)
+    adapter_grad_z(dout, z, up_weight, dz, active, activation=activation, scale=1.5, plan=plan)
+
+    def grad_z(dout: Tensor, z: Tensor, up_weight: Tensor) -> Tensor:
+        variable = z.clone().requires_grad_()
+        return torch.autograd.grad(1.5 * ACTIVATIONS[activation](variable), variable, dout @ up_weight)[0]
+
+    assert_exact(dz, grad_z, dout, z, up_weight)
+    assert_exact(active, lambda z: 1.5 * ACTIVATIONS[activation](z), z)
+    for vanishing in (dz, active):
+        assert torch.equal(vanishing[::3, ::2], torch.zeros_like(vanishing[::3, ::2]))
+
+
+@pytest.mark.parametrize(
+    ("add_input", "splits"), [(True, 2), (False, 1)], ids=["residual-split", "no-residual"]
+)
+@pytest.mark.parametrize("size", [*SIZES, *WIDE], ids=str)
+def test_adapter_grad_h_weights(harness: Harness, size: Size, add_input: bool, splits: int) -> None:
+    dout, h = harness.random(size.m, size.h, padded=True), harness.random(size.m, size.h, padded=True)
+    dz, active = harness.random(size.m, size.d), harness.random(size.m, size.d)
+    down_weight = harness.random(size.d, size.h)
+    dh, partial = harness.output(size.m, size.h), _partial(harness, size, splits)
+    plan = choose("adapter_grad_h_weights", size, harness.dtype, splits)
+    adapter_grad_h_weights(dout, h, dz, active, down_weight, dh, partial, add_input=add_input, plan=plan)
+    assert_exact(dh, lambda dz, w, dout: dz @ w + (dout if add_input else 0), dz, down_weight, dout)
+    d_up, d_down, d_up_bias, d_down_bias = _sections(partial.sum(0), size)
+    assert_exact(d_up, lambda dout, active: dout.t() @ active, dout, active)
+    assert_exact(d_down, lambda dz, h: dz.t() @ h, dz, h)
+    _assert_column_sums(d_up_bias, dout)
+    _assert_column_sums(d_down_bias, dz)
+
+
+def test_parameter_gradients_without_dh(harness: Harness) -> None:
+    dout, h = (harness.random(BASE.m, BASE.h) for _ in range(2))
+    dz, active = (harness.random(BASE.m, BASE.d) for _ in range(2))
+    partial = _partial(harness, BASE, 1)
+    plan = choose("adapter_grad_h_weights", BASE, harness.dtype)
+    unused = harness.random(BASE.d, BASE.h)
+    adapter_grad_h_weights(dout, h, dz, active, unused, None, partial, add_input=True, plan=plan)
+    assert_exact(_sections(partial[0], BASE)[0], lambda dout, active: dout.t() @ active, dout, active)
+
+
+@pytest.mark.parametrize("parts", [1, 5])
+def test_sum_four_partials(harness: Harness, parts: int) -> None:
+    shapes = [(40, 30), (30, 40), (40,), (1,)]
+    outs: Any = tuple(harness.output(*shape) for shape in shapes)
+    sizes = [out.numel() for out in outs]
+    partial = harness.random(parts, sum(sizes), dtype=torch.float32)
+    sum_four_partials(partial, outs)
+    in_order = torch.zeros(sum(sizes), device=harness.device)
+    for part in partial:
+        in_order = in_order + part
+    assert torch.equal(torch.cat([out.flatten() for out in outs]), in_order.to(harness.dtype))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("d", [16, 64, 128, 256])
+def test_pinned_tiles_compute_the_same(target: str, d: int, kernel_device: torch.device) -> None:
+    """The large tiles that GPUs get, with ragged rows and hidden columns."""
+    harness, size = Harness(torch.float16, kernel_device), Size(m=150, h=144, d=d)
+    gpu = targets.TARGETS[target]
+
+    def plan(kernel: AdapterKernel) -> Plan:
+        return plans.choose(kernel, size.m, size.h, size.d, harness.dtype, gpu)
+
+    tensors, z = make(harness, size), harness.output(size.m, size.d)
+    out, active = harness.output(size.m, size.h), harness.output(size.m, size.d)
+    settings: dict[str, Any] = {"activation": "gelu", "drop_threshold": 1, "scale": 1.0}
+    act = (tensors.h, *tensors.parameters)
+    if plans.one_launch(d):
+        adapter_forward(*act, tensors.residual, None, z, out, **settings, plan=plan("adapter_forward"))
+    else:
+        down = (tensors.h, tensors.down_weight, tensors.down_bias, None, z, active)
+        adapter_down(*down, **settings, plan=plan("adapter_down"))
+        adapter_up(active, tensors.up_weight, tensors.up_bias, tensors.residual, out, plan=plan("adapter_up"))
+    operands = rounded(tensors, harness.dtype)
+    assert_exact(out, lambda h, wd, bd, wu, bu, r: r + F.gelu(h @ wd.t() + bd) @ wu.t() + bu, *operands)
+
+    dout, dz = harness.random(size.m, size.h), harness.random(size.m, size.d)
+    backward = plan("adapter_grad_h_weights")
+    dh, partial = harness.output(size.m, size.h), _partial(harness, size, backward.splits)
+    source = harness.random(size.m, size.d)
+    arguments = (dout, tensors.h, dz, source, tensors.down_weight, dh, partial)
+    adapter_grad_h_weights(*arguments, add_input=True, plan=backward)
+    assert_exact(dh, lambda dz, w, dout: dz @ w + dout, dz, tensors.down_weight, dout)
+    d_up, d_down, *_ = _sections(partial.sum(0), size)
+    assert_exact(d_up, lambda dout, source: dout.t() @ source, dout, source)
+    assert_exact(d_down, lambda dz, h: dz.t() @ h, dz, tensors.h)
+    harness.assert_margins_untouched()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_reaches_the_output(activation: str, kernel_device: torch.device) -> None:
+    harness = Harness(torch.float32, kernel_device)
+    tensors = make(harness, BASE)
+    tensors.h[3, 0] = float("nan")
+    z, out = harness.output(BASE.m, BASE.d), harness.output(BASE.m, BASE.h)
+    plan = choose("adapter_forward", BASE, harness.dtype)
+    settings: dict[str, Any] = {"activation": activation, "drop_threshold": 1, "scale": 1.0}
+    adapter_forward(tensors.h, *tensors.parameters, None, None, z, out, **settings, plan=plan)
+    assert out[3].isnan().all()
+    assert not out[4].isnan().any()
+
+
+def test_row_offsets_pass_two_to_the_31(kernel_device: torch.device) -> None:
+    """Rows so far apart that a 32-bit offset would wrap around; only the pages that are touched exist."""
+    rows, hidden, d, stride = 3, 40, 4, 2**30 + 8
+    far = torch.empty(2 * stride + hidden, dtype=torch.float16, device=kernel_device)
+    h = far.as_strided((rows, hidden), (stride, 1))
+    h.copy_(torch.randn(rows, hidden))
+    down, up = torch.randn(d, hidden).to(h), torch.randn(hidden, d).to(h)
+    z, out = torch.empty(rows, d).to(h), torch.empty(rows, hidden).to(h)
+    plan = choose("adapter_forward", Size(rows, hidden, d), h.dtype)
+    settings: dict[str, Any] = {"activation": "relu", "drop_threshold": 1, "scale": 1.0}
+    adapter_forward(h, down, None, up, None, h, None, z, out, **settings, plan=plan)
+    exact = h.double() + F.relu(h.double() @ down.double().t()) @ up.double().t()
+    eager = h + F.relu(h @ down.t()) @ up.t()
+    assert (out - exact).norm() <= FACTOR * (eager - exact).norm()
+
+
+def _assert_column_sums(sums: Tensor, summands: Tensor) -> None:
+    """Within one fp32 rounding of the absolute sum: eager's error of a single number may be zero by luck."""
+    error = (sums.double() - summands.double().sum(0)).abs()
+    assert (error <= torch.finfo(torch.float32).eps * summands.double().abs().sum(0)).all()
+
+
+def _partial(harness: Harness, size: Size, splits: int) -> Tensor:
+    return harness.output(splits, 2 * size.h * size.d + size.h + size.d, dtype=torch.float32)
+
+
+def _sections(flat: Tensor, size: Size) -> list[Tensor]:
+    """dW_u, dW_d, db_u and db_d out of the flat sums."""
+    product = size.h * size.d
+    up, down, up_bias, down_bias = flat.split([product, product, size.h, size.d])
+    return [up.view(size.h, size.d), down.view(size.d, size.h), up_bias, down_bias]
