@@ -6,7 +6,7 @@ imported when the command runs, so that ``fastlora --help`` answers at once.
 
 import typer
 
-from fastlora.cli import demo, kernels
+from fastlora.cli import demo, kernels, params
 from fastlora.cli._errors import CommandGroup
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 
 app.command("demo")(demo.demo)
 app.command("kernels")(kernels.kernels)
+app.command("params")(params.params)
 
 
 def main() -> None:

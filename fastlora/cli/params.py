@@ -1,0 +1,197 @@
+"""``fastlora params``: what each way to fine-tune a model trains, and what that costs in memory."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from fastlora.parameters.models import ModelSpec
+    from fastlora.parameters.strategies import StrategyCost, TuningSettings
+
+
+_FROM_HERE_GIB = 25 * 2**30
+_PIPE_WIDTH = 120
+
+
+class Dtype(str, Enum):
+    """Of the weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def params(
+    model: Annotated[
+        str,
+        typer.Argument(help="A classification model of torchvision, timm:NAME, or llama-7b."),
+    ],
+    rank: Annotated[int, typer.Option(min=1, help="Of every LoRA update.")] = 16,
+    adapter_size: Annotated[int, typer.Option(min=1, help="Width of every adapter's bottleneck.")] = 64,
+    prompts: Annotated[int, typer.Option(min=1, help="Number of prompt tokens.")] = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images or texts in a batch.")] = 8,
+    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens in a text.")] = 512,
+    num_classes: Annotated[
+        int | None, typer.Option(min=1, help="Outputs of an image model; 1000 without it.")
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the weights; llama-7b has bfloat16 without it, others float32.")
+    ] = None,
+    details: Annotated[
+        str | None, typer.Option(help="Also list the modules under this strategy: lora, for example.")
+    ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Also train two steps with each strategy, on a GPU if there is one."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON on stdout.")] = False,
+) -> None:
+    """Compare ways to fine-tune a model: trainable parameters, and what training them keeps in memory.
+
+    Full fine-tuning, last layers, LoRA, adapters, prompts and a linear probe, with AdamW. Nothing is
+    downloaded and no weights are held: even llama-7b (about 7 billion parameters) takes seconds. Kept
+    activations are what a forward pass in train mode leaves for backward, without the loss.
+
+    [bold]Example[/bold]: fastlora params vit_b_16 --rank 8 --batch-size 32
+    """
+    # models are slow to import
+    from fastlora.parameters.models import ModelSpec
+    from fastlora.parameters.strategies import TuningSettings
+
+    console = Console(stderr=True)
+    spec = ModelSpec(model, num_classes, None if dtype is None else dtype.value, batch_size, sequence_length)
+    settings = TuningSettings(rank, adapter_size, prompts)
+    costs = _costs(spec, settings, details, console)
+    if measure:
+        costs = _measured(costs, spec, settings, console)
+    if as_json:
+        typer.echo(json.dumps(_record(costs, spec, settings), indent=1))
+    else:
+        console = Console()
+        # a pipe has no width of its own to fit into
+        _show(costs, spec, details, console if console.is_terminal else Console(width=_PIPE_WIDTH))
+
+
+def _costs(
+    spec: "ModelSpec", settings: "TuningSettings", details: str | None, console: Console
+) -> "list[StrategyCost]":
+    from fastlora.parameters.strategies import STRATEGIES, check_strategy, compare
+
+    if details is not None:
+        check_strategy(details)
+    with console.status(f"counting {spec.name}") as status:
+        costs = []
+        for cost in compare(spec, settings):
+            costs.append(cost)
+            status.update(f"counting {spec.name}: {len(costs)} of {len(STRATEGIES)} strategies")
+    return costs
+
+
+def _measured(
+    costs: "Sequence[StrategyCost]", spec: "ModelSpec", settings: "TuningSettings", console: Console
+) -> "list[StrategyCost]":
+    from fastlora.parameters.measure import Unmeasured, measured_peak
+
+    done = []
+    for cost in costs:
+        if cost.report is not None:
+            console.print(f"training two steps: {cost.title}", highlight=False)
+            try:
+                peak = measured_peak(spec, cost.strategy, settings, expected_bytes=cost.report.training_bytes)
+                cost = replace(cost, measured_bytes=peak)
+            except Unmeasured as error:
+                console.print(f"  {error}", highlight=False)
+        done.append(cost)
+    return done
+
+
+def _record(costs: "Sequence[StrategyCost]", spec: "ModelSpec", settings: "TuningSettings") -> dict[str, Any]:
+    from fastlora.parameters.usual import verdicts
+
+    resolved = {"dtype": str(spec.torch_dtype).removeprefix("torch.")}
+    return {
+        "model": asdict(spec) | resolved,
+        "settings": asdict(settings),
+        "strategies": [cost.as_json() for cost in costs],
+        "usual_percentages": [asdict(verdict) for verdict in verdicts(costs)],
+    }
+
+
+def _show(costs: "Sequence[StrategyCost]", spec: "ModelSpec", details: str | None, console: Console) -> None:
+    from fastlora.parameters.usual import sentences, verdicts
+
+    console.print(_table(costs, spec))
+    lines = [*_notes(costs), *sentences(verdicts(costs))]
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+    for cost in costs:
+        if cost.strategy == details:
+            # as wide as it is: a folded name can't be searched for
+            typer.echo(f"\n{cost.title}\n{cost.report or cost.note}")
+
+
+def _table(costs: "Sequence[StrategyCost]", spec: "ModelSpec") -> Table:
+    from fastlora.parameters.models import build, describe_input
+
+    reports = [cost.report for cost in costs if cost.report is not None]
+    large = max(report.training_bytes for report in reports) >= _FROM_HERE_GIB
+    unit, scale = ("GiB", 2**30) if large else ("MiB", 2**20)
+    dtype = str(spec.torch_dtype).removeprefix("torch.")
+    # narrow enough for a terminal of 80 columns
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        title=f"{spec.name} in {dtype}, {describe_input(spec, build(spec))}",
+        caption=f"Memory in {unit}. Added: % without the head. Kept: activations for backward.",
+    )
+    measured = any(cost.measured_bytes is not None for cost in costs)
+    table.add_column("Strategy")
+    headings = ["Trains", "%", "Added", "Weights", "Grads", "AdamW", "Kept", "Sum"]
+    for heading in headings + ["Measured"] * measured:
+        table.add_column(heading, justify="right")
+    for cost in costs:
+        table.add_row(cost.title, *_cells(cost, scale, measured))
+    return table
+
+
+def _cells(cost: "StrategyCost", scale: int, measured: bool) -> list[str]:
+    from fastlora.parameters._text import readable_percent
+
+    report = cost.report
+    if report is None:
+        return ["-"] * (8 + measured)
+    sizes = [
+        report.weight_bytes,
+        report.gradient_bytes,
+        report.optimizer_bytes,
+        report.kept_bytes,
+        report.training_bytes,
+        *([cost.measured_bytes] if measured else []),
+    ]
+    percents = [report.trainable_percent, cost.added_percent]
+    return [
+        f"{report.trainable_parameters:,}",
+        *("-" if percent is None else readable_percent(percent) for percent in percents),
+        *("-" if size is None else _size(size / scale) for size in sizes),
+    ]
+
+
+def _size(value: float) -> str:
+    if 0 < value < 0.01:
+        return "<0.01"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+
+
+def _notes(costs: "Sequence[StrategyCost]") -> list[str]:
+    by_note: dict[str, list[str]] = {}
+    for cost in costs:
+        if cost.note:
+            by_note.setdefault(cost.note, []).append(cost.title)
+    return [f"{'; '.join(titles)}: {note}." for note, titles in by_note.items()]

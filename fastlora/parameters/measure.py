@@ -1,0 +1,151 @@
+"""Peak memory of real training steps, each strategy in a process of its own so that peaks don't mix.
+
+``python -m fastlora.parameters.measure SETTINGS`` is such a process; :func:`measured_peak` starts it.
+"""
+
+import contextlib
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.parameters._text import readable_bytes
+from fastlora.parameters.models import ModelSpec, build, sample_input
+from fastlora.parameters.strategies import TuningSettings, apply_strategy
+from fastlora.transfer.memory import PeakMemory
+
+# the second step has the optimiser state that the first one makes
+STEPS = 2
+_STATUS = Path("/proc/self/status")
+# glibc's parameter number and our value: blocks from 64 KiB on go back to the system when they are freed
+_M_MMAP_THRESHOLD, _MMAP_BYTES = -3, 2**16
+_M_MMAP_MAX, _MMAP_BLOCKS = -4, 2**20
+
+
+class Unmeasured(Exception):
+    """A strategy's memory could not be measured; says why."""
+
+
+def measured_peak(
+    spec: ModelSpec,
+    strategy: str,
+    settings: TuningSettings,
+    *,
+    expected_bytes: int,
+    device: str | None = None,
+) -> int:
+    """Peak memory in bytes of two AdamW steps with random weights and data, in a new process.
+
+    It is what the process needs beyond its state after imports and a tiny training step: the resident set on
+    a CPU, what PyTorch's allocator holds on CUDA.
+
+    Args:
+        spec: The model and its batch.
+        strategy: What trains; see :data:`fastlora.parameters.strategies.STRATEGIES`.
+        settings: Sizes of what is added.
+        expected_bytes: The computed sum; nothing is started that would not fit in free memory.
+        device: ``"cpu"`` or ``"cuda"``; None means CUDA if there is any.
+
+    Raises:
+        Unmeasured: The memory is too small, or the process failed.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    free = _free_bytes(device)
+    if free is not None and expected_bytes > free:
+        raise Unmeasured(
+            f"needs about {readable_bytes(expected_bytes)}, {readable_bytes(free)} are free on {device}"
+        )
+    job = {"spec": asdict(spec), "strategy": strategy, "settings": asdict(settings), "device": device}
+    command = [sys.executable, "-m", "fastlora.parameters.measure", json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise Unmeasured(f"the process ended with exit code {done.returncode}: {said}")
+    return int(json.loads(done.stdout)["peak_bytes"])
+
+
+def _free_bytes(device: str) -> int | None:
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return _proc_bytes(Path("/proc/meminfo"), "MemAvailable")
+
+
+def _measure_here(spec: ModelSpec, strategy: str, settings: TuningSettings, device: torch.device) -> int:
+    _give_freed_memory_back()
+    # what the first step of a process loads and allocates once is no cost of the strategy
+    toy = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4))
+    _train(toy.to(device), torch.randn(2, 3, 4, 4))
+    baseline = _now(device)
+    peak = PeakMemory(device)
+    with peak:
+        model = build(spec, weightless=False)
+        inputs = sample_input(spec, model)
+        apply_strategy(strategy, model, spec, settings)
+        _train(model.to(device), inputs)
+    if peak.bytes is None:
+        raise OSError("expected a system with /proc to measure memory on the CPU, got one without")
+    # the sampling thread may miss a short peak, the kernel's own mark doesn't
+    mark = 0 if device.type == "cuda" else _proc_bytes(_STATUS, "VmHWM") or 0
+    return max(peak.bytes, mark) - baseline
+
+
+def _train(model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> None:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    device = parameters[0].device
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        if isinstance(inputs, dict):
+            output = model(**{name: tensor.to(device) for name, tensor in inputs.items()})
+        else:
+            output = model(inputs.to(device))
+        torch.autograd.backward(_logits(output).logsumexp(-1).mean())
+        # its graph would live on through the next forward pass
+        del output
+        optimizer.step()
+
+
+def _logits(output: Any) -> Tensor:
+    found = getattr(output, "logits", output)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def _now(device: torch.device) -> int:
+    gc.collect()
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _proc_bytes(_STATUS, "VmRSS") or 0
+
+
+def _proc_bytes(path: Path, field: str) -> int | None:
+    if not path.exists():
+        return None
+    found = next((line for line in path.read_text().splitlines() if line.startswith(f"{field}:")), None)
+    return None if found is None else int(found.split()[1]) * 1024
+
+
+def _give_freed_memory_back() -> None:
+    """Make the resident set follow what is allocated; glibc would keep freed memory for later."""
+    with contextlib.suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+        libc.mallopt(_M_MMAP_MAX, _MMAP_BLOCKS)
+
+
+def _main() -> None:
+    job = json.loads(sys.argv[1])
+    spec, settings = ModelSpec(**job["spec"]), TuningSettings(**job["settings"])
+    peak = _measure_here(spec, job["strategy"], settings, torch.device(job["device"]))
+    print(json.dumps({"peak_bytes": peak}))
+
+
+if __name__ == "__main__":
+    _main()

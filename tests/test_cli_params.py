@@ -1,0 +1,118 @@
+"""``fastlora params``: what it prints and how it ends. The numbers themselves are tested elsewhere."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from fastlora.cli import app
+from fastlora.parameters import measure
+from fastlora.parameters.strategies import STRATEGIES
+
+WIDE = {"COLUMNS": "200"}
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner(env=WIDE).invoke(app, ["params", *arguments])
+
+
+def test_json_is_all_there_is_on_stdout() -> None:
+    result = run(
+        "vit_b_16", "--rank", "8", "--adapter-size", "32", "--prompts", "5", "--batch-size", "1", "--json"
+    )
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record["settings"] == {"rank": 8, "adapter_size": 32, "prompts": 5}
+    assert record["model"] == {
+        "name": "vit_b_16",
+        "num_classes": None,
+        "dtype": "float32",
+        "batch_size": 1,
+        "sequence_length": 512,
+    }
+    strategies = {entry["strategy"]: entry for entry in record["strategies"]}
+    assert list(strategies) == list(STRATEGIES)
+    head = 769_000
+    lora = strategies["lora"]["report"]
+    assert lora["trainable_parameters"] - head == 2_359_296 // 2
+    assert strategies["prompts"]["report"]["trainable_parameters"] - head == 5 * 768
+    assert sum(row["kept_bytes"] for row in lora["modules"]) == lora["kept_bytes"]
+    assert {verdict["strategy"] for verdict in record["usual_percentages"]} == {
+        "lora",
+        "lora_attention",
+        "adapters",
+        "prompts",
+        "deep_prompts",
+    }
+
+
+def test_table() -> None:
+    result = run("resnet18", "--batch-size", "2", "--num-classes", "10", "--dtype", "bfloat16")
+    assert result.exit_code == 0, result.output
+    assert "resnet18 in bfloat16, 2 images of 3 x 224 x 224" in result.stdout
+    full = next(line for line in result.stdout.splitlines() if "Full fine-tuning" in line)
+    # 11,176,512 parameters without a head, two bytes each
+    assert full.split()[:8] == ["Full", "fine-tuning", "11,181,642", "100", "-", "21.3", "21.3", "42.7"]
+    assert "convolutions can't carry LoRA yet." in result.stdout
+    assert "Measured" not in result.stdout
+    assert result.stderr.strip() == "" or "counting" in result.stderr
+
+
+def test_details_list_the_modules_of_one_strategy() -> None:
+    result = run("resnet18", "--batch-size", "1", "--details", "linear_probe")
+    assert result.exit_code == 0, result.output
+    assert "Linear probe\nModule" in result.stdout
+    assert "513,000 of 11,689,512 parameters train (4.39 %)" in result.stdout
+
+
+def test_measured_peaks_stand_beside_the_computed_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    def peak(spec: object, strategy: str, settings: object, *, expected_bytes: int) -> int:
+        if strategy == "lora":
+            raise measure.Unmeasured("the process ended with exit code -9: no message")
+        return 3 * 2**20
+
+    monkeypatch.setattr(measure, "measured_peak", peak)
+    result = run("resnet18", "--batch-size", "1", "--measure")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert next(line for line in lines if "Strategy" in line).split()[-1] == "Measured"
+    assert next(line for line in lines if "Full fine-tuning" in line).split()[-1] == "3.0"
+    assert next(line for line in lines if "LoRA r=16, all linear" in line).split()[-1] == "-"
+    assert "training two steps: Full fine-tuning" in result.stderr
+    assert "exit code -9" in result.stderr
+    record = json.loads(run("resnet18", "--batch-size", "1", "--measure", "--json").stdout)
+    measured = {entry["strategy"]: entry["measured_bytes"] for entry in record["strategies"]}
+    assert measured["full"] == 3 * 2**20
+    assert measured["lora"] is None
+    assert measured["adapters"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["vit_b16"], "did you mean 'vit_b_16'"),
+        (["resnet18", "--details", "everything"], "expected a strategy, one of full"),
+        (["llama-7b", "--num-classes", "3"], "expected no num_classes for llama-7b"),
+        (["resnet18", "--rank", "0"], "--rank"),
+        (["resnet18", "--dtype", "int8"], "'int8' is not one of"),
+    ],
+    ids=["model", "details", "classes", "rank", "dtype"],
+)
+def test_bad_input_ends_with_2(arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_missing_library_ends_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    result = run("timm:resnet50")
+    assert result.exit_code == 1
+    assert "error: the model timm:resnet50 needs the package timm" in result.stderr
+
+
+def test_help_has_an_example() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    assert "fastlora params vit_b_16" in result.stdout
