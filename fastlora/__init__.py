@@ -2,23 +2,43 @@
 
 from fastlora import functional, reference
 from fastlora._backend import set_backend, use_backend
+from fastlora.adapters import apply_adapters
 from fastlora.inject import apply_lora, merge_adapters, remove_adapters, unmerge_adapters
-from fastlora.nn import LoRALayer, LoRALinear, LoRAMultiheadAttention
+from fastlora.nn import (
+    AdaptedModule,
+    AdapterLayer,
+    LoRALayer,
+    LoRALinear,
+    LoRAMultiheadAttention,
+    SoftPrompts,
+    VisualPrompts,
+)
+from fastlora.parameters import ParameterReport, parameter_report
+from fastlora.prompting import apply_prompts, remove_prompts
 from fastlora.state import load_adapter, save_adapter
 from fastlora.summary import AdapterSummary, adapter_summary
 
 __all__ = [
+    "AdaptedModule",
+    "AdapterLayer",
     "AdapterSummary",
     "LoRALayer",
     "LoRALinear",
     "LoRAMultiheadAttention",
+    "ParameterReport",
+    "SoftPrompts",
+    "VisualPrompts",
     "adapter_summary",
+    "apply_adapters",
     "apply_lora",
+    "apply_prompts",
     "functional",
     "load_adapter",
     "merge_adapters",
+    "parameter_report",
     "reference",
     "remove_adapters",
+    "remove_prompts",
     "save_adapter",
     "set_backend",
     "unmerge_adapters",

@@ -4,13 +4,17 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from fastlora._adapter_config import AdapterConfig
+from fastlora._blocks import output_sizes
 from fastlora._modules import clean_name, named_modules
+from fastlora._places import Place, cannot_adapt
 from fastlora.inject import cannot_carry
-from fastlora.nn import LoRALayer, LoRAModule
+from fastlora.nn import AdaptedModule, LoRALayer, LoRAModule
 from fastlora.nn._settings import WEIGHT_DTYPES
+from fastlora.nn.adapted import ADAPTER
 
 PREFIX = "base_model.model."
 # PEFT wraps nn.MultiheadAttention and leaves the output projection inside the wrapped layer
@@ -48,6 +52,8 @@ class AdapterCheck:
 
     def layers(self, targets: Mapping[str, nn.Module], config: AdapterConfig) -> None:
         """Compare the A and B of every layer, adapted or about to be."""
+        if not any(_LORA_KEY.fullmatch(key) for key in self._tensors):
+            self._problems.insert(0, f"no LoRA tensors ({PREFIX}<module>.lora_A.weight) in the file")
         for name, module in targets.items():
             rank = config.settings(name).rank
             slots = tensor_slots(name, module)
@@ -57,6 +63,28 @@ class AdapterCheck:
                 continue
             for key, owner, part in slots:
                 self._compare(key, _slot_shape(owner, part, rank))
+
+    def no_layers(self, layers: Iterable[str], kind: str) -> None:
+        """Note layers of a kind that the file does not hold."""
+        self._problems.extend(f"{name}: {kind} in the model, none in the file" for name in layers)
+
+    def places(self, places: Mapping[str, Place]) -> None:
+        """Compare the adapters about to be put into a model without any."""
+        sizes = output_sizes(self._names)
+        for name, place in places.items():
+            module = self._names.get(name)
+            problem = "no module of this name in the model" if module is None else cannot_adapt(module)
+            if problem is None and sizes.get(name) not in (None, place.hidden_size):
+                problem = f"expected hidden_size {sizes[name]} as in the model, got {place.hidden_size}"
+            self._place(name, place, problem)
+
+    def adapted(self, places: Mapping[str, Place], modules: Mapping[str, AdaptedModule]) -> None:
+        """Compare the adapters of an adapted model."""
+        for name, place in places.items():
+            here = Place.of(modules[name]) if name in modules else None
+            problem = "no adapter at this place in the model" if here is None else here.difference(place)
+            self._place(name, place, problem)
+        self.no_layers((name for name in modules if name not in places), "an adapter")
 
     def whole_modules(self, entries: Iterable[str]) -> dict[str, nn.Module]:
         """The modules that ``modules_to_save`` means, their tensors compared."""
@@ -76,10 +104,8 @@ class AdapterCheck:
         """Report what was found.
 
         Raises:
-            ValueError: There are differences, or the file holds no LoRA tensors.
+            ValueError: There are differences.
         """
-        if not any(_LORA_KEY.fullmatch(key) for key in self._tensors):
-            self._problems.insert(0, f"no LoRA tensors ({PREFIX}<module>.lora_A.weight) in the file")
         unexpected = [key for key in self._tensors if key not in self._explained]
         problems = self._problems + [f"{key}: nothing in the model takes it" for key in unexpected]
         if problems:
@@ -89,6 +115,16 @@ class AdapterCheck:
                 f"{len(problems)}); load it into the model it was trained on. Nothing was changed:\n  "
                 + "\n  ".join(problems[:_LISTED] + more)
             )
+
+    def _place(self, name: str, place: Place, problem: str | None) -> None:
+        if problem is not None:
+            self._problems.append(f"{name}: {problem}")
+            prefix = adapter_key(name, "")
+            self._explained |= {key for key in self._tensors if key.startswith(prefix)}
+            return
+        layer = place.make(torch.device("meta"), torch.float32)
+        for part in layer.adapter_params():
+            self._compare(adapter_key(name, part), tuple(layer.get_parameter(part).shape))
 
     def _holds(self, prefix: str) -> bool:
         return any(key.startswith(prefix) for key in self._tensors)
@@ -113,6 +149,11 @@ def tensor_slots(name: str, layer: nn.Module) -> list[tuple[str, nn.Module, str]
     return [
         (f"{PREFIX}{key}.{part}.weight", owner, part) for key, owner in pairs for part in ("lora_A", "lora_B")
     ]
+
+
+def adapter_key(name: str, part: str) -> str:
+    """File key of one parameter of the adapter at this place."""
+    return f"{PREFIX}{name}.{ADAPTER}.{part}"
 
 
 def _slot_shape(owner: nn.Module, part: str, rank: int) -> tuple[int, int]:

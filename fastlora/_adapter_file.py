@@ -12,14 +12,14 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from fastlora._adapter_config import AdapterConfig, parse_config
+from fastlora._adapter_format import FileConfig, parse_file_config
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 
 
-def read_adapter(folder: Path) -> tuple[dict[str, Tensor], AdapterConfig]:
+def read_adapter(folder: Path) -> tuple[dict[str, Tensor], FileConfig]:
     """Tensors and settings of an adapter folder; never unpickles.
 
     Raises:
@@ -48,7 +48,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], AdapterConfig]:
     except ValueError as error:
         raise ValueError(f"expected JSON in {folder / CONFIG}, got {error}; the file is damaged") from error
     try:
-        config = parse_config(raw)
+        config = parse_file_config(raw)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
     try:

@@ -5,10 +5,12 @@ from typing import cast
 import torch
 from torch import nn
 
-from fastlora.nn import LoRAModule, LoRAMultiheadAttention
+from fastlora.nn import AdaptedModule, AdapterLayer, LoRAModule, LoRAMultiheadAttention
+from fastlora.nn.adapted import WRAPPED
+from fastlora.nn.tuner import TunerModule
 
-# name parts that torch.compile, activation checkpointing and FSDP1 put in between
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+# name parts that torch.compile, activation checkpointing, FSDP1 and our adapters put in between
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", WRAPPED}
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -43,6 +45,19 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {clean_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
 
 
+def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module that a request may name: not the model itself, nor the parts of an adapter."""
+    adapters = (module for module in model.modules() if isinstance(module, AdapterLayer))
+    ours = {id(part) for adapter in adapters for part in adapter.modules()}
+    return {name: m for name, m in named_modules(model).items() if name and id(m) not in ours}
+
+
+def adapted_modules(model: nn.Module) -> dict[str, AdaptedModule]:
+    """Every module with a bottleneck adapter once, by its first name."""
+    modules = model.named_modules()
+    return {clean_name(name): module for name, module in modules if isinstance(module, AdaptedModule)}
+
+
 def lora_layers(model: nn.Module) -> dict[str, LoRAModule]:
     """Every LoRA layer once, by its first name; an attention's ``out_proj`` belongs to the attention."""
     found: dict[str, LoRAModule] = {}
@@ -62,6 +77,11 @@ def require_lora_layers(model: nn.Module) -> dict[str, LoRAModule]:
         ValueError: There is none.
     """
     layers = lora_layers(model)
+    if not layers and adapted_modules(model):
+        raise ValueError(
+            "expected LoRA layers, got bottleneck adapters alone, which have no weight that they could be "
+            "folded into; keep them, or take them out with fastlora.remove_adapters"
+        )
     if not layers:
         raise ValueError(
             f"expected a model with LoRA layers, got {type(model).__name__} without any; "
@@ -70,12 +90,12 @@ def require_lora_layers(model: nn.Module) -> dict[str, LoRAModule]:
     return layers
 
 
-def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Every A and B."""
+def tuner_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Every parameter that fastlora added: A and B, adapters, prompts."""
     return [
         module.get_parameter(name)
         for module in model.modules()
-        if isinstance(module, LoRAModule)
+        if isinstance(module, TunerModule)
         for name in module.adapter_params()
     ]
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 
 from torch import nn
 
-from fastlora._modules import named_modules
+from fastlora._modules import adaptable_modules
 
 ALL_LINEAR = "all-linear"
 _LISTED = 6
@@ -18,33 +18,49 @@ def select_targets(
     exclude_modules: str | Collection[str] | None,
     modules_to_save: Collection[str] | None,
 ) -> tuple[dict[str, nn.Module], list[nn.Module]]:
-    """The modules to adapt, by name, and those to train whole.
+    """The modules to adapt, by name, and those to train whole. Parts of adapters can be neither.
 
     Raises:
         TypeError: A request that is neither a string nor strings.
         ValueError: A name or pattern that matches nothing, an attention's ``out_proj`` without its attention,
             or nothing left to adapt.
     """
-    names = {name: module for name, module in named_modules(model).items() if name}
+    names = adaptable_modules(model)
     if target_modules == ALL_LINEAR:
         targeted = _all_linear(model, names)
     else:
         targeted = _matches("target_modules", target_modules, names)
-    excluded = set() if exclude_modules is None else _matches("exclude_modules", exclude_modules, names)
-    if isinstance(modules_to_save, str):
-        raise TypeError(f"expected modules_to_save to be a list of names, got the string {modules_to_save!r}")
-    saved = set() if modules_to_save is None else _matches("modules_to_save", modules_to_save, names)
-    kept_whole = {name for name in names if any(name == top or name.startswith(top + ".") for top in saved)}
-    left_out = {id(names[name]) for name in excluded | kept_whole}
-    chosen = {name: names[name] for name in names if name in targeted and id(names[name]) not in left_out}
-    chosen = _absorb_out_proj(names, chosen, excluded | kept_whole)
+    left_out, whole = left_out_names(model, exclude_modules, modules_to_save)
+    left_out_ids = {id(names[name]) for name in left_out}
+    chosen = {name: names[name] for name in names if name in targeted and id(names[name]) not in left_out_ids}
+    chosen = _absorb_out_proj(names, chosen, left_out)
     if not chosen:
         raise ValueError(
             f"expected at least one module to adapt, got none for target_modules={target_modules!r}"
             f", exclude_modules={exclude_modules!r}, modules_to_save={modules_to_save!r}; "
             f"this model has {_inventory(names)}"
         )
-    return chosen, [names[name] for name in sorted(saved)]
+    return chosen, whole
+
+
+def left_out_names(
+    model: nn.Module,
+    exclude_modules: str | Collection[str] | None,
+    modules_to_save: Collection[str] | None,
+) -> tuple[set[str], list[nn.Module]]:
+    """Names that must not be adapted, those inside modules that train whole included, and these modules.
+
+    Raises:
+        TypeError: A request that is neither a string nor strings.
+        ValueError: A name or pattern that matches nothing.
+    """
+    names = adaptable_modules(model)
+    excluded = set() if exclude_modules is None else _matches("exclude_modules", exclude_modules, names)
+    if isinstance(modules_to_save, str):
+        raise TypeError(f"expected modules_to_save to be a list of names, got the string {modules_to_save!r}")
+    saved = set() if modules_to_save is None else _matches("modules_to_save", modules_to_save, names)
+    kept_whole = {name for name in names if any(name == top or name.startswith(top + ".") for top in saved)}
+    return excluded | kept_whole, [names[name] for name in sorted(saved)]
 
 
 def _all_linear(model: nn.Module, names: dict[str, nn.Module]) -> set[str]:

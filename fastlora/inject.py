@@ -1,6 +1,5 @@
 """Put LoRA layers into a model by name, fold them in, and take them out again."""
 
-import logging
 from collections.abc import Collection, Mapping
 from typing import TypeVar
 
@@ -8,28 +7,20 @@ import torch
 from torch import nn
 
 from fastlora._modules import (
-    lora_parameters,
+    adapted_modules,
+    lora_layers,
     named_modules,
     replace_modules,
     require_lora_layers,
     unwrap,
 )
 from fastlora._targets import ALL_LINEAR, select_targets
-from fastlora.nn import LoRALinear, LoRAModule, LoRAMultiheadAttention
+from fastlora._tuning import forget_tuners, train_only_tuners
+from fastlora.nn import AdaptedModule, LoRALinear, LoRAModule, LoRAMultiheadAttention
 from fastlora.nn._settings import LoRASettings, check_linear
 from fastlora.nn.attention import check_attention
-from fastlora.summary import adapter_summary
 
 Model = TypeVar("Model", bound=nn.Module)
-logger = logging.getLogger("fastlora")
-
-# torch's transformer encoder has a fused inference path that reads weights and calls no layer: LoRA would be
-# silently ignored under eval() and no_grad(). class → the attribute that allows it, and its "off"
-_FAST_PATHS: dict[type[nn.Module], tuple[str, int | bool]] = {
-    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
-    nn.TransformerEncoder: ("use_nested_tensor", False),
-}
-_REMEMBERED = "_fastlora_fast_path"
 
 
 def apply_lora(
@@ -61,6 +52,7 @@ def apply_lora(
         dropout: Probability in [0, 1) of zeroing an element of an update's input while training.
         exclude_modules: Names or a regular expression to leave out of the targets.
         modules_to_save: Names of modules to train whole, a new classification head, say; never adapted.
+            Bottleneck adapters in the model, and what was named when they were put in, go on training.
         rslora: Scale by alpha/√rank instead of alpha/rank.
         adapter_dtype: Dtype of A and B; None means float32 for 16-bit weights, else the weights' dtype.
 
@@ -98,7 +90,7 @@ def merge_adapters(model: Model) -> Model:
         The same model. Call :func:`unmerge_adapters` before training on.
 
     Raises:
-        ValueError: The model has no LoRA layers.
+        ValueError: The model has no LoRA layers; bottleneck adapters can't be folded into anything, and stay.
 
     Example:
         >>> model = merge_adapters(apply_lora(nn.Sequential(nn.Linear(4, 2)), rank=1))
@@ -133,10 +125,12 @@ def unmerge_adapters(model: Model) -> Model:
 
 
 def remove_adapters(model: Model) -> Model:
-    """Replace every LoRA layer by a plain one that shares its weight as it is now.
+    """Take every LoRA layer and bottleneck adapter out.
 
-    After :func:`merge_adapters` this is PEFT's ``merge_and_unload``, otherwise its ``unload``. Parameters
-    stay frozen; hooks on replaced layers are not carried over.
+    A LoRA layer is replaced by a plain one that shares its weight as it is now: after :func:`merge_adapters`
+    this is PEFT's ``merge_and_unload``, otherwise its ``unload``. A module with a bottleneck adapter stands
+    where it stood before, the same object. Parameters stay frozen; hooks on replaced layers are not carried
+    over.
 
     Args:
         model: An adapted model, changed in place.
@@ -145,7 +139,7 @@ def remove_adapters(model: Model) -> Model:
         The same model.
 
     Raises:
-        ValueError: The model has no LoRA layers, or is itself one.
+        ValueError: The model has neither, or is itself one.
 
     Example:
         >>> model = apply_lora(nn.Sequential(nn.Linear(4, 2)), rank=1)
@@ -155,13 +149,17 @@ def remove_adapters(model: Model) -> Model:
         )
     """
     root = unwrap(model)
-    layers = require_lora_layers(root)
-    if isinstance(root, LoRAModule):
+    layers, places = lora_layers(root), adapted_modules(root)
+    if not layers and not places:
+        require_lora_layers(root)
+    if isinstance(root, LoRAModule | AdaptedModule):
+        original = "original_module" if isinstance(root, AdaptedModule) else "to_base()"
         raise ValueError(
-            f"expected a model around its layers, got a bare {type(root).__name__}; use its .to_base()"
+            f"expected a model around its layers, got a bare {type(root).__name__}; use its .{original}"
         )
     replace_modules(root, {layer: layer.to_base() for layer in layers.values()})
-    _restore_fast_paths(root)
+    replace_modules(root, {place: place.original_module for place in places.values()})
+    forget_tuners(root)
     return model
 
 
@@ -214,16 +212,13 @@ def cannot_carry(module: nn.Module) -> str | None:
 
 def inject(model: nn.Module, plan: Mapping[nn.Module, LoRASettings], whole: Collection[nn.Module]) -> None:
     """Replace the plan's modules, freeze the rest, let the ``whole`` ones train. All is checked before."""
-    replacements = {module: _adapted(module, settings) for module, settings in plan.items()}
-    replace_modules(model, replacements)
-    model.requires_grad_(False)
-    for parameter in lora_parameters(model):
-        parameter.requires_grad_(True)
-    for module in whole:
-        for parameter in module.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
-    _disable_fast_paths(model)
-    logger.info("%s: %s", type(model).__name__, adapter_summary(model))
+    add_lora(model, plan)
+    train_only_tuners(model, whole)
+
+
+def add_lora(model: nn.Module, plan: Mapping[nn.Module, LoRASettings]) -> None:
+    """Replace the plan's modules by LoRA layers; ``train_only_tuners`` decides what trains."""
+    replace_modules(model, {module: _adapted(module, settings) for module, settings in plan.items()})
 
 
 def _adapted(module: nn.Module, settings: LoRASettings) -> nn.Module:
@@ -231,19 +226,3 @@ def _adapted(module: nn.Module, settings: LoRASettings) -> nn.Module:
         return LoRAMultiheadAttention.from_attention(module, **vars(settings))
     assert isinstance(module, nn.Linear)
     return LoRALinear.from_linear(module, **vars(settings))
-
-
-def _disable_fast_paths(model: nn.Module) -> None:
-    for module in model.modules():
-        for kind, (attribute, off) in _FAST_PATHS.items():
-            if isinstance(module, kind) and any(isinstance(m, LoRAModule) for m in module.modules()):
-                setattr(module, _REMEMBERED, getattr(module, attribute))
-                setattr(module, attribute, off)
-
-
-def _restore_fast_paths(model: nn.Module) -> None:
-    for module in model.modules():
-        for kind, (attribute, _) in _FAST_PATHS.items():
-            if isinstance(module, kind) and hasattr(module, _REMEMBERED):
-                setattr(module, attribute, getattr(module, _REMEMBERED))
-                delattr(module, _REMEMBERED)

@@ -1,26 +1,31 @@
-"""Save and load adapters as PEFT does: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+"""Save and load adapters as ``adapter_config.json`` and ``adapter_model.safetensors``, LoRA as PEFT does."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastlora._adapter_check import PREFIX, AdapterCheck, tensor_slots
+from fastlora._adapter_check import PREFIX, AdapterCheck, adapter_key, tensor_slots
 from fastlora._adapter_config import AdapterConfig, build_config
 from fastlora._adapter_file import read_adapter, write_adapter
+from fastlora._adapter_format import FileConfig, build_file_config
 from fastlora._modules import (
+    adapted_modules,
     clean_name,
     lora_layers,
-    lora_parameters,
     named_modules,
     plain_tensor,
     require_lora_layers,
+    tuner_parameters,
     unwrap,
 )
-from fastlora.inject import Model, check_unadapted, inject, logger
-from fastlora.nn import LoRAModule
+from fastlora._places import Place, add_adapters
+from fastlora._tuning import logger, train_only_tuners
+from fastlora.inject import Model, add_lora, check_unadapted
+from fastlora.nn import AdaptedModule, LoRAModule
 
 _PEFT_APPLIES_TWICE = (
     "This adapter was saved by PEFT and covers nn.MultiheadAttention. PEFT up to 0.21.2 adds the update of "
@@ -30,12 +35,13 @@ _PEFT_APPLIES_TWICE = (
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
-    """Write a model's LoRA layers, and what else of it trains, as a PEFT adapter folder.
+    """Write a model's LoRA layers and bottleneck adapters, and what else of it trains, as an adapter folder.
 
-    ``PeftModel.from_pretrained(base_model, path)`` and :func:`load_adapter` read it. Modules that train whole
-    go into ``modules_to_save``. Both files are written completely before an older adapter is replaced. A
-    merged model is saved like an unmerged one. In an ``nn.MultiheadAttention``, PEFT applies no dropout, and
-    up to 0.21.2 it adds ``out_proj``'s update twice (huggingface/peft#3774).
+    LoRA alone is written in PEFT's format, which ``PeftModel.from_pretrained(base_model, path)`` reads too;
+    with bottleneck adapters the config is our own, and only :func:`load_adapter` reads it. Modules that train
+    whole go into ``modules_to_save``. Both files are written completely before an older adapter is replaced.
+    A merged model is saved like an unmerged one. In an ``nn.MultiheadAttention``, PEFT applies no dropout,
+    and up to 0.21.2 it adds ``out_proj``'s update twice (huggingface/peft#3774).
 
     Args:
         model: An adapted model; not changed. Sharded (FSDP2) parameters are gathered, on every rank.
@@ -45,8 +51,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         The folder.
 
     Raises:
-        ValueError: No LoRA layers, only some with ``rslora``, or a trainable parameter that PEFT's format
-            can't hold because its module contains LoRA layers.
+        ValueError: No LoRA layers or adapters, only some layers with ``rslora``, or a trainable parameter
+            that the format can't hold because its module contains LoRA layers or adapters.
         NotADirectoryError: ``path`` is a file or lies under one.
         PermissionError: ``path`` can't be written to.
 
@@ -58,24 +64,17 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         ['adapter_config.json', 'adapter_model.safetensors']
     """
     root = unwrap(model)
-    layers = require_lora_layers(root)
-    if "" in layers:
+    layers, places = lora_layers(root), adapted_modules(root)
+    if not places:
+        require_lora_layers(root)
+    if "" in layers or "" in places:
         raise ValueError(
             f"expected a model around its layers, got a bare {type(root).__name__}; "
             "put it into nn.Sequential, say, so that it has a name"
         )
     whole = _whole_modules(root)
-    names = named_modules(root)
-    origin = getattr(root, "name_or_path", None)
-    config = build_config(layers, names, whole, origin if isinstance(origin, str) else None)
-    tensors = {
-        key: plain_tensor(owner.get_parameter(part))
-        for name, layer in layers.items()
-        for key, owner, part in tensor_slots(name, layer)
-    }
-    for name in whole:
-        for key, tensor in names[name].state_dict().items():
-            tensors[f"{PREFIX}{name}.{clean_name(key)}"] = plain_tensor(tensor)
+    tensors = _tensors(root, layers, places, whole)
+    config = _config(root, layers, places, whole)
     folder = Path(path)
     write_adapter(folder, tensors, config)
     return folder
@@ -84,9 +83,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
     """Load a PEFT or fastlora adapter folder into a model, in place.
 
-    A model without LoRA gets layers as the files describe them, trainable, the rest frozen; A and B become
-    float32 beside 16-bit weights, else the weight's dtype. In an adapted model the files must hold exactly
-    its layers, which are unmerged, take alpha and rslora from the file and keep their dropout. Nothing is
+    A model without LoRA or adapters gets them as the files describe them, trainable, the rest frozen; they
+    become float32 beside 16-bit weights, else the weights' dtype. In an adapted model the files must hold
+    exactly its layers, which are unmerged, take alpha, rslora and fixed scales from the file and keep their
+    dropout. Nothing is
     unpickled, and every key, shape, dtype and setting is checked before anything changes. A PEFT adapter for
     ``nn.MultiheadAttention`` is logged as a warning: PEFT up to 0.21.2 adds ``out_proj``'s update twice
     (huggingface/peft#3774), we add it once.
@@ -115,32 +115,99 @@ def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
     folder = Path(path)
     tensors, config = read_adapter(folder)
     targets: Mapping[str, nn.Module] = lora_layers(root)
-    fresh = not targets
+    places = adapted_modules(root)
+    fresh = not targets and not places
     check = AdapterCheck(root, tensors)
     if fresh:
         check_unadapted(root)
-        targets = check.targets()
-    check.layers(targets, config)
+    if config.lora is not None:
+        targets = check.targets() if fresh else targets
+        check.layers(targets, config.lora)
+    else:
+        check.no_layers(targets, "LoRA")
+    if fresh:
+        check.places(config.bottleneck)
+    else:
+        check.adapted(config.bottleneck, places)
     whole = check.whole_modules(config.modules_to_save)
     check.finish(folder)
     if fresh:
-        plan = {module: config.settings(name) for name, module in targets.items()}
-        inject(root, plan, list(whole.values()))
-    names = named_modules(root)
-    layers = {name: names[name] for name in targets}
-    _fill(layers, whole, tensors, config)
-    if config.by_peft and any(isinstance(layer, nn.MultiheadAttention) for layer in layers.values()):
-        logger.warning(_PEFT_APPLIES_TWICE)
+        _build(root, targets, config, list(whole.values()))
+    _fill(root, targets, whole, tensors, config)
     return model
+
+
+def _tensors(
+    model: nn.Module,
+    layers: Mapping[str, LoRAModule],
+    places: Mapping[str, AdaptedModule],
+    whole: Iterable[str],
+) -> dict[str, Tensor]:
+    names = named_modules(model)
+    tensors = {
+        key: plain_tensor(owner.get_parameter(part))
+        for name, layer in layers.items()
+        for key, owner, part in tensor_slots(name, layer)
+    }
+    for name, place in places.items():
+        for part in place.adapter.adapter_params():
+            tensors[adapter_key(name, part)] = plain_tensor(place.adapter.get_parameter(part))
+    for name in whole:
+        for key, tensor in names[name].state_dict().items():
+            tensors[f"{PREFIX}{name}.{clean_name(key)}"] = plain_tensor(tensor)
+    return tensors
+
+
+def _config(
+    model: nn.Module,
+    layers: Mapping[str, LoRAModule],
+    places: Mapping[str, AdaptedModule],
+    whole: list[str],
+) -> dict[str, Any]:
+    origin = getattr(model, "name_or_path", None)
+    base_model = origin if isinstance(origin, str) else None
+    names = named_modules(model)
+    if not places:
+        return build_config(layers, names, whole, base_model)
+    return build_file_config(
+        lora=build_config(layers, names, [], base_model) if layers else None,
+        bottleneck={name: Place.of(place) for name, place in places.items()},
+        modules_to_save=whole,
+    )
+
+
+def _build(
+    model: nn.Module, targets: Mapping[str, nn.Module], config: FileConfig, whole: list[nn.Module]
+) -> None:
+    if config.lora is not None:
+        add_lora(model, {module: config.lora.settings(name) for name, module in targets.items()})
+    add_adapters(model, config.bottleneck, adapter_dtype=None)
+    train_only_tuners(model, whole)
 
 
 @torch.no_grad()
 def _fill(
-    layers: Mapping[str, nn.Module],
+    model: nn.Module,
+    targets: Iterable[str],
     whole: Mapping[str, nn.Module],
     tensors: Mapping[str, Tensor],
-    config: AdapterConfig,
+    config: FileConfig,
 ) -> None:
+    names, places = named_modules(model), adapted_modules(model)
+    if config.lora is not None:
+        _fill_lora({name: names[name] for name in targets}, tensors, config.lora)
+    for name, place in config.bottleneck.items():
+        adapter = places[name].adapter
+        for part in adapter.adapter_params():
+            adapter.get_parameter(part).copy_(tensors[adapter_key(name, part)])
+        if isinstance(place.settings.scale, float):
+            adapter.scale = place.settings.scale
+    for name, module in whole.items():
+        for key, tensor in module.state_dict().items():
+            tensor.copy_(tensors[f"{PREFIX}{name}.{clean_name(key)}"])
+
+
+def _fill_lora(layers: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], config: AdapterConfig) -> None:
     for name, layer in layers.items():
         settings = config.settings(name)
         for key, owner, part in tensor_slots(name, layer):
@@ -148,24 +215,26 @@ def _fill(
             owner.unmerge()
             owner.get_parameter(part).copy_(tensors[key])
             owner.alpha, owner.rslora = settings.alpha, settings.rslora
-    for name, module in whole.items():
-        for key, tensor in module.state_dict().items():
-            tensor.copy_(tensors[f"{PREFIX}{name}.{clean_name(key)}"])
+    if config.by_peft and any(isinstance(layer, nn.MultiheadAttention) for layer in layers.values()):
+        logger.warning(_PEFT_APPLIES_TWICE)
 
 
 def _whole_modules(model: nn.Module) -> list[str]:
-    """Names of the modules that own trainable parameters other than A and B."""
-    ours = set(map(id, lora_parameters(model)))
+    """Names of the modules that own trainable parameters that are not filed under a kind of adapter."""
+    tuners = [*lora_layers(model).values(), *(p.adapter for p in adapted_modules(model).values())]
+    ours = {id(parameter) for tuner in tuners for parameter in tuner_parameters(tuner)}
     owners = {
         clean_name(name).rpartition(".")[0]: clean_name(name)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and id(parameter) not in ours
     }
-    layers = lora_layers(model)
+    # the module at an adapter's own place has a state dict without the adapter
+    inside = [f"{name}." for name in lora_layers(model)] + list(adapted_modules(model))
     for owner, parameter_name in owners.items():
-        if any(f"{layer}.".startswith(f"{owner}." if owner else "") for layer in layers):
+        if any(name.startswith(f"{owner}." if owner else "") for name in inside):
             raise ValueError(
-                f"expected trainable parameters in modules without LoRA layers, got {parameter_name!r}; "
-                "PEFT's format saves whole modules only: freeze it, or move it into a module of its own"
+                "expected trainable parameters in modules without LoRA layers or adapters, got "
+                f"{parameter_name!r}; PEFT's format saves whole modules only, so does ours: freeze it, or "
+                "move it into a module of its own"
             )
     return [o for o in owners if not any(o.startswith(f"{other}.") for other in owners)]

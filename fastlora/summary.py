@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fastlora._modules import clean_name, lora_layers, lora_parameters, unwrap
+from fastlora._modules import adapted_modules, clean_name, lora_layers, tuner_parameters, unwrap
 
 _LISTED = 4
 
@@ -21,6 +21,8 @@ class AdapterSummary:
         trainable_parameters: Number of scalars that train.
         total_parameters: Number of scalars altogether, A and B included.
         merged: Whether any update is folded into its weight.
+        adapters: How many bottleneck adapters there are.
+        adapter_sizes: The widths of their bottlenecks, ascending.
     """
 
     layers: dict[str, int]
@@ -29,6 +31,8 @@ class AdapterSummary:
     trainable_parameters: int
     total_parameters: int
     merged: bool
+    adapters: int = 0
+    adapter_sizes: tuple[int, ...] = ()
 
     @property
     def trainable_percent(self) -> float:
@@ -40,8 +44,12 @@ class AdapterSummary:
         kinds = " + ".join(f"{count} {kind}" for kind, count in self.layers.items())
         ranks = ", ".join(map(str, self.ranks))
         merged = " (merged)" if self.merged else ""
-        text = f"LoRA rank {ranks} on {kinds}{merged}" if kinds else "no LoRA layers"
-        if kinds and self.also_trainable:
+        parts = [f"LoRA rank {ranks} on {kinds}{merged}"] if kinds else []
+        if self.adapters:
+            sizes = ", ".join(map(str, self.adapter_sizes))
+            parts.append(f"{self.adapters} bottleneck adapters of size {sizes}")
+        text = " and ".join(parts) or "no LoRA layers"
+        if parts and self.also_trainable:
             shown, rest = self.also_trainable[:_LISTED], len(self.also_trainable) - _LISTED
             text += f"; also training {', '.join(shown)}{f' and {rest} more' if rest > 0 else ''}"
         return (
@@ -51,7 +59,7 @@ class AdapterSummary:
 
 
 def adapter_summary(model: nn.Module) -> AdapterSummary:
-    """Count a model's LoRA layers and parameters.
+    """Count a model's LoRA layers, bottleneck adapters and parameters.
 
     Args:
         model: Any model, adapted or not; only looked at.
@@ -67,7 +75,8 @@ def adapter_summary(model: nn.Module) -> AdapterSummary:
     """
     model = unwrap(model)
     layers = lora_layers(model).values()
-    ours = set(map(id, lora_parameters(model)))
+    adapters = [place.adapter for place in adapted_modules(model).values()]
+    ours = set(map(id, tuner_parameters(model)))
     parameters = list(model.named_parameters())
     others = [clean_name(name) for name, p in parameters if p.requires_grad and id(p) not in ours]
     return AdapterSummary(
@@ -77,4 +86,6 @@ def adapter_summary(model: nn.Module) -> AdapterSummary:
         trainable_parameters=sum(p.numel() for _, p in parameters if p.requires_grad),
         total_parameters=sum(p.numel() for _, p in parameters),
         merged=any(layer.merged for layer in layers),
+        adapters=len(adapters),
+        adapter_sizes=tuple(sorted({adapter.adapter_size for adapter in adapters})),
     )

@@ -1,7 +1,21 @@
 """Modules built on the ops."""
 
+from fastlora.nn.adapted import AdaptedModule
+from fastlora.nn.adapter import AdapterLayer
 from fastlora.nn.attention import LoRAMultiheadAttention
 from fastlora.nn.base import LoRAModule
 from fastlora.nn.linear import LoRALayer, LoRALinear
+from fastlora.nn.prompts import SoftPrompts, VisualPrompts
+from fastlora.nn.tuner import TunerModule
 
-__all__ = ["LoRALayer", "LoRALinear", "LoRAModule", "LoRAMultiheadAttention"]
+__all__ = [
+    "AdaptedModule",
+    "AdapterLayer",
+    "LoRALayer",
+    "LoRALinear",
+    "LoRAModule",
+    "LoRAMultiheadAttention",
+    "SoftPrompts",
+    "TunerModule",
+    "VisualPrompts",
+]

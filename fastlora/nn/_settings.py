@@ -1,14 +1,21 @@
-"""What a LoRA layer is asked to be, and what a frozen layer must be to carry one."""
+"""What a LoRA layer or an adapter is asked to be, and what a frozen layer must be to carry LoRA."""
 
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Literal
 
 import torch
 from torch import nn
 
+from fastlora.reference import ACTIVATIONS, Activation
+
+LayerNormPlace = Literal["pre", "post"]
+Scale = float | Literal["learned"]
+
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DTYPE_NAMES = "float16, bfloat16, float32 or float64"
+_ADAPTER_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -32,22 +39,120 @@ class LoRASettings:
 
     def __post_init__(self) -> None:
         """Check every value and turn numbers into plain ``int`` and ``float``."""
-        if not isinstance(self.rank, Integral) or isinstance(self.rank, bool):
-            raise TypeError(f"expected rank to be an integer, got {self.rank!r}; use 8 or 16, say")
-        if self.rank < 1:
-            raise ValueError(f"expected rank >= 1, got {self.rank}; use 8 or 16, say")
-        alpha, dropout = _number("alpha", self.alpha), _number("dropout", self.dropout)
+        rank = check_count("rank", self.rank, "use 8 or 16, say")
+        alpha, dropout = _number("alpha", self.alpha), _dropout(self.dropout)
         if not math.isfinite(alpha):
             raise ValueError(f"expected alpha to be finite, got {alpha}; use 2 * rank, say")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"expected dropout in [0, 1), got {dropout}; use 0.0 for none")
-        if self.adapter_dtype is not None and self.adapter_dtype not in WEIGHT_DTYPES:
-            raise TypeError(
-                f"expected adapter_dtype to be {_DTYPE_NAMES}, got {self.adapter_dtype!r}; None chooses"
-            )
-        object.__setattr__(self, "rank", int(self.rank))
+        check_dtype("adapter_dtype", self.adapter_dtype)
+        object.__setattr__(self, "rank", rank)
         object.__setattr__(self, "alpha", alpha)
         object.__setattr__(self, "dropout", dropout)
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """The checked hyperparameters of one bottleneck adapter, whatever the width of what it adapts.
+
+    Raises:
+        TypeError: A value has the wrong type.
+        ValueError: A size < 1 or two of them, an unknown activation or place of the layer norm, ``scale``
+            zero or not finite, ``dropout`` outside [0, 1).
+
+    Example:
+        >>> AdapterSettings(reduction_factor=16).size(768)
+        48
+    """
+
+    adapter_size: int | None = None
+    reduction_factor: int | None = None
+    activation: Activation = "gelu"
+    layer_norm: LayerNormPlace | None = None
+    scale: Scale = 1.0
+    dropout: float = 0.0
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        """Check every value and turn numbers into plain ``int`` and ``float``."""
+        if self.adapter_size is not None and self.reduction_factor is not None:
+            raise ValueError(
+                f"expected adapter_size or reduction_factor, got both ({self.adapter_size!r} and "
+                f"{self.reduction_factor!r}); leave one out"
+            )
+        for name, advice in (("adapter_size", "use 64, say"), ("reduction_factor", "use 16, say")):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, check_count(name, getattr(self, name), advice))
+        _one_of("activation", self.activation, tuple(ACTIVATIONS))
+        _one_of("layer_norm", self.layer_norm, (None, "pre", "post"))
+        if not isinstance(self.bias, bool):
+            raise TypeError(f"expected bias to be True or False, got {self.bias!r}")
+        object.__setattr__(self, "scale", _scale(self.scale))
+        object.__setattr__(self, "dropout", _dropout(self.dropout))
+
+    def size(self, hidden_size: int) -> int:
+        """The bottleneck's width beside a layer of this width.
+
+        Raises:
+            ValueError: ``reduction_factor`` leaves nothing of it.
+        """
+        if self.reduction_factor is None:
+            return self.adapter_size or _ADAPTER_SIZE
+        size = hidden_size // self.reduction_factor
+        if size < 1:
+            raise ValueError(
+                f"expected reduction_factor <= hidden_size, got {self.reduction_factor} for "
+                f"{hidden_size}; the bottleneck needs at least one unit"
+            )
+        return size
+
+
+def check_count(name: str, value: object, advice: str) -> int:
+    """A size as a plain ``int``.
+
+    Raises:
+        TypeError: No integer.
+        ValueError: Smaller than 1.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"expected {name} to be an integer, got {value!r}; {advice}")
+    if value < 1:
+        raise ValueError(f"expected {name} >= 1, got {value}; {advice}")
+    return int(value)
+
+
+def check_dtype(name: str, dtype: torch.dtype | None) -> None:
+    """Refuse a dtype that parameters can't train in.
+
+    Raises:
+        TypeError: Not floating, or not a dtype at all.
+    """
+    if dtype is not None and dtype not in WEIGHT_DTYPES:
+        raise TypeError(f"expected {name} to be {_DTYPE_NAMES}, got {dtype!r}; None chooses")
+
+
+def _one_of(name: str, value: object, accepted: tuple[object, ...]) -> None:
+    # unhashable values must not raise an error of their own
+    if not any(value is entry or (isinstance(value, str) and value == entry) for entry in accepted):
+        raise ValueError(
+            f"expected {name} to be {', '.join(map(repr, accepted))}, got {value!r}; use one of these"
+        )
+
+
+def _scale(value: object) -> Scale:
+    if isinstance(value, str):
+        if value != "learned":
+            raise ValueError(f"expected scale to be a number or 'learned', got {value!r}; 1.0 scales nothing")
+        return "learned"
+    scale = _number("scale", value)
+    if not math.isfinite(scale) or scale == 0.0:
+        raise ValueError(f"expected scale to be finite and not zero, got {scale}; 1.0 scales nothing")
+    return scale
+
+
+def _dropout(value: object) -> float:
+    dropout = _number("dropout", value)
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"expected dropout in [0, 1), got {dropout}; use 0.0 for none")
+    return dropout
 
 
 def _number(name: str, value: object) -> float:
