@@ -18,6 +18,7 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-bench
 	$(VENV)/bin/python benchmarks/cpu_layers.py --output benchmarks/results/cpu.json
+	$(VENV)/bin/python benchmarks/cpu_adapters.py --output benchmarks/results/cpu-adapters.json
 
 $(VENV)/.installed-%: pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

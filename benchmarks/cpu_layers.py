@@ -11,10 +11,6 @@ trains through the layer can be faster.
 import argparse
 import json
 import math
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +18,7 @@ from typing import Any
 import peft
 import torch
 from torch import Tensor, nn
+from turns import Step, check_equal, environment, geometric_mean, take_turns
 
 import fastlora
 
@@ -31,8 +28,6 @@ RANK, ALPHA = 16, 32.0
 CANDIDATES = ("fastlora", "reference", "peft", "peft_same_dtype")
 # largest error relative to the reference's largest element that still counts as the same function
 TOLERANCE = {"fp32": 1e-4, "bf16": 4e-2}
-
-Step = Callable[[], tuple[Tensor, ...]]
 
 
 def main() -> None:
@@ -48,7 +43,7 @@ def main() -> None:
                     print(_line(rows[-1]), flush=True)
             print(_summary(rows, threads, dropout), flush=True)
     if options.output is not None:
-        write_results(options.output, {"environment": _environment(), "rank": RANK, "rows": rows})
+        write_results(options.output, {"environment": environment("peft"), "rank": RANK, "rows": rows})
 
 
 def _options() -> argparse.Namespace:
@@ -68,21 +63,12 @@ def _time_case(
     # without dropout all candidates compute the same; with it, each draws a mask of its own
     _check_equal(_candidates(shape, DTYPES[dtype_name], 0.0), TOLERANCE[dtype_name])
     steps = _candidates(shape, DTYPES[dtype_name], dropout)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 2):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            # the first turns warm caches and allocators
-            if turn >= 2:
-                times[name].append((time.perf_counter() - start) * 1e3)
     return {
         "shape": shape,
         "dtype": dtype_name,
         "dropout": dropout,
         "threads": threads,
-        "median_ms": {name: statistics.median(values) for name, values in times.items()},
-        "spread_ms": {name: _interquartile_range(values) for name, values in times.items()},
+        **take_turns(steps, rounds),
     }
 
 
@@ -134,17 +120,8 @@ def _peft_layer(
 def _check_equal(steps: dict[str, Step], tolerance: float) -> None:
     expected = steps["reference"]()
     for name, step in steps.items():
-        if name == "frozen":
-            continue
-        for what, value, wanted in zip(("y", "dX", "dA", "dB"), step(), expected, strict=True):
-            error = (value.double() - wanted.double()).abs().max() / wanted.double().abs().max()
-            if not error <= tolerance:
-                raise RuntimeError(f"{name}: {what} differs from the reference by {error:.1e}; not timing it")
-
-
-def _interquartile_range(values: list[float]) -> float:
-    quartiles = statistics.quantiles(values, n=4)
-    return quartiles[2] - quartiles[0]
+        if name != "frozen":
+            check_equal(name, step(), expected, tolerance)
 
 
 def _ratios(row: dict[str, Any]) -> dict[str, float]:
@@ -161,34 +138,9 @@ def _line(row: dict[str, Any]) -> str:
 
 def _summary(rows: list[dict[str, Any]], threads: int, dropout: float) -> str:
     ratios = [_ratios(row) for row in rows if row["threads"] == threads and row["dropout"] == dropout]
-    means = {
-        name: math.exp(statistics.mean(math.log(case[name]) for case in ratios if name in case))
-        for name in CANDIDATES
-    }
+    means = {name: geometric_mean(case[name] for case in ratios if name in case) for name in CANDIDATES}
     text = "  ".join(f"{name} {mean:.3f}x" for name, mean in means.items())
     return f"geometric mean, threads {threads}, p {dropout}: {text}\n"
-
-
-def _environment() -> dict[str, Any]:
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "peft": peft.__version__,
-        "fastlora": fastlora.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def write_results(path: Path, result: dict[str, Any]) -> None:

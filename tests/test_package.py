@@ -70,14 +70,16 @@ def test_only_one_file_reads_the_environment() -> None:
     assert readers == {"fastlora/_backend.py"}
 
 
+EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=["lora", "adapters-and-prompts"])
 def test_readme_example_runs(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    example: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert example is not None
-    exec(compile(example[1], "README.md", "exec"), {})
+    exec(compile(example, "README.md", "exec"), {})
     printed = capsys.readouterr().out
     # what the README shows in comments is what the lines print
-    for line in re.findall(r"# prints: (.*)", example[1]):
+    for line in re.findall(r"# prints: (.*)", example):
         assert line in printed

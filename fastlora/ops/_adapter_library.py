@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastlora.ops import _adapter_torch
-from fastlora.ops._autocast import without_autocast
-from fastlora.ops._registration import register, rows_of
+from fastlora.ops._autocast import unrecorded
+from fastlora.ops._registration import register, rows_of, runs_directly
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 _FORWARD_SCHEMA = (
@@ -41,9 +41,8 @@ class Implementation(Protocol):
         *,
         activation: str,
         dropout: float,
-        out: Tensor,
-    ) -> Tensor:
-        """Fill out ``[M, H]`` and return z."""
+    ) -> tuple[Tensor, Tensor]:
+        """out ``[M, H]`` and z."""
 
     def backward(
         self,
@@ -87,7 +86,8 @@ def adapter_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """out ``[..., H]`` and the kept z ``[M, D]``, for h ``[..., H]``; ``add_input`` adds h to the output."""
-    result: tuple[Tensor, Tensor] = torch.ops.fastlora.adapter_forward(
+    run = _forward if runs_directly(backend, seed) else torch.ops.fastlora.adapter_forward
+    result: tuple[Tensor, Tensor] = run(
         h, down_weight, down_bias, up_weight, up_bias, residual, seed, add_input, activation, dropout, backend
     )
     return result
@@ -108,7 +108,8 @@ def adapter_backward(
     backend: str,
 ) -> Gradients:
     """dh ``[..., H]``, dW_d, db_d, dW_u and db_u; an empty tensor for each that is not needed."""
-    result: Gradients = torch.ops.fastlora.adapter_backward(
+    run = _backward if runs_directly(backend) else torch.ops.fastlora.adapter_backward
+    result: Gradients = run(
         dout,
         h,
         z,
@@ -138,11 +139,9 @@ def _forward(
     dropout: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    # allocated in its final shape: autograd refuses in-place changes of a Function's output that is a view
-    out = torch.empty_like(h, memory_format=torch.contiguous_format)
     added = h if add_input else residual
-    with torch.no_grad(), without_autocast(h):
-        z = implementation(backend).forward(
+    with unrecorded(h):
+        out, z = implementation(backend).forward(
             rows_of(h),
             down_weight,
             down_bias,
@@ -152,9 +151,9 @@ def _forward(
             seed,
             activation=activation,
             dropout=dropout,
-            out=rows_of(out),
         )
-    return out, z
+    # not .view: autograd refuses in-place changes of a Function's output that is a view
+    return out if h.dim() == 2 else torch.ops.aten._unsafe_view(out, h.shape), z
 
 
 def _backward(
@@ -171,7 +170,7 @@ def _backward(
     need_up: bool,
     backend: str,
 ) -> Gradients:
-    with torch.no_grad(), without_autocast(dout):
+    with unrecorded(dout):
         dh, *of_parameters = implementation(backend).backward(
             rows_of(dout),
             None if h is None else rows_of(h),

@@ -32,15 +32,14 @@ def forward(
     *,
     activation: str,
     dropout: float,
-    out: Tensor,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """out = residual + dropout(act(z))·W_uᵀ + b_u; see :mod:`fastlora.ops._adapter_library`."""
     h, residual = row_major(h), None if residual is None else row_major(residual)
     down_weight, up_weight = down_weight.contiguous(), up_weight.contiguous()
     size = down_weight.shape[0]
-    aligned = is_aligned(*(t for t in (h, residual, out) if t is not None))
+    aligned = is_aligned(*(t for t in (h, residual) if t is not None))
     threshold, scale = drop_threshold(dropout), 1 / keep_probability(dropout)
-    z = h.new_empty(h.shape[0], size)
+    z, out = h.new_empty(h.shape[0], size), torch.empty_like(h, memory_format=torch.contiguous_format)
     with current_device(h):
         if plans.one_launch(size):
             adapter_forward(
@@ -58,7 +57,7 @@ def forward(
                 scale=scale,
                 plan=_plan("adapter_forward", h, size, aligned),
             )
-            return z
+            return out, z
         active = torch.empty_like(z)
         adapter_down(
             h,
@@ -73,7 +72,7 @@ def forward(
             plan=_plan("adapter_down", h, size, aligned),
         )
         adapter_up(active, up_weight, up_bias, residual, out, plan=_plan("adapter_up", h, size, aligned))
-    return z
+    return out, z
 
 
 def backward(

@@ -16,6 +16,22 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
+_AS_IT_IS = contextlib.nullcontext()
+
+
+def unrecorded(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A context in which products keep the dtypes they are given and autograd records nothing.
+
+    Entering ``torch.no_grad`` once more than needed would cost a tenth of a small call.
+    """
+    if autocast_dtype(tensor) is None:
+        return torch.no_grad() if torch.is_grad_enabled() else _AS_IT_IS
+    contexts = contextlib.ExitStack()
+    contexts.enter_context(torch.no_grad())
+    contexts.enter_context(without_autocast(tensor))
+    return contexts
+
+
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """A context in which products keep the dtypes they are given."""
     if autocast_dtype(tensor) is None:

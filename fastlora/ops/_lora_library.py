@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fastlora.ops import _lora_torch
-from fastlora.ops._autocast import without_autocast
-from fastlora.ops._registration import register, rows_of
+from fastlora.ops._autocast import unrecorded
+from fastlora.ops._registration import register, rows_of, runs_directly
 
 _FORWARD_SCHEMA = (
     "lora_linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? seed, "
@@ -86,7 +86,8 @@ def lora_linear_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y ``[..., N]``, S ``[M, R]`` and the kept dropout mask (empty without a seed), for x ``[..., K]``."""
-    result: tuple[Tensor, Tensor, Tensor] = torch.ops.fastlora.lora_linear_forward(
+    run = _forward if runs_directly(backend, seed) else torch.ops.fastlora.lora_linear_forward
+    result: tuple[Tensor, Tensor, Tensor] = run(
         x, weight, bias, lora_A, lora_B, seed, scaling, dropout, backend
     )
     return result
@@ -108,7 +109,8 @@ def lora_linear_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dX ``[..., K]``, dA and dB; an empty tensor for each that is not needed."""
-    result: tuple[Tensor, Tensor, Tensor] = torch.ops.fastlora.lora_linear_backward(
+    run = _backward if runs_directly(backend) else torch.ops.fastlora.lora_linear_backward
+    result: tuple[Tensor, Tensor, Tensor] = run(
         dy, x, weight, lora_A, lora_B, s, mask, scaling, dropout, need_x, need_A, need_B, backend
     )
     return result
@@ -127,7 +129,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     # allocated in its final shape: autograd refuses in-place changes of a Function's output that is a view
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    with torch.no_grad(), without_autocast(x):
+    with unrecorded(x):
         s, mask = implementation(backend).forward(
             rows_of(x),
             weight.to(x.dtype),
@@ -157,7 +159,7 @@ def _backward(
     need_B: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.no_grad(), without_autocast(dy):
+    with unrecorded(dy):
         dx, da, db = implementation(backend).backward(
             rows_of(dy),
             None if x is None else rows_of(x),
