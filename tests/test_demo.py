@@ -21,12 +21,15 @@ from fastlora.cli import app
 from fastlora.transfer import demo as demo_module
 from fastlora.transfer.backbones import dinov2_vits14
 from fastlora.transfer.datasets import load_images, normalise, split
+from fastlora.transfer.eager import EAGER, lora_and_reference
 from fastlora.transfer.fit import FitSettings, make_accelerator, run_batched
-from fastlora.transfer.methods import EAGER, FUSED, LoRASettings, Study, lora_and_reference
+from fastlora.transfer.methods import FUSED, lora_tuning
+from fastlora.transfer.recipes import RECIPES, Recipe
 from fastlora.transfer.report import MethodResult
+from fastlora.transfer.study import Study
 
 SIZE, STEPS, SEED = 28, 3, 5
-FILES = {"report.json", "curves.png", "confusion.png", "adapter"}
+PICTURES = {"curves.png", "accuracy.png", "confusion.png"}
 # rank 8 in 12 blocks: q, k, v as one 384 → 1152, out 384 → 384, MLP 384 → 1536 → 384; and the head
 LORA_PARAMETERS = 12 * 8 * ((384 + 1152) + (384 + 384) + 2 * (384 + 1536))
 BACKBONE_PARAMETERS = sum(p.numel() for p in dinov2_vits14(SIZE, 1).parameters()) - 385
@@ -50,8 +53,8 @@ class Run:
         return found
 
 
-def small(name: str) -> demo_module.Recipe:
-    return replace(demo_module.RECIPES[name], image_size=SIZE, train=64, validation=32)
+def small(name: str) -> Recipe:
+    return replace(RECIPES[name], image_size=SIZE, train=64, validation=32)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,7 +73,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     arguments = ["demo", "--data", data, "--output", str(folder), "--max-steps", str(STEPS)]
     arguments += ["--seed", str(SEED), *(["--json"] if as_json else [])]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(demo_module.RECIPES, data, small(data))
+        patch.setitem(RECIPES, data, small(data))
         # the first few hundred pictures do
         patch.setattr(demo_module, "load_images", lambda *args: load_images(*args).first(400))
         result = CliRunner().invoke(app, arguments)
@@ -79,8 +82,8 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_files_and_nothing_else(run: Run) -> None:
-    assert {path.name for path in run.folder.iterdir()} == FILES
-    for name in ("curves.png", "confusion.png"):
+    assert {path.name for path in run.folder.iterdir()} == {"report.json", "adapter", *PICTURES}
+    for name in PICTURES:
         with Image.open(run.folder / name) as picture:
             assert picture.width > 1000
             assert len(picture.convert("RGB").resize((64, 64)).getcolors(4096) or ()) > 50
@@ -175,8 +178,8 @@ def test_eager_run_ends_after_its_epochs_and_uses_the_reference() -> None:
             seen.append((task, done, total, _backend._selected))
 
     study = Study(parts, SIZE, make_accelerator(), 0, Listener())
-    settings = FitSettings(epochs=3, batch_size=16, learning_rate=1e-3)
-    result, eager, _ = lora_and_reference(study, settings, LoRASettings(4, 8.0), eager_epochs=1)
+    tuning = lora_tuning(FitSettings(epochs=3, batch_size=16, learning_rate=1e-3), rank=4, alpha=8.0)
+    result, eager, _ = lora_and_reference(study, tuning, epochs=1)
     fused_steps = [(FUSED, step, 6, "auto") for step in range(1, 7)]
     eager_steps = [(EAGER, step, 2, "reference") for step in (1, 2)]
     assert seen == [*fused_steps[:2], *eager_steps, *fused_steps[2:]]
@@ -190,12 +193,12 @@ def test_what_is_printed(run: Run) -> None:
         return
     assert "CC BY-NC-SA 4.0" in run.stdout
     for text in (
-        "Linear probe",
-        "LoRA, fused",
+        "Linear",
+        "LoRA,",
         "eager layers",
         "Test accuracy",
         "Peak memory",
-        "Adapter file",
+        "Weights to save",
     ):
         assert text in run.stdout
     assert f"{run.method('lora')['accuracy']:.1%}" in run.stdout
@@ -277,7 +280,7 @@ def test_output_that_is_read_only(tmp_path: Path) -> None:
 def test_missing_package_ends_with_one_line(
     module: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(demo_module.RECIPES, "elpv", small("elpv"))
+    monkeypatch.setitem(RECIPES, "elpv", small("elpv"))
     monkeypatch.setitem(sys.modules, module, None)
     result = CliRunner().invoke(app, ["demo", "--output", str(tmp_path), "--max-steps", "1"])
     assert result.exit_code == 1
@@ -289,7 +292,7 @@ def test_failure_later_on_leaves_no_half_report(monkeypatch: pytest.MonkeyPatch,
     def breaks(study: Study, *_: object) -> MethodResult:
         raise FloatingPointError("expected a finite loss, got nan at step 1; lower the learning rate")
 
-    monkeypatch.setitem(demo_module.RECIPES, "elpv", small("elpv"))
+    monkeypatch.setitem(RECIPES, "elpv", small("elpv"))
     monkeypatch.setattr(demo_module, "linear_probe", breaks)
     result = CliRunner().invoke(app, ["demo", "--output", str(tmp_path)])
     assert result.exit_code == 1

@@ -9,8 +9,13 @@ import torch
 
 from fastlora.transfer.fit import EpochResult
 from fastlora.transfer.memory import PeakMemory
-from fastlora.transfer.metrics import accuracy, balanced_accuracy, confusion_matrix
-from fastlora.transfer.plots import draw_confusions, draw_curves
+from fastlora.transfer.metrics import (
+    accuracy,
+    accuracy_standard_error,
+    balanced_accuracy,
+    confusion_matrix,
+)
+from fastlora.transfer.plots import accuracy_figure, draw_accuracies, draw_confusions, draw_curves
 from fastlora.transfer.report import MethodResult, check_output_folder, environment, write_file, write_report
 
 
@@ -73,6 +78,69 @@ def test_environment_names_versions() -> None:
     assert facts["versions"]["torch"] in torch.__version__
     assert facts["threads"] == torch.get_num_threads()
     json.dumps(facts)
+
+
+def method(title: str, parameters: int, right: int, *, of: int = 240, classes: int = 2) -> MethodResult:
+    labels = torch.arange(of) % classes
+    predictions = labels.clone()
+    predictions[right:] = (predictions[right:] + 1) % classes
+    history = [EpochResult(n + 1, 1 / (n + 1), right / of, 1.0) for n in range(3)]
+    return MethodResult(
+        title, title, (parameters, 10**8), labels, predictions, classes, history, 1.0, None, None, {}
+    )
+
+
+def test_standard_error_is_that_of_draws() -> None:
+    confusion = method("", 1, 36, of=40).confusion
+    draws = torch.rand(20_000, 40, generator=torch.Generator().manual_seed(0)) < 0.9
+    spread = draws.double().mean(dim=1).std().item()
+    assert accuracy_standard_error(confusion) == pytest.approx(spread, rel=0.02)
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+@pytest.mark.parametrize("count", [1, 5])
+def test_every_method_is_drawn(count: int, classes: int) -> None:
+    methods = [method(f"Method {n}", 10 ** (n + 1), 200 + n, classes=classes) for n in range(count)]
+    names = [str(label) for label in range(classes)]
+    for picture in (
+        draw_curves(methods, "curves"),
+        draw_accuracies(methods, "accuracies"),
+        draw_confusions(methods, names, "confusion"),
+    ):
+        assert picture.startswith(b"\x89PNG")
+
+
+SPREAD = [(770, 222), (46_850, 220), (590_000, 223), (1_190_000, 224), (21_670_000, 224)]
+CROWDED = {
+    "spread": SPREAD,
+    "one-method": SPREAD[:1],
+    "all-in-one-place": [(1000, 200)] * 5,
+    "close": [(1000 * 2**n, 200 + n % 2) for n in range(5)],
+    "all-right": [(parameters, 240) for parameters, _ in SPREAD],
+}
+
+
+@pytest.mark.parametrize("places", CROWDED.values(), ids=CROWDED)
+def test_accuracy_plot_has_a_point_and_a_readable_label_for_each(places: list[tuple[int, int]]) -> None:
+    titles = ["Linear probe", "Visual prompts", "LoRA, fused", "Bottleneck adapters", "Full fine-tuning"]
+    methods = [method(title, *place) for title, place in zip(titles, places, strict=False)]
+    figure = accuracy_figure(methods, "cells")
+    (axes,) = figure.axes
+    assert axes.get_xscale() == "log"
+    # what savefig will do
+    figure.draw_without_rendering()
+    for result, bar, label in zip(methods, axes.containers, axes.texts, strict=True):
+        right = 100 * accuracy(result.confusion)
+        error = 100 * accuracy_standard_error(result.confusion)
+        point, _, (line,) = bar
+        assert point.get_xydata().tolist() == [[result.parameters[0], pytest.approx(right)]]
+        ends = line.get_segments()[0][:, 1].tolist()
+        assert ends == pytest.approx([right - error, right + error])
+        assert label.get_text() == f"{result.title}\n{right:.1f} ± {error:.1f}%"
+    boxes = [label.get_window_extent() for label in axes.texts]
+    for n, box in enumerate(boxes):
+        assert not box.count_overlaps(boxes[:n])
+        assert all(axes.bbox.contains(x, y) for x, y in box.corners())
 
 
 @pytest.mark.parametrize("classes", [2, 10])

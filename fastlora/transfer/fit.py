@@ -145,6 +145,11 @@ class Fit:
         """Whether every step was taken."""
         return self._steps_done >= self.total_steps
 
+    @property
+    def seconds(self) -> float:
+        """Spent on the optimiser steps of all epochs, without validation."""
+        return sum(epoch.seconds for epoch in self.history)
+
     def run_epoch(self) -> EpochResult:
         """Train for an epoch, or for what is left of the steps, then validate.
 

@@ -34,6 +34,18 @@ def accuracy(confusion: Tensor) -> float:
     return confusion.trace().item() / confusion.sum().item()
 
 
+def accuracy_standard_error(confusion: Tensor) -> float:
+    """Binomial standard error of the accuracy: how far it may be off with so few pictures.
+
+    Example:
+        >>> round(accuracy_standard_error(torch.tensor([[45, 5], [5, 45]])), 6)
+        0.03
+    """
+    right = accuracy(confusion)
+    error: float = (right * (1 - right) / confusion.sum().item()) ** 0.5
+    return error
+
+
 def balanced_accuracy(confusion: Tensor) -> float:
     """Mean over the classes of the share labelled right; classes without pictures don't count.
 

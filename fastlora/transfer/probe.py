@@ -1,13 +1,21 @@
 """Linear probe: features of the frozen backbone once, then a linear layer on them."""
 
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from fastlora.transfer.datasets import ImageSet, normalise
-from fastlora.transfer.fit import Examples, Task, run_batched
+from fastlora.transfer.fit import Examples, Fit, FitSettings, Task, run_batched
+from fastlora.transfer.memory import PeakMemory
+from fastlora.transfer.report import MethodResult, parameter_counts
+from fastlora.transfer.study import Study
+
+PROBE = "Linear probe"
 
 
 class StandardisedLinear(nn.Module):
@@ -77,6 +85,48 @@ def extract_features(
 def probe_task(train: Examples, validation: Examples) -> Task:
     """Train on a random variant of each example's features ``[n, variants, width]``, judge on the first."""
     return Task(train, validation, augment=_random_variant, prepare=lambda features: features[:, 0])
+
+
+def linear_probe(study: Study, settings: FitSettings) -> MethodResult:
+    """Train a linear layer on what the frozen backbone makes of the pictures.
+
+    The seconds are those of the features of the training pictures, in every orientation, and of the training.
+    """
+    parts, memory = study.parts, PeakMemory(study.accelerator.device)
+    backbone = study.backbone().requires_grad_(False)
+    backbone.heads = nn.Identity()
+    variants = mirrored(parts.train)
+    pictures = len(variants) * len(parts.train) + len(parts.validation) + len(parts.test)
+    on_batch = study.on_batch(f"{PROBE}: features", pictures)
+
+    def features(images: ImageSet, variants: list[Tensor]) -> Examples:
+        return Examples(extract_features(backbone, variants, study.accelerator, on_batch), images.labels)
+
+    with memory:
+        started = time.perf_counter()
+        train = features(parts.train, variants)
+        extraction = time.perf_counter() - started
+    validation, test = (features(part, [part.images]) for part in (parts.validation, parts.test))
+    torch.manual_seed(study.seed)
+    head = StandardisedLinear(train.inputs.flatten(0, 1), len(parts.train.classes))
+    task = probe_task(train, validation)
+    fit = Fit(head, task, settings, study.accelerator, seed=study.seed, on_step=study.on_step(PROBE))
+    with memory:
+        while not fit.finished:
+            fit.run_epoch()
+    return MethodResult(
+        strategy="linear_probe",
+        title=PROBE,
+        parameters=parameter_counts(backbone, head),
+        labels=parts.test.labels,
+        predictions=fit.predict(test.inputs),
+        num_classes=len(parts.test.classes),
+        history=fit.history,
+        seconds=extraction + fit.seconds,
+        peak_memory_bytes=memory.bytes,
+        adapter_bytes=len(save(head.state_dict())),
+        hyper_parameters=asdict(settings),
+    )
 
 
 def _random_variant(features: Tensor, generator: torch.Generator) -> Tensor:

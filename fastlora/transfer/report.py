@@ -14,7 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.transfer.fit import EpochResult
-from fastlora.transfer.metrics import accuracy, balanced_accuracy, confusion_matrix
+from fastlora.transfer.metrics import (
+    accuracy,
+    accuracy_standard_error,
+    balanced_accuracy,
+    confusion_matrix,
+)
 
 _PACKAGES = ("fastlora-triton", "torch", "torchvision", "triton", "accelerate")
 
@@ -33,8 +38,9 @@ class MethodResult:
         history: The epochs.
         seconds: Training time without evaluation.
         peak_memory_bytes: See :class:`fastlora.transfer.memory.PeakMemory`; None where it can't be measured.
-        adapter_bytes: Size of the file that holds what was trained, or None where none is written.
+        adapter_bytes: Size of a file that holds what was trained, or None where it isn't known.
         hyper_parameters: Whatever is needed to repeat the run.
+        adapter_folder: Name of the folder that holds the file, or None where none is written.
     """
 
     strategy: str
@@ -48,6 +54,7 @@ class MethodResult:
     peak_memory_bytes: int | None
     adapter_bytes: int | None
     hyper_parameters: Mapping[str, Any]
+    adapter_folder: str | None = None
 
     @property
     def confusion(self) -> Tensor:
@@ -56,7 +63,8 @@ class MethodResult:
 
     def with_adapter(self, folder: Path) -> "MethodResult":
         """The same result, knowing the folder its adapter was written to."""
-        return replace(self, adapter_bytes=(folder / "adapter_model.safetensors").stat().st_size)
+        size = (folder / "adapter_model.safetensors").stat().st_size
+        return replace(self, adapter_bytes=size, adapter_folder=folder.name)
 
     def as_json(self) -> dict[str, Any]:
         """The record of this method in ``report.json``."""
@@ -68,11 +76,13 @@ class MethodResult:
             "total_parameters": total,
             "trainable_percent": 100 * trainable / total,
             "accuracy": accuracy(self.confusion),
+            "accuracy_standard_error": accuracy_standard_error(self.confusion),
             "balanced_accuracy": balanced_accuracy(self.confusion),
             "validation_accuracy": self.history[-1].validation_accuracy,
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
             "adapter_bytes": self.adapter_bytes,
+            "adapter_folder": self.adapter_folder,
             "hyper_parameters": dict(self.hyper_parameters),
             "epochs": [asdict(epoch) for epoch in self.history],
             "confusion": self.confusion.tolist(),

@@ -1,0 +1,61 @@
+"""What all ways to train share: pictures, device, seed, and whom to tell about the progress."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+
+from fastlora.transfer.backbones import dinov2_vits14
+from fastlora.transfer.datasets import Splits
+from fastlora.transfer.fit import OnStep
+
+
+class Reporter(Protocol):
+    """Where a run tells how it gets on."""
+
+    def note(self, text: str) -> None:
+        """Say something once."""
+
+    def advance(self, task: str, done: int, total: int, loss: float | None) -> None:
+        """Say that ``done`` of ``total`` units of a task are done, and the last one's loss if it has one."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all methods share.
+
+    Attributes:
+        parts: The pictures.
+        image_size: Their height and width in pixels.
+        accelerator: An ``accelerate.Accelerator``.
+        seed: Of initial weights, order and augmentation.
+        reporter: Is told about the progress.
+    """
+
+    parts: Splits
+    image_size: int
+    accelerator: Any
+    seed: int
+    reporter: Reporter
+
+    def backbone(self) -> nn.Module:
+        """The pretrained model with a head at zero, on the device."""
+        model: nn.Module = dinov2_vits14(self.image_size, len(self.parts.train.classes))
+        model.to(self.accelerator.device)
+        return model
+
+    def on_step(self, task: str, steps: int | None = None) -> OnStep:
+        """What to call after each optimiser step of ``task``, which ends early after ``steps``."""
+        return lambda done, total, loss: self.reporter.advance(task, done, min(total, steps or total), loss)
+
+    def on_batch(self, task: str, total: int) -> Callable[[int], None]:
+        """What to call with the size of each batch of ``task``'s ``total`` pictures."""
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            self.reporter.advance(task, done, total, None)
+
+        return advance
