@@ -11,10 +11,12 @@ from fastlora._adapter_config import AdapterConfig
 from fastlora._blocks import output_sizes
 from fastlora._modules import clean_name, named_modules
 from fastlora._places import Place, cannot_adapt
+from fastlora._prompt_places import PromptPlace, host_name
 from fastlora.inject import cannot_carry
 from fastlora.nn import AdaptedModule, LoRALayer, LoRAModule
 from fastlora.nn._settings import WEIGHT_DTYPES
 from fastlora.nn.adapted import ADAPTER
+from fastlora.nn.prompts import PromptModule
 
 PREFIX = "base_model.model."
 # PEFT wraps nn.MultiheadAttention and leaves the output projection inside the wrapped layer
@@ -28,7 +30,8 @@ class AdapterCheck:
 
     def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """See the class."""
-        self._names = {name: module for name, module in named_modules(model).items() if name}
+        self._all = named_modules(model)
+        self._names = {name: module for name, module in self._all.items() if name}
         self._tensors = tensors
         self._explained: set[str] = set()
         self._problems: list[str] = []
@@ -86,6 +89,24 @@ class AdapterCheck:
             self._place(name, place, problem)
         self.no_layers((name for name in modules if name not in places), "an adapter")
 
+    def prompts(self, places: Mapping[str, PromptPlace]) -> None:
+        """Compare the prompts about to be put into a model without any."""
+        for name, place in places.items():
+            module = self._all.get(host_name(name))
+            problem = "no such transformer in the model" if module is None else place.misfit(module)
+            shape = None if module is None or problem else place.shape(module)
+            self._prompt(name, shape, problem)
+
+    def prompted(self, places: Mapping[str, PromptPlace], modules: Mapping[str, PromptModule]) -> None:
+        """Compare the prompts of a model that has some."""
+        for name, place in places.items():
+            if name in modules:
+                here = modules[name]
+                self._prompt(name, tuple(here.tokens.shape), PromptPlace.of(here).difference(place))
+            else:
+                self._prompt(name, None, "no prompts of this name in the model")
+        self.no_layers((name for name in modules if name not in places), "prompts")
+
     def whole_modules(self, entries: Iterable[str]) -> dict[str, nn.Module]:
         """The modules that ``modules_to_save`` means, their tensors compared."""
         whole: dict[str, nn.Module] = {}
@@ -126,6 +147,13 @@ class AdapterCheck:
         for part in layer.adapter_params():
             self._compare(adapter_key(name, part), tuple(layer.get_parameter(part).shape))
 
+    def _prompt(self, name: str, shape: tuple[int, ...] | None, problem: str | None) -> None:
+        if problem is None and shape is not None:
+            self._compare(prompt_key(name), shape)
+        else:
+            self._problems.append(f"{name}: {problem}")
+            self._explained.add(prompt_key(name))
+
     def _holds(self, prefix: str) -> bool:
         return any(key.startswith(prefix) for key in self._tensors)
 
@@ -154,6 +182,11 @@ def tensor_slots(name: str, layer: nn.Module) -> list[tuple[str, nn.Module, str]
 def adapter_key(name: str, part: str) -> str:
     """File key of one parameter of the adapter at this place."""
     return f"{PREFIX}{name}.{ADAPTER}.{part}"
+
+
+def prompt_key(name: str) -> str:
+    """File key of the tokens of these prompts."""
+    return f"{PREFIX}{name}.tokens"
 
 
 def _slot_shape(owner: nn.Module, part: str, rank: int) -> tuple[int, int]:

@@ -1,18 +1,23 @@
 """``adapter_config.json`` in our own format, for models with more than LoRA, or in PEFT's, for LoRA alone."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from fastlora._adapter_config import AdapterConfig, parse_config
 from fastlora._places import Place
+from fastlora._prompt_places import PromptPlace
+from fastlora.nn._prompt_settings import PromptSettings
 from fastlora.nn._settings import AdapterSettings, check_count
 from fastlora.nn.adapted import PLACEMENTS
+from fastlora.nn.prompts import PROMPTS, PromptKind
 
 _FORMAT, _VERSION = "fastlora", 1
 _SETTINGS = {entry.name for entry in fields(AdapterSettings)} - {"reduction_factor"}
 _PLACE_FIELDS = {"placement", "hidden_size", *_SETTINGS}
+_PROMPT_SETTINGS = {entry.name for entry in fields(PromptSettings)}
+_PROMPT_FIELDS = {"kind", "hidden_size", "position", *_PROMPT_SETTINGS}
 Section = TypeVar("Section")
 
 
@@ -22,6 +27,7 @@ class FileConfig:
 
     lora: AdapterConfig | None = None
     bottleneck: Mapping[str, Place] = field(default_factory=dict)
+    prompts: Mapping[str, PromptPlace] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
 
 
@@ -42,32 +48,40 @@ def parse_file_config(raw: object) -> FileConfig:
         )
     # a kind of adapter has a section of its own here and in build_file_config; null where there is none
     known = {"format", "format_version", "lora", "bottleneck", "prompts", "modules_to_save"}
-    unknown = [name for name, value in raw.items() if name not in known or (name == "prompts" and value)]
+    unknown = [name for name in raw if name not in known]
     if unknown:
         raise ValueError(
-            f"expected LoRA layers and bottleneck adapters, got {', '.join(map(repr, unknown))} too; a newer "
-            "fastlora may read it"
+            f"expected LoRA layers, bottleneck adapters and prompts, got {', '.join(map(repr, unknown))} "
+            "too; a newer fastlora may read it"
         )
-    if not raw.get("lora") and not raw.get("bottleneck"):
-        raise ValueError("expected LoRA layers or bottleneck adapters, got neither; save the adapter again")
+    if not any(raw.get(kind) for kind in ("lora", "bottleneck", "prompts")):
+        raise ValueError(
+            "expected LoRA layers, bottleneck adapters or prompts, got none; save the adapter again"
+        )
     return FileConfig(
         lora=_section("lora", parse_config, raw.get("lora")),
         bottleneck=_section("bottleneck", _parse_bottleneck, raw.get("bottleneck")) or {},
+        prompts=_section("prompts", _parse_prompts, raw.get("prompts")) or {},
         modules_to_save=_parse_names(raw.get("modules_to_save")),
     )
 
 
 def build_file_config(
-    *, lora: dict[str, Any] | None, bottleneck: Mapping[str, Place], modules_to_save: list[str]
+    *,
+    lora: dict[str, Any] | None,
+    bottleneck: Mapping[str, Place],
+    prompts: Mapping[str, PromptPlace],
+    modules_to_save: list[str],
 ) -> dict[str, Any]:
     """The JSON of our format."""
     layers = {name: _build_place(place) for name, place in bottleneck.items()}
+    modules = {name: _build_prompts(place) for name, place in prompts.items()}
     return {
         "format": _FORMAT,
         "format_version": _VERSION,
         "lora": lora,
         "bottleneck": {"layers": layers} if layers else None,
-        "prompts": None,
+        "prompts": {"modules": modules} if modules else None,
         "modules_to_save": modules_to_save,
     }
 
@@ -82,19 +96,33 @@ def _section(name: str, parse: Callable[[object], Section], raw: object) -> Sect
 
 
 def _parse_bottleneck(raw: object) -> dict[str, Place]:
-    if not isinstance(raw, dict) or set(raw) != {"layers"} or not isinstance(raw["layers"], dict):
-        raise ValueError(f"expected an object with 'layers', got {_shown(raw)}; save the adapter again")
-    return {name: _parse_place(name, entry) for name, entry in raw["layers"].items()}
+    return {name: _parse_place(name, entry) for name, entry in _entries(raw, "layers").items()}
 
 
-def _parse_place(name: str, raw: object) -> Place:
+def _parse_prompts(raw: object) -> dict[str, PromptPlace]:
+    return {name: _parse_prompt(name, entry) for name, entry in _entries(raw, "modules").items()}
+
+
+def _entries(raw: object, key: str) -> dict[str, object]:
+    if not isinstance(raw, dict) or set(raw) != {key} or not isinstance(raw[key], dict):
+        raise ValueError(f"expected an object with {key!r}, got {_shown(raw)}; save the adapter again")
+    entries: dict[str, object] = raw[key]
+    return entries
+
+
+def _entry(name: str, raw: object, kind: str, wanted: Collection[str]) -> dict[str, Any]:
     given = set(raw) if isinstance(raw, dict) else set()
-    if not isinstance(raw, dict) or given != _PLACE_FIELDS:
-        missing, extra = sorted(_PLACE_FIELDS - given), sorted(given - _PLACE_FIELDS)
+    if not isinstance(raw, dict) or given != set(wanted):
+        missing, extra = sorted(set(wanted) - given), sorted(given - set(wanted))
         raise ValueError(
-            f"expected for {name!r} exactly the fields of an adapter, got {_shown(raw)} (missing: {missing}, "
+            f"expected for {name!r} exactly the fields of {kind}, got {_shown(raw)} (missing: {missing}, "
             f"unknown: {extra}); save the adapter again, or read it with a newer fastlora"
         )
+    return raw
+
+
+def _parse_place(name: str, entry: object) -> Place:
+    raw = _entry(name, entry, "an adapter", _PLACE_FIELDS)
     if raw["placement"] not in PLACEMENTS:
         raise ValueError(f"expected placement of {name!r} in {PLACEMENTS}, got {raw['placement']!r}")
     check_count("adapter_size", raw["adapter_size"], f"see {name!r}")
@@ -102,6 +130,23 @@ def _parse_place(name: str, raw: object) -> Place:
         placement=raw["placement"],
         hidden_size=check_count("hidden_size", raw["hidden_size"], f"see {name!r}"),
         settings=AdapterSettings(**{setting: raw[setting] for setting in _SETTINGS}),
+    )
+
+
+def _parse_prompt(name: str, entry: object) -> PromptPlace:
+    raw = _entry(name, entry, "prompts", _PROMPT_FIELDS)
+    if name.rpartition(".")[2] != PROMPTS:
+        raise ValueError(f"expected a name that ends in {PROMPTS!r}, got {name!r}; save the adapter again")
+    if raw["kind"] not in get_args(PromptKind):
+        raise ValueError(f"expected kind of {name!r} in {get_args(PromptKind)}, got {raw['kind']!r}")
+    position = raw["position"]
+    if not isinstance(position, int) or isinstance(position, bool):
+        raise TypeError(f"expected position of {name!r} to be an integer, got {position!r}")
+    return PromptPlace(
+        kind=raw["kind"],
+        hidden_size=check_count("hidden_size", raw["hidden_size"], f"see {name!r}"),
+        position=position,
+        settings=PromptSettings(**{setting: raw[setting] for setting in _PROMPT_SETTINGS}),
     )
 
 
@@ -114,6 +159,11 @@ def _parse_names(raw: object) -> tuple[str, ...]:
 def _build_place(place: Place) -> dict[str, Any]:
     settings = {name: getattr(place.settings, name) for name in sorted(_SETTINGS)}
     return {"placement": place.placement, "hidden_size": place.hidden_size, **settings}
+
+
+def _build_prompts(place: PromptPlace) -> dict[str, Any]:
+    own = {"kind": place.kind, "hidden_size": place.hidden_size, "position": place.position}
+    return own | vars(place.settings)
 
 
 def _shown(raw: object) -> str:

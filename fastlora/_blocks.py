@@ -89,7 +89,7 @@ def _bert_block(name: str, names: Mapping[str, nn.Module]) -> Block | None:
 def _block(name: str, names: Mapping[str, nn.Module]) -> Block | None:
     attentions = [part for part in _ATTENTIONS if _join(name, part) in names]
     mlp = _join(name, "mlp")
-    if len(attentions) != 1 or mlp not in names:
+    if len(attentions) != 1 or mlp not in names or _has_bare_scale(names[name]):
         return None
     attention = _join(name, attentions[0])
     cross = [_join(name, part) for part in _CROSS_ATTENTIONS if _join(name, part) in names]
@@ -107,10 +107,15 @@ def _block(name: str, names: Mapping[str, nn.Module]) -> Block | None:
 
 
 def _children_size(name: str, names: Mapping[str, nn.Module]) -> int | None:
-    """The width of the first norm that is a child of a block."""
+    """The width of the norms that are a block's children; None where they differ, as it changes in it."""
     children = (_join(name, part) for part, _ in names[name].named_children())
-    sizes = (_norm_size(names[child]) for child in children if child in names)
-    return next((size for size in sizes if size), None)
+    sizes = {size for child in children if child in names and (size := _norm_size(names[child]))}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _has_bare_scale(block: nn.Module) -> bool:
+    # a layer scale that is a Parameter of the block: nothing can be put behind it
+    return any("gamma" in name or "lambda" in name for name, _ in block.named_parameters(recurse=False))
 
 
 def _scales(names: Mapping[str, nn.Module], name: str) -> bool:

@@ -7,6 +7,7 @@ from torch import nn
 
 from fastlora.nn import AdaptedModule, AdapterLayer, LoRAModule, LoRAMultiheadAttention
 from fastlora.nn.adapted import WRAPPED
+from fastlora.nn.prompts import PROMPTS, PromptModule
 from fastlora.nn.tuner import TunerModule
 
 # name parts that torch.compile, activation checkpointing, FSDP1 and our adapters put in between
@@ -58,6 +59,16 @@ def adapted_modules(model: nn.Module) -> dict[str, AdaptedModule]:
     return {clean_name(name): module for name, module in modules if isinstance(module, AdaptedModule)}
 
 
+def prompt_modules(model: nn.Module) -> dict[str, PromptModule]:
+    """The prompts of every transformer that has some, once, by their first name."""
+    found: dict[str, PromptModule] = {}
+    for name, module in model.named_modules():
+        prompts = module._modules.get(PROMPTS)
+        if isinstance(prompts, PromptModule):
+            found[clean_name(f"{name}.{PROMPTS}".lstrip("."))] = prompts
+    return found
+
+
 def lora_layers(model: nn.Module) -> dict[str, LoRAModule]:
     """Every LoRA layer once, by its first name; an attention's ``out_proj`` belongs to the attention."""
     found: dict[str, LoRAModule] = {}
@@ -77,10 +88,13 @@ def require_lora_layers(model: nn.Module) -> dict[str, LoRAModule]:
         ValueError: There is none.
     """
     layers = lora_layers(model)
-    if not layers and adapted_modules(model):
+    others = [("bottleneck adapters", "remove_adapters")] if adapted_modules(model) else []
+    others += [("prompts", "remove_prompts")] if prompt_modules(model) else []
+    if not layers and others:
         raise ValueError(
-            "expected LoRA layers, got bottleneck adapters alone, which have no weight that they could be "
-            "folded into; keep them, or take them out with fastlora.remove_adapters"
+            f"expected LoRA layers, got {' and '.join(kind for kind, _ in others)} alone, which have no "
+            "weight that they could be folded into; keep them, or take them out with "
+            + " and ".join(f"fastlora.{remover}" for _, remover in others)
         )
     if not layers:
         raise ValueError(

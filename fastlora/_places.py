@@ -9,6 +9,7 @@ from typing_extensions import Self
 
 from fastlora._blocks import find_blocks, output_sizes
 from fastlora._modules import adapted_modules, lora_layers, named_modules, replace_modules
+from fastlora._prompt_places import follow_blocks
 from fastlora._targets import left_out_names
 from fastlora.nn import AdaptedModule, AdapterLayer
 from fastlora.nn._settings import AdapterSettings
@@ -197,6 +198,7 @@ def add_adapters(model: nn.Module, places: Mapping[str, Place], adapter_dtype: t
         # a module with two names gets one adapter
         replacements.setdefault(names[name], AdaptedModule(names[name], layer, place.placement))
     replace_modules(model, replacements)
+    follow_blocks(model, replacements)
 
 
 def _device_and_dtype(name: str, names: Mapping[str, nn.Module]) -> tuple[torch.device, torch.dtype]:

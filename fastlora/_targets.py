@@ -6,7 +6,9 @@ from collections.abc import Collection, Iterable
 
 from torch import nn
 
-from fastlora._modules import adaptable_modules
+from fastlora._bypassed import bypassed
+from fastlora._modules import adaptable_modules, named_modules
+from fastlora._tuning import logger
 
 ALL_LINEAR = "all-linear"
 _LISTED = 6
@@ -23,7 +25,7 @@ def select_targets(
     Raises:
         TypeError: A request that is neither a string nor strings.
         ValueError: A name or pattern that matches nothing, an attention's ``out_proj`` without its attention,
-            or nothing left to adapt.
+            a layer that the model never calls, or nothing left to adapt.
     """
     names = adaptable_modules(model)
     if target_modules == ALL_LINEAR:
@@ -34,6 +36,15 @@ def select_targets(
     left_out_ids = {id(names[name]) for name in left_out}
     chosen = {name: names[name] for name in names if name in targeted and id(names[name]) not in left_out_ids}
     chosen = _absorb_out_proj(names, chosen, left_out)
+    uncalled = {name: kind for name, kind in bypassed(named_modules(model)).items() if name in chosen}
+    if uncalled and target_modules == ALL_LINEAR:
+        logger.warning("left out %d of %d linear layers, %s", len(uncalled), len(chosen), _why(uncalled))
+        chosen = {name: module for name, module in chosen.items() if name not in uncalled}
+    elif uncalled:
+        raise ValueError(
+            f"expected layers that the model calls, got {len(uncalled)} others, {_why(uncalled)}; name other "
+            "layers, or leave these out with exclude_modules"
+        )
     if not chosen:
         raise ValueError(
             f"expected at least one module to adapt, got none for target_modules={target_modules!r}"
@@ -142,6 +153,14 @@ def _out_projections(names: dict[str, nn.Module]) -> dict[str, str]:
         for name, module in names.items()
         if isinstance(module, nn.MultiheadAttention)
     }
+
+
+def _why(uncalled: dict[str, str]) -> str:
+    kinds = ", ".join(dict.fromkeys(uncalled.values()))
+    return (
+        f"{next(iter(uncalled))!r} first: {kinds} reads their weights without calling them, so that nothing "
+        "put there would run or train"
+    )
 
 
 def _inventory(names: dict[str, nn.Module]) -> str:

@@ -83,8 +83,8 @@ def apply_adapters(
     Raises:
         TypeError: A wrong argument type.
         ValueError: A model without known blocks, a name that matches nothing, a module that can't have an
-            adapter or does not tell its width (all are listed), a setting out of range, or a model that has
-            adapters already. The model is unchanged after any error.
+            adapter, is never called or does not tell its width (all are listed), a setting out of range, or a
+            model that has adapters already. The model is unchanged after any error.
 
     Example:
         >>> from torchvision.models import VisionTransformer

@@ -14,6 +14,7 @@ from fastlora._modules import (
     require_lora_layers,
     unwrap,
 )
+from fastlora._prompt_places import follow_blocks
 from fastlora._targets import ALL_LINEAR, select_targets
 from fastlora._tuning import forget_tuners, train_only_tuners
 from fastlora.nn import AdaptedModule, LoRALinear, LoRAModule, LoRAMultiheadAttention
@@ -46,7 +47,9 @@ def apply_lora(
         target_modules: As in PEFT: a list of names, each the whole name of a module or the end of it
             (``"query"`` means every ``….query``); or a regular expression for whole names; or
             ``"all-linear"`` for every ``nn.Linear`` and ``nn.MultiheadAttention`` except what
-            ``model.get_output_embeddings()`` returns. An attention includes its ``out_proj``.
+            ``model.get_output_embeddings()`` returns. An attention includes its ``out_proj``. Layers whose
+            weights the model reads without calling them (torchvision's Swin, see the warning logged) can't
+            carry LoRA: ``"all-linear"`` leaves them out.
         rank: Inner size of every update.
         alpha: Strength of every update.
         dropout: Probability in [0, 1) of zeroing an element of an update's input while training.
@@ -61,8 +64,9 @@ def apply_lora(
 
     Raises:
         TypeError: A module that matches but can't carry LoRA (all are listed), or a wrong argument type.
-        ValueError: A name that matches nothing (near matches are listed), a setting out of range, a model
-            already adapted, or a model that itself is the layer. The model is unchanged after any error.
+        ValueError: A name that matches nothing (near matches are listed), a layer that the model never
+            calls, a setting out of range, a model already adapted, or a model that itself is the layer. The
+            model is unchanged after any error.
 
     Example:
         >>> from torchvision.models import VisionTransformer
@@ -158,7 +162,9 @@ def remove_adapters(model: Model) -> Model:
             f"expected a model around its layers, got a bare {type(root).__name__}; use its .{original}"
         )
     replace_modules(root, {layer: layer.to_base() for layer in layers.values()})
-    replace_modules(root, {place: place.original_module for place in places.values()})
+    originals: dict[nn.Module, nn.Module] = {place: place.original_module for place in places.values()}
+    replace_modules(root, originals)
+    follow_blocks(root, originals)
     forget_tuners(root)
     return model
 

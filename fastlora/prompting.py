@@ -2,9 +2,10 @@
 
 from collections.abc import Collection
 
-from fastlora._modules import named_modules, tuner_parameters, unwrap
+from fastlora._modules import named_modules, unwrap
+from fastlora._prompt_places import put_prompts
 from fastlora._targets import left_out_names
-from fastlora._tuning import forget_tuners, logger, train_only_tuners
+from fastlora._tuning import forget_tuners, train_only_tuners
 from fastlora.inject import Model
 from fastlora.nn._prompt_hosts import find_host
 from fastlora.nn._prompt_settings import PromptInit, PromptSettings
@@ -27,7 +28,8 @@ def apply_prompts(
     https://arxiv.org/abs/2104.08691) in its embedded input: in an encoder after the first token, in a decoder
     before the text. The model keeps its signature and its output shapes, hidden states included; only
     attention maps show the prompts. Changes the model in place; what LoRA layers and adapters it has train
-    on. Compile the model afterwards.
+    on. What changed is logged at INFO on the logger ``fastlora`` and told by
+    :func:`fastlora.adapter_summary`. Compile the model afterwards.
 
     Args:
         model: A ``VisionTransformer`` of torchvision or timm; a Hugging Face ViT, DeiT or DINOv2, a text
@@ -69,10 +71,7 @@ def apply_prompts(
     host = find_host(modules)
     host.check(settings)
     _, whole = left_out_names(root, None, modules_to_save)
-    prompts = host.make(settings).train(host.module.training)
-    host.module.register_module(PROMPTS, prompts)
-    host.install(prompts)
-    logger.info("%s: %s", type(host.module).__name__, prompts)
+    put_prompts(host, settings, host.draw(settings))
     train_only_tuners(root, whole)
     return model
 
@@ -106,6 +105,5 @@ def remove_prompts(model: Model) -> Model:
         prompts = parent._modules.pop(PROMPTS)
         assert isinstance(prompts, PromptModule)
         prompts.uninstall(parent)
-    if not tuner_parameters(root):
-        forget_tuners(root)
+    forget_tuners(root)
     return model

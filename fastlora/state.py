@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora._adapter_check import PREFIX, AdapterCheck, adapter_key, tensor_slots
+from fastlora._adapter_check import PREFIX, AdapterCheck, adapter_key, prompt_key, tensor_slots
 from fastlora._adapter_config import AdapterConfig, build_config
 from fastlora._adapter_file import read_adapter, write_adapter
 from fastlora._adapter_format import FileConfig, build_file_config
@@ -18,11 +18,13 @@ from fastlora._modules import (
     lora_layers,
     named_modules,
     plain_tensor,
+    prompt_modules,
     require_lora_layers,
     tuner_parameters,
     unwrap,
 )
 from fastlora._places import Place, add_adapters
+from fastlora._prompt_places import PromptPlace, add_prompts
 from fastlora._tuning import logger, train_only_tuners
 from fastlora.inject import Model, add_lora, check_unadapted
 from fastlora.nn import AdaptedModule, LoRAModule
@@ -35,13 +37,13 @@ _PEFT_APPLIES_TWICE = (
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
-    """Write a model's LoRA layers and bottleneck adapters, and what else of it trains, as an adapter folder.
+    """Write a model's LoRA layers, adapters and prompts, and what else of it trains, as an adapter folder.
 
     LoRA alone is written in PEFT's format, which ``PeftModel.from_pretrained(base_model, path)`` reads too;
-    with bottleneck adapters the config is our own, and only :func:`load_adapter` reads it. Modules that train
-    whole go into ``modules_to_save``. Both files are written completely before an older adapter is replaced.
-    A merged model is saved like an unmerged one. In an ``nn.MultiheadAttention``, PEFT applies no dropout,
-    and up to 0.21.2 it adds ``out_proj``'s update twice (huggingface/peft#3774).
+    with bottleneck adapters or prompts the config is our own, and only :func:`load_adapter` reads it. Modules
+    that train whole go into ``modules_to_save``. Both files are written completely before an older adapter is
+    replaced. A merged model is saved like an unmerged one. In an ``nn.MultiheadAttention``, PEFT applies no
+    dropout, and up to 0.21.2 it adds ``out_proj``'s update twice (huggingface/peft#3774).
 
     Args:
         model: An adapted model; not changed. Sharded (FSDP2) parameters are gathered, on every rank.
@@ -51,8 +53,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         The folder.
 
     Raises:
-        ValueError: No LoRA layers or adapters, only some layers with ``rslora``, or a trainable parameter
-            that the format can't hold because its module contains LoRA layers or adapters.
+        ValueError: No LoRA layers, adapters or prompts, only some layers with ``rslora``, or a trainable
+            parameter that the format can't hold because its module contains one of these.
         NotADirectoryError: ``path`` is a file or lies under one.
         PermissionError: ``path`` can't be written to.
 
@@ -65,7 +67,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """
     root = unwrap(model)
     layers, places = lora_layers(root), adapted_modules(root)
-    if not places:
+    if not places and not prompt_modules(root):
         require_lora_layers(root)
     if "" in layers or "" in places:
         raise ValueError(
@@ -83,13 +85,12 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
     """Load a PEFT or fastlora adapter folder into a model, in place.
 
-    A model without LoRA or adapters gets them as the files describe them, trainable, the rest frozen; they
-    become float32 beside 16-bit weights, else the weights' dtype. In an adapted model the files must hold
-    exactly its layers, which are unmerged, take alpha, rslora and fixed scales from the file and keep their
-    dropout. Nothing is
-    unpickled, and every key, shape, dtype and setting is checked before anything changes. A PEFT adapter for
-    ``nn.MultiheadAttention`` is logged as a warning: PEFT up to 0.21.2 adds ``out_proj``'s update twice
-    (huggingface/peft#3774), we add it once.
+    A model without LoRA, adapters or prompts gets them as the files describe them, trainable, the rest
+    frozen; they become float32 beside 16-bit weights, else the weights' dtype. In an adapted model the files
+    must hold exactly its layers and prompts, which are unmerged, take alpha, rslora and fixed scales from the
+    file and keep their dropout. Nothing is unpickled, and every key, shape, dtype and setting is checked
+    before anything changes. A PEFT adapter for ``nn.MultiheadAttention`` is logged as a warning: PEFT up to
+    0.21.2 adds ``out_proj``'s update twice (huggingface/peft#3774), we add it once.
 
     Args:
         model: The frozen model the adapter was trained on, or an adapted one.
@@ -115,8 +116,8 @@ def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
     folder = Path(path)
     tensors, config = read_adapter(folder)
     targets: Mapping[str, nn.Module] = lora_layers(root)
-    places = adapted_modules(root)
-    fresh = not targets and not places
+    places, prompts = adapted_modules(root), prompt_modules(root)
+    fresh = not targets and not places and not prompts
     check = AdapterCheck(root, tensors)
     if fresh:
         check_unadapted(root)
@@ -127,8 +128,10 @@ def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
         check.no_layers(targets, "LoRA")
     if fresh:
         check.places(config.bottleneck)
+        check.prompts(config.prompts)
     else:
         check.adapted(config.bottleneck, places)
+        check.prompted(config.prompts, prompts)
     whole = check.whole_modules(config.modules_to_save)
     check.finish(folder)
     if fresh:
@@ -152,6 +155,8 @@ def _tensors(
     for name, place in places.items():
         for part in place.adapter.adapter_params():
             tensors[adapter_key(name, part)] = plain_tensor(place.adapter.get_parameter(part))
+    for name, prompts in prompt_modules(model).items():
+        tensors[prompt_key(name)] = plain_tensor(prompts.tokens)
     for name in whole:
         for key, tensor in names[name].state_dict().items():
             tensors[f"{PREFIX}{name}.{clean_name(key)}"] = plain_tensor(tensor)
@@ -166,12 +171,13 @@ def _config(
 ) -> dict[str, Any]:
     origin = getattr(model, "name_or_path", None)
     base_model = origin if isinstance(origin, str) else None
-    names = named_modules(model)
-    if not places:
+    names, prompts = named_modules(model), prompt_modules(model)
+    if not places and not prompts:
         return build_config(layers, names, whole, base_model)
     return build_file_config(
         lora=build_config(layers, names, [], base_model) if layers else None,
         bottleneck={name: Place.of(place) for name, place in places.items()},
+        prompts={name: PromptPlace.of(module) for name, module in prompts.items()},
         modules_to_save=whole,
     )
 
@@ -182,6 +188,7 @@ def _build(
     if config.lora is not None:
         add_lora(model, {module: config.lora.settings(name) for name, module in targets.items()})
     add_adapters(model, config.bottleneck, adapter_dtype=None)
+    add_prompts(named_modules(model), config.prompts)
     train_only_tuners(model, whole)
 
 
@@ -202,6 +209,8 @@ def _fill(
             adapter.get_parameter(part).copy_(tensors[adapter_key(name, part)])
         if isinstance(place.settings.scale, float):
             adapter.scale = place.settings.scale
+    for name, prompts in prompt_modules(model).items():
+        prompts.tokens.copy_(tensors[prompt_key(name)])
     for name, module in whole.items():
         for key, tensor in module.state_dict().items():
             tensor.copy_(tensors[f"{PREFIX}{name}.{clean_name(key)}"])
@@ -221,7 +230,8 @@ def _fill_lora(layers: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], c
 
 def _whole_modules(model: nn.Module) -> list[str]:
     """Names of the modules that own trainable parameters that are not filed under a kind of adapter."""
-    tuners = [*lora_layers(model).values(), *(p.adapter for p in adapted_modules(model).values())]
+    layers, places, prompts = lora_layers(model), adapted_modules(model), prompt_modules(model)
+    tuners = [*layers.values(), *(place.adapter for place in places.values()), *prompts.values()]
     ours = {id(parameter) for tuner in tuners for parameter in tuner_parameters(tuner)}
     owners = {
         clean_name(name).rpartition(".")[0]: clean_name(name)
@@ -229,11 +239,11 @@ def _whole_modules(model: nn.Module) -> list[str]:
         if parameter.requires_grad and id(parameter) not in ours
     }
     # the module at an adapter's own place has a state dict without the adapter
-    inside = [f"{name}." for name in lora_layers(model)] + list(adapted_modules(model))
+    inside = [f"{name}." for name in layers] + list(places) + list(prompts)
     for owner, parameter_name in owners.items():
         if any(name.startswith(f"{owner}." if owner else "") for name in inside):
             raise ValueError(
-                "expected trainable parameters in modules without LoRA layers or adapters, got "
+                "expected trainable parameters in modules without LoRA layers, adapters or prompts, got "
                 f"{parameter_name!r}; PEFT's format saves whole modules only, so does ours: freeze it, or "
                 "move it into a module of its own"
             )

@@ -5,7 +5,15 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fastlora._modules import adapted_modules, clean_name, lora_layers, tuner_parameters, unwrap
+from fastlora._modules import (
+    adapted_modules,
+    clean_name,
+    lora_layers,
+    prompt_modules,
+    tuner_parameters,
+    unwrap,
+)
+from fastlora.nn.prompts import PromptModule
 
 _LISTED = 4
 
@@ -19,10 +27,11 @@ class AdapterSummary:
         ranks: The ranks in use, ascending.
         also_trainable: Modules that train whole, a classification head, say.
         trainable_parameters: Number of scalars that train.
-        total_parameters: Number of scalars altogether, A and B included.
+        total_parameters: Number of scalars altogether, what fastlora added included.
         merged: Whether any update is folded into its weight.
         adapters: How many bottleneck adapters there are.
         adapter_sizes: The widths of their bottlenecks, ascending.
+        prompts: The prompts of every transformer that has some, each in a few words.
     """
 
     layers: dict[str, int]
@@ -33,6 +42,7 @@ class AdapterSummary:
     merged: bool
     adapters: int = 0
     adapter_sizes: tuple[int, ...] = ()
+    prompts: tuple[str, ...] = ()
 
     @property
     def trainable_percent(self) -> float:
@@ -48,8 +58,8 @@ class AdapterSummary:
         if self.adapters:
             sizes = ", ".join(map(str, self.adapter_sizes))
             parts.append(f"{self.adapters} bottleneck adapters of size {sizes}")
-        text = " and ".join(parts) or "no LoRA layers"
-        if parts and self.also_trainable:
+        text = " and ".join([*parts, *self.prompts]) or "no LoRA layers"
+        if (parts or self.prompts) and self.also_trainable:
             shown, rest = self.also_trainable[:_LISTED], len(self.also_trainable) - _LISTED
             text += f"; also training {', '.join(shown)}{f' and {rest} more' if rest > 0 else ''}"
         return (
@@ -59,7 +69,7 @@ class AdapterSummary:
 
 
 def adapter_summary(model: nn.Module) -> AdapterSummary:
-    """Count a model's LoRA layers, bottleneck adapters and parameters.
+    """Count a model's LoRA layers, bottleneck adapters, prompts and parameters.
 
     Args:
         model: Any model, adapted or not; only looked at.
@@ -88,4 +98,15 @@ def adapter_summary(model: nn.Module) -> AdapterSummary:
         merged=any(layer.merged for layer in layers),
         adapters=len(adapters),
         adapter_sizes=tuple(sorted({adapter.adapter_size for adapter in adapters})),
+        prompts=tuple(_in_words(prompts) for prompts in prompt_modules(model).values()),
     )
+
+
+def _in_words(prompts: PromptModule) -> str:
+    if prompts.kind == "soft":
+        where = "in the embedded text"
+    elif prompts.settings.deep:
+        where = f"before {len(prompts.tokens)} blocks"
+    else:
+        where = "before the first block"
+    return f"{prompts.settings.num_tokens} prompt tokens {where}"

@@ -63,10 +63,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str | None]] = {
     "format": (edit_config(lambda c: c.update(format="other")), "format 'fastlora'.*got 'other'", None),
     "no-version": (edit_config(lambda c: c.pop("format_version")), "got 'fastlora' of version None", None),
     "new-kind": (edit_config(lambda c: c.update(vectors={})), "got 'vectors' too; a newer", None),
-    "prompts": (edit_config(lambda c: c.update(prompts={"tokens": 4})), "got 'prompts' too", None),
+    "prompts": (
+        edit_config(lambda c: c.update(prompts={"tokens": 4})),
+        "prompts: expected an object with 'modules', got ",
+        None,
+    ),
     "neither": (
         edit_config(lambda c: c.update(bottleneck=None, lora=None)),
-        "expected LoRA layers or bottleneck adapters, got neither",
+        "expected LoRA layers, bottleneck adapters or prompts, got none",
         None,
     ),
     "section": (edit_config(lambda c: c.update(bottleneck=[1])), "an object with 'layers', got ", None),

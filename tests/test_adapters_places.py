@@ -276,3 +276,66 @@ def test_says_what_it_changed(caplog: pytest.LogCaptureFixture) -> None:
     assert summary.trainable_parameters == ours + 27
     assert str(summary).startswith("4 bottleneck adapters of size 4; also training heads.head; ")
     assert [record.message for record in caplog.records] == [f"VisionTransformer: {summary}"]
+
+
+def test_a_block_that_changes_its_width_needs_target_modules() -> None:
+    """Its norms differ, so none of them tells how wide its parts are."""
+
+    class Narrowing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm1, self.norm2 = nn.LayerNorm(8), nn.LayerNorm(16)
+            self.attn, self.mlp = _Widen(), nn.Sequential(nn.Linear(16, 16))
+
+    with pytest.raises(ValueError, match=r"hidden_size|target_modules"):
+        fastlora.apply_adapters(nn.Sequential(Narrowing()), adapter_size=2)
+
+
+def test_a_scale_that_is_no_module_leaves_no_place_behind_it() -> None:
+    """Before a layer scale near zero an adapter would not be heard."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm1, self.attn, self.mlp = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+            self.gamma_1 = nn.Parameter(torch.full((8,), 1e-5))
+
+    with pytest.raises(ValueError, match="target_modules"):
+        fastlora.apply_adapters(nn.Sequential(Scaled()), adapter_size=2)
+
+
+class _Widen(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, x], -1)
+
+
+def test_parallel_refuses_a_module_that_changes_its_input() -> None:
+    model = nn.Sequential(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4)))
+    fastlora.apply_adapters(model, target_modules="0", placement="parallel", adapter_size=2)
+    with pytest.raises(RuntimeError, match=r"changes it in place.*inplace=False"):
+        model(torch.randn(3, 4))
+
+
+def test_parallel_says_which_argument_it_misses() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+            out: Tensor = self.inner(kwargs["x"])
+            return out
+
+    model = nn.Sequential(Named())
+    fastlora.apply_adapters(model, target_modules=["0"], placement="parallel", adapter_size=2, hidden_size=4)
+    with pytest.raises(TypeError, match=r"argument 1 of Named.*got \['x'\]"):
+        model[0](x=torch.randn(3, 4))
+
+
+def test_length_and_deletion_show_through() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 4))
+    fastlora.apply_adapters(model, target_modules="0|1", adapter_size=2)
+    assert len(model.get_submodule("0")) == 2  # type: ignore[arg-type]
+    assert model[1]
+    del model[1].bias
+    assert not hasattr(model[1].original_module, "bias")

@@ -14,10 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 import fastlora
 from fastlora.adapters import apply_adapters
-from fastlora.nn import AdapterLayer, LoRAModule
 from fastlora.nn._prompt_settings import PromptSettings
 from fastlora.prompting import apply_prompts, remove_prompts
-from tests.lora_models import randomize_adapters, same_bits, tiny_vit
+from tests.lora_models import same_bits, tiny_vit
 from tests.prompt_models import IMAGES, TOKENS, main_output, prompts_of, text_model, vision_model
 
 IDS = torch.tensor([[2, 7, 9, 4, 11, 3]])
@@ -178,74 +177,31 @@ def test_settings_make_the_like() -> None:
 def test_it_logs_what_trains(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="fastlora"):
         apply_prompts(tiny_vit(), num_tokens=4)
-    assert "num_tokens=4" in caplog.text
-    assert "32 of " in caplog.text
+    assert "4 prompt tokens before the first block; 32 of " in caplog.text
+    assert len(caplog.records) == 1
 
 
-def with_lora(model: nn.Module) -> nn.Module:
-    return fastlora.apply_lora(model, target_modules=["self_attention", "mlp.0"], rank=2)
+def test_the_summary_tells_of_prompts() -> None:
+    model = apply_prompts(tiny_vit(), deep=True)
+    share = "160 of 1,843 parameters train (8.68 %)"
+    assert str(fastlora.adapter_summary(model)) == f"10 prompt tokens before 2 blocks; {share}"
+    apply_adapters(fastlora.apply_lora(model, rank=2, modules_to_save=["head"]), adapter_size=3)
+    summary = fastlora.adapter_summary(model)
+    assert summary.prompts == ("10 prompt tokens before 2 blocks",)
+    assert str(summary).startswith(
+        "LoRA rank 2 on 4 LoRALinear + 2 LoRAMultiheadAttention and 4 bottleneck adapters of size 3 and "
+        "10 prompt tokens before 2 blocks; also training heads.head; "
+    )
+    text = fastlora.adapter_summary(apply_prompts(text_model("bert"), num_tokens=3))
+    assert str(text).startswith("3 prompt tokens in the embedded text; 24 of ")
 
 
-def with_adapters(model: nn.Module) -> nn.Module:
-    return apply_adapters(model, adapter_size=2)
-
-
-def with_prompts(model: nn.Module) -> nn.Module:
-    return apply_prompts(model, num_tokens=TOKENS, deep=True)
-
-
-@pytest.mark.parametrize(
-    "order", [(with_lora, with_prompts), (with_prompts, with_lora)], ids=["lora", "prompts"]
-)
-def test_lora_and_prompts_train_together_whichever_came_first(
-    order: tuple[Callable[[nn.Module], nn.Module], ...],
-) -> None:
-    model: Any = tiny_vit()
-    plain = copy.deepcopy(model).eval()
-    for add in order:
-        model = add(model)
-    names = trainable(model)
-    assert "prompts.tokens" in names
-    assert {name.rpartition(".")[2] for name in names} == {"tokens", "lora_A", "lora_B"}
-    assert len(names) == 1 + 2 * 3 * 2
-    randomize_adapters(model)
-    model(IMAGES).square().sum().backward()
-    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
-    assert same_bits(run(fastlora.remove_adapters(remove_prompts(model)).eval()), run(plain))
-
-
-@pytest.mark.parametrize("first", ["adapters", "prompts"])
-def test_adapters_and_prompts_train_together_whichever_came_first(first: str) -> None:
-    model: Any = tiny_vit()
-    expected = run(copy.deepcopy(model).eval())
-    for add in (with_adapters, with_prompts) if first == "adapters" else (with_prompts, with_adapters):
-        model = add(model)
-    adapters = [module for module in model.modules() if isinstance(module, AdapterLayer)]
-    assert adapters
-    for parameter in (p for adapter in adapters for p in adapter.parameters()):
-        nn.init.normal_(parameter)
-    ours = {id(p) for module in (*adapters, prompts_of(model)) for p in module.parameters()}
-    assert {id(p) for p in model.parameters() if p.requires_grad} == ours
-    model(IMAGES).square().sum().backward()
-    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
-    assert same_bits(run(fastlora.remove_adapters(remove_prompts(model)).eval()), expected)
-
-
-def test_a_head_that_trained_beside_lora_trains_on() -> None:
-    model = fastlora.apply_lora(tiny_vit(), target_modules=["mlp.0"], modules_to_save=["head"], rank=2)
-    before = trainable(model)
-    assert trainable(apply_prompts(model)) == before | {"prompts.tokens"}
-
-
-def test_removing_lora_leaves_the_prompts() -> None:
-    model: Any = with_prompts(tiny_vit()).eval()
-    expected = run(model)
-    with_lora(model)
-    randomize_adapters(model)
-    assert not torch.allclose(run(model), expected)
-    fastlora.remove_adapters(model)
-    torch.testing.assert_close(run(model), expected)
-    assert not any(isinstance(module, LoRAModule) for module in model.modules())
+def test_prompts_alone_have_nothing_to_merge() -> None:
+    for change in (fastlora.merge_adapters, fastlora.remove_adapters):
+        with pytest.raises(ValueError, match=r"got prompts alone.*fastlora\.remove_prompts"):
+            change(apply_prompts(tiny_vit()))
+    with pytest.raises(ValueError, match="got bottleneck adapters and prompts alone"):
+        fastlora.merge_adapters(apply_adapters(apply_prompts(tiny_vit())))
 
 
 def test_a_compiled_model_is_prompted_and_freed_through_its_wrapper() -> None:

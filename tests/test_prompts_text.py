@@ -278,3 +278,13 @@ def test_dropout_acts_in_training_only() -> None:
     assert not torch.allclose(first, second)
     first, second = model.eval()(ids)[0]
     torch.testing.assert_close(first, second)
+
+
+def test_padding_on_the_left_changes_nothing_in_a_decoder() -> None:
+    """The prompts and the text keep their distance, however much padding stands before the text."""
+    model, _ = prompted_and_plain("llama", num_tokens=3)
+    ids = torch.randint(5, 20, (1, 6))
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], 1)
+    mask = torch.cat([torch.zeros(1, 4, dtype=torch.long), torch.ones_like(ids)], 1)
+    expected = model(ids).logits
+    torch.testing.assert_close(model(padded, attention_mask=mask).logits[:, 4:], expected)

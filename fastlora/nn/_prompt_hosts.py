@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ _SUPPORTED = (
     "encoders with absolute positions (BERT, RoBERTa, DistilBERT, MiniLM), or one of its decoders with "
     "rotary positions (Llama, Mistral, Qwen), alone or inside another module"
 )
+# words whose spread stands for the vocabulary's
+_SAMPLED_WORDS = 4096
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,19 @@ class VisualHost:
                 "a vision transformer has no vocabulary"
             )
 
-    def make(self, settings: PromptSettings) -> VisualPrompts:
-        """Prompts drawn as in the paper: uniformly from ±√(6 / (3 · patch area + hidden))."""
+    def shape(self, settings: PromptSettings) -> tuple[int, int, int]:
+        """Of the tokens."""
+        return len(self.blocks) if settings.deep else 1, settings.num_tokens, self.hidden_size
+
+    def draw(self, settings: PromptSettings) -> Tensor:
+        """Tokens drawn as in the paper: uniformly from ±√(6 / (3 · patch area + hidden))."""
         # the Xavier bound of the patch embedding; without its patch size, of a square layer
         fan_in = self.hidden_size if self.patch_size is None else 3 * math.prod(self.patch_size)
         bound = math.sqrt(6.0 / (fan_in + self.hidden_size))
-        layers = len(self.blocks) if settings.deep else 1
-        tokens = torch.empty(layers, settings.num_tokens, self.hidden_size).uniform_(-bound, bound)
+        return torch.empty(self.shape(settings)).uniform_(-bound, bound)
+
+    def make(self, settings: PromptSettings, tokens: Tensor) -> VisualPrompts:
+        """Prompts of these values."""
         return VisualPrompts(settings, _like(self.module, tokens), position=self.prefix)
 
     def install(self, prompts: PromptModule) -> None:
@@ -93,19 +101,25 @@ class TextHost:
                 "use init='uniform' for more"
             )
 
-    def make(self, settings: PromptSettings) -> SoftPrompts:
-        """Prompts drawn from the vocabulary without repetition, or uniformly with its spread."""
-        words, table = self._words(), self.embedding.weight.detach()
+    def shape(self, settings: PromptSettings) -> tuple[int, int, int]:
+        """Of the tokens."""
+        return 1, settings.num_tokens, self.embedding.embedding_dim
+
+    def draw(self, settings: PromptSettings) -> Tensor:
+        """Tokens drawn from the vocabulary without repetition, or uniformly with its spread."""
+        words = self._words()
         if settings.init == "uniform":
-            bound = math.sqrt(3.0) * float(table.float().std())
-            tokens = torch.empty(settings.num_tokens, table.shape[1]).uniform_(-bound, bound)
-        else:
-            chosen = words[torch.randperm(len(words))[: settings.num_tokens]]
-            tokens = table[chosen.to(table.device)].clone()
+            bound = math.sqrt(3.0) * float(self._embedded(words[:_SAMPLED_WORDS]).float().std())
+            return torch.empty(self.shape(settings)).uniform_(-bound, bound)
+        chosen = words[torch.randperm(len(words))[: settings.num_tokens]]
+        return self._embedded(chosen).unsqueeze(0)
+
+    def make(self, settings: PromptSettings, tokens: Tensor) -> SoftPrompts:
+        """Prompts of these values."""
         positions = self.position_embedding
         return SoftPrompts(
             settings,
-            _like(self.module, tokens.unsqueeze(0)),
+            _like(self.module, tokens),
             argument_names=_argument_names(self.module),
             positions=None if positions is None else positions.num_embeddings,
             padding_idx=None if positions is None else positions.padding_idx,
@@ -115,6 +129,12 @@ class TextHost:
         """Hook the prompts in."""
         assert isinstance(prompts, SoftPrompts)
         prompts.install(self.module)
+
+    @torch.no_grad()
+    def _embedded(self, words: Tensor) -> Tensor:
+        # called, not looked up: some models scale what they embed
+        embedded: Tensor = self.embedding(words.to(self.embedding.weight.device))
+        return embedded
 
     def _words(self) -> Tensor:
         # a padding row holds zeros
@@ -134,10 +154,9 @@ def find_host(modules: Mapping[str, nn.Module]) -> Host:
     """
     found: dict[int, tuple[str, Host]] = {}
     for name, module in modules.items():
-        for recognise in _RECOGNISERS:
-            host = recognise(module)
-            if host is not None:
-                found.setdefault(id(module), (name, host))
+        candidate = as_host(module)
+        if candidate is not None:
+            found.setdefault(id(module), (name, candidate))
     if not found:
         kind = type(next(iter(modules.values()))).__name__
         raise TypeError(f"expected {_SUPPORTED}; got {kind}; use LoRA or adapters there")
@@ -149,6 +168,12 @@ def find_host(modules: Mapping[str, nn.Module]) -> Host:
     ((name, host),) = found.values()
     _check_ready(host.module)
     return host
+
+
+def as_host(module: nn.Module) -> Host | None:
+    """This module as one that takes prompts, or has some, if it does."""
+    hosts: Iterator[Host | None] = (recognise(module) for recognise in _RECOGNISERS)
+    return next((host for host in hosts if host is not None), None)
 
 
 def _check_ready(module: nn.Module) -> None:

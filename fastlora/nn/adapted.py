@@ -3,6 +3,7 @@
 import inspect
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from fastlora.nn.adapter import AdapterLayer
@@ -16,9 +17,10 @@ ADAPTER = "adapter"
 class AdaptedModule(nn.Module):
     """Stands where ``module`` stood and adds a bottleneck adapter to what it computes.
 
-    Everything else shows through: attributes, indexing, and the names in a state dict, to which only
+    The module shows through: its attributes, indexing, length, and the names in a state dict, to which only
     ``adapter.…`` is added, so a checkpoint of the model without adapters loads and
-    :func:`fastlora.remove_adapters` gives the module itself back.
+    :func:`fastlora.remove_adapters` gives the module itself back. What looks its parameters up by hand
+    (``torch.func.functional_call``, parametrisations) finds them at :attr:`original_module`.
 
     Args:
         module: Called as before; returns a tensor, or a tuple that starts with one.
@@ -70,12 +72,19 @@ class AdaptedModule(nn.Module):
         if self.placement == "residual":
             args, kwargs = self._adapt_argument(args, kwargs)
             return self.original_module(*args, **kwargs)
+        read = None if self.placement == "sequential" else self._argument(0, args, kwargs)
+        version = _version(read)
         out = self.original_module(*args, **kwargs)
         first = out if isinstance(out, Tensor) else _first(out)
-        if self.placement == "sequential":
+        if read is None:
             adapted = self.adapter(first)
+        elif _version(read) != version:
+            raise RuntimeError(
+                "expected a module that leaves its input alone, got one that changes it in place before the "
+                "parallel adapter can read it; use inplace=False in it, or another placement"
+            )
         else:
-            adapted = self.adapter(self._argument(0, args, kwargs), residual=first)
+            adapted = self.adapter(read, residual=first)
         if isinstance(out, Tensor):
             return adapted
         rest = (adapted, *out[1:])
@@ -97,12 +106,36 @@ class AdaptedModule(nn.Module):
         else:
             super().__setattr__(name, value)
 
+    def __delattr__(self, name: str) -> None:
+        """Attributes of the module are deleted there."""
+        own = name in self.__dict__ or name in self._modules
+        if own or not hasattr(self.original_module, name):
+            super().__delattr__(name)
+        else:
+            delattr(self.original_module, name)
+
+    def __len__(self) -> int:
+        """Number of parts of the module, where it is a container."""
+        return len(self.original_module)  # type: ignore[arg-type]
+
+    def __bool__(self) -> bool:
+        """A module is true, even one without a length."""
+        return True
+
     def __getitem__(self, key: Any) -> Any:
         """Parts of the module, where it is a container."""
         return self.original_module[key]  # type: ignore[index]
 
     def _argument(self, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return args[position] if len(args) > position else kwargs[self._argument_names[position]]
+        if len(args) > position:
+            return args[position]
+        name = self._argument_names[position] if len(self._argument_names) > position else None
+        if name not in kwargs:
+            raise TypeError(
+                f"expected argument {position + 1} of {type(self.original_module).__name__}, which the "
+                f"{self.placement} adapter reads, by position or as {name!r}, got {sorted(kwargs)}"
+            )
+        return kwargs[name]
 
     def _adapt_argument(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -151,6 +184,13 @@ def check_wrappable(module: nn.Module) -> None:
         raise ValueError(
             f"expected a module without an {ADAPTER!r} of its own, got {kind}; choose one inside or around it"
         )
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    """How often a tensor was changed in place, where that can be asked."""
+    if tensor is None or torch.compiler.is_compiling() or tensor.is_inference():
+        return None
+    return tensor._version
 
 
 def _first(out: Any) -> Tensor:

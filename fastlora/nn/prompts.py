@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,12 @@ from fastlora.nn._prompt_settings import PromptSettings
 from fastlora.nn.tuner import TunerModule
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+PromptKind = Literal["visual", "soft"]
 PROMPTS = "prompts"
 # what a text model takes beside every token, and soft prompts lengthen
 _EXTENDED = ("attention_mask", "position_ids", "token_type_ids")
-# timm's loop over the blocks, which takes what is between them
-_INTERMEDIATES = "forward_intermediates"
+# what in timm shows or makes the model end before its last block, where shallow prompts are stripped
+_WITHOUT_LAST_BLOCK = ("forward_intermediates", "prune_intermediate_layers")
 
 
 class PromptModule(TunerModule):
@@ -33,9 +34,11 @@ class PromptModule(TunerModule):
         tokens: ``[layers, num_tokens, hidden]``, trainable; cast to the activations' dtype where used.
         settings: What was asked for; ``apply_prompts(model, **vars(settings))`` makes the like.
         position: How many entries of every sequence stay before the prompts.
+        kind: Whether they stand among patches or among words.
     """
 
     tokens: nn.Parameter
+    kind: PromptKind
 
     def __init__(self, settings: PromptSettings, tokens: Tensor, *, position: int) -> None:
         """See the class."""
@@ -102,6 +105,8 @@ class VisualPrompts(PromptModule):
         torch.Size([2, 22, 8])
     """
 
+    kind: PromptKind = "visual"
+
     def install(self, host: nn.Module, blocks: Sequence[nn.Module]) -> None:
         """Hook into the blocks, and into the host, whose output may hold hidden states of every block."""
         last = len(blocks) - 1
@@ -113,14 +118,16 @@ class VisualPrompts(PromptModule):
                 # first, so that a hook which collects hidden states never meets a prompt
                 self._handles.append(block.register_forward_hook(self._strip, prepend=True))
         self._handles.append(host.register_forward_hook(self._strip_hidden_states, prepend=True))
-        if hasattr(host, _INTERMEDIATES) and not self.settings.deep:
-            setattr(host, _INTERMEDIATES, _refuse_intermediates)
+        for name in _WITHOUT_LAST_BLOCK:
+            if hasattr(host, name) and not self.settings.deep:
+                setattr(host, name, _refuse_without_last_block)
 
     def uninstall(self, host: nn.Module) -> None:
         """Take every trace of this module, but the module itself, out of its host."""
         super().uninstall(host)
-        if vars(host).get(_INTERMEDIATES) is _refuse_intermediates:
-            delattr(host, _INTERMEDIATES)
+        for name in _WITHOUT_LAST_BLOCK:
+            if vars(host).get(name) is _refuse_without_last_block:
+                delattr(host, name)
 
     def _insert(self, layer: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         if not args or not isinstance(args[0], Tensor) or args[0].dim() != 3:
@@ -170,6 +177,8 @@ class SoftPrompts(PromptModule):
         torch.Size([2, 12, 8])
     """
 
+    kind: PromptKind = "soft"
+
     def __init__(
         self,
         settings: PromptSettings,
@@ -205,7 +214,7 @@ class SoftPrompts(PromptModule):
         self._refuse(given, text.shape[1])
         if embedded is None:
             embedded = host.get_input_embeddings()(ids)  # type: ignore[operator]
-        given["position_ids"] = self._position_ids(text, ids, given.get("position_ids"))
+        given["position_ids"] = self._position_ids(text, ids, given)
         given["input_ids"], given["inputs_embeds"] = None, self(embedded)
         for name, value in (("attention_mask", 1), ("token_type_ids", 0)):
             if given.get(name) is not None:
@@ -222,9 +231,11 @@ class SoftPrompts(PromptModule):
         new = entries.new_full((entries.shape[0], self.settings.num_tokens), value)
         return insert_after(entries, new, self.position)
 
-    def _position_ids(self, text: Tensor, ids: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
-        tokens = self.settings.num_tokens
+    def _position_ids(self, text: Tensor, ids: Tensor | None, given: Mapping[str, Any]) -> Tensor | None:
+        tokens, position_ids = self.settings.num_tokens, given.get("position_ids")
         if self.causal:
+            if position_ids is None:
+                position_ids = _behind_padding(given.get("attention_mask"))
             if position_ids is None:
                 return None
             own = torch.arange(tokens, dtype=position_ids.dtype, device=position_ids.device)
@@ -268,10 +279,18 @@ class SoftPrompts(PromptModule):
                 )
 
 
-def _refuse_intermediates(*args: Any, **kwargs: Any) -> None:
+def _behind_padding(mask: Tensor | None) -> Tensor | None:
+    """Positions from each row's first token on: padding before it must not part it from the prompts."""
+    if mask is None:
+        return None
+    padding = (mask.long().cumsum(1) == 0).sum(1, keepdim=True)
+    return (torch.arange(mask.shape[1], device=mask.device) - padding).clamp(min=0)
+
+
+def _refuse_without_last_block(*args: Any, **kwargs: Any) -> None:
     raise ValueError(
-        f"expected deep prompts for {_INTERMEDIATES}, got shallow ones, which stand among the patches "
-        "between the blocks; use fastlora.apply_prompts(model, deep=True), or forward_features"
+        f"expected deep prompts for {' and '.join(_WITHOUT_LAST_BLOCK)}, got shallow ones, which stand among "
+        "the patches until the last block; use fastlora.apply_prompts(model, deep=True), or forward_features"
     )
 
 

@@ -163,7 +163,8 @@ def _adapter_grad_h_weights_kernel(
                 dh += dout_tile.to(tl.float32)
             store_tile(dh_ptr, dh, offs_m, offs_h, H, M, H)
         if HAS_DH and not ONE_CHUNK:  # noqa: SIM102
-            # the programs of the chunks take the row tiles in turns. One `if` with the other would not be constexpr
+            # the programs of the chunks take the row tiles in turns; joined to the first `if`, this one would
+            # make it a branch that the compiler can't decide
             if (m // BLOCK_M) % tl.num_programs(2) == pid_d:
                 dh = _down_product(
                     dz_ptr, down_weight_ptr, offs_m, offs_h, M, H, D, BLOCK_M, BLOCK_H, BLOCK_D
