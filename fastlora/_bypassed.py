@@ -9,7 +9,8 @@ import ast
 import inspect
 import operator
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -29,50 +30,56 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
 _UNKNOWN = object()
 
 
-def bypassed(names: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Layers that the module around them reads and does not use otherwise, and that module's class.
+def bypassed(names: Mapping[str, nn.Module], chosen: Collection[nn.Module]) -> dict[str, str]:
+    """Which of these layers the module around them reads and does not use otherwise, and that module's class.
 
     A layer that is called on some path, or whose module has no source code, is not among them.
     """
     found: dict[str, str] = {}
+    called: set[int] = set()
     methods: dict[type, list[ast.FunctionDef]] = {}
-    around: dict[int, frozenset[str]] = {}
-    for name in names:
-        outer, _, attribute = name.rpartition(".")
-        parent = names.get(outer) if name else None
-        # an nn.MultiheadAttention is adapted as a whole
-        if parent is None or isinstance(parent, nn.MultiheadAttention):
+    wanted = set(map(id, chosen))
+    for name, layer in names.items():
+        if not name or id(layer) not in wanted:
             continue
-        if id(parent) not in around:
-            kind = type(parent)
-            if kind not in methods:
-                methods[kind] = _reading_methods(kind)
-            around[id(parent)] = _only_read(parent, methods[kind])
-        if attribute in around[id(parent)]:
-            found[name] = type(parent).__name__
-    called = {id(module) for name, module in names.items() if name not in found}
+        outer, _, attribute = name.rpartition(".")
+        parent = names[outer]
+        kind = type(parent)
+        if kind not in methods:
+            # an nn.MultiheadAttention is adapted as a whole
+            methods[kind] = [] if issubclass(kind, nn.MultiheadAttention) else _reading_methods(kind)
+        if attribute in _only_read(parent, methods[kind]):
+            found[name] = kind.__name__
+        else:
+            called.add(id(layer))
     return {name: kind for name, kind in found.items() if id(names[name]) not in called}
 
 
-def _only_read(module: nn.Module, methods: list[ast.FunctionDef]) -> frozenset[str]:
+def _only_read(module: nn.Module, methods: list[ast.FunctionDef]) -> set[str]:
     uses = [_Uses(module, method) for method in methods]
     read, used = (set[str]().union(*sets) for sets in ((u.read for u in uses), (u.used for u in uses)))
-    return frozenset(read - used)
+    return read - used
 
 
 def _reading_methods(kind: type[nn.Module]) -> list[ast.FunctionDef]:
-    """The methods of a class if any of them reads a weight, whatever the settings; most classes read none."""
-    found: dict[str, ast.FunctionDef] = {}
+    """A class's methods if any of them reads a weight, whatever the settings; most classes read none."""
+    functions: dict[str, FunctionType] = {}
     for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        for name, value in vars(base).items():
+            if isinstance(value, FunctionType) and not name.startswith("__"):
+                functions.setdefault(name, inspect.unwrap(value))
+    # known without reading source code, which takes longer
+    if not any("weight" in function.__code__.co_names for function in functions.values()):
+        return []
+    methods = []
+    for function in functions.values():
         try:
-            trees = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        except (OSError, TypeError, SyntaxError, ValueError):
-            continue
-        for node in ast.iter_child_nodes(trees[0]):
-            if isinstance(node, ast.FunctionDef) and node.name != "__init__":
-                found.setdefault(node.name, node)
-    methods = list(found.values())
-    return methods if any(_Uses(None, method).read for method in methods) else []
+            node = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+        except (OSError, TypeError, SyntaxError):
+            return []
+        if isinstance(node, ast.FunctionDef):
+            methods.append(node)
+    return methods
 
 
 class _Uses(ast.NodeVisitor):
@@ -83,8 +90,8 @@ class _Uses(ast.NodeVisitor):
         used: Attributes that are called, or handed on whole.
     """
 
-    def __init__(self, module: nn.Module | None, method: ast.FunctionDef) -> None:
-        """Settings of ``module`` decide which branches count; None counts all."""
+    def __init__(self, module: nn.Module, method: ast.FunctionDef) -> None:
+        """Settings of ``module`` decide which branches count."""
         self.read: set[str] = set()
         self.used: set[str] = set()
         self._module = module
@@ -93,7 +100,7 @@ class _Uses(ast.NodeVisitor):
 
     def visit_If(self, node: ast.If | ast.IfExp) -> None:
         """Follow the branch that this module takes, if its settings tell."""
-        test = _UNKNOWN if self._module is None else _value(node.test, self._module)
+        test = _value(node.test, self._module)
         if test is not _UNKNOWN:
             taken = node.body if test else node.orelse
             for part in taken if isinstance(taken, list) else [taken]:

@@ -36,7 +36,7 @@ def select_targets(
     left_out_ids = {id(names[name]) for name in left_out}
     chosen = {name: names[name] for name in names if name in targeted and id(names[name]) not in left_out_ids}
     chosen = _absorb_out_proj(names, chosen, left_out)
-    uncalled = {name: kind for name, kind in bypassed(named_modules(model)).items() if name in chosen}
+    uncalled = bypassed(named_modules(model), chosen.values())
     if uncalled and target_modules == ALL_LINEAR:
         logger.warning("left out %d of %d linear layers, %s", len(uncalled), len(chosen), _why(uncalled))
         chosen = {name: module for name, module in chosen.items() if name not in uncalled}
