@@ -10,7 +10,9 @@ from fastlora.transfer.tuning import Tuning
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of the demo on one data set; those of ELPV were chosen on validation pictures.
+    """Settings of the demo on one data set.
+
+    ELPV's for the probe and LoRA were chosen on validation pictures; the other methods' are not tuned yet.
 
     Attributes:
         image_size: Height and width in pixels.
