@@ -178,8 +178,10 @@ def _adapter_grad_h_weights_kernel(
     grads_ptr += H * D
     store_tile(grads_ptr, d_down if D_FIRST else tl.trans(d_down), offs_d, offs_h, H, D, H)
     grads_ptr += H * D
-    tl.store(grads_ptr + offs_h, d_up_bias, mask=(offs_h < H) & (pid_d == 0))
-    tl.store(grads_ptr + H + offs_d, d_down_bias, mask=(offs_d < D) & (pid_h == 0))
+    # the first programs of each axis write the biases' gradients; a branch here would cost registers, and an
+    # `&` of a block with a scalar is no mask to the interpreter of Triton 3.9
+    tl.store(grads_ptr + offs_h, d_up_bias, mask=offs_h < tl.where(pid_d == 0, H, 0))
+    tl.store(grads_ptr + H + offs_d, d_down_bias, mask=offs_d < tl.where(pid_h == 0, D, 0))
 
 
 def adapter_grad_h_weights(
