@@ -1,5 +1,7 @@
 """Parameter-efficient fine-tuning with fused kernels: exact, lean and fast on GPU and CPU."""
 
+from typing import TYPE_CHECKING, Any
+
 from fastlora import functional, reference
 from fastlora._backend import set_backend, use_backend
 from fastlora.adapters import apply_adapters
@@ -17,6 +19,10 @@ from fastlora.parameters import ParameterReport, parameter_report
 from fastlora.prompting import apply_prompts, remove_prompts
 from fastlora.state import load_adapter, save_adapter
 from fastlora.summary import AdapterSummary, adapter_summary
+from fastlora.transfer.model import TransferLearningModel
+
+if TYPE_CHECKING:
+    from fastlora.transfer.create import create_transfer_model
 
 __all__ = [
     "AdaptedModule",
@@ -27,11 +33,13 @@ __all__ = [
     "LoRAMultiheadAttention",
     "ParameterReport",
     "SoftPrompts",
+    "TransferLearningModel",
     "VisualPrompts",
     "adapter_summary",
     "apply_adapters",
     "apply_lora",
     "apply_prompts",
+    "create_transfer_model",
     "functional",
     "load_adapter",
     "merge_adapters",
@@ -46,3 +54,12 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # torchvision takes as long to import as all of the above, and only this needs it
+    if name == "create_transfer_model":
+        from fastlora.transfer.create import create_transfer_model
+
+        return create_transfer_model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastlora._stages import head as find_head
 from fastlora.parameters import _anatomy as anatomy
 from fastlora.parameters import measure
 from fastlora.parameters.models import LLAMA_7B, ModelSpec, build, describe_input, sample_input
@@ -46,7 +47,8 @@ def test_vit_b_16_by_hand(vit: dict[str, StrategyCost]) -> None:
     adapter = 2 * wide * 64 + 64 + wide
     assert trainable(vit) == {
         "full": VIT,
-        "last_layers": block + VIT_HEAD,
+        # the final norm is unfrozen with the last block
+        "last_layers": block + 2 * wide + VIT_HEAD,
         "lora": blocks * (packed + square + 2 * up) + VIT_HEAD,
         "lora_attention": blocks * (packed + square) + VIT_HEAD,
         "adapters": blocks * 2 * adapter + VIT_HEAD,
@@ -115,7 +117,7 @@ def test_llama_7b() -> None:
     block = 4 * 4096 * 4096 + 3 * 4096 * 11008 + 2 * 4096
     assert trainable(costs) == {
         "full": 6_738_415_616,
-        "last_layers": block + head,
+        "last_layers": block + 4096 + head,
         "lora_attention": 32 * 2 * 16 * (4096 + 4096),
         "prompts": 10 * 4096,
         "linear_probe": head,
@@ -155,21 +157,27 @@ def test_timm_names() -> None:
 )
 def test_head_and_last_stage(name: str, head: str, stage: str) -> None:
     model = build(ModelSpec(name))
-    assert anatomy.head(model)[0] == head
+    assert find_head(model)[0] == head
     found, module = anatomy.last_stage(model)
     assert found == stage
-    assert module is model.get_submodule(stage)
+    assert model.get_submodule(stage) in module.children()
+
+
+class _OnlyHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(2, 2)
 
 
 def test_a_model_without_head_or_stages() -> None:
     with pytest.raises(ValueError, match="expected a head called heads, head"):
-        anatomy.head(nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(ValueError, match="expected blocks of one kind in a row"):
-        anatomy.last_stage(build(ModelSpec("alexnet")))
+        find_head(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="expected layers before the head"):
+        anatomy.last_stage(_OnlyHead())
     with pytest.raises(ValueError, match="expected attention"):
         anatomy.attention_targets(build(ModelSpec("resnet18")), 16)
-    costs = table(ModelSpec("alexnet", batch_size=1), "last_layers", "linear_probe")
-    assert costs["last_layers"].report is None
+    costs = table(ModelSpec("alexnet", batch_size=1), "lora_attention", "linear_probe")
+    assert costs["lora_attention"].report is None
     assert trainable(costs) == {"linear_probe": 4096 * 1000 + 1000}
 
 

@@ -1,7 +1,6 @@
 """Models by name, built without memory for their weights, or with random ones."""
 
 import difflib
-import importlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -154,12 +153,7 @@ def _maker(spec: ModelSpec) -> Callable[[], nn.Module]:
 
 
 def _timm(name: str) -> Any:
-    try:
-        return importlib.import_module("timm")
-    except ImportError as error:
-        raise ImportError(
-            f"the model {name} needs the package timm, which is not installed; get it with: pip install timm"
-        ) from error
+    return require("timm", distribution="timm", purpose=f"the model {name}", extra="timm")
 
 
 def _module(model: Any) -> nn.Module:

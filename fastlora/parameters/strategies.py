@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from fastlora._stages import head as find_head
 from fastlora.adapters import apply_adapters
 from fastlora.inject import apply_lora
 from fastlora.parameters import _anatomy as anatomy
@@ -148,7 +149,7 @@ def compare(
             report = parameter_report(model)
             note = "; ".join(filter(None, [note, f"kept activations unknown, {error}"]))
         note = "; ".join(filter(None, [note, _uncalled(report)]))
-        head_name, head = anatomy.head(model)
+        head_name, head = find_head(model)
         whole = anatomy.trained_whole(head) if strategy.adds else 0
         body = any(row.trainable_parameters and row.name != head_name for row in report.modules)
         yield StrategyCost(name, title, strategy.adds, report, whole, body, note)
@@ -170,18 +171,18 @@ def _full(model: nn.Module, spec: ModelSpec, settings: TuningSettings) -> str:
 
 
 def _last_layers(model: nn.Module, spec: ModelSpec, settings: TuningSettings) -> str:
-    (head_name, head), (name, stage) = anatomy.head(model), anatomy.last_stage(model)
+    (head_name, head), (name, stage) = find_head(model), anatomy.last_stage(model)
     _train_only(model, [stage, head])
     return f"trains {name} and {head_name}"
 
 
 def _linear_probe(model: nn.Module, spec: ModelSpec, settings: TuningSettings) -> str:
-    _train_only(model, [anatomy.head(model)[1]])
+    _train_only(model, [find_head(model)[1]])
     return ""
 
 
 def _lora(model: nn.Module, spec: ModelSpec, settings: TuningSettings) -> str:
-    head_name, head = anatomy.head(model)
+    head_name, head = find_head(model)
     if anatomy.linear_layers(model) == [head]:
         apply_lora(model, target_modules=[head_name], rank=settings.rank)
         return f"{head_name} is the only linear layer; convolutions can't carry LoRA yet"
@@ -237,4 +238,4 @@ def _train_only(model: nn.Module, chosen: Sequence[nn.Module]) -> None:
 
 def _new_head(model: nn.Module, spec: ModelSpec) -> list[str] | None:
     # another image task needs another classifier; a language model keeps its vocabulary
-    return None if spec.is_text else [anatomy.head(model)[0]]
+    return None if spec.is_text else [find_head(model)[0]]

@@ -12,7 +12,7 @@ from fastlora.transfer.tuning import Tuning
 class Recipe:
     """Settings of the demo on one data set.
 
-    ELPV's for the probe and LoRA were chosen on validation pictures; the other methods' are not tuned yet.
+    ELPV's for the probe and LoRA were chosen on validation pictures; the other methods' are first choices.
 
     Attributes:
         image_size: Height and width in pixels.

@@ -1,0 +1,65 @@
+"""Strategies that freeze the model and train what they add."""
+
+from collections.abc import Collection
+
+from torch import nn
+
+from fastlora.adapters import apply_adapters
+from fastlora.inject import apply_lora
+from fastlora.prompting import apply_prompts
+
+
+def lora(
+    model: nn.Module,
+    head: str,
+    *,
+    train_batch_norm: bool = False,
+    rank: int = 16,
+    alpha: float = 32.0,
+    dropout: float = 0.0,
+    target_modules: str | Collection[str] = "all-linear",
+) -> None:
+    """LoRA on every linear layer and attention, or on ``target_modules``; see :func:`fastlora.apply_lora`."""
+    _no_batch_norm("lora", train_batch_norm)
+    apply_lora(
+        model,
+        target_modules=target_modules,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        modules_to_save=[head],
+    )
+
+
+def adapter(
+    model: nn.Module,
+    head: str,
+    *,
+    train_batch_norm: bool = False,
+    adapter_size: int = 64,
+    dropout: float = 0.0,
+) -> None:
+    """Bottleneck adapters after attention and MLP; see :func:`fastlora.apply_adapters`."""
+    _no_batch_norm("adapter", train_batch_norm)
+    apply_adapters(model, adapter_size=adapter_size, dropout=dropout, modules_to_save=[head])
+
+
+def prompt(
+    model: nn.Module,
+    head: str,
+    *,
+    train_batch_norm: bool = False,
+    num_tokens: int = 10,
+    deep: bool = True,
+) -> None:
+    """Learned tokens before the first block, or every block; see :func:`fastlora.apply_prompts`."""
+    _no_batch_norm("prompt", train_batch_norm)
+    apply_prompts(model, num_tokens=num_tokens, deep=deep, modules_to_save=[head])
+
+
+def _no_batch_norm(strategy: str, train_batch_norm: bool) -> None:
+    if train_batch_norm:
+        raise ValueError(
+            f"expected train_batch_norm=False for strategy {strategy!r}, got True; "
+            "its file would not hold the statistics that moved"
+        )

@@ -1,0 +1,69 @@
+"""The one list of strategies."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastlora.transfer.strategies import added, freezing
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A way to adapt a pretrained model.
+
+    Attributes:
+        name: As users give it.
+        summary: What trains, in a few words.
+        apply: Chooses what trains in a model, in place; takes the model, the name of its head,
+            ``train_batch_norm`` and the strategy's own options.
+    """
+
+    name: str
+    summary: str
+    apply: Callable[..., None]
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Refuse options that the strategy doesn't have.
+
+        Raises:
+            TypeError: One is unknown; those it has are listed.
+        """
+        own = list(inspect.signature(self.apply).parameters)[3:]
+        unknown = [name for name in options if name not in own]
+        if unknown:
+            has = f"its options are {', '.join(own)}" if own else "it has no options"
+            raise TypeError(f"expected no option {unknown[0]!r} for strategy {self.name!r}; {has}")
+
+
+STRATEGIES: Mapping[str, Strategy] = {
+    strategy.name: strategy
+    for strategy in (
+        Strategy("feature_extraction", "the head on frozen features", freezing.feature_extraction),
+        Strategy("fine_tuning", "the last stage and the head", freezing.fine_tuning),
+        Strategy("full", "everything", freezing.full),
+        Strategy("gradual", "the head, then stage after stage", freezing.gradual),
+        Strategy("lp_ft", "the head, then everything", freezing.lp_ft),
+        Strategy("lora", "low-rank updates of every layer and the head", added.lora),
+        Strategy("adapter", "bottleneck adapters in every block and the head", added.adapter),
+        Strategy("prompt", "learned tokens before every block and the head", added.prompt),
+    )
+}
+
+
+def find_strategy(name: str) -> Strategy:
+    """A strategy by its name.
+
+    Raises:
+        ValueError: There is none; near names are listed first.
+
+    Example:
+        >>> find_strategy("fine_tuning").summary
+        'the last stage and the head'
+    """
+    if name not in STRATEGIES:
+        near = difflib.get_close_matches(str(name), STRATEGIES, n=2)
+        advice = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        raise ValueError(f"{advice}expected a strategy out of {', '.join(STRATEGIES)}, got {name!r}")
+    return STRATEGIES[name]
