@@ -7,11 +7,15 @@ from urllib.error import URLError
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
+from sklearn.datasets import load_sample_images
 from torch import nn
 from torchvision import models
 
 from fastlora import create_transfer_model
+from fastlora.transfer.data import pretrained_transforms
+from fastlora.transfer.efficientnet import efficientnet_lite0
 from fastlora.transfer.strategies import STRATEGIES
 
 
@@ -175,6 +179,7 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
     "image-size": (("resnet18", 3), {"image_size": 28}, TypeError, "image_size for dinov2_vits14 only"),
     "stages": (("resnet18", 3, "fine_tuning"), {"num_stages": 9, "weights": None}, ValueError, "from 0 to 5"),
     "no-blocks": (("resnet18", 3, "adapter"), {"weights": None}, ValueError, "expected transformer blocks"),
+    "lite-weights": (("efficientnet_lite0", 3), {"weights": "V2"}, ValueError, "it has no others"),
     "dino-weights": (("dinov2_vits14", 3), {"weights": None}, ValueError, "it has no others"),
     "lora-norm": (
         ("vit_b_32", 3, "lora"),
@@ -200,3 +205,18 @@ def test_timms_models() -> None:
     assert model.train()(torch.randn(2, 3, 32, 32)).shape == (2, 3)
     with pytest.raises(ValueError, match="did you mean timm:resnet50"):
         create("timm:resnet5O", 3, weights=None)
+
+
+def test_efficientnet_lite0_with_its_real_weights() -> None:
+    """Real photographs get their ImageNet class, and BatchNorm stays as it was through training."""
+    imagenet = efficientnet_lite0().eval()
+    _, evaluate = pretrained_transforms("efficientnet_lite0")
+    photographs = torch.stack([evaluate(Image.fromarray(p)) for p in load_sample_images().images])
+    with torch.no_grad():
+        palace_and_daisy = imagenet(photographs).argmax(1).tolist()
+    assert palace_and_daisy == [698, 985]
+    model = create("efficientnet_lite0", 3)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    nn.functional.cross_entropy(model.train()(photographs), torch.tensor([0, 2])).backward()
+    assert trainable(model) == {"classifier"}
+    assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())

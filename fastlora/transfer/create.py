@@ -11,6 +11,7 @@ from torchvision import models
 from fastlora._stages import head as find_head
 from fastlora.transfer._extras import require
 from fastlora.transfer.backbones import dinov2_vits14
+from fastlora.transfer.efficientnet import efficientnet_lite0
 from fastlora.transfer.freezing import keep_frozen_in_eval
 from fastlora.transfer.model import check_num_classes
 from fastlora.transfer.strategies import find_strategy
@@ -18,6 +19,7 @@ from fastlora.transfer.weights import download, load_weights
 
 TIMM_PREFIX = "timm:"
 DINOV2 = "dinov2_vits14"
+EFFICIENTNET_LITE0 = "efficientnet_lite0"
 # losses through these heads are rarely wanted any more, and only their train mode has them
 _WITH_AUXILIARY_HEADS = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}
 
@@ -38,7 +40,8 @@ def create_transfer_model(
 
     Args:
         pretrained_name: A classification model of torchvision (``"resnet50"``, ``"vit_b_16"``, …), ``timm:``
-            and a name of timm's, or ``"dinov2_vits14"``, whose weights come with the extra ``demo``.
+            and a name of timm's, or ``"dinov2_vits14"`` and ``"efficientnet_lite0"``, whose weights come with
+            the extra ``demo``.
         num_classes: Outputs of the new head, at least 2.
         strategy: ``"feature_extraction"`` (the head), ``"fine_tuning"`` (last stage and head), ``"full"``,
             ``"gradual"`` and ``"lp_ft"`` (both begin with the head), ``"lora"``, ``"adapter"``, ``"prompt"``.
@@ -83,15 +86,20 @@ def _maker(
         return lambda: _dinov2(num_classes, weights, **options)
     if options:
         raise TypeError(f"expected image_size for {DINOV2} only, got it for {name!r}; leave it out")
+    if name == EFFICIENTNET_LITE0:
+        _check_packaged(name, weights)
+        return lambda: _finish(efficientnet_lite0(), num_classes, None)
     if str(name).startswith(TIMM_PREFIX):
         return lambda: _timm(name, num_classes, weights)
     known = models.list_models(module=models)
     if name not in known:
-        near = difflib.get_close_matches(str(name).lower(), [*known, DINOV2], n=4, cutoff=0.4)
+        near = difflib.get_close_matches(
+            str(name).lower(), [*known, DINOV2, EFFICIENTNET_LITE0], n=4, cutoff=0.4
+        )
         advice = f"did you mean {', '.join(map(repr, near))}? " if near else ""
         raise ValueError(
-            f"{advice}expected a classification model of torchvision, {DINOV2} or {TIMM_PREFIX}NAME, "
-            f"got {name!r}"
+            f"{advice}expected a classification model of torchvision, {DINOV2}, {EFFICIENTNET_LITE0} "
+            f"or {TIMM_PREFIX}NAME, got {name!r}"
         )
     return lambda: _torchvision(name, num_classes, weights)
 
@@ -127,10 +135,14 @@ def _timm(name: str, num_classes: int, weights: str | Path | None) -> nn.Module:
 
 
 def _dinov2(num_classes: int, weights: str | Path | None, image_size: int = 224) -> nn.Module:
-    if weights != "DEFAULT":
-        raise ValueError(f'expected weights="DEFAULT" for {DINOV2}, got {weights!r}; it has no others')
+    _check_packaged(DINOV2, weights)
     model: nn.Module = dinov2_vits14(image_size, num_classes)
     return model
+
+
+def _check_packaged(name: str, weights: str | Path | None) -> None:
+    if weights != "DEFAULT":
+        raise ValueError(f'expected weights="DEFAULT" for {name}, got {weights!r}; it has no others')
 
 
 def _check_local(name: str, weights: str | Path | None, members: list[str]) -> None:

@@ -12,6 +12,7 @@ from torchvision.transforms import InterpolationMode, v2
 from fastlora.transfer._extras import require
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_LITE_MEAN, _LITE_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 _TIMM_PREFIX = "timm:"
 _SMALLEST_CROP = 0.35
 
@@ -57,6 +58,8 @@ def pretrained_transforms(
 def _described(name: str, weights: str) -> tuple[int, int, InterpolationMode, Any, Any]:
     if name == "dinov2_vits14":
         return 224, 256, InterpolationMode.BICUBIC, IMAGENET_MEAN, IMAGENET_STD
+    if name == "efficientnet_lite0":
+        return 224, 256, InterpolationMode.BICUBIC, _LITE_MEAN, _LITE_STD
     if name.startswith(_TIMM_PREFIX):
         return _described_by_timm(name)
     try:
