@@ -139,10 +139,11 @@ def _first_tensor(output: Any) -> Tensor:
 def _dry_run(backbone: nn.Module, sample_input: Tensor | None) -> Tensor:
     """Features of one input, leaving modes, statistics and random state as they were."""
     modes = {module: module.training for module in backbone.modules()}
+    devices = {p.device for p in backbone.parameters() if p.device.type == "cuda"}
     errors: list[str] = []
     backbone.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), torch.random.fork_rng(devices):
             for sample in [sample_input] if sample_input is not None else _samples(backbone):
                 try:
                     return _pooled(backbone(sample))

@@ -7,13 +7,7 @@ from torch import nn
 from fastlora._stages import stages
 from fastlora.nn.prompts import PromptModule
 
-_NORMS = (
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    nn.LocalResponseNorm,
-)
+_UNDECAYED = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, PromptModule)
 # learned inputs, not weights: decay would pull them to zero for nothing
 _TOKENS = ("class_token", "cls_token", "reg_token", "dist_token", "pos_embed", "position_embedding")
 _LORA_B = ("lora_B", "lora_embedding_B")
@@ -95,11 +89,7 @@ def _kinds(model: nn.Module) -> dict[nn.Parameter, str]:
             path = f"{module_name}.{name}"
             if any(part in _LORA_B for part in path.split(".")):
                 kind = ".lora_B"
-            elif (
-                isinstance(module, (*_NORMS, PromptModule))
-                or parameter.dim() <= 1
-                or any(t in name for t in _TOKENS)
-            ):
+            elif isinstance(module, _UNDECAYED) or parameter.dim() <= 1 or any(t in name for t in _TOKENS):
                 kind = ".no_decay"
             else:
                 kind = ""
