@@ -38,12 +38,14 @@ def select_targets(
     chosen = _absorb_out_proj(names, chosen, left_out)
     uncalled = bypassed(named_modules(model), chosen.values())
     if uncalled and target_modules == ALL_LINEAR:
-        logger.warning("left out %d of %d linear layers, %s", len(uncalled), len(chosen), _why(uncalled))
+        logger.warning(
+            "left out %d of %d linear layers, %s", len(uncalled), len(chosen), why_uncalled(uncalled)
+        )
         chosen = {name: module for name, module in chosen.items() if name not in uncalled}
     elif uncalled:
         raise ValueError(
-            f"expected layers that the model calls, got {len(uncalled)} others, {_why(uncalled)}; name other "
-            "layers, or leave these out with exclude_modules"
+            f"expected layers that the model calls, got {len(uncalled)} others, {why_uncalled(uncalled)}; "
+            "name other layers, or leave these out with exclude_modules"
         )
     if not chosen:
         raise ValueError(
@@ -155,7 +157,8 @@ def _out_projections(names: dict[str, nn.Module]) -> dict[str, str]:
     }
 
 
-def _why(uncalled: dict[str, str]) -> str:
+def why_uncalled(uncalled: dict[str, str]) -> str:
+    """What :func:`bypassed` found, in words."""
     kinds = ", ".join(dict.fromkeys(uncalled.values()))
     return (
         f"{next(iter(uncalled))!r} first: {kinds} reads their weights without calling them, so that nothing "

@@ -12,6 +12,7 @@ from fastlora._adapter_check import PREFIX, AdapterCheck, adapter_key, prompt_ke
 from fastlora._adapter_config import AdapterConfig, build_config
 from fastlora._adapter_file import read_adapter, write_adapter
 from fastlora._adapter_format import FileConfig, build_file_config
+from fastlora._bypassed import bypassed
 from fastlora._modules import (
     adapted_modules,
     clean_name,
@@ -25,6 +26,7 @@ from fastlora._modules import (
 )
 from fastlora._places import Place, add_adapters
 from fastlora._prompt_places import PromptPlace, add_prompts
+from fastlora._targets import why_uncalled
 from fastlora._tuning import logger, train_only_tuners
 from fastlora.inject import Model, add_lora, check_unadapted
 from fastlora.nn import AdaptedModule, LoRAModule
@@ -134,10 +136,24 @@ def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
         check.prompted(config.prompts, prompts)
     whole = check.whole_modules(config.modules_to_save)
     check.finish(folder)
+    _warn_of_uncalled(root, targets, folder)
     if fresh:
         _build(root, targets, config, list(whole.values()))
     _fill(root, targets, whole, tensors, config)
     return model
+
+
+def _warn_of_uncalled(model: nn.Module, targets: Mapping[str, nn.Module], folder: Path) -> None:
+    """PEFT adapts layers that are never called too; loaded, such updates do nothing until they are merged."""
+    uncalled = bypassed(named_modules(model), targets.values())
+    if uncalled:
+        logger.warning(
+            "%d of the %d layers in %s do nothing, %s; don't merge them",
+            len(uncalled),
+            len(targets),
+            folder,
+            why_uncalled(uncalled),
+        )
 
 
 def _tensors(

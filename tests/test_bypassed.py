@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,6 +162,19 @@ def test_all_linear_leaves_them_out_and_says_so(kind: str, caplog: pytest.LogCap
     expected.square().sum().backward()
     assert all(model.get_submodule(name).lora_A.grad is not None for name in kept)
     torch.testing.assert_close(fastlora.merge_adapters(model)(IMAGES), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_file_with_updates_of_them_loads_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    peft = pytest.importorskip("peft", reason="writes the file; ours leave such layers out")
+    config = peft.LoraConfig(r=2, target_modules=["qkv", "head"], init_lora_weights=False)
+    peft.get_peft_model(swin(1), config).save_pretrained(tmp_path)
+    model = fastlora.load_adapter(swin(1), tmp_path)
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
+    assert "2 of the 3 layers in" in warning
+    assert "ShiftedWindowAttention reads their weights without calling them" in warning
+    assert isinstance(model.get_submodule("head"), LoRAModule)
 
 
 def test_no_warning_for_layers_that_were_excluded(caplog: pytest.LogCaptureFixture) -> None:
