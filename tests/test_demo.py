@@ -174,7 +174,9 @@ def test_eager_run_ends_after_its_epochs_and_uses_the_reference() -> None:
         def note(self, text: str) -> None:
             raise AssertionError(text)
 
-        def advance(self, task: str, done: int, total: int, loss: float | None) -> None:
+        def advance(
+            self, task: str, done: int, total: int, loss: float | None, memory: int | None = None
+        ) -> None:
             seen.append((task, done, total, _backend._selected))
 
     study = Study(parts, SIZE, make_accelerator(), 0, Listener())

@@ -189,7 +189,9 @@ class Silent:
     def note(self, text: str) -> None:
         """Say nothing."""
 
-    def advance(self, task: str, done: int, total: int, loss: float | None) -> None:
+    def advance(
+        self, task: str, done: int, total: int, loss: float | None, memory: int | None = None
+    ) -> None:
         """Say nothing."""
 
 

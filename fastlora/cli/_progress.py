@@ -52,12 +52,16 @@ class LiveReporter:
         """Print a line above the bars."""
         self._progress.console.print(text)
 
-    def advance(self, task: str, done: int, total: int, loss: float | None) -> None:
-        """Move a task's bar; the first call draws it."""
+    def advance(
+        self, task: str, done: int, total: int, loss: float | None, memory: int | None = None
+    ) -> None:
+        """Move a task's bar, with the loss and the peak memory in bytes; the first call draws it."""
         if task not in self._tasks:
             self._tasks[task] = self._progress.add_task(task, total=total, loss="")
-        shown = "" if loss is None else f"loss {loss:.3f}"
-        self._progress.update(self._tasks[task], completed=done, loss=shown)
+        shown = ([] if loss is None else [f"loss {loss:.3f}"]) + (
+            [] if memory is None else [f"{memory / 2**20:,.0f} MiB"]
+        )
+        self._progress.update(self._tasks[task], completed=done, loss="  ".join(shown))
 
 
 class _RateColumn(ProgressColumn):

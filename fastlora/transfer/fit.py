@@ -205,14 +205,24 @@ class Fit:
         return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_accelerator() -> Any:
-    """An ``accelerate.Accelerator`` on the best device, in 16 bits where the hardware multiplies them.
+def make_accelerator(precision: str = "auto") -> Any:
+    """An ``accelerate.Accelerator`` on the best device.
+
+    Args:
+        precision: ``"no"``, ``"bf16"``, ``"fp16"``, or ``"auto"``: 16 bits where the hardware multiplies so.
 
     Raises:
         ImportError: ``accelerate`` is not installed.
     """
     accelerate = require("accelerate", distribution="accelerate", purpose="training")
-    return accelerate.Accelerator(mixed_precision=_native_precision())
+    precision = _native_precision() if precision == "auto" else precision
+    state = accelerate.state.AcceleratorState
+    if state._shared_state and state().mixed_precision != precision:
+        # it belongs to the process, and would refuse a second training in another precision
+        state._reset_state()
+    # told nothing, Accelerate would let processes that torchrun starts on a CPU train each for itself
+    cpu = not torch.accelerator.is_available()
+    return accelerate.Accelerator(cpu=cpu, mixed_precision=precision)
 
 
 @torch.no_grad()

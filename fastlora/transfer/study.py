@@ -17,8 +17,10 @@ class Reporter(Protocol):
     def note(self, text: str) -> None:
         """Say something once."""
 
-    def advance(self, task: str, done: int, total: int, loss: float | None) -> None:
-        """Say that ``done`` of ``total`` units of a task are done, and the last one's loss if it has one."""
+    def advance(
+        self, task: str, done: int, total: int, loss: float | None, memory: int | None = None
+    ) -> None:
+        """Say that ``done`` of ``total`` units of a task are done, with the last loss and the peak bytes."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,78 @@
+"""What is wrong with a run is said before it begins, or names the batch where it went wrong."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from fastlora.transfer.data import LabelledImages
+from fastlora.transfer.training.settings import TrainSettings
+from fastlora.transfer.unfreezing import GradualUnfreezing
+
+_NAMED = 8
+
+
+def check_classes(train: LabelledImages, validation: LabelledImages) -> None:
+    """Refuse two sets of pictures with different classes, or none.
+
+    Raises:
+        ValueError: See above.
+    """
+    if train.classes != validation.classes:
+        raise ValueError(
+            f"expected the same classes in training and validation, got {', '.join(train.classes)} and "
+            f"{', '.join(validation.classes)}; relabel one with validation.with_classes(train.classes)"
+        )
+    for name, images in (("training", train), ("validation", validation)):
+        if not len(images):
+            raise ValueError(f"expected pictures for {name}, got none")
+
+
+def check_processes(
+    processes: int, examples: int, settings: TrainSettings, unfreezing: GradualUnfreezing | None
+) -> None:
+    """Refuse what can't be divided among processes.
+
+    Raises:
+        ValueError: A batch has fewer examples than parts, or stages are to unfreeze that are sharded.
+    """
+    parts = processes * settings.accumulation
+    if parts > min(settings.batch_size, examples):
+        raise ValueError(
+            f"expected batch_size of at least {parts} for {processes} processes with accumulation "
+            f"{settings.accumulation}, got {settings.batch_size} of {examples} examples"
+        )
+    if unfreezing is not None and settings.sharding == "fsdp2" and processes > 1:
+        raise ValueError(
+            "expected sharding='ddp' for unfreezing by a schedule, got 'fsdp2'; what is sharded decides "
+            "once what trains"
+        )
+
+
+def what_changes(model: nn.Module, head: nn.Module, unfreezing: GradualUnfreezing | None) -> list[str]:
+    """Names of the parameters that train at any time, and of all buffers.
+
+    Raises:
+        ValueError: Nothing trains, or ``unfreezing`` is for more stages than the model has.
+    """
+    if unfreezing is not None:
+        unfreezing.apply(model, head, max(unfreezing.at))
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    something_trains = any(p.requires_grad for p in model.parameters())
+    if unfreezing is not None:
+        unfreezing.apply(model, head, 0)
+    if not something_trains:
+        raise ValueError("expected a model in which something trains, got one with every parameter frozen")
+    state = model.state_dict()
+    return [name for name, value in state.items() if isinstance(value, Tensor) and name not in frozen]
+
+
+def not_finite(
+    what: str, value: float, step: int, names: Sequence[str], lr: float, output: Path
+) -> FloatingPointError:
+    """The error for a loss or gradients that are no longer finite, with the batch it happened on."""
+    return FloatingPointError(
+        f"expected a finite {what}, got {value} at step {step} on {', '.join(names[:_NAMED])}"
+        f"{', …' if len(names) > _NAMED else ''}; the checkpoints in {output} are from before; "
+        f"lower lr ({lr:g}) or look at these pictures"
+    )

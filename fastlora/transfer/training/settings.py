@@ -1,0 +1,125 @@
+"""Hyper-parameters of a training run."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Schedule = Literal["cosine", "linear", "one_cycle", "constant"]
+Monitor = Literal["accuracy", "balanced_accuracy", "loss"]
+Optimizer = Literal["adamw", "sgd"]
+Precision = Literal["auto", "no", "bf16", "fp16"]
+Sharding = Literal["ddp", "fsdp2"]
+
+_CHOICES = {
+    "schedule": Schedule,
+    "monitor": Monitor,
+    "optimizer": Optimizer,
+    "precision": Precision,
+    "sharding": Sharding,
+}
+_COUNTS = ("epochs", "batch_size", "accumulation", "max_steps", "patience", "checkpoint_every")
+# how a run computes or is watched, not what it computes: a resumed run may have others
+NOT_COMPARED = ("workers", "checkpoint_every", "sharding")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Hyper-parameters of a training run; rates and decays are explained by ``parameter_groups``.
+
+    Attributes:
+        epochs: Passes over the training examples.
+        batch_size: Examples of an optimiser step, over all processes and parts.
+        lr: Highest learning rate.
+        optimizer: AdamW, or SGD with Nesterov momentum 0.9.
+        weight_decay: Of matrices and convolutions.
+        layer_decay: In (0, 1]; a stage nearer to the input learns so much slower than the next.
+        head_factor: The head learns so much faster.
+        lora_plus_ratio: LoRA's B learns so much faster than A.
+        schedule: Of the rate, after a linear warm-up; ``"one_cycle"`` is torch's ``OneCycleLR``.
+        warmup: Share of the steps in which the rate rises, 0 to 1.
+        accumulation: Parts in which a batch is computed, to save memory; the result is the whole batch's.
+        clip_norm: Gradients are scaled down to this norm; None leaves them.
+        precision: Of the products; ``"auto"`` takes 16 bits where the hardware multiplies them.
+        label_smoothing: Share of a label spread over all classes, in [0, 1).
+        mixup: Alpha of mixup's Beta distribution (https://arxiv.org/abs/1710.09412); 0 switches it off.
+        class_weights: Count every class alike, however many examples it has.
+        ema: Decay of an exponential moving average of the weights, 0.999 say; it is what is validated and
+            kept. None for none.
+        patience: Stop after so many epochs without a better ``monitor``; None never stops early.
+        monitor: What makes an epoch the best one; among equals the lower validation loss does.
+        restore_best: End with the weights of the best epoch instead of the last one's.
+        max_steps: Stop after so many optimiser steps, however many epochs that is.
+        checkpoint_every: Optimiser steps between checkpoints; None writes one an epoch.
+        workers: Processes that load pictures; 0 loads them in this one.
+        sharding: Among several processes: whole copies, or parameters in pieces.
+        seed: Of order, augmentation, mixup and dropout.
+
+    Raises:
+        ValueError: A number out of range or an unknown choice.
+    """
+
+    epochs: int = 10
+    batch_size: int = 32
+    lr: float = 1e-3
+    optimizer: Optimizer = "adamw"
+    weight_decay: float = 0.05
+    layer_decay: float = 1.0
+    head_factor: float = 1.0
+    lora_plus_ratio: float = 1.0
+    schedule: Schedule = "cosine"
+    warmup: float = 0.1
+    accumulation: int = 1
+    clip_norm: float | None = 1.0
+    precision: Precision = "auto"
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    class_weights: bool = False
+    ema: float | None = None
+    patience: int | None = None
+    monitor: Monitor = "accuracy"
+    restore_best: bool = True
+    max_steps: int | None = None
+    checkpoint_every: int | None = None
+    workers: int = 0
+    sharding: Sharding = "ddp"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every number."""
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in get_args(choices):
+                raise ValueError(f"expected {name} out of {', '.join(get_args(choices))}, got {value!r}")
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"expected {name} as an integer of at least 1, got {value!r}")
+        _check_range("warmup", self.warmup, 0.0, 1.0, closed=True)
+        _check_range("label_smoothing", self.label_smoothing, 0.0, 1.0)
+        _check_range("mixup", self.mixup, 0.0, math.inf)
+        if self.ema is not None:
+            _check_range("ema", self.ema, 0.0, 1.0)
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise ValueError(
+                f"expected clip_norm above 0, got {self.clip_norm}; None leaves gradients as they are"
+            )
+        if self.workers < 0 or self.seed < 0:
+            raise ValueError(f"expected workers and seed of 0 or more, got {self.workers} and {self.seed}")
+        if self.schedule == "one_cycle" and not 0 < self.warmup < 1:
+            raise ValueError(
+                f"expected warmup above 0 and below 1 for one_cycle, got {self.warmup}; 0.3 is usual"
+            )
+
+    def steps_per_epoch(self, examples: int) -> int:
+        """Optimiser steps in a pass over ``examples``."""
+        return math.ceil(examples / self.batch_size)
+
+    def total_steps(self, examples: int) -> int:
+        """Optimiser steps of the whole run, unless it stops early."""
+        steps = self.epochs * self.steps_per_epoch(examples)
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+
+def _check_range(name: str, value: float, low: float, high: float, *, closed: bool = False) -> None:
+    if not (low <= value < high or (closed and value == high)):
+        raise ValueError(f"expected {name} from {low:g} to {high:g}, got {value!r}")

@@ -1,0 +1,300 @@
+"""The training loop, which can be killed at any step and ends as if it had not been."""
+
+import math
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastlora._stages import head as find_head
+from fastlora.transfer.data import LabelledImages
+from fastlora.transfer.fit import make_accelerator
+from fastlora.transfer.freezing import keep_frozen_in_eval
+from fastlora.transfer.memory import PeakMemory
+from fastlora.transfer.metrics import accuracy, balanced_accuracy, confusion_matrix
+from fastlora.transfer.report import check_output_folder
+from fastlora.transfer.study import Reporter
+from fastlora.transfer.training.average import WeightAverage
+from fastlora.transfer.training.batches import BatchPlan, Part
+from fastlora.transfer.training.checkpoint import Checkpoints
+from fastlora.transfer.training.checks import check_classes, check_processes, not_finite, what_changes
+from fastlora.transfer.training.engine import Engine
+from fastlora.transfer.training.fingerprint import check_same, fingerprint
+from fastlora.transfer.training.logs import NoLogs, RunLogs
+from fastlora.transfer.training.loss import Loss
+from fastlora.transfer.training.prediction import predict
+from fastlora.transfer.training.progress import Progress
+from fastlora.transfer.training.randomness import generator_states, set_generator_states, start_from
+from fastlora.transfer.training.records import EpochRecord, TrainResult
+from fastlora.transfer.training.settings import TrainSettings
+from fastlora.transfer.unfreezing import GradualUnfreezing
+
+CHECKPOINTS = "checkpoints"
+
+
+class Trainer:
+    """Trains a model on labelled pictures, checkpoint by checkpoint.
+
+    What trains is what requires gradients (or what ``unfreezing`` switches on); frozen parts stay in eval
+    mode. On a CPU a run that was killed at any step and resumed ends bit-identical to one that wasn't:
+    weights, averages, optimiser, schedule and generators are in the checkpoints, order and augmentation
+    depend on seed, epoch and example alone.
+
+    In several processes (``accelerate launch``, ``torchrun``) a batch is divided among them, so the loss
+    curve is that of one process to rounding; layers that compute over the batch, such as a BatchNorm in
+    train mode, see their process's part.
+
+    Args:
+        model: A classifier: from a batch of transformed pictures to logits ``[B, classes]``.
+        train: To learn from, with the training transform.
+        validation: To watch, with the evaluation transform and the same classes.
+        settings: Hyper-parameters.
+        output: Folder for checkpoints and logs.
+        unfreezing: When stages begin to train.
+        head: The classifier inside the model; None looks for it.
+        configuration: What else a resumed run must share: JSON values, by name.
+        reporter: Is told about the progress.
+        accelerator: An ``accelerate.Accelerator``; None makes one of the settings.
+
+    Raises:
+        ValueError: Classes that differ, nothing that trains, or more processes than a batch has examples.
+        ImportError: ``accelerate`` is not installed.
+        NotADirectoryError, PermissionError: ``output`` can't be written to.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: LabelledImages,
+        validation: LabelledImages,
+        settings: TrainSettings,
+        *,
+        output: Path,
+        unfreezing: GradualUnfreezing | None = None,
+        head: nn.Module | None = None,
+        configuration: Mapping[str, Any] | None = None,
+        reporter: Reporter | None = None,
+        accelerator: Any = None,
+    ) -> None:
+        """See the class."""
+        check_classes(train, validation)
+        check_output_folder(output)
+        self.model = keep_frozen_in_eval(model)
+        self._head = find_head(model)[1] if head is None else head
+        self._settings, self._unfreezing, self._reporter = settings, unfreezing, reporter
+        self._train, self._validation, self._output = train, validation, output
+        self._configuration = dict(configuration or {})
+        if unfreezing is not None:
+            self._configuration["unfreezing"] = [list(unfreezing.at), unfreezing.unit]
+        self._accelerator = make_accelerator(settings.precision) if accelerator is None else accelerator
+        check_processes(self._accelerator.num_processes, len(train), settings, unfreezing)
+        self.total_steps = settings.total_steps(len(train))
+        self._steps_per_epoch = settings.steps_per_epoch(len(train))
+        self._saved = what_changes(self.model, self._head, unfreezing)
+        self._checkpoints = Checkpoints(output / CHECKPOINTS)
+        self._loss = Loss.of(train, settings, self._accelerator.device)
+        self._plan = BatchPlan(
+            train,
+            settings.batch_size,
+            settings.seed,
+            settings.accumulation,
+            self._accelerator.process_index,
+            self._accelerator.num_processes,
+            in_pairs=settings.mixup > 0,
+        )
+
+    def fit(self, *, resume: bool = False) -> TrainResult:
+        """Train to the end, or to an early stop.
+
+        Args:
+            resume: Go on from the last whole checkpoint in ``output``, if there is one.
+
+        Raises:
+            ValueError: ``output`` holds another run's checkpoints and ``resume`` is False, or the run to
+                resume had another configuration (all differences are listed).
+            FloatingPointError: The loss or the gradients are no longer finite; the last checkpoint stays.
+            OSError: A checkpoint couldn't be written; those before stay.
+        """
+        found = self._checkpoints.latest()
+        if found is not None and not resume:
+            raise ValueError(
+                f"expected a folder without a run, {self._output} has one at step {found[0]}; "
+                "resume it (--resume), or choose another folder (--output)"
+            )
+        # of the model as it was given, before it is wrapped or trained
+        self._fingerprint = fingerprint(
+            self.model, self._saved, self._train, self._validation, self._settings, self._configuration
+        )
+        if found is not None:
+            check_same(found[1]["fingerprint"], self._fingerprint)
+        self._begin(None if found is None else found[1])
+        peak = PeakMemory(self._accelerator.device)
+        try:
+            with peak:
+                self._peak = peak
+                while not self._finished:
+                    self._run_epoch()
+            best = self._progress.best_weights
+            self._engine.set_weights(self._validated_weights() if best is None else best)
+        finally:
+            self._logs.close()
+            self._engine.release()
+        self.model.eval()
+        progress = self._progress
+        return TrainResult(
+            progress.history,
+            progress.best_epoch,
+            progress.step,
+            progress.stopped,
+            progress.total_seconds,
+            peak.bytes,
+            None if found is None else found[0],
+        )
+
+    def _begin(self, state: dict[str, Any] | None) -> None:
+        start_from(self._settings.seed)
+        self._progress = Progress() if state is None else Progress.restored(state["progress"])
+        self._trained_stages: int | None = None
+        self._unfreeze()
+        self._engine = Engine(
+            self.model, self._head, self._saved, self._settings, self.total_steps, self._accelerator
+        )
+        decay = self._settings.ema
+        self._average = None if decay is None else WeightAverage(self.model, self._saved, decay)
+        if state is not None:
+            self._restore(state)
+        self._logs = RunLogs(self._output, self._progress.step) if self._is_main else NoLogs()
+
+    @property
+    def _finished(self) -> bool:
+        return self._progress.stopped or self._progress.step >= self.total_steps
+
+    @property
+    def _is_main(self) -> bool:
+        return bool(self._accelerator.is_main_process)
+
+    def _run_epoch(self) -> None:
+        progress = self._progress
+        epoch, first = divmod(progress.step, self._steps_per_epoch)
+        for parts in self._plan.load(epoch, first, self._settings.workers):
+            started = time.perf_counter()
+            if self._unfreeze():
+                self._engine.rewrap()
+            self.model.train()
+            self._step(parts, epoch)
+            progress.seconds += time.perf_counter() - started
+            over = progress.step % self._steps_per_epoch == 0 or progress.step == self.total_steps
+            if over:
+                self._validate(epoch)
+            if self._checkpoint_is_due(over):
+                self._save()
+            if over:
+                return
+
+    def _step(self, parts: list[Part], epoch: int) -> None:
+        progress, device = self._progress, self._accelerator.device
+        indices = self._plan.batches(epoch)[progress.step % self._steps_per_epoch]
+        share = self._loss.share(progress.step)
+        weight = self._loss.weight([self._train.labels[i] for i in indices], share)
+        # processes average their gradients, so each one's are multiplied by how many there are
+        scale = self._accelerator.num_processes / weight
+        total = torch.zeros((), device=device)
+        for place, part in enumerate(parts):
+            with self._engine.part(last=place == len(parts) - 1):
+                logits = self._engine.forward(self._loss.mix(part.inputs.to(device), share))
+                loss = self._loss.sum(logits.float(), part.labels.to(device), part.counted.to(device), share)
+                self._engine.backward(loss * scale)
+            total += loss.detach()
+        value = float(self._accelerator.reduce(total, reduction="sum")) / weight
+        self._check_finite("loss", value, parts)
+        lr = self._engine.lr
+        norm = self._engine.step()
+        if norm is not None and self._accelerator.scaler is None:
+            self._check_finite("norm of the gradients", norm, parts)
+        progress.take_step(value, len(indices))
+        if self._average is not None:
+            self._average.update(progress.step)
+        self._logs.step(progress.step, epoch + 1, value, lr, norm)
+        self._lr = lr
+        if self._reporter is not None and self._is_main:
+            self._reporter.advance("train", progress.step, self.total_steps, value, memory=self._peak.bytes)
+
+    def _validate(self, epoch: int) -> None:
+        progress, settings, images = self._progress, self._settings, self._validation
+        self.model.eval()
+        with self._averaged():
+            logits = predict(
+                self._engine.evaluate, images, settings.batch_size, settings.workers, self._accelerator
+            )
+        labels = torch.tensor(images.labels)
+        confusion = confusion_matrix(labels, logits.argmax(dim=1), len(images.classes))
+        record = EpochRecord(
+            epoch=epoch + 1,
+            step=progress.step,
+            train_loss=progress.loss_sum / progress.examples,
+            validation_loss=float(F.cross_entropy(logits.double(), labels)),
+            accuracy=accuracy(confusion),
+            balanced_accuracy=balanced_accuracy(confusion),
+            lr=self._lr,
+            trained_stages=self._trained_stages,
+            seconds=progress.seconds,
+        )
+        progress.end_epoch(record, settings, self._validated_weights)
+        self._logs.epoch(progress.history)
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._average is None else self._average.swapped_in()
+
+    def _validated_weights(self) -> dict[str, Tensor]:
+        with self._averaged():
+            return self._engine.weights()
+
+    def _unfreeze(self) -> bool:
+        """Let the stages train whose time has come; whether that changed anything."""
+        if self._unfreezing is None:
+            return False
+        step = self._progress.step
+        progress = step if self._unfreezing.unit == "step" else step // self._steps_per_epoch
+        trained = self._unfreezing.trained_at(progress)
+        if trained == self._trained_stages:
+            return False
+        self._unfreezing.apply(self.model, self._head, progress)
+        self._trained_stages = trained
+        return True
+
+    def _check_finite(self, what: str, value: float, parts: list[Part]) -> None:
+        if not math.isfinite(value):
+            names = [name for part in parts for name in part.names]
+            raise not_finite(what, value, self._progress.step + 1, names, self._settings.lr, self._output)
+
+    def _checkpoint_is_due(self, epoch_is_over: bool) -> bool:
+        every = self._settings.checkpoint_every
+        return self._finished or (epoch_is_over if every is None else self._progress.step % every == 0)
+
+    def _save(self) -> None:
+        gathered = [generator_states()]
+        if self._accelerator.num_processes > 1:
+            gathered = self._accelerator.gather_for_metrics(gathered, use_gather_object=True)
+        state = {
+            "engine": self._engine.state(),
+            "average": None if self._average is None else self._average.state(),
+            "progress": self._progress.stored(),
+            "generators": gathered,
+            "fingerprint": self._fingerprint,
+        }
+        if self._is_main:
+            self._logs.flush()
+            self._checkpoints.save(self._progress.step, state)
+        self._accelerator.wait_for_everyone()
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._engine.set_state(state["engine"])
+        if self._average is not None:
+            self._average.set_state(state["average"])
+        generators = state["generators"]
+        set_generator_states(generators[self._accelerator.process_index % len(generators)])
