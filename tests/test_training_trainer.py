@@ -240,7 +240,8 @@ def test_a_loss_that_is_not_finite_names_the_batch_and_keeps_the_checkpoint(tmp_
 
 
 def test_two_trainings_in_one_process_may_differ_in_precision(tmp_path: Path) -> None:
-    for index, precision in enumerate(("no", "bf16", "no")):
+    precisions: tuple[Any, ...] = ("no", "bf16", "no")
+    for index, precision in enumerate(precisions):
         _, result = fit(tmp_path / str(index), replace(PLAIN, precision=precision))
         assert result.steps == 9
 
@@ -264,7 +265,7 @@ def test_tensorboard_and_csv_hold_the_same(tmp_path: Path) -> None:
         ({"label_smoothing": 1.0}, "expected label_smoothing from 0 to 1, got 1.0"),
         ({"warmup": 1.5}, "expected warmup from 0 to 1, got 1.5"),
         ({"ema": 1.0}, "expected ema from 0 to 1, got 1.0"),
-        ({"clip_norm": 0.0}, "expected clip_norm above 0, got 0.0"),
+        ({"clip_norm": -1.0}, "expected clip_norm from 0 to inf, got -1.0"),
         ({"mixup": -1.0}, "expected mixup from 0 to inf, got -1.0"),
         ({"seed": -1}, "expected workers and seed of 0 or more, got 0 and -1"),
         ({"schedule": "one_cycle", "warmup": 0.0}, "expected warmup above 0 and below 1 for one_cycle"),

@@ -14,12 +14,10 @@ from fastlora.transfer.backbones import dinov2_vits14
 from fastlora.transfer.efficientnet import efficientnet_lite0
 from fastlora.transfer.freezing import keep_frozen_in_eval
 from fastlora.transfer.model import check_num_classes
+from fastlora.transfer.names import DINOV2, EFFICIENTNET_LITE0, TIMM_PREFIX
 from fastlora.transfer.strategies import find_strategy
 from fastlora.transfer.weights import download, load_weights
 
-TIMM_PREFIX = "timm:"
-DINOV2 = "dinov2_vits14"
-EFFICIENTNET_LITE0 = "efficientnet_lite0"
 # losses through these heads are rarely wanted any more, and only their train mode has them
 _WITH_AUXILIARY_HEADS = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}
 

@@ -97,12 +97,12 @@ def draw_curves(results: Sequence[MethodResult], title: str) -> bytes:
         axes.set(xlabel="Share of the method's training (%)", xlim=(0, 103))
         axes.grid(alpha=0.3)
     figure.suptitle(title)
-    return _png(figure)
+    return png(figure)
 
 
 def draw_accuracies(results: Sequence[MethodResult], title: str) -> bytes:
     """Test accuracy against trainable parameters, as a PNG; see :func:`accuracy_figure`."""
-    return _png(accuracy_figure(results, title))
+    return png(accuracy_figure(results, title))
 
 
 def accuracy_figure(results: Sequence[MethodResult], title: str) -> Figure:
@@ -208,17 +208,18 @@ def draw_confusions(results: Sequence[MethodResult], classes: Sequence[str], tit
         axes.remove()
     panels = panels[: len(results)]
     for axes, result in zip(panels, results, strict=True):
-        image = _draw_matrix(axes, result.confusion, classes)
+        image = draw_matrix(axes, result.confusion, classes)
         scores = (
             f"accuracy {accuracy(result.confusion):.1%}, balanced {balanced_accuracy(result.confusion):.1%}"
         )
         axes.set_title(f"{result.title}\n{scores}", fontsize=11)
     figure.colorbar(image, ax=list(panels), label="Share of the true class (%)", shrink=0.8)
     figure.suptitle(title)
-    return _png(figure)
+    return png(figure)
 
 
-def _draw_matrix(axes: Axes, confusion: Tensor, classes: Sequence[str]) -> AxesImage:
+def draw_matrix(axes: Axes, confusion: Tensor, classes: Sequence[str]) -> AxesImage:
+    """One matrix ``[classes, classes]``: counts, coloured by the share of the true class."""
     percent = 100 * confusion / confusion.sum(dim=1, keepdim=True).clamp_min(1)
     image = axes.imshow(percent.numpy(), cmap="Blues", vmin=0, vmax=100)
     small = len(classes) <= _SMALL_MATRIX
@@ -234,7 +235,8 @@ def _draw_matrix(axes: Axes, confusion: Tensor, classes: Sequence[str]) -> AxesI
     return image
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 from torch import nn
+from typing_extensions import Self
 
 from fastlora._stages import Stage
 from fastlora.transfer.freezing import freeze_stages
@@ -20,6 +21,7 @@ class GradualUnfreezing:
     Attributes:
         at: Epochs or steps, counted from 0, at whose start one more stage is unfrozen, the last stage first.
         unit: What ``at`` counts.
+        train_batch_norm: Train the BatchNorm layers of frozen stages too.
 
     Raises:
         ValueError: ``at`` is empty, falls, or holds a negative number.
@@ -33,6 +35,7 @@ class GradualUnfreezing:
 
     at: tuple[int, ...]
     unit: Literal["epoch", "step"] = "epoch"
+    train_batch_norm: bool = False
 
     def __post_init__(self) -> None:
         """Check the list."""
@@ -78,4 +81,4 @@ class GradualUnfreezing:
         Returns:
             The stages that train.
         """
-        return freeze_stages(model, head, self.trained_at(progress))
+        return freeze_stages(model, head, self.trained_at(progress), train_batch_norm=self.train_batch_norm)

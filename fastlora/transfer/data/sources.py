@@ -57,10 +57,13 @@ def open_images(
 
 
 @dataclass(frozen=True)
-class _Files:
+class Files:
+    """Reads pictures from paths, as RGB."""
+
     paths: list[Path]
 
     def __call__(self, index: int) -> Image.Image:
+        """The picture at an index."""
         with Image.open(self.paths[index]) as picture:
             return picture.convert("RGB")
 
@@ -101,7 +104,7 @@ def _from_folder(folder: Path) -> LabelledImages:
     paths = [path for name in classes for path in found[name]]
     labels = tuple(label for label, name in enumerate(classes) for _ in found[name])
     names = tuple(str(path.relative_to(folder)) for path in paths)
-    return LabelledImages(tuple(classes), labels, names, _Files(paths))
+    return LabelledImages(tuple(classes), labels, names, Files(paths))
 
 
 def _pictures(folder: Path) -> list[Path]:
@@ -123,7 +126,7 @@ def _from_csv(path: Path, image_column: str | None, label_column: str | None) ->
             f"expected the {len(rows)} pictures that {path} names, {len(missing)} are not there, "
             f"{missing[0]!r} first; paths are relative to the file's folder"
         )
-    return _named(LabelledImages, [name for name, _ in rows], [label for _, label in rows], _Files(paths))
+    return _named(LabelledImages, [name for name, _ in rows], [label for _, label in rows], Files(paths))
 
 
 def _from_hugging_face(source: Any, image_column: str | None, label_column: str | None) -> LabelledImages:

@@ -10,10 +10,10 @@ from torchvision import models
 from torchvision.transforms import InterpolationMode, v2
 
 from fastlora.transfer._extras import require
+from fastlora.transfer.names import DINOV2, EFFICIENTNET_LITE0, TIMM_PREFIX
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _LITE_MEAN, _LITE_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-_TIMM_PREFIX = "timm:"
 _SMALLEST_CROP = 0.35
 
 Transform = Callable[[Any], Tensor]
@@ -56,11 +56,11 @@ def pretrained_transforms(
 
 
 def _described(name: str, weights: str) -> tuple[int, int, InterpolationMode, Any, Any]:
-    if name == "dinov2_vits14":
+    if name == DINOV2:
         return 224, 256, InterpolationMode.BICUBIC, IMAGENET_MEAN, IMAGENET_STD
-    if name == "efficientnet_lite0":
+    if name == EFFICIENTNET_LITE0:
         return 224, 256, InterpolationMode.BICUBIC, _LITE_MEAN, _LITE_STD
-    if name.startswith(_TIMM_PREFIX):
+    if name.startswith(TIMM_PREFIX):
         return _described_by_timm(name)
     try:
         enum = models.get_model_weights(name)
@@ -73,7 +73,7 @@ def _described(name: str, weights: str) -> tuple[int, int, InterpolationMode, An
 def _described_by_timm(name: str) -> tuple[int, int, InterpolationMode, Any, Any]:
     timm = require("timm", distribution="timm", purpose=f"the model {name}", extra="timm")
     own = timm.data.resolve_data_config(
-        pretrained_cfg=timm.get_pretrained_cfg(name.removeprefix(_TIMM_PREFIX)).to_dict()
+        pretrained_cfg=timm.get_pretrained_cfg(name.removeprefix(TIMM_PREFIX)).to_dict()
     )
     size = int(own["input_size"][-1])
     mode = InterpolationMode(own["interpolation"])

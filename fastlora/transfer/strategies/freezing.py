@@ -4,6 +4,7 @@ from torch import nn
 
 from fastlora._stages import stages
 from fastlora.transfer.freezing import freeze_stages
+from fastlora.transfer.unfreezing import GradualUnfreezing
 
 
 def feature_extraction(model: nn.Module, head: str, *, train_batch_norm: bool = False) -> None:
@@ -38,6 +39,24 @@ def lp_ft(model: nn.Module, head: str, *, train_batch_norm: bool = False) -> Non
     https://arxiv.org/abs/2202.10054).
     """
     _train_last(model, head, 0, train_batch_norm)
+
+
+def gradually(num_stages: int, epochs: int) -> GradualUnfreezing:
+    """When :func:`gradual` unfreezes: evenly over the epochs."""
+    return GradualUnfreezing.evenly(num_stages, epochs)
+
+
+def after_the_probe(num_stages: int, epochs: int) -> GradualUnfreezing:
+    """When :func:`lp_ft` unfreezes: everything after a third of the epochs.
+
+    Raises:
+        ValueError: One epoch can't be divided.
+    """
+    if epochs < 2:
+        raise ValueError(
+            f"expected epochs >= 2 for lp_ft, got {epochs}; it trains the head first, then everything"
+        )
+    return GradualUnfreezing((max(1, epochs // 3),) * num_stages)
 
 
 def _train_last(model: nn.Module, head: str, count: int, train_batch_norm: bool) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastlora.transfer.strategies import added, freezing
+from fastlora.transfer.unfreezing import GradualUnfreezing
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,19 @@ class Strategy:
         summary: What trains, in a few words.
         apply: Chooses what trains in a model, in place; takes the model, the name of its head,
             ``train_batch_norm`` and the strategy's own options.
+        lr: A learning rate to begin with, with AdamW.
+        head_factor: By how much the head then learns faster.
+        adds: Whether it adds parameters to a frozen model, which a small file can hold.
+        unfreezing: From the number of stages and epochs to when stages begin to train.
     """
 
     name: str
     summary: str
     apply: Callable[..., None]
+    lr: float
+    head_factor: float
+    adds: bool = False
+    unfreezing: Callable[[int, int], GradualUnfreezing] | None = None
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Refuse options that the strategy doesn't have.
@@ -37,17 +46,41 @@ class Strategy:
             raise TypeError(f"expected no option {unknown[0]!r} for strategy {self.name!r}; {has}")
 
 
+# the rates of those that the demo has are its own; a pretrained weight only needs a nudge
 STRATEGIES: Mapping[str, Strategy] = {
     strategy.name: strategy
     for strategy in (
-        Strategy("feature_extraction", "the head on frozen features", freezing.feature_extraction),
-        Strategy("fine_tuning", "the last stage and the head", freezing.fine_tuning),
-        Strategy("full", "everything", freezing.full),
-        Strategy("gradual", "the head, then stage after stage", freezing.gradual),
-        Strategy("lp_ft", "the head, then everything", freezing.lp_ft),
-        Strategy("lora", "low-rank updates of every layer and the head", added.lora),
-        Strategy("adapter", "bottleneck adapters in every block and the head", added.adapter),
-        Strategy("prompt", "learned tokens before every block and the head", added.prompt),
+        Strategy("feature_extraction", "the head on frozen features", freezing.feature_extraction, 3e-3, 1.0),
+        Strategy("fine_tuning", "the last stage and the head", freezing.fine_tuning, 1e-4, 30.0),
+        Strategy("full", "everything", freezing.full, 3e-5, 100.0),
+        Strategy(
+            "gradual",
+            "the head, then stage after stage",
+            freezing.gradual,
+            3e-5,
+            100.0,
+            unfreezing=freezing.gradually,
+        ),
+        Strategy(
+            "lp_ft",
+            "the head, then everything",
+            freezing.lp_ft,
+            3e-5,
+            100.0,
+            unfreezing=freezing.after_the_probe,
+        ),
+        Strategy("lora", "low-rank updates of every layer and the head", added.lora, 5e-4, 10.0, adds=True),
+        Strategy(
+            "adapter",
+            "bottleneck adapters in every block and the head",
+            added.adapter,
+            1e-3,
+            5.0,
+            adds=True,
+        ),
+        Strategy(
+            "prompt", "learned tokens before every block and the head", added.prompt, 1e-2, 0.5, adds=True
+        ),
     )
 }
 

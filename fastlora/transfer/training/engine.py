@@ -64,11 +64,6 @@ class Engine:
         with self._accelerator.autocast():
             return logits_of(self._wrapped(inputs))
 
-    def evaluate(self, inputs: Tensor) -> Tensor:
-        """Logits without gradients, float32."""
-        with torch.no_grad(), self._accelerator.autocast():
-            return logits_of(self.model(inputs)).float()
-
     def part(self, *, last: bool) -> AbstractContextManager[None]:
         """Around a part's forward and backward: processes talk after the last part only."""
         if last:
@@ -89,7 +84,7 @@ class Engine:
             The gradients' norm before clipping, or None if it isn't clipped.
         """
         norm = None
-        if self._settings.clip_norm is not None:
+        if self._settings.clip_norm:
             clipped = self._accelerator.clip_grad_norm_(self.model.parameters(), self._settings.clip_norm)
             norm = float(whole(clipped))
         if norm is None or self._accelerator.scaler is not None or torch.isfinite(torch.tensor(norm)):

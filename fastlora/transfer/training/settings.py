@@ -38,7 +38,7 @@ class TrainSettings:
         schedule: Of the rate, after a linear warm-up; ``"one_cycle"`` is torch's ``OneCycleLR``.
         warmup: Share of the steps in which the rate rises, 0 to 1.
         accumulation: Parts in which a batch is computed, to save memory; the result is the whole batch's.
-        clip_norm: Gradients are scaled down to this norm; None leaves them.
+        clip_norm: Gradients are scaled down to this norm; 0 leaves them.
         precision: Of the products; ``"auto"`` takes 16 bits where the hardware multiplies them.
         label_smoothing: Share of a label spread over all classes, in [0, 1).
         mixup: Alpha of mixup's Beta distribution (https://arxiv.org/abs/1710.09412); 0 switches it off.
@@ -69,7 +69,7 @@ class TrainSettings:
     schedule: Schedule = "cosine"
     warmup: float = 0.1
     accumulation: int = 1
-    clip_norm: float | None = 1.0
+    clip_norm: float = 1.0
     precision: Precision = "auto"
     label_smoothing: float = 0.0
     mixup: float = 0.0
@@ -99,10 +99,7 @@ class TrainSettings:
         _check_range("mixup", self.mixup, 0.0, math.inf)
         if self.ema is not None:
             _check_range("ema", self.ema, 0.0, 1.0)
-        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
-            raise ValueError(
-                f"expected clip_norm above 0, got {self.clip_norm}; None leaves gradients as they are"
-            )
+        _check_range("clip_norm", self.clip_norm, 0.0, math.inf)
         if self.workers < 0 or self.seed < 0:
             raise ValueError(f"expected workers and seed of 0 or more, got {self.workers} and {self.seed}")
         if self.schedule == "one_cycle" and not 0 < self.warmup < 1:

@@ -23,7 +23,7 @@ from fastlora.transfer.training.average import WeightAverage
 from fastlora.transfer.training.batches import BatchPlan, Part
 from fastlora.transfer.training.checkpoint import Checkpoints
 from fastlora.transfer.training.checks import check_classes, check_processes, not_finite, what_changes
-from fastlora.transfer.training.engine import Engine
+from fastlora.transfer.training.engine import Engine, logits_of
 from fastlora.transfer.training.fingerprint import check_same, fingerprint
 from fastlora.transfer.training.logs import NoLogs, RunLogs
 from fastlora.transfer.training.loss import Loss
@@ -168,15 +168,42 @@ class Trainer:
         self._average = None if decay is None else WeightAverage(self.model, self._saved, decay)
         if state is not None:
             self._restore(state)
-        self._logs = RunLogs(self._output, self._progress.step) if self._is_main else NoLogs()
+        self._logs = RunLogs(self._output, self._progress.step) if self.is_main else NoLogs()
 
     @property
     def _finished(self) -> bool:
         return self._progress.stopped or self._progress.step >= self.total_steps
 
     @property
-    def _is_main(self) -> bool:
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes files."""
         return bool(self._accelerator.is_main_process)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        device: torch.device = self._accelerator.device
+        return device
+
+    @property
+    def precision(self) -> str:
+        """Of the products: no (the weights' own), bf16 or fp16."""
+        return str(self._accelerator.mixed_precision)
+
+    def predict(self, images: LabelledImages) -> Tensor:
+        """Logits ``[n, classes]`` (float32, CPU) of pictures with the evaluation transform.
+
+        Every process has to call it, and gets all of them.
+        """
+        self.model.eval()
+        settings = self._settings
+
+        @torch.no_grad()
+        def evaluate(inputs: Tensor) -> Tensor:
+            with self._accelerator.autocast():
+                return logits_of(self.model(inputs)).float()
+
+        return predict(evaluate, images, settings.batch_size, settings.workers, self._accelerator)
 
     def _run_epoch(self) -> None:
         progress = self._progress
@@ -221,16 +248,13 @@ class Trainer:
             self._average.update(progress.step)
         self._logs.step(progress.step, epoch + 1, value, lr, norm)
         self._lr = lr
-        if self._reporter is not None and self._is_main:
+        if self._reporter is not None and self.is_main:
             self._reporter.advance("train", progress.step, self.total_steps, value, memory=self._peak.bytes)
 
     def _validate(self, epoch: int) -> None:
-        progress, settings, images = self._progress, self._settings, self._validation
-        self.model.eval()
+        progress, images = self._progress, self._validation
         with self._averaged():
-            logits = predict(
-                self._engine.evaluate, images, settings.batch_size, settings.workers, self._accelerator
-            )
+            logits = self.predict(images)
         labels = torch.tensor(images.labels)
         confusion = confusion_matrix(labels, logits.argmax(dim=1), len(images.classes))
         record = EpochRecord(
@@ -244,7 +268,7 @@ class Trainer:
             trained_stages=self._trained_stages,
             seconds=progress.seconds,
         )
-        progress.end_epoch(record, settings, self._validated_weights)
+        progress.end_epoch(record, self._settings, self._validated_weights)
         self._logs.epoch(progress.history)
 
     def _averaged(self) -> AbstractContextManager[None]:
@@ -287,7 +311,7 @@ class Trainer:
             "generators": gathered,
             "fingerprint": self._fingerprint,
         }
-        if self._is_main:
+        if self.is_main:
             self._logs.flush()
             self._checkpoints.save(self._progress.step, state)
         self._accelerator.wait_for_everyone()

@@ -1,0 +1,127 @@
+"""``fastlora finetune``: from labelled pictures to a fine-tuned model and its report."""
+
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fastlora.cli._options import options_of, read_config, with_options
+from fastlora.cli._progress import LiveReporter
+
+if TYPE_CHECKING:
+    from fastlora.transfer.finetune.job import Job
+
+
+def finetune(
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML file of these options; what is given here wins.", callback=read_config, is_eager=True
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan, memory and advice, and train nothing.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in the output folder, to the bit on a CPU.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
+    **values: Any,
+) -> None:
+    """Fine-tune a pretrained model on a folder of labelled pictures.
+
+    Writes the model, report.html, report.json, config.toml, logs and checkpoints into the output folder. Look
+    first: --dry-run shows what would train, what memory it takes and which strategy is advised. Several
+    processes: accelerate launch -m fastlora.cli finetune ...
+
+    [bold]Examples[/bold]: fastlora finetune flowers --model resnet50 --strategy fine_tuning --dry-run
+
+    fastlora finetune flowers --strategy lora --rank 8 --epochs 5 --output flowers-lora
+
+    fastlora finetune --config flowers-lora/config.toml --resume
+    """
+    # models are slow to import
+    from fastlora.transfer.finetune.run import finetune as run
+    from fastlora.transfer.finetune.settings import FinetuneSettings
+    from fastlora.transfer.training import TrainSettings
+
+    names = {field.name for field in fields(FinetuneSettings)}
+    settings = FinetuneSettings(**{name: value for name, value in values.items() if name in names})
+    training = TrainSettings(**{name: value for name, value in values.items() if name not in names})
+    console = Console(stderr=as_json)
+    if dry_run:
+        _plan(settings, training, console)
+        return
+    with LiveReporter(console) as reporter:
+        report = run(settings, training, reporter, resume=resume)
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        _show(report, settings.output, console)
+
+
+def make_command() -> Callable[..., None]:
+    """The command with an option for every setting."""
+    from fastlora.transfer.finetune.settings import FinetuneSettings
+    from fastlora.transfer.training.settings import TrainSettings
+
+    return with_options(finetune, options_of((FinetuneSettings, TrainSettings), arguments=("data",)))
+
+
+def _plan(settings: Any, training: Any, console: Console) -> None:
+    from fastlora.transfer.finetune.job import prepare
+
+    with LiveReporter(console) as reporter:
+        job = prepare(settings, training, reporter)
+    report = job.parameters()
+    table = Table(title=f"{settings.model}, {job.strategy.name}", show_header=False)
+    for heading, text in _plan_rows(job, settings.output).items():
+        table.add_row(heading, text)
+    console.print(table)
+    console.print(str(report), highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"Advice for these data: {job.recommendation.strategy}. {job.recommendation.reason} "
+        f"Sources: {'; '.join(job.recommendation.sources)}",
+        highlight=False,
+    )
+
+
+def _plan_rows(job: "Job", output: str) -> dict[str, str]:
+    training, count = job.training, len(job.train)
+    test = 0 if job.test is None else len(job.test)
+    rows = {
+        "Trains": job.strategy.summary,
+        "Classes": f"{len(job.train.classes)}: {', '.join(job.train.classes[:12])}",
+        "Pictures": f"{count:,} training, {len(job.validation):,} validation, {test:,} test",
+        "Steps": f"{training.total_steps(count):,}: {training.epochs} epochs of "
+        f"{training.steps_per_epoch(count):,}, {training.batch_size} pictures each",
+        "Learning rate": f"{training.lr:g}, head {training.lr * training.head_factor:g}, {training.schedule}",
+        "Output": output,
+    }
+    if job.unfreezing is not None:
+        rows["Stages unfreeze"] = f"at epochs {', '.join(str(at + 1) for at in job.unfreezing.at)}"
+    return rows
+
+
+def _show(report: dict[str, Any], output: str, console: Console) -> None:
+    scores, parameters = report["evaluation"], report["parameters"]
+    table = Table(title=f"{report['config']['model']}, {report['strategy']['name']}", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_row("Pictures", f"{scores['pictures']:,} of {report['evaluated_on']}")
+    table.add_row("Accuracy", f"{scores['accuracy']:.1%} ± {scores['accuracy_standard_error']:.1%}")
+    table.add_row("Balanced accuracy", f"{scores['balanced_accuracy']:.1%}")
+    trained, percent = parameters["trainable_parameters"], parameters["trainable_percent"]
+    table.add_row("Trainable parameters", f"{trained:,} ({percent:.3g} %)")
+    table.add_row("Training seconds", f"{report['seconds']:.1f}")
+    table.add_row("Best epoch", f"{report['best_epoch']} of {len(report['epochs'])}")
+    console.print(table)
+    console.print(
+        f"Wrote {', '.join(report['files'])}, report.html, report.json, config.toml and logs to {output}.",
+        highlight=False,
+    )

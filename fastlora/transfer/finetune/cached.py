@@ -1,0 +1,81 @@
+"""Train the head alone on features that are computed once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.transfer.data import LabelledImages, cached_features
+
+
+class HeadOnly(nn.Module):
+    """A classifier without its backbone: from features ``[B, F]`` to logits.
+
+    Args:
+        head: Of a model, shared with it.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        """See the class."""
+        super().__init__()
+        self.head = head
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits ``[B, classes]``."""
+        logits: Tensor = self.head(features)
+        return logits
+
+
+def features_of(
+    model: nn.Module,
+    head: nn.Module,
+    images: LabelledImages,
+    folder: Path,
+    batch_size: int,
+    on_done: Callable[[int, int], None],
+) -> LabelledImages:
+    """The same examples as what the head reads of them, for :class:`HeadOnly`.
+
+    Args:
+        model: Frozen but for its head.
+        head: Inside the model.
+        images: With the evaluation transform.
+        folder: Keeps the features.
+        batch_size: Pictures at a time.
+        on_done: Called with how many pictures are done, of how many.
+    """
+    features, _ = cached_features(
+        lambda batch: _read_by(model, head, batch),
+        model,
+        images,
+        folder,
+        batch_size=batch_size,
+        on_done=on_done,
+    )
+    return replace(images, read=_Rows(features), transform=None)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    features: Tensor
+
+    def __call__(self, index: int) -> Tensor:
+        return self.features[index]
+
+
+def _read_by(model: nn.Module, head: nn.Module, batch: Tensor) -> Tensor:
+    caught: list[Tensor] = []
+
+    def catch(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        caught.append(inputs[0].detach())
+
+    handle = head.register_forward_pre_hook(catch)
+    try:
+        with torch.no_grad():
+            model(batch)
+    finally:
+        handle.remove()
+    return caught[0]

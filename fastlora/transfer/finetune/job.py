@@ -1,0 +1,178 @@
+"""Everything a run needs, made and checked before the first step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora._blocks import find_blocks
+from fastlora._stages import head as find_head
+from fastlora._stages import stages
+from fastlora.parameters import ParameterReport, parameter_report
+from fastlora.transfer.create import create_transfer_model
+from fastlora.transfer.data import (
+    LabelledImages,
+    open_images,
+    pretrained_transforms,
+    readable,
+    stratified_split,
+)
+from fastlora.transfer.finetune.settings import FinetuneSettings
+from fastlora.transfer.recommend import Recommendation, recommend_strategy
+from fastlora.transfer.strategies import Strategy, find_strategy
+from fastlora.transfer.study import Reporter
+from fastlora.transfer.training.randomness import seeded
+from fastlora.transfer.training.settings import TrainSettings
+from fastlora.transfer.unfreezing import GradualUnfreezing
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that can begin.
+
+    Attributes:
+        model: What only trains as the strategy wants it.
+        head: Its classifier.
+        strategy: Which one.
+        recommendation: What is advised for these data.
+        train: With the training transform.
+        validation: With the evaluation transform, as the next.
+        test: None if there is none.
+        training: With the strategy's rates filled in.
+        unfreezing: When stages begin to train, if they do so later.
+    """
+
+    model: nn.Module
+    head: nn.Module
+    strategy: Strategy
+    recommendation: Recommendation
+    train: LabelledImages
+    validation: LabelledImages
+    test: LabelledImages | None
+    training: TrainSettings
+    unfreezing: GradualUnfreezing | None
+
+    def parameters(self) -> ParameterReport:
+        """What trains and what a batch's part of it keeps in memory, without computing anything."""
+        picture = self.validation[0][0]
+        size = min(-(-self.training.batch_size // self.training.accumulation), len(self.train))
+        trained = None if self.unfreezing is None else max(self.unfreezing.at)
+        if self.unfreezing is not None and trained is not None:
+            # the most that ever trains is what has to fit
+            self.unfreezing.apply(self.model, self.head, trained)
+        self.model.train()
+        report = parameter_report(self.model, sample_input=torch.zeros(size, *picture.shape))
+        if self.unfreezing is not None:
+            self.unfreezing.apply(self.model, self.head, 0)
+        return report
+
+
+def prepare(
+    settings: FinetuneSettings, training: TrainSettings, reporter: Reporter, images: Any = None
+) -> Job:
+    """Open the pictures, build the model and fill in what is left to us.
+
+    Args:
+        settings: What to fine-tune.
+        training: How.
+        reporter: Is told about the progress.
+        images: Instead of ``settings.data``: anything that ``open_images`` takes.
+
+    Raises:
+        ValueError: Pictures, model, strategy or an option that don't fit; see
+            :func:`fastlora.create_transfer_model` and ``open_images``.
+        FileNotFoundError: There are no such files.
+    """
+    if settings.strategy is not None:
+        _check_strategy(settings)
+    train, validation, test = _open(settings, images, training.seed, reporter)
+    with seeded(training.seed):
+        model, head_name = _base_model(settings, len(train.classes))
+        recommendation = _recommend(model, train)
+        settings = replace(settings, strategy=settings.strategy or recommendation.strategy)
+        _check_strategy(settings)
+        strategy = find_strategy(str(settings.strategy))
+        strategy.apply(model, head_name, **settings.options())
+    head = model.get_submodule(head_name)
+    augmented, plain = pretrained_transforms(
+        settings.model, image_size=settings.image_size, weights=settings.weights, flip=settings.flip
+    )
+    return Job(
+        model.train(),
+        head,
+        strategy,
+        recommendation,
+        train.with_transform(plain if settings.cache_features else augmented),
+        validation.with_transform(plain),
+        None if test is None else test.with_transform(plain),
+        _with_rates(training, settings, strategy),
+        _unfreezing(strategy, model, head, training.epochs, settings.train_batch_norm),
+    )
+
+
+def _base_model(settings: FinetuneSettings, num_classes: int) -> tuple[nn.Module, str]:
+    """The pretrained model with a new head, and the head's name."""
+    model = create_transfer_model(
+        settings.model, num_classes, weights=settings.model_weights(), **settings.model_options()
+    )
+    return model, find_head(model)[0]
+
+
+def _check_strategy(settings: FinetuneSettings) -> None:
+    strategy = find_strategy(str(settings.strategy))
+    try:
+        strategy.check_options(settings.options())
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    if settings.cache_features and strategy.name != "feature_extraction":
+        raise ValueError(
+            f"expected strategy feature_extraction with cache_features, got {strategy.name!r}; "
+            "only frozen features stay the same"
+        )
+
+
+def _open(
+    settings: FinetuneSettings, images: Any, seed: int, reporter: Reporter
+) -> tuple[LabelledImages, LabelledImages, LabelledImages | None]:
+    def opened(source: Any) -> LabelledImages:
+        found = open_images(source, image_column=settings.image_column, label_column=settings.label_column)
+        return readable(found, on_corrupt=settings.on_corrupt, on_done=_told(reporter, "check pictures"))
+
+    train = opened(settings.data if images is None else images)
+    test = None if settings.test is None else opened(settings.test).with_classes(train.classes)
+    if settings.validation is not None:
+        return train, opened(settings.validation).with_classes(train.classes), test
+    shares = [1 - settings.validation_share, settings.validation_share]
+    first, second = stratified_split(train.labels, shares, seed=seed)
+    return train.subset(first), train.subset(second), test
+
+
+def _told(reporter: Reporter, task: str) -> Callable[[int, int], None]:
+    return lambda done, total: reporter.advance(task, done, total, None)
+
+
+def _recommend(model: nn.Module, train: LabelledImages) -> Recommendation:
+    size = sum(parameter.numel() for parameter in model.parameters())
+    return recommend_strategy(
+        len(train),
+        len(train.classes),
+        total_parameters=size,
+        transformer=bool(find_blocks(dict(model.named_modules()))),
+    )
+
+
+def _with_rates(training: TrainSettings, settings: FinetuneSettings, strategy: Strategy) -> TrainSettings:
+    lr = strategy.lr if settings.lr is None else settings.lr
+    factor = strategy.head_factor if settings.head_factor is None else settings.head_factor
+    return replace(training, lr=lr, head_factor=factor)
+
+
+def _unfreezing(
+    strategy: Strategy, model: nn.Module, head: nn.Module, epochs: int, train_batch_norm: bool | None
+) -> GradualUnfreezing | None:
+    if strategy.unfreezing is None:
+        return None
+    plan = strategy.unfreezing(len(stages(model, head)), epochs)
+    return replace(plan, train_batch_norm=bool(train_batch_norm))

@@ -1,0 +1,53 @@
+"""What a fine-tuned model says of picture files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from fastlora.transfer.data import LabelledImages
+from fastlora.transfer.data.sources import SUFFIXES, Files
+from fastlora.transfer.finetune.saved import SavedRun
+
+
+def predict_files(
+    run: SavedRun, places: Sequence[Path], *, top: int = 1, batch_size: int = 32
+) -> list[dict[str, Any]]:
+    """The likeliest classes of pictures.
+
+    Args:
+        run: See :func:`fastlora.transfer.finetune.load_run`.
+        places: Picture files, or folders that are searched for them.
+        top: How many classes to name for each.
+        batch_size: Pictures at a time.
+
+    Returns:
+        A dict for each picture: ``path``, and ``classes`` as pairs of name and probability, likeliest first.
+
+    Raises:
+        FileNotFoundError: There is no such file, or no pictures in a folder.
+        ValueError: A picture can't be decoded.
+    """
+    paths = [path for place in places for path in _found(place)]
+    names = tuple(map(str, paths))
+    images = LabelledImages(run.classes, (0,) * len(paths), names, Files(paths), run.transform)
+    with torch.no_grad():
+        logits = [run.model(inputs) for inputs, _ in DataLoader(images, batch_size)]
+    shares, classes = torch.cat(logits).softmax(dim=1).topk(min(top, len(run.classes)), dim=1)
+    return [
+        {"path": name, "classes": [(run.classes[i], p) for i, p in zip(row, probabilities, strict=True)]}
+        for name, row, probabilities in zip(names, classes.tolist(), shares.tolist(), strict=True)
+    ]
+
+
+def _found(place: Path) -> list[Path]:
+    if place.is_file():
+        return [place]
+    if not place.is_dir():
+        raise FileNotFoundError(f"expected a picture or a folder of pictures, found nothing at {place}")
+    paths = sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise FileNotFoundError(f"expected pictures ({', '.join(SUFFIXES)}) in {place}, found none")
+    return paths

@@ -1,0 +1,138 @@
+"""Fine-tune a model and write all that is worth keeping of it."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fastlora.transfer.data import LabelledImages
+from fastlora.transfer.finetune.cached import HeadOnly, features_of
+from fastlora.transfer.finetune.evaluation import evaluate
+from fastlora.transfer.finetune.job import Job, prepare
+from fastlora.transfer.finetune.page import write_page
+from fastlora.transfer.finetune.saved import save_run
+from fastlora.transfer.finetune.settings import FinetuneSettings, as_config
+from fastlora.transfer.report import check_output_folder, environment, write_file, write_report
+from fastlora.transfer.study import Reporter
+from fastlora.transfer.training import Trainer, TrainResult, TrainSettings
+
+CONFIG, REPORT, FEATURES = "config.toml", "report.json", "features"
+
+
+def finetune(
+    settings: FinetuneSettings,
+    training: TrainSettings,
+    reporter: Reporter,
+    *,
+    images: Any = None,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Fine-tune a model on labelled pictures.
+
+    Writes into ``settings.output``: the model (``adapter/`` or ``model.safetensors``, and ``model.json``),
+    ``report.json``, ``report.html``, ``config.toml``, ``epochs.csv``, ``steps.csv``, ``tensorboard/`` and
+    ``checkpoints/``.
+
+    Args:
+        settings: What to fine-tune, and on what.
+        training: How; ``lr`` and ``head_factor`` are those of ``settings``.
+        reporter: Is told about the progress.
+        images: Instead of ``settings.data``: anything that ``open_images`` takes.
+        resume: Go on with the run that ``settings.output`` holds.
+
+    Returns:
+        What ``report.json`` holds.
+
+    Raises:
+        ValueError: Something doesn't fit; see :func:`prepare` and :class:`Trainer`.
+        FileNotFoundError: There are no such pictures or weights.
+        FloatingPointError: The loss is no longer finite.
+        OSError: The disk is full; the checkpoints before stay.
+    """
+    started, output = time.perf_counter(), Path(settings.output)
+    check_output_folder(output)
+    job = prepare(settings, training, reporter, images)
+    parameters = job.parameters()
+    view = _view(job, settings, output, reporter)
+    trainer = Trainer(
+        HeadOnly(job.head) if settings.cache_features else job.model,
+        view(job.train),
+        view(job.validation),
+        job.training,
+        output=output,
+        unfreezing=job.unfreezing,
+        configuration={"model": settings.model, "strategy": job.strategy.name, **settings.options()},
+        reporter=reporter,
+    )
+    config = as_config(replace(settings, strategy=job.strategy.name, lr=job.training.lr), job.training)
+    result = trainer.fit(resume=resume)
+    judged = job.validation if job.test is None else job.test
+    scores = evaluate(trainer.predict(view(judged)), judged)
+    files = save_run(
+        output,
+        job.model,
+        job.strategy,
+        settings,
+        judged.classes,
+        int(judged[0][0].shape[-1]),
+        is_main=trainer.is_main,
+    )
+    report = {
+        "config": config,
+        "strategy": {"name": job.strategy.name, "summary": job.strategy.summary},
+        "recommendation": asdict(job.recommendation),
+        "pictures": _counts(job),
+        "classes": list(judged.classes),
+        "parameters": parameters.as_json(),
+        **_training_record(result),
+        "evaluated_on": "validation" if job.test is None else "test",
+        "evaluation": scores,
+        "files": files,
+        **environment(trainer.device, trainer.precision),
+        "total_seconds": time.perf_counter() - started,
+    }
+    if trainer.is_main:
+        write_file(output / CONFIG, tomli_w.dumps(config).encode())
+        write_report(output / REPORT, report)
+        write_page(output, report, judged)
+    return report
+
+
+def _view(
+    job: Job, settings: FinetuneSettings, output: Path, reporter: Reporter
+) -> Callable[[LabelledImages], LabelledImages]:
+    """What the trained part sees of pictures: themselves, or their features."""
+    if not settings.cache_features:
+        return lambda images: images
+    size = job.training.batch_size
+
+    def features(images: LabelledImages) -> LabelledImages:
+        def told(done: int, total: int) -> None:
+            reporter.advance(f"features of {total:,} pictures", done, total, None)
+
+        return features_of(job.model, job.head, images, output / FEATURES, size, told)
+
+    return features
+
+
+def _counts(job: Job) -> dict[str, int]:
+    return {
+        "train": len(job.train),
+        "validation": len(job.validation),
+        "test": 0 if job.test is None else len(job.test),
+    }
+
+
+def _training_record(result: TrainResult) -> dict[str, Any]:
+    return {
+        "epochs": [asdict(record) for record in result.history],
+        "best_epoch": result.best_epoch,
+        "steps": result.steps,
+        "stopped_early": result.stopped_early,
+        "seconds": result.seconds,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "resumed_at": result.resumed_at,
+    }

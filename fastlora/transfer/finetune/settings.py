@@ -1,0 +1,96 @@
+"""What to fine-tune, on what, and how."""
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from fastlora.transfer.names import DINOV2
+from fastlora.transfer.training.settings import TrainSettings
+
+_OPTIONS = ("rank", "alpha", "dropout", "adapter_size", "num_tokens", "num_stages", "train_batch_norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings:
+    """What to fine-tune, and on what; :class:`TrainSettings` says how.
+
+    Attributes:
+        data: Folder with a folder of pictures for each class, or a .csv file of paths and classes.
+        output: Folder for the model, the report, checkpoints and logs.
+        validation: Pictures to watch and to choose the best epoch with; without it a share of data.
+        validation_share: How large that share is; each class gives its part.
+        test: Pictures to judge the result with, seen only at the end.
+        image_column: Column of paths in a .csv file, if it has no usual name.
+        label_column: Column of classes in a .csv file, if it has no usual name.
+        on_corrupt: What to do about pictures that can't be decoded.
+        model: A model of torchvision, timm:NAME, dinov2_vits14 or efficientnet_lite0.
+        weights: DEFAULT, the name of others, a .safetensors or .pt file, or none for random ones.
+        strategy: What trains: feature_extraction, fine_tuning, full, gradual, lp_ft, lora, adapter or prompt;
+            without it what recommend_strategy advises.
+        rank: Of lora's updates (16).
+        alpha: Of lora; its updates are scaled by alpha / rank (32).
+        dropout: Of lora or adapter (0).
+        adapter_size: Width of adapter's bottlenecks (64).
+        num_tokens: Of prompt (10).
+        num_stages: How many of the last stages fine_tuning trains (1).
+        train_batch_norm: Train BatchNorm in frozen stages too.
+        image_size: Height and width of the pictures the model sees; without it the model's own.
+        flip: Mirror half of the training pictures; wrong for digits and text.
+        cache_features: Compute the frozen features once and train the head on them: feature_extraction in
+            seconds, without augmentation.
+        lr: Highest learning rate; without it the strategy's.
+        head_factor: The head learns so much faster; without it the strategy's.
+    """
+
+    data: str
+    output: str = "finetuned"
+    validation: str | None = None
+    validation_share: float = 0.2
+    test: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    on_corrupt: Literal["refuse", "skip"] = "refuse"
+    model: str = "dinov2_vits14"
+    weights: str = "DEFAULT"
+    strategy: str | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float | None = None
+    adapter_size: int | None = None
+    num_tokens: int | None = None
+    num_stages: int | None = None
+    train_batch_norm: bool | None = None
+    image_size: int | None = None
+    flip: bool = True
+    cache_features: bool = False
+    lr: float | None = None
+    head_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check what needs no look at the pictures."""
+        if not 0 < self.validation_share < 1:
+            raise ValueError(f"expected validation_share between 0 and 1, got {self.validation_share}")
+
+    def options(self) -> dict[str, Any]:
+        """The strategy's options that are given."""
+        return {name: value for name in _OPTIONS if (value := getattr(self, name)) is not None}
+
+    def model_options(self) -> dict[str, Any]:
+        """Those of the model itself."""
+        # its position table is cut to the pictures; other models take any size
+        fixed = self.model == DINOV2 and self.image_size is not None
+        return {"image_size": self.image_size} if fixed else {}
+
+    def model_weights(self) -> str | None:
+        """As :func:`fastlora.create_transfer_model` takes them."""
+        return None if self.weights.lower() == "none" else self.weights
+
+
+def as_config(settings: FinetuneSettings, training: TrainSettings) -> dict[str, Any]:
+    """Both as one flat table, what is None left out: what ``--config`` reads."""
+    table = {field.name: getattr(training, field.name) for field in fields(training)}
+    table |= {
+        field.name: value
+        for field in fields(settings)
+        if (value := getattr(settings, field.name)) is not None
+    }
+    return {name: value for name, value in sorted(table.items()) if value is not None}
