@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench results
 
 demo: $(VENV)/.installed-demo
 	$(VENV)/bin/fastlora demo
@@ -19,6 +19,9 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-bench
 	$(VENV)/bin/python benchmarks/cpu_layers.py --output benchmarks/results/cpu.json
 	$(VENV)/bin/python benchmarks/cpu_adapters.py --output benchmarks/results/cpu-adapters.json
+
+results: $(VENV)/.installed-results
+	$(RUN) benchmarks.transfer_results
 
 $(VENV)/.installed-%: pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

@@ -77,6 +77,15 @@ def create_transfer_model(
     return model.train()
 
 
+def check_model(name: str, weights: str | Path | None) -> None:
+    """Refuse a model that :func:`create_transfer_model` doesn't know, without making one.
+
+    Raises:
+        ValueError: There is no such model; near names are listed.
+    """
+    _maker(name, 2, weights, {})
+
+
 def _maker(
     name: str, num_classes: int, weights: str | Path | None, options: dict[str, Any]
 ) -> Callable[[], nn.Module]:

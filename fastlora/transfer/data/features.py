@@ -23,6 +23,7 @@ def cached_features(
     folder: Path,
     *,
     batch_size: int = 32,
+    head: nn.Module | None = None,
     on_done: Callable[[int, int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Features of all pictures, read from ``folder`` if they are there.
@@ -37,12 +38,13 @@ def cached_features(
         images: With a transform to tensors.
         folder: Holds one file for each cache; made if it isn't there.
         batch_size: Pictures at a time.
+        head: Part of ``model`` that the features don't depend on; it may have changed since.
         on_done: Called with how many pictures are done, of how many.
 
     Returns:
         Features ``[N, F]`` on the CPU, and labels ``[N]`` (int64).
     """
-    path = folder / f"{_key(model, images)}.safetensors"
+    path = folder / f"{_key(model, head, images)}.safetensors"
     stored = _read(path)
     if stored is None:
         stored = {"features": _compute(features, model, images, batch_size, on_done)}
@@ -77,9 +79,12 @@ def _read(path: Path) -> dict[str, Tensor] | None:
         return None
 
 
-def _key(model: nn.Module, images: LabelledImages) -> str:
+def _key(model: nn.Module, head: nn.Module | None, images: LabelledImages) -> str:
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    left_out = {id(tensor) for tensor in head.state_dict(keep_vars=True).values()} if head else set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in left_out:
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     digest.update(json.dumps([images.classes, images.labels, images.names, repr(images.transform)]).encode())

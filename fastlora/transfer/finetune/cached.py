@@ -53,6 +53,7 @@ def features_of(
         images,
         folder,
         batch_size=batch_size,
+        head=head,
         on_done=on_done,
     )
     return replace(images, read=_Rows(features), transform=None)

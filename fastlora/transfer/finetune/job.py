@@ -11,7 +11,7 @@ from fastlora._blocks import find_blocks
 from fastlora._stages import head as find_head
 from fastlora._stages import stages
 from fastlora.parameters import ParameterReport, parameter_report
-from fastlora.transfer.create import create_transfer_model
+from fastlora.transfer.create import check_model, create_transfer_model
 from fastlora.transfer.data import (
     LabelledImages,
     open_images,
@@ -70,7 +70,11 @@ class Job:
 
 
 def prepare(
-    settings: FinetuneSettings, training: TrainSettings, reporter: Reporter, images: Any = None
+    settings: FinetuneSettings,
+    training: TrainSettings,
+    reporter: Reporter,
+    images: Any = None,
+    test_images: Any = None,
 ) -> Job:
     """Open the pictures, build the model and fill in what is left to us.
 
@@ -79,15 +83,17 @@ def prepare(
         training: How.
         reporter: Is told about the progress.
         images: Instead of ``settings.data``: anything that ``open_images`` takes.
+        test_images: The same instead of ``settings.test``.
 
     Raises:
         ValueError: Pictures, model, strategy or an option that don't fit; see
             :func:`fastlora.create_transfer_model` and ``open_images``.
         FileNotFoundError: There are no such files.
     """
+    check_model(settings.model, settings.model_weights())
     if settings.strategy is not None:
         _check_strategy(settings)
-    train, validation, test = _open(settings, images, training.seed, reporter)
+    train, validation, test = _open(settings, (images, test_images), training.seed, reporter)
     with seeded(training.seed):
         model, head_name = _base_model(settings, len(train.classes))
         recommendation = _recommend(model, train)
@@ -134,14 +140,17 @@ def _check_strategy(settings: FinetuneSettings) -> None:
 
 
 def _open(
-    settings: FinetuneSettings, images: Any, seed: int, reporter: Reporter
+    settings: FinetuneSettings, given: tuple[Any, Any], seed: int, reporter: Reporter
 ) -> tuple[LabelledImages, LabelledImages, LabelledImages | None]:
     def opened(source: Any) -> LabelledImages:
         found = open_images(source, image_column=settings.image_column, label_column=settings.label_column)
         return readable(found, on_corrupt=settings.on_corrupt, on_done=_told(reporter, "check pictures"))
 
-    train = opened(settings.data if images is None else images)
-    test = None if settings.test is None else opened(settings.test).with_classes(train.classes)
+    sources = [
+        name if own is None else own for name, own in zip((settings.data, settings.test), given, strict=True)
+    ]
+    train = opened(sources[0])
+    test = None if sources[1] is None else opened(sources[1]).with_classes(train.classes)
     if settings.validation is not None:
         return train, opened(settings.validation).with_classes(train.classes), test
     shares = [1 - settings.validation_share, settings.validation_share]

@@ -28,6 +28,7 @@ def finetune(
     reporter: Reporter,
     *,
     images: Any = None,
+    test_images: Any = None,
     resume: bool = False,
 ) -> dict[str, Any]:
     """Fine-tune a model on labelled pictures.
@@ -41,6 +42,7 @@ def finetune(
         training: How; ``lr`` and ``head_factor`` are those of ``settings``.
         reporter: Is told about the progress.
         images: Instead of ``settings.data``: anything that ``open_images`` takes.
+        test_images: The same instead of ``settings.test``.
         resume: Go on with the run that ``settings.output`` holds.
 
     Returns:
@@ -54,7 +56,7 @@ def finetune(
     """
     started, output = time.perf_counter(), Path(settings.output)
     check_output_folder(output)
-    job = prepare(settings, training, reporter, images)
+    job = prepare(settings, training, reporter, images, test_images)
     parameters = job.parameters()
     view = _view(job, settings, output, reporter)
     trainer = Trainer(

@@ -1,0 +1,232 @@
+"""All strategies on real pictures, three seeds: the table and plot under ``docs/results/finetune``.
+
+Each run is kept as one line of ``runs.jsonl``; what is there is not run again. ``make results``.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from fastlora.cli._progress import LiveReporter
+from fastlora.transfer._extras import package_folder
+from fastlora.transfer.data import LabelledImages, open_images, stratified_split
+from fastlora.transfer.datasets import load_images
+from fastlora.transfer.finetune import FinetuneSettings, finetune
+from fastlora.transfer.training import TrainSettings
+
+MODELS = ("dinov2_vits14", "efficientnet_lite0")
+STRATEGIES = (
+    "feature_extraction",
+    "fine_tuning",
+    "gradual",
+    "lp_ft",
+    "full",
+    "lora",
+    "adapter",
+    "prompt",
+)
+# convolutions have no blocks for these
+TRANSFORMER_ONLY = ("adapter", "prompt")
+# ImageNet's convolutions bear faster rates than DINOv2's blocks; chosen before the first run
+CONVOLUTION_RATES = {"fine_tuning": 1e-3, "gradual": 3e-4, "lp_ft": 3e-4, "full": 3e-4}
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set and how much of it is used.
+
+    Attributes:
+        title: For readers.
+        image_size: Height and width in pixels.
+        parts: Pictures to train on, to watch and to judge with.
+        epochs: Of all strategies but the probe.
+        flip: Whether mirrored pictures keep their label.
+    """
+
+    title: str
+    image_size: int
+    parts: tuple[int, int, int]
+    epochs: int
+    flip: bool
+
+
+DATA = {
+    "mnist5k": Data("MNIST 5k (56 px)", 56, (600, 200, 1000), 3, False),
+    "elpv": Data("ELPV mono (84 px)", 84, (540, 120, 241), 3, True),
+    "textile": Data("Textile, ImageFolder (84 px)", 84, (360, 120, 400), 3, True),
+}
+PROBE_EPOCHS = 60
+
+
+class _Rows:
+    def __init__(self, pixels: torch.Tensor) -> None:
+        self._pixels = pixels
+
+    def __call__(self, index: int) -> torch.Tensor:
+        return self._pixels[index].expand(3, -1, -1)
+
+
+def pictures(name: str) -> LabelledImages:
+    """All pictures of a data set."""
+    if name == "textile":
+        folder = package_folder(
+            "conformal_clip_data", distribution="conformal-clip-data", purpose="the textile pictures"
+        )
+        return open_images(folder / "data" / "textile_images" / "simulated")
+    found = load_images(name, DATA[name].image_size)
+    names = tuple(f"{name} {index}" for index in range(len(found)))
+    return LabelledImages(found.classes, tuple(found.labels.tolist()), names, _Rows(found.images))
+
+
+def run(data: str, model: str, strategy: str, seed: int, reporter: LiveReporter) -> dict[str, Any]:
+    """One row of ``runs.jsonl``."""
+    spec, pool = DATA[data], pictures(data)
+    total = sum(spec.parts)
+    if total < len(pool):
+        shares = [total / len(pool), 1 - total / len(pool)]
+        pool = pool.subset(stratified_split(pool.labels, shares, seed=seed)[0])
+    first, test = stratified_split(pool.labels, [1 - spec.parts[2] / total, spec.parts[2] / total], seed=seed)
+    train = pool.subset(first)
+    probe = strategy == "feature_extraction"
+    with tempfile.TemporaryDirectory() as folder:
+        settings = FinetuneSettings(
+            data=data,
+            output=folder,
+            validation_share=spec.parts[1] / len(train),
+            model=model,
+            strategy=strategy,
+            image_size=spec.image_size,
+            flip=spec.flip,
+            cache_features=probe,
+            lr=CONVOLUTION_RATES.get(strategy) if model == "efficientnet_lite0" else None,
+            head_factor=10.0 if model == "efficientnet_lite0" and strategy in CONVOLUTION_RATES else None,
+        )
+        training = TrainSettings(epochs=PROBE_EPOCHS if probe else spec.epochs, batch_size=16, seed=seed)
+        report = finetune(settings, training, reporter, images=train, test_images=pool.subset(test))
+    return {
+        "data": data,
+        "model": model,
+        "strategy": strategy,
+        "seed": seed,
+        "accuracy": report["evaluation"]["accuracy"],
+        "balanced_accuracy": report["evaluation"]["balanced_accuracy"],
+        "seconds": report["total_seconds"] if probe else report["seconds"],
+        "trainable_percent": report["parameters"]["trainable_percent"],
+        "trainable_parameters": report["parameters"]["trainable_parameters"],
+        "pictures": report["pictures"],
+        "config": {key: report["config"][key] for key in ("epochs", "batch_size", "lr", "head_factor")},
+        "precision": report["precision"],
+        "device": f"{report['device_name']}, {report['threads']} threads",
+        "versions": report["versions"],
+    }
+
+
+def main() -> None:
+    """Run what is missing and write the table and the plot."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("docs/results/finetune"))
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--table-only", action="store_true", help="Draw what is there, and run nothing.")
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / "runs.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {(row["data"], row["model"], row["strategy"], row["seed"]) for row in rows}
+    wanted = [
+        (data, model, strategy, seed)
+        for seed in SEEDS
+        for data in DATA
+        for model in arguments.models
+        for strategy in STRATEGIES
+        if model == "dinov2_vits14" or strategy not in TRANSFORMER_ONLY
+    ]
+    console = Console()
+    for number, key in enumerate(wanted, start=1):
+        if key in done or arguments.table_only:
+            continue
+        with LiveReporter(console) as reporter:
+            row = run(*key, reporter)
+        rows.append(row)
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        console.print(f"{number}/{len(wanted)} {key}: {row['accuracy']:.1%} in {row['seconds']:.0f} s")
+    (arguments.output / "README.md").write_text(table(rows))
+    draw(rows).savefig(arguments.output / "accuracy.png", dpi=120)
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Mean ± standard deviation."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The page: one table for each data set."""
+    text = [INTRODUCTION.format(device=rows[0]["device"], precision=rows[0]["precision"])]
+    for data, spec in DATA.items():
+        text += [f"\n## {spec.title}: {spec.parts[0]} training, {spec.parts[2]} test pictures\n"]
+        text += ["| model | strategy | trains | accuracy % | balanced % | seconds | seeds |"]
+        text += ["|---|---|---|---|---|---|---|"]
+        for model in MODELS:
+            for strategy in STRATEGIES:
+                found = [r for r in rows if (r["data"], r["model"], r["strategy"]) == (data, model, strategy)]
+                if found:
+                    accuracy = spread([100 * r["accuracy"] for r in found])
+                    balanced = spread([100 * r["balanced_accuracy"] for r in found])
+                    seconds = spread([r["seconds"] for r in found], 0)
+                    trains = f"{found[0]['trainable_percent']:.3g} %"
+                    cells = (model, strategy, trains, accuracy, balanced, seconds, str(len(found)))
+                    text.append(f"| {' | '.join(cells)} |")
+    return "\n".join(text) + "\n"
+
+
+INTRODUCTION = """# Fine-tuning strategies on real pictures
+
+`make results` regenerates this page and the plot from `runs.jsonl`, running what is missing there. Mean ±
+standard deviation over the seeds, which choose split, order, augmentation and initial weights. Device:
+{device}; precision of the products: {precision}. Seconds are those of the optimiser steps; the probe's are
+everything, features included. Trains: the most that ever trains, in percent of all parameters.
+
+Each strategy has its own default rate, on EfficientNet-Lite0 one fixed before the first run; none was tuned
+on these data. All but the probe see the training pictures three times, the probe sixty times as cached
+features. `adapter` and `prompt` need transformer blocks.
+
+![accuracy](accuracy.png)
+"""
+
+
+def draw(rows: list[dict[str, Any]]) -> Figure:
+    """Mean accuracy with its standard deviation, a panel for each data set and model."""
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    panels = figure.subplots(len(MODELS), len(DATA), squeeze=False)
+    for line, model in zip(panels, MODELS, strict=True):
+        for axes, (data, spec) in zip(line, DATA.items(), strict=True):
+            found: dict[str, list[float]] = {}
+            for row in rows:
+                if (row["data"], row["model"]) == (data, model):
+                    found.setdefault(row["strategy"], []).append(100 * row["accuracy"])
+            names = [name for name in reversed(STRATEGIES) if name in found]
+            means = [statistics.mean(found[name]) for name in names]
+            errors = [statistics.stdev(found[n]) if len(found[n]) > 1 else 0.0 for n in names]
+            colours = ["#D55E00" if name in ("lora", "adapter", "prompt") else "#0072B2" for name in names]
+            axes.barh(names, means, xerr=errors, color=colours, capsize=3)
+            low = min((m - e for m, e in zip(means, errors, strict=True)), default=0.0)
+            axes.set_xlim(max(0.0, low - 8), 101)
+            axes.set(title=f"{model}\n{spec.title}", xlabel="Test pictures labelled right (%)")
+            axes.grid(axis="x", alpha=0.3)
+    figure.suptitle("Orange: what is added to a frozen model trains; blue: the model's own layers")
+    return figure
+
+
+if __name__ == "__main__":
+    main()

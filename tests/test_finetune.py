@@ -1,0 +1,272 @@
+"""``fastlora finetune`` from end to end: what it writes, and that flags, files and resumption agree."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from fastlora.cli import app
+from fastlora.transfer.data import open_images
+from fastlora.transfer.finetune import load_run
+from tests.finetune_models import CLASSES, write_pictures
+
+RESNET = ["--model", "resnet18", "--weights", "none", "--image-size", "32"]
+DINO = ["--model", "dinov2_vits14", "--image-size", "28"]
+SHORT = ["--epochs", "2", "--batch-size", "8", "--precision", "no"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("data") / "pictures")
+
+
+def invoke(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["finetune", *map(str, arguments)])
+
+
+def finetuned(*arguments: object) -> Any:
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return report
+
+
+@pytest.mark.parametrize(
+    ("strategy", "model", "written"),
+    [
+        ("feature_extraction", RESNET, "model.safetensors"),
+        ("fine_tuning", RESNET, "model.safetensors"),
+        ("full", RESNET, "model.safetensors"),
+        ("gradual", RESNET, "model.safetensors"),
+        ("lp_ft", RESNET, "model.safetensors"),
+        ("lora", DINO, "adapter"),
+        ("adapter", DINO, "adapter"),
+        ("prompt", DINO, "adapter"),
+    ],
+)
+def test_every_strategy_trains_saves_and_answers_alike(
+    data: Path, tmp_path: Path, strategy: str, model: list[str], written: str
+) -> None:
+    output = tmp_path / "run"
+    finetuned(data, *model, *SHORT, "--strategy", strategy, "--output", output, "--test", data)
+    logs = {"epochs.csv", "steps.csv", "tensorboard", "checkpoints"}
+    files = {path.name for path in output.iterdir()}
+    assert files == {"config.toml", "model.json", "report.json", "report.html", written, *logs}
+    report = report_of(output)
+    assert report["strategy"]["name"] == strategy
+    assert report["pictures"] == {"train": 20, "validation": 4, "test": 24}
+    run = load_run(output)
+    images = open_images(data).with_transform(run.transform)
+    logits = run.model(torch.stack([images[index][0] for index in range(len(images))]))
+    right = (logits.argmax(1) == torch.tensor(images.labels)).double().mean().item()
+    assert right == report["evaluation"]["accuracy"]
+
+
+@pytest.fixture(scope="module")
+def learned(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A run that learns its task, and what was printed."""
+    output = tmp_path_factory.mktemp("learned") / "run"
+    arguments = [*RESNET, "--epochs", 8, "--strategy", "full", "--lr", 2e-4, "--head-factor", 1]
+    return output, finetuned(data, *arguments, "--batch-size", 8, "--output", output)
+
+
+def test_it_learns(learned: tuple[Path, Any]) -> None:
+    report = report_of(learned[0])
+    assert report["evaluation"]["accuracy"] == 1.0
+    assert "100.0%" in learned[1].stdout
+    assert report["epochs"][-1]["train_loss"] < report["epochs"][0]["train_loss"]
+
+
+def test_the_report_adds_up(learned: tuple[Path, Any]) -> None:
+    report = report_of(learned[0])
+    scores = report["evaluation"]
+    confusion = torch.tensor(scores["confusion"])
+    assert confusion.sum() == scores["pictures"] == 4
+    assert [row["class"] for row in scores["classes"]] == list(CLASSES) == report["classes"]
+    assert scores["accuracy"] == confusion.trace() / confusion.sum()
+    assert report["parameters"]["trainable_parameters"] == report["parameters"]["total_parameters"]
+    assert report["config"]["strategy"] == "full"
+    assert report["recommendation"]["strategy"] == "feature_extraction"
+    assert len(report["epochs"]) == 8
+
+
+def test_the_page_needs_nothing_else(learned: tuple[Path, Any]) -> None:
+    page = (learned[0] / "report.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]{1,30})', page)
+    assert len(sources) >= 2
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    for text in ("resnet18", "Confusion matrix", "dark", "light", "Recall", "layer4.1.conv2", "11,177,538"):
+        assert text in page
+    assert "{{" not in page
+
+
+def test_the_worst_pictures_are_shown(data: Path, tmp_path: Path) -> None:
+    mislabelled = tmp_path / "test"
+    write_pictures(mislabelled, count=2)
+    (mislabelled / "dark" / "00.png").rename(mislabelled / "light" / "swapped.png")
+    arguments = [*RESNET, "--epochs", 8, "--strategy", "full", "--lr", 2e-4, "--head-factor", 1]
+    finetuned(data, *arguments, "--batch-size", 8, "--output", tmp_path / "run", "--test", mislabelled)
+    worst = report_of(tmp_path / "run")["evaluation"]["worst"]
+    assert [(row["name"], row["true"], row["predicted"]) for row in worst] == [
+        ("light/swapped.png", "light", "dark")
+    ]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "light/swapped.png" in page
+    assert page.count("<figure>") == 1
+
+
+def test_a_config_says_what_flags_say(data: Path, tmp_path: Path) -> None:
+    finetuned(data, *RESNET, *SHORT, "--strategy", "full", "--mixup", 0.2, "--output", tmp_path / "flags")
+    config = tmp_path / "flags" / "config.toml"
+    finetuned("--config", config, "--output", tmp_path / "file")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("flags", "file"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    finetuned("--config", config, "--output", tmp_path / "other", "--seed", 1)
+    assert report_of(tmp_path / "other")["config"]["seed"] == 1
+    assert report_of(tmp_path / "other")["config"]["mixup"] == 0.2
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(data: Path, tmp_path: Path) -> None:
+    result = finetuned(
+        data, *RESNET, *SHORT, "--strategy", "gradual", "--output", tmp_path / "run", "--dry-run"
+    )
+    for text in ("resnet18, gradual", "20 training, 4 validation", "Stages unfreeze", "kept for backward"):
+        assert text in result.stdout
+    assert "Advice for these data: feature_extraction" in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_a_strategy_the_advised_one_is_taken(data: Path, tmp_path: Path) -> None:
+    finetuned(data, *RESNET, *SHORT, "--output", tmp_path)
+    assert report_of(tmp_path)["config"]["strategy"] == "feature_extraction"
+
+
+def test_cached_features_train_the_same_head(data: Path, tmp_path: Path) -> None:
+    arguments = [*DINO, *SHORT, "--strategy", "feature_extraction", "--cache-features"]
+    finetuned(data, *arguments, "--output", tmp_path)
+    report, run = report_of(tmp_path), load_run(tmp_path)
+    images = open_images(data).with_transform(run.transform)
+    assert len(list((tmp_path / "features").iterdir())) == 2
+    finetuned(data, *arguments, "--output", tmp_path, "--resume")
+    again = report_of(tmp_path)
+    assert again["evaluation"] == report["evaluation"]
+    assert again["total_seconds"] < report["total_seconds"]
+    assert images.classes == run.classes
+
+
+def test_a_run_resumes_and_another_configuration_is_refused(data: Path, tmp_path: Path) -> None:
+    arguments = [data, *RESNET, *SHORT, "--strategy", "fine_tuning", "--output", tmp_path]
+    finetuned(*arguments)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    refused = invoke(*arguments)
+    assert refused.exit_code == 2
+    assert "resume it (--resume), or choose another folder (--output)" in refused.stderr
+    finetuned(*arguments, "--resume")
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    refused = invoke(*arguments, "--resume", "--lr", 0.5)
+    assert refused.exit_code == 2
+    assert "lr was 0.0001, is 0.5 now" in refused.stderr
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_json_is_the_report(data: Path, tmp_path: Path) -> None:
+    result = finetuned(data, *RESNET, *SHORT, "--strategy", "full", "--output", tmp_path, "--json")
+    assert json.loads(result.stdout)["evaluation"] == report_of(tmp_path)["evaluation"]
+
+
+def test_two_processes_write_one_run(data: Path, tmp_path: Path) -> None:
+    # a BatchNorm in train mode would see half a batch in each process
+    arguments = [str(data), *RESNET, *SHORT, "--strategy", "feature_extraction", "--output"]
+    finetuned(*arguments, tmp_path / "one")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastlora.cli"]
+    subprocess.run(
+        [sys.executable, *command, "finetune", *arguments, str(tmp_path / "two")],
+        check=True,
+        timeout=180,
+        capture_output=True,
+    )
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(other[name], one[name], rtol=1e-4, atol=1e-5)
+    assert report_of(tmp_path / "two")["evaluation"]["accuracy"] == pytest.approx(
+        report_of(tmp_path / "one")["evaluation"]["accuracy"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--model", "resnte18"], r"did you mean 'resnet18'"),
+        (["--strategy", "loar"], r"did you mean 'lora'\?"),
+        (["--strategy", "full", "--rank", "4"], r"expected no option 'rank' for strategy 'full'"),
+        (["--strategy", "lora", "--cache-features"], r"only frozen features stay the same"),
+        (["--strategy", "lp_ft", "--epochs", "1"], r"expected epochs >= 2 for lp_ft"),
+        (["--validation-share", "1.5"], r"expected validation_share between 0 and 1, got 1.5"),
+        (["--batch-size", "0"], r"expected batch_size as an integer of at least 1, got 0"),
+        (["--validation", "nowhere"], r"found nothing at nowhere"),
+        (["--config", "nowhere.toml"], r"expected a TOML file at nowhere.toml"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(data: Path, tmp_path: Path, arguments: list[str], told: str) -> None:
+    given = [data, *RESNET, "--output", tmp_path / "run", *arguments]
+    result = invoke(*given)
+    assert result.exit_code == 2
+    assert re.search(told, result.stderr)
+    assert len(result.stderr.splitlines()) == 1
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_bad_pictures_are_told(data: Path, tmp_path: Path) -> None:
+    one = write_pictures(tmp_path / "one", classes=("only",))
+    result = invoke(one, *RESNET, "--output", tmp_path / "run")
+    assert (result.exit_code, "two classes" in result.stderr) == (2, True), result.stderr
+    (tmp_path / "empty").mkdir()
+    assert invoke(tmp_path / "empty", *RESNET).exit_code == 2
+    other = write_pictures(tmp_path / "other", classes=("dark", "light", "new"))
+    result = invoke(data, *RESNET, "--test", other, "--output", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "expected only classes that training has (dark, light), got new" in result.stderr
+    broken = write_pictures(tmp_path / "broken")
+    (broken / "dark" / "00.png").write_bytes(b"no picture")
+    result = invoke(broken, *RESNET, "--output", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "dark/00.png" in result.stderr
+    arguments = [*RESNET, *SHORT, "--on-corrupt", "skip", "--strategy", "full"]
+    finetuned(broken, *arguments, "--output", tmp_path / "skipped")
+    assert sum(report_of(tmp_path / "skipped")["pictures"].values()) == 23
+
+
+def test_a_config_with_an_unknown_name_is_refused(data: Path, tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text('stratgy = "lora"\n')
+    result = invoke(data, "--config", config)
+    assert result.exit_code == 2
+    assert "did you mean strategy?" in result.stderr
+    config.write_text("strategy = lora\n")
+    assert "expected TOML" in invoke(data, "--config", config).stderr
+
+
+def test_weights_of_another_architecture_are_refused(data: Path, tmp_path: Path) -> None:
+    from torchvision.models import resnet34
+
+    torch.save(resnet34().state_dict(), tmp_path / "weights.pt")
+    result = invoke(data, "--model", "resnet18", "--weights", tmp_path / "weights.pt", "--image-size", 32)
+    assert result.exit_code == 2
+    assert "weights.pt" in result.stderr
+
+
+def test_help_teaches_every_option() -> None:
+    result = CliRunner().invoke(app, ["finetune", "--help"], env={"COLUMNS": "200"})
+    for text in ("--label-smoothing", "exponential moving average", "flowers", "--dry-run", "cosine"):
+        assert text in result.stdout

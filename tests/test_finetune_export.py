@@ -1,0 +1,160 @@
+"""``fastlora predict`` and ``fastlora export``: the same answers, whatever the format."""
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from fastlora.cli import app
+from fastlora.transfer.backbones import dinov2_vits14
+from fastlora.transfer.data import open_images
+from fastlora.transfer.finetune import export, export_run, load_run
+from tests.finetune_models import CLASSES, write_pictures
+
+SETTINGS = ["--image-size", "28", "--epochs", "2", "--batch-size", "8", "--precision", "no"]
+
+
+def invoke(*arguments: object) -> Any:
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("data") / "pictures", count=6)
+
+
+@pytest.fixture(scope="module")
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    for strategy in ("lora", "adapter", "prompt", "feature_extraction"):
+        result = invoke("finetune", data, *SETTINGS, "--strategy", strategy, "--output", folder / strategy)
+        assert result.exit_code == 0, result.output
+    return {path.name: path for path in folder.iterdir()}
+
+
+def logits_of(folder: Path, count: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    images = torch.randn(count, 3, 28, 28)
+    return images, load_run(folder).model(images)
+
+
+def test_merged_weights_are_the_plain_models(runs: dict[str, Path], tmp_path: Path) -> None:
+    agreement = export_run(runs["lora"], "state_dict", tmp_path / "merged.safetensors")
+    plain = dinov2_vits14(28, 2)
+    plain.load_state_dict(load_file(agreement.path))
+    images, expected = logits_of(runs["lora"])
+    torch.testing.assert_close(plain.eval()(images), expected, rtol=1e-4, atol=1e-4)
+    assert agreement.error <= 8 * agreement.eager_error
+    assert agreement.same_answers
+
+
+@pytest.mark.parametrize("strategy", ["lora", "adapter", "prompt", "feature_extraction"])
+def test_a_program_answers_the_same_for_any_batch(
+    runs: dict[str, Path], tmp_path: Path, strategy: str
+) -> None:
+    agreement = export_run(runs[strategy], "torch", tmp_path / "model.pt2")
+    images, expected = logits_of(runs[strategy])
+    answer = torch.export.load(agreement.path).module()(images)
+    torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["lora", "adapter"])
+def test_onnx_answers_the_same_for_any_batch(runs: dict[str, Path], tmp_path: Path, strategy: str) -> None:
+    import onnxruntime
+
+    result = invoke("export", runs[strategy], "--format", "onnx", "--output", tmp_path / "model.onnx")
+    assert result.exit_code == 0, result.output
+    assert "both name the same classes" in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    images, expected = logits_of(runs[strategy])
+    (answer,) = session.run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(answer), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["adapter", "prompt"])
+def test_what_plain_weights_can_not_hold_is_refused(runs: dict[str, Path], strategy: str) -> None:
+    result = invoke("export", runs[strategy], "--format", "state_dict")
+    assert result.exit_code == 2
+    assert "can't be folded in; export it as onnx or torch" in result.stderr
+    assert not list(runs[strategy].glob("*merged*"))
+
+
+def test_a_model_that_answers_otherwise_is_not_written(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*arguments: Any) -> Any:
+        answer = original(*arguments)
+        return lambda images: answer(images) + 1e-3
+
+    original = export._write_program
+    monkeypatch.setitem(export._EXPORTERS, "torch", wrong)
+    with pytest.raises(ValueError, match="expected the exported model to answer as the run's own"):
+        export_run(runs["lora"], "torch", tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_predictions_are_the_models(runs: dict[str, Path], data: Path) -> None:
+    run = load_run(runs["lora"])
+    images = open_images(data).with_transform(run.transform)
+    shares = run.model(torch.stack([images[index][0] for index in range(12)])).softmax(dim=1)
+    result = invoke("predict", runs["lora"], data, "--format", "json", "--top", 2, "--batch-size", 5)
+    answers = json.loads(result.stdout)
+    assert [answer["path"] for answer in answers] == [str(data / name) for name in images.names]
+    for answer, share in zip(answers, shares, strict=True):
+        found = dict(answer["classes"])
+        assert [found[name] for name in CLASSES] == pytest.approx(share.tolist(), abs=1e-5)
+
+
+def test_predictions_as_csv_and_table(runs: dict[str, Path], data: Path) -> None:
+    picture = data / "dark" / "00.png"
+    printed = invoke("predict", runs["lora"], picture, "--format", "csv").stdout
+    (row,) = csv.DictReader(io.StringIO(printed))
+    assert row["path"] == str(picture)
+    assert row["class"] in CLASSES
+    assert row["class"] in invoke("predict", runs["lora"], picture).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["predict", "nowhere", "x.png"], "found no model.json in nowhere; fastlora finetune writes it"),
+        (["export", "nowhere"], "found no model.json in nowhere"),
+    ],
+)
+def test_no_run_is_told(arguments: list[str], told: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert told in result.stderr
+
+
+def test_no_pictures_are_told(runs: dict[str, Path], tmp_path: Path) -> None:
+    assert "found nothing at gone.png" in invoke("predict", runs["lora"], "gone.png").stderr
+    assert "found none" in invoke("predict", runs["lora"], tmp_path).stderr
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    result = invoke("predict", runs["lora"], tmp_path)
+    assert result.exit_code == 2
+    assert "broken.png" in result.stderr
+
+
+def test_damaged_runs_are_told(runs: dict[str, Path], tmp_path: Path) -> None:
+    run = shutil.copytree(runs["feature_extraction"], tmp_path / "run")
+    weights = run / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="expected the weights of this run"):
+        load_run(run)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="copy the whole folder"):
+        load_run(run)
+    (run / "model.json").write_text("{}")
+    with pytest.raises(ValueError, match="expected format 1"):
+        load_run(run)
+    (run / "model.json").write_text("{")
+    with pytest.raises(ValueError, match="expected JSON"):
+        load_run(run)
