@@ -9,6 +9,8 @@ from fastlora.inject import apply_lora, merge_adapters, remove_adapters, unmerge
 from fastlora.nn import (
     AdaptedModule,
     AdapterLayer,
+    LoRAConv2d,
+    LoRAEmbedding,
     LoRALayer,
     LoRALinear,
     LoRAMultiheadAttention,
@@ -28,6 +30,8 @@ __all__ = [
     "AdaptedModule",
     "AdapterLayer",
     "AdapterSummary",
+    "LoRAConv2d",
+    "LoRAEmbedding",
     "LoRALayer",
     "LoRALinear",
     "LoRAMultiheadAttention",

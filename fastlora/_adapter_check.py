@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from fastlora._adapter_config import AdapterConfig
 from fastlora._blocks import output_sizes
-from fastlora._modules import clean_name, named_modules
+from fastlora._modules import clean_name, named_modules, plain_tensor
 from fastlora._places import Place, cannot_adapt
 from fastlora._prompt_places import PromptPlace, host_name
 from fastlora.inject import cannot_carry
 from fastlora.nn import AdaptedModule, LoRALayer, LoRAModule
+from fastlora.nn._layout import lora_parts, rank_misfit
 from fastlora.nn._settings import WEIGHT_DTYPES
 from fastlora.nn.adapted import ADAPTER
 from fastlora.nn.prompts import PromptModule
@@ -21,7 +22,7 @@ from fastlora.nn.prompts import PromptModule
 PREFIX = "base_model.model."
 # PEFT wraps nn.MultiheadAttention and leaves the output projection inside the wrapped layer
 _OUT_PROJ = ".base_layer.out_proj"
-_LORA_KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_[AB]\.weight")
+_LORA_KEY = re.compile(re.escape(PREFIX) + r"(.+)\.(?:lora_[AB]\.weight|lora_embedding_[AB])")
 _LISTED = 5
 
 
@@ -60,12 +61,16 @@ class AdapterCheck:
         for name, module in targets.items():
             rank = config.settings(name).rank
             slots = tensor_slots(name, module)
+            self._base_copies(name, module)
+            misfit = rank_misfit(module, rank)
             if isinstance(module, LoRAModule) and module.rank != rank:
-                self._problems.append(f"{name}: expected rank {module.rank} as in the model, got {rank}")
+                misfit = f"expected rank {module.rank} as in the model, got {rank}"
+            if misfit is not None:
+                self._problems.append(f"{name}: {misfit}")
                 self._explained.update(key for key, _, _ in slots)
                 continue
             for key, owner, part in slots:
-                self._compare(key, _slot_shape(owner, part, rank))
+                self._compare(key, lora_parts(_plain(owner), rank)[part])
 
     def no_layers(self, layers: Iterable[str], kind: str) -> None:
         """Note layers of a kind that the file does not hold."""
@@ -137,6 +142,21 @@ class AdapterCheck:
                 + "\n  ".join(problems[:_LISTED] + more)
             )
 
+    def _base_copies(self, name: str, module: nn.Module) -> None:
+        # PEFT puts the frozen weight of an adapted input or output embedding into the file too
+        for part, frozen in module.state_dict().items():
+            key = f"{PREFIX}{name}.base_layer.{part}"
+            tensor = self._tensors.get(key)
+            if tensor is None or isinstance(module, nn.MultiheadAttention):
+                continue
+            self._explained.add(key)
+            if tuple(tensor.shape) != tuple(frozen.shape) or not torch.equal(
+                tensor.to(frozen.dtype), plain_tensor(frozen)
+            ):
+                self._problems.append(
+                    f"{key}: not the {part} that the model has; load it into the model first"
+                )
+
     def _place(self, name: str, place: Place, problem: str | None) -> None:
         if problem is not None:
             self._problems.append(f"{name}: {problem}")
@@ -175,7 +195,9 @@ def tensor_slots(name: str, layer: nn.Module) -> list[tuple[str, nn.Module, str]
     if isinstance(layer, nn.MultiheadAttention):
         pairs.append((name + _OUT_PROJ, layer.out_proj))
     return [
-        (f"{PREFIX}{key}.{part}.weight", owner, part) for key, owner in pairs for part in ("lora_A", "lora_B")
+        (f"{PREFIX}{key}.{part}" + ("" if isinstance(owner, nn.Embedding) else ".weight"), owner, part)
+        for key, owner in pairs
+        for part in lora_parts(_plain(owner), rank=1)
     ]
 
 
@@ -189,14 +211,8 @@ def prompt_key(name: str) -> str:
     return f"{PREFIX}{name}.tokens"
 
 
-def _slot_shape(owner: nn.Module, part: str, rank: int) -> tuple[int, int]:
-    if isinstance(owner, nn.MultiheadAttention):
-        out_features, in_features = 3 * owner.embed_dim, owner.embed_dim
-    else:
-        linear = owner.original_layer if isinstance(owner, LoRALayer) else owner
-        assert isinstance(linear, nn.Linear)
-        out_features, in_features = linear.out_features, linear.in_features
-    return (rank, in_features) if part == "lora_A" else (out_features, rank)
+def _plain(owner: nn.Module) -> nn.Module:
+    return owner.original_layer if isinstance(owner, LoRALayer) else owner
 
 
 def _dtype_fits(tensor: Tensor, like: Tensor | None) -> bool:

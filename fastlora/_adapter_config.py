@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from fastlora.nn import LoRAModule
 from fastlora.nn._settings import LoRASettings
 
@@ -127,12 +129,14 @@ def build_config(
         )
     rank = _most_common(layer.rank for layer in layers.values())
     alpha = _most_common(layer.alpha for layer in layers.values())
+    # an embedding has none
+    dropouts = [layer.lora_dropout for layer in layers.values() if not isinstance(layer, nn.Embedding)]
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": base_model,
         "r": rank,
         "lora_alpha": _integral(alpha),
-        "lora_dropout": _most_common(layer.lora_dropout for layer in layers.values()),
+        "lora_dropout": _most_common(dropouts or [0.0]),
         "use_rslora": rslora.pop(),
         # anchored, as PEFT documents it for one module out of several whose names end alike
         "rank_pattern": {f"^{n}": layer.rank for n, layer in layers.items() if layer.rank != rank},

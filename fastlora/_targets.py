@@ -168,7 +168,11 @@ def why_uncalled(uncalled: dict[str, str]) -> str:
 
 def _inventory(names: dict[str, nn.Module]) -> str:
     kinds = [name for name, m in names.items() if isinstance(m, nn.Linear | nn.MultiheadAttention)]
-    return f"linear and attention layers {_some(kinds)}" if kinds else "no linear or attention layer"
+    if kinds:
+        return f"linear and attention layers {_some(kinds)}"
+    others = [name for name, m in names.items() if isinstance(m, nn.Conv2d | nn.Embedding)]
+    by_name = f"; name what to adapt of {_some(others)} in target_modules" if others else ""
+    return f"no linear or attention layer{by_name}"
 
 
 def _some(words: list[str]) -> str:

@@ -1,6 +1,7 @@
 """Put LoRA layers into a model by name, fold them in, and take them out again."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from types import MethodType
 from typing import TypeVar
 
 import torch
@@ -17,11 +18,27 @@ from fastlora._modules import (
 from fastlora._prompt_places import follow_blocks
 from fastlora._targets import ALL_LINEAR, select_targets
 from fastlora._tuning import forget_tuners, train_only_tuners
-from fastlora.nn import AdaptedModule, LoRALinear, LoRAModule, LoRAMultiheadAttention
-from fastlora.nn._settings import LoRASettings, check_linear
+from fastlora.nn import (
+    AdaptedModule,
+    LoRAConv2d,
+    LoRAEmbedding,
+    LoRALinear,
+    LoRAModule,
+    LoRAMultiheadAttention,
+)
+from fastlora.nn._layout import rank_misfit
+from fastlora.nn._settings import LoRASettings, check_conv, check_embedding, check_linear
 from fastlora.nn.attention import check_attention
 
 Model = TypeVar("Model", bound=nn.Module)
+
+# what can carry LoRA: how the LoRA layer is made of it, and what checks that it can
+_KINDS: dict[type[nn.Module], tuple[MethodType, Callable[[object], None]]] = {
+    nn.Linear: (LoRALinear.from_linear, check_linear),
+    nn.MultiheadAttention: (LoRAMultiheadAttention.from_attention, check_attention),
+    nn.Conv2d: (LoRAConv2d.from_conv, check_conv),
+    nn.Embedding: (LoRAEmbedding.from_embedding, check_embedding),
+}
 
 
 def apply_lora(
@@ -43,16 +60,18 @@ def apply_lora(
     changed is logged at INFO on the logger ``fastlora`` and told by :func:`fastlora.adapter_summary`.
 
     Args:
-        model: Any model with ``nn.Linear`` or ``nn.MultiheadAttention`` in it.
+        model: Any model with ``nn.Linear``, ``nn.MultiheadAttention``, ``nn.Conv2d`` or ``nn.Embedding``.
         target_modules: As in PEFT: a list of names, each the whole name of a module or the end of it
             (``"query"`` means every ``….query``); or a regular expression for whole names; or
             ``"all-linear"`` for every ``nn.Linear`` and ``nn.MultiheadAttention`` except what
-            ``model.get_output_embeddings()`` returns. An attention includes its ``out_proj``. Layers whose
+            ``model.get_output_embeddings()`` returns. An attention includes its ``out_proj``; convolutions
+            and embeddings are adapted where they are named, never by ``"all-linear"``. Layers whose
             weights the model reads without calling them (torchvision's Swin, see the warning logged) can't
             carry LoRA: ``"all-linear"`` leaves them out.
         rank: Inner size of every update.
         alpha: Strength of every update.
-        dropout: Probability in [0, 1) of zeroing an element of an update's input while training.
+        dropout: Probability in [0, 1) of zeroing an element of an update's input while training; an
+            embedding's update has none.
         exclude_modules: Names or a regular expression to leave out of the targets.
         modules_to_save: Names of modules to train whole, a new classification head, say; never adapted.
             Bottleneck adapters in the model, and what was named when they were put in, go on training.
@@ -63,7 +82,8 @@ def apply_lora(
         The same model.
 
     Raises:
-        TypeError: A module that matches but can't carry LoRA (all are listed), or a wrong argument type.
+        TypeError: A module that matches but can't carry LoRA, a convolution whose groups do not divide
+            ``rank`` included (all are listed), or a wrong argument type.
         ValueError: A name that matches nothing (near matches are listed), a layer that the model never
             calls, a setting out of range, a model already adapted, or a model that itself is the layer. The
             model is unchanged after any error.
@@ -79,7 +99,7 @@ def apply_lora(
     root = unwrap(model)
     check_unadapted(root)
     chosen, whole = select_targets(root, target_modules, exclude_modules, modules_to_save)
-    check_carriers(chosen)
+    check_carriers(chosen, settings.rank)
     inject(root, {module: settings for module in chosen.values()}, whole)
     return model
 
@@ -94,14 +114,21 @@ def merge_adapters(model: Model) -> Model:
         The same model. Call :func:`unmerge_adapters` before training on.
 
     Raises:
-        ValueError: The model has no LoRA layers; bottleneck adapters can't be folded into anything, and stay.
+        ValueError: The model has no LoRA layers, or some that can't be folded in (convolutions with groups);
+            nothing is changed then. Bottleneck adapters can't be folded into anything, and stay.
 
     Example:
         >>> model = merge_adapters(apply_lora(nn.Sequential(nn.Linear(4, 2)), rank=1))
         >>> model[0].merged
         True
     """
-    for layer in require_lora_layers(model).values():
+    layers = require_lora_layers(model)
+    for name, layer in layers.items():
+        try:
+            layer.check_mergeable()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    for layer in layers.values():
         layer.merge()
     return model
 
@@ -175,28 +202,31 @@ def check_unadapted(model: nn.Module) -> None:
     Raises:
         ValueError: Either of these.
     """
-    adapted = [name or "the model itself" for name, m in named_modules(model).items() if hasattr(m, "lora_A")]
+    adapted = [
+        name or "the model itself"
+        for name, module in named_modules(model).items()
+        if isinstance(module, LoRAModule) or hasattr(module, "lora_A")
+    ]
     if adapted:
         raise ValueError(
             f"expected a model without LoRA, got one adapted at {len(adapted)} places, {adapted[0]!r} first; "
             "take it out with fastlora.remove_adapters first (PEFT: unload or merge_and_unload)"
         )
-    if isinstance(model, nn.Linear | nn.MultiheadAttention):
-        linear = isinstance(model, nn.Linear)
-        maker = "LoRALinear.from_linear" if linear else "LoRAMultiheadAttention.from_attention"
-        raise ValueError(
-            f"expected a model around its layers, got a bare {type(model).__name__}; "
-            f"use fastlora.{maker}(layer)"
-        )
+    for kind, (maker, _) in _KINDS.items():
+        if isinstance(model, kind):
+            raise ValueError(
+                f"expected a model around its layers, got a bare {type(model).__name__}; "
+                f"use fastlora.{maker.__self__.__name__}.{maker.__name__}(layer)"
+            )
 
 
-def check_carriers(chosen: Mapping[str, nn.Module]) -> None:
-    """Refuse modules that can't carry LoRA, all in one error.
+def check_carriers(chosen: Mapping[str, nn.Module], rank: int) -> None:
+    """Refuse modules that can't carry LoRA of this rank, all in one error.
 
     Raises:
         TypeError: At least one can't.
     """
-    found = {name: cannot_carry(module) for name, module in chosen.items()}
+    found = {name: cannot_carry(module) or rank_misfit(module, rank) for name, module in chosen.items()}
     problems = [f"  {name}: {problem}" for name, problem in found.items() if problem]
     if problems:
         shown = problems[:5] + ([f"  … and {len(problems) - 5} more"] if len(problems) > 5 else [])
@@ -208,7 +238,7 @@ def check_carriers(chosen: Mapping[str, nn.Module]) -> None:
 
 def cannot_carry(module: nn.Module) -> str | None:
     """Why this module can't be replaced by a LoRA layer, or None if it can."""
-    check = check_attention if isinstance(module, nn.MultiheadAttention) else check_linear
+    check = next((check for kind, (_, check) in _KINDS.items() if isinstance(module, kind)), check_linear)
     try:
         check(module)
     except (TypeError, ValueError) as error:
@@ -228,7 +258,9 @@ def add_lora(model: nn.Module, plan: Mapping[nn.Module, LoRASettings]) -> None:
 
 
 def _adapted(module: nn.Module, settings: LoRASettings) -> nn.Module:
-    if isinstance(module, nn.MultiheadAttention):
-        return LoRAMultiheadAttention.from_attention(module, **vars(settings))
-    assert isinstance(module, nn.Linear)
-    return LoRALinear.from_linear(module, **vars(settings))
+    options = dict(vars(settings))
+    if isinstance(module, nn.Embedding):
+        # embeddings have no dropout, here as in PEFT
+        del options["dropout"]
+    maker = next(maker for kind, (maker, _) in _KINDS.items() if isinstance(module, kind))
+    return maker(module, **options)

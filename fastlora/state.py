@@ -36,6 +36,10 @@ _PEFT_APPLIES_TWICE = (
     "out_proj twice (huggingface/peft#3774), fastlora once as defined; if it was trained with such a "
     "version, double every attention's out_proj.lora_B to get the outputs it had there."
 )
+_PEFT_CONVOLVES_OTHERWISE = (
+    "This adapter was saved by PEFT and covers %s, an nn.Conv2d with dilation=%s and padding_mode=%r. PEFT's "
+    "own forward pass knows neither (its merged weights do); fastlora uses the frozen layer's."
+)
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
@@ -45,7 +49,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     with bottleneck adapters or prompts the config is our own, and only :func:`load_adapter` reads it. Modules
     that train whole go into ``modules_to_save``. Both files are written completely before an older adapter is
     replaced. A merged model is saved like an unmerged one. In an ``nn.MultiheadAttention``, PEFT applies no
-    dropout, and up to 0.21.2 it adds ``out_proj``'s update twice (huggingface/peft#3774).
+    dropout, and up to 0.21.2 it adds ``out_proj``'s update twice (huggingface/peft#3774). Beside an
+    ``nn.Conv2d`` it ignores dilation and ``padding_mode`` unless merged; only these convolutions differ.
 
     Args:
         model: An adapted model; not changed. Sharded (FSDP2) parameters are gathered, on every rank.
@@ -242,6 +247,11 @@ def _fill_lora(layers: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], c
             owner.alpha, owner.rslora = settings.alpha, settings.rslora
     if config.by_peft and any(isinstance(layer, nn.MultiheadAttention) for layer in layers.values()):
         logger.warning(_PEFT_APPLIES_TWICE)
+    for name, conv in layers.items():
+        odd = isinstance(conv, nn.Conv2d) and (conv.padding_mode != "zeros" or set(conv.dilation) != {1})
+        if config.by_peft and odd:
+            logger.warning(_PEFT_CONVOLVES_OTHERWISE, name, conv.dilation, conv.padding_mode)
+            break
 
 
 def _whole_modules(model: nn.Module) -> list[str]:

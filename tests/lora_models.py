@@ -32,7 +32,7 @@ def randomize_adapters(model: Model, seed: int = 1) -> Model:
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, LoRAModule):
-                for matrix in (module.lora_A, module.lora_B):
+                for matrix in map(module.get_parameter, module.adapter_params()):
                     matrix.copy_(torch.randn(matrix.shape, generator=generator) * 0.3)
     return model
 

@@ -20,7 +20,7 @@ def bad_models() -> dict[str, tuple[nn.Module, dict[str, Any], type[Exception], 
     quantised = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     quantised[1].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
     on_meta = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, device="meta"))
-    convolution = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(4, 4))
+    convolution = nn.Sequential(nn.Conv1d(3, 4, 1), nn.Linear(4, 4))
     odd_attention = nn.ModuleDict({"mix": nn.MultiheadAttention(8, 2, kdim=4), "out": nn.Linear(8, 8)})
     adapted_already = fastlora.apply_lora(mlp(), target_modules=["head"], rank=2)
     return {
@@ -96,7 +96,7 @@ def bad_models() -> dict[str, tuple[nn.Module, dict[str, Any], type[Exception], 
             convolution,
             {"target_modules": ["0", "1"]},
             TypeError,
-            "0: expected an nn.Linear, got Conv2d",
+            "0: expected an nn.Linear, got Conv1d",
         ),
         "container": (nn.Sequential(mlp()), {"target_modules": ["0"]}, TypeError, "got Sequential"),
         "quantised": (quantised, {}, TypeError, "1: expected Linear.weight to be float16.*got torch.int8"),

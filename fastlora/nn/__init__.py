@@ -4,6 +4,8 @@ from fastlora.nn.adapted import AdaptedModule
 from fastlora.nn.adapter import AdapterLayer
 from fastlora.nn.attention import LoRAMultiheadAttention
 from fastlora.nn.base import LoRAModule
+from fastlora.nn.conv import LoRAConv2d
+from fastlora.nn.embedding import LoRAEmbedding
 from fastlora.nn.linear import LoRALayer, LoRALinear
 from fastlora.nn.prompts import SoftPrompts, VisualPrompts
 from fastlora.nn.tuner import TunerModule
@@ -11,6 +13,8 @@ from fastlora.nn.tuner import TunerModule
 __all__ = [
     "AdaptedModule",
     "AdapterLayer",
+    "LoRAConv2d",
+    "LoRAEmbedding",
     "LoRALayer",
     "LoRALinear",
     "LoRAModule",

@@ -169,17 +169,57 @@ def check_linear(linear: object) -> None:
             one whose weight is no plain floating Parameter.
         ValueError: The weight is on the meta device.
     """
-    kind = type(linear).__name__
-    if not isinstance(linear, nn.Linear):
-        raise TypeError(f"expected an nn.Linear, got {kind}; other layers cannot carry LoRA yet")
-    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
-        raise TypeError(
-            f"expected a plain nn.Linear, got {kind} with a forward of its own (quantised, hooked or already "
-            "adapted); convert it back to nn.Linear first"
+    _check_plain(linear, nn.Linear)
+
+
+def check_conv(conv: object) -> None:
+    """Refuse anything but a plain ``nn.Conv2d`` whose weight can be shared and read.
+
+    Raises:
+        TypeError: Not an ``nn.Conv2d``, one that computes something else (quantised, already adapted), or
+            one whose weight is no plain floating Parameter.
+        ValueError: The weight is on the meta device.
+    """
+    _check_plain(conv, nn.Conv2d)
+
+
+def check_embedding(embedding: object) -> None:
+    """Refuse anything but a plain ``nn.Embedding`` whose weight can be shared and stays as it is.
+
+    Raises:
+        TypeError: Not an ``nn.Embedding``, one that computes something else (scaled, already adapted), or
+            one whose weight is no plain floating Parameter.
+        ValueError: ``max_norm`` is set, or the weight is on the meta device.
+    """
+    _check_plain(embedding, nn.Embedding)
+    assert isinstance(embedding, nn.Embedding)
+    if embedding.max_norm is not None:
+        raise ValueError(
+            f"expected an nn.Embedding without max_norm, got max_norm={embedding.max_norm}, which rewrites "
+            "the frozen weight in every forward; renormalise the weight once and set max_norm = None"
         )
-    check_parameter(f"{kind}.weight", linear._parameters.get("weight"))
-    if linear.bias is not None:
-        check_parameter(f"{kind}.bias", linear._parameters.get("bias"))
+
+
+def _check_plain(layer: object, wanted: type[nn.Linear | nn.Conv2d | nn.Embedding]) -> None:
+    kind, name = type(layer).__name__, wanted.__name__
+    if not isinstance(layer, wanted):
+        raise TypeError(
+            f"expected an nn.{name}, got {kind}; LoRA is for nn.Linear, nn.Conv2d, nn.Embedding and "
+            "nn.MultiheadAttention, other layers cannot carry it yet"
+        )
+    changed = [
+        method
+        for method in ("forward", "_conv_forward")
+        if getattr(type(layer), method, None) is not getattr(wanted, method, None) or method in vars(layer)
+    ]
+    if changed:
+        raise TypeError(
+            f"expected a plain nn.{name}, got {kind} with a forward of its own (quantised, hooked or already "
+            f"adapted); convert it back to nn.{name} first"
+        )
+    check_parameter(f"{kind}.weight", layer._parameters.get("weight"))
+    if getattr(layer, "bias", None) is not None:
+        check_parameter(f"{kind}.bias", layer._parameters.get("bias"))
 
 
 def check_parameter(name: str, parameter: object) -> None:

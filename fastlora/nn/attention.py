@@ -222,7 +222,7 @@ class LoRAMultiheadAttention(LoRAModule, nn.MultiheadAttention):
     def _project_rows(self, x: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
         rows = slice(start * self.embed_dim, stop * self.embed_dim)
         bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
-        out = self._project(x, self.in_proj_weight[rows], bias, self.lora_B[rows])
+        out = self._project(x, self.in_proj_weight[rows], bias, self.lora_A, self.lora_B[rows])
         return out.chunk(stop - start, dim=-1)
 
     def _split_heads(self, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from fastlora.functional import lora_linear
+from fastlora.nn._layout import lora_parts
 from fastlora.nn._settings import LoRASettings
 from fastlora.nn.tuner import TunerModule
 
@@ -19,7 +20,9 @@ _FOLD_ELEMENTS = 2**22
 
 
 class LoRAModule(TunerModule):
-    """Mixin for a layer with a frozen weight W ``[out, in]`` and a trainable update (alpha/rank)·B·A.
+    """Mixin for a layer with a frozen weight W and a trainable update (alpha/rank)·B·A.
+
+    The shapes below are those beside a W ``[out, in]``; convolutions and embeddings say their own.
 
     LoRA: Hu et al., https://arxiv.org/abs/2106.09685; rank-stabilised scaling: Kalajdzievski,
     https://arxiv.org/abs/2312.03732.
@@ -57,7 +60,7 @@ class LoRAModule(TunerModule):
 
     def adapter_params(self) -> list[str]:
         """Names of this layer's own trainable parameters."""
-        return ["lora_A", "lora_B"]
+        return list(lora_parts(self._weight_owner(), self.rank))
 
     def reset_lora_parameters(self) -> None:
         """Start a fresh update: A random, B zero, so that the layer computes exactly the frozen one.
@@ -78,12 +81,23 @@ class LoRAModule(TunerModule):
         takes the weight's place. The original is kept aside for :meth:`unmerge` and untouched, so a module
         that shares it keeps its values. A merged layer gives A and B no gradient. Merging twice changes
         nothing.
+
+        Raises:
+            ValueError: The weight can't hold the update (:class:`LoRAConv2d` with groups).
         """
         if self.merged:
             return
+        self.check_mergeable()
         original = self._weight()
         self._set_weight(nn.Parameter(self._fold(original), requires_grad=False))
         self._unmerged = (original,)
+
+    def check_mergeable(self) -> None:
+        """Refuse to merge an update that the weight can't hold; most can.
+
+        Raises:
+            ValueError: It can't.
+        """
 
     def unmerge(self) -> None:
         """Put the original weight back: the same object, hence the same bits. Without a merge, nothing."""
@@ -107,36 +121,43 @@ class LoRAModule(TunerModule):
         self.lora_dropout, self.rslora = settings.dropout, settings.rslora
         weight = self._weight()
         dtype = settings.adapter_dtype or _adapter_dtype(weight.dtype)
-        out_features, in_features = weight.shape
-        self.lora_A = nn.Parameter(torch.empty(self.rank, in_features, device=weight.device, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.empty(out_features, self.rank, device=weight.device, dtype=dtype))
+        for name, shape in lora_parts(self._weight_owner(), self.rank).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype)))
         self.reset_lora_parameters()
 
-    def _project(self, x: Tensor, weight: Tensor, bias: Tensor | None, lora_B: Tensor) -> Tensor:
+    def _project(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor
+    ) -> Tensor:
         if self.merged:
             return F.linear(x, weight, bias)
         return lora_linear(
             x,
             weight,
             bias,
-            self.lora_A,
+            lora_A,
             lora_B,
             scaling=self.scaling,
             dropout=self.lora_dropout,
             training=self.training,
         )
 
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """Two matrices whose product is the update of the weight, seen as ``[rows, everything else]``."""
+        return self.lora_B.flatten(1), self.lora_A.flatten(1)
+
     def _fold(self, weight: Tensor) -> Tensor:
         # float64 also keeps TF32 out; Metal has none
         wide = torch.float32 if weight.device.type == "mps" else torch.float64
-        lora_A = self.lora_A.to(wide)
+        left, right = self._factors()
+        right = right.to(wide)
         folded = torch.empty_like(weight)
-        rows = max(1, _FOLD_ELEMENTS // weight.shape[1])
+        rows = max(1, _FOLD_ELEMENTS // right.shape[1])
         with torch.autocast(weight.device.type, enabled=False):
-            for part, old, lora_B in zip(
-                folded.split(rows), weight.split(rows), self.lora_B.split(rows), strict=True
+            for part, old, factor in zip(
+                folded.split(rows), weight.split(rows), left.split(rows), strict=True
             ):
-                part.copy_(torch.addmm(old.to(wide), lora_B.to(wide), lora_A, alpha=self.scaling))
+                new = torch.addmm(old.flatten(1).to(wide), factor.to(wide), right, alpha=self.scaling)
+                part.copy_(new.view_as(part))
         return folded
 
     def _weight_owner(self) -> nn.Module:
@@ -185,10 +206,11 @@ class LoRAModule(TunerModule):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        own = {prefix + name for name in self.adapter_params()}
+        names = self.adapter_params()
+        own = {prefix + name for name in names}
         # a plain layer's state dict is complete without an adapter; half an adapter, or none at all to
         # fill meta tensors with, is not
-        if own.isdisjoint(state_dict) and not self.lora_A.is_meta:
+        if own.isdisjoint(state_dict) and not self.get_parameter(names[0]).is_meta:
             missing_keys[:] = [key for key in missing_keys if key not in own]
 
 

@@ -112,7 +112,7 @@ class LoRALinear(LoRAModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
-        return self._project(input, self.weight, self.bias, self.lora_B)
+        return self._project(input, self.weight, self.bias, self.lora_A, self.lora_B)
 
     def reset_parameters(self) -> None:
         """Draw the weight and bias as ``nn.Linear`` does, and start a fresh update."""
@@ -181,7 +181,8 @@ class LoRALayer(LoRAModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
-        return self._project(input, self.original_layer.weight, self.original_layer.bias, self.lora_B)
+        linear = self.original_layer
+        return self._project(input, linear.weight, linear.bias, self.lora_A, self.lora_B)
 
     def to_base(self) -> nn.Linear:
         """The original layer itself, with the update folded in if merged."""

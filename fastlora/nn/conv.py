@@ -1,0 +1,235 @@
+"""LoRA for ``nn.Conv2d``: a drop-in layer in PEFT's layout."""
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import Self
+
+from fastlora.nn._layout import rank_misfit
+from fastlora.nn._settings import LoRASettings, check_conv
+from fastlora.nn.base import LoRAModule
+from fastlora.nn.linear import describe
+
+Conv = TypeVar("Conv", bound=nn.Conv2d)
+Size = int | tuple[int, int]
+
+
+class LoRAConv2d(LoRAModule, nn.Conv2d):
+    """``nn.Conv2d`` with a frozen weight and a trainable low-rank update (https://arxiv.org/abs/2106.09685).
+
+    y = conv(x) + scaling · B(A(dropout(x))), with scaling = alpha/rank. A is a convolution to ``rank``
+    channels with the frozen one's kernel size, stride, padding, dilation and padding mode; B is a 1×1
+    convolution and starts at zero, so the first output equals the frozen layer's: bit for bit on a CPU, to
+    rounding where a 1×1 convolution runs in the kernels of :func:`fastlora.functional.lora_linear`. A plain
+    ``nn.Conv2d`` state dict loads as it is.
+
+    With groups, A still sees every input channel and only B is grouped, as in PEFT. Such an update does not
+    fit into the frozen weight: these layers can't be merged.
+
+    Args:
+        in_channels: Channels of x ``[N, in_channels, H, W]`` or ``[in_channels, H, W]``.
+        out_channels: Channels of y.
+        kernel_size: Height and width of the kernel, in pixels.
+        stride: As in ``nn.Conv2d``, like the rest up to ``padding_mode``.
+        padding: Pixels on each side, ``"same"`` or ``"valid"``.
+        dilation: Distance of the kernel's elements, in pixels.
+        groups: Blocks of channels that are convolved apart; they must divide ``rank``.
+        bias: Whether there is a (frozen) bias.
+        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
+        rank: Channels between A and B, at least 1.
+        alpha: Strength of the update.
+        dropout: Probability in [0, 1) of zeroing an element of the update's input while training.
+        rslora: Scale by alpha/√rank instead (https://arxiv.org/abs/2312.03732).
+        device: Device of every parameter.
+        dtype: Dtype of weight and bias.
+        adapter_dtype: Dtype of A and B; None means float32 for a 16-bit weight, else the weight's dtype.
+
+    Attributes:
+        lora_A: ``[rank, in_channels, *kernel_size]``, trainable.
+        lora_B: ``[out_channels, rank / groups, 1, 1]``, trainable, zero at the start.
+
+    Raises:
+        TypeError: ``rank`` is no integer, ``alpha`` or ``dropout`` no number, a dtype not floating.
+        ValueError: ``rank`` < 1 or not a multiple of ``groups``, ``dropout`` outside [0, 1), ``alpha`` not
+            finite.
+
+    Example:
+        >>> layer = LoRAConv2d(3, 8, 3, padding=1, rank=2)
+        >>> [tuple(p.shape) for p in layer.parameters() if p.requires_grad]
+        [(2, 3, 3, 3), (8, 2, 1, 1)]
+        >>> layer(torch.randn(1, 3, 5, 5)).shape
+        torch.Size([1, 8, 5, 5])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        rank: int = 16,
+        alpha: float = 32.0,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        """See the class."""
+        settings = LoRASettings(rank, alpha, dropout, rslora, adapter_dtype)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device=device,
+            dtype=dtype,
+        )
+        _check_rank(self, settings)
+        self._add_lora(settings)
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: nn.Conv2d,
+        *,
+        rank: int = 16,
+        alpha: float = 32.0,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """A LoRA layer around the weight and bias of ``conv``, which are shared and frozen, not copied.
+
+        Hooks are not carried over.
+
+        Args:
+            conv: The layer to adapt, with weight ``[out, in / groups, kh, kw]``; device and train/eval mode
+                are kept.
+            rank: As in the class, like the rest.
+            alpha: Strength of the update.
+            dropout: On the update's input.
+            rslora: Scale by alpha/√rank.
+            adapter_dtype: Dtype of A and B.
+
+        Raises:
+            TypeError: Not a plain ``nn.Conv2d`` with a floating Parameter as weight.
+            ValueError: The weight is on the meta device, the groups do not divide ``rank``, or a setting is
+                out of range.
+
+        Example:
+            >>> conv = nn.Conv2d(3, 8, 3)
+            >>> LoRAConv2d.from_conv(conv, rank=2).weight is conv.weight
+            True
+        """
+        settings = LoRASettings(rank, alpha, dropout, rslora, adapter_dtype)
+        check_conv(conv)
+        _check_rank(conv, settings)
+        layer = _share_conv(cls.__new__(cls), conv)
+        layer._add_lora(settings)
+        return layer.train(conv.training)
+
+    @property
+    def dropout(self) -> float:
+        """Probability of zeroing an element of the update's input (:attr:`lora_dropout`)."""
+        return self.lora_dropout
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[N, in_channels, H, W]`` to ``[N, out_channels, H', W']``, also without N."""
+        if self.merged:
+            return super().forward(input)
+        if self._is_pointwise() and _pixels_are_rows(input):
+            return self._project_pixels(input)
+        out = super().forward(input)
+        x = F.dropout(input, self.lora_dropout, self.training)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._reversed_padding_repeated_twice, self.padding_mode), (0, 0)
+        # as in the linear op, A and B are rounded to x's dtype
+        lora_A, lora_B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        update = F.conv2d(x, lora_A, None, self.stride, padding, self.dilation)
+        update = F.conv2d(update, lora_B, groups=self.groups)
+        return torch.add(out, update, alpha=self.scaling)
+
+    def check_mergeable(self) -> None:
+        """Refuse to merge with groups: A mixes channels of all groups, the frozen weight has none for that.
+
+        Raises:
+            ValueError: There are groups.
+        """
+        if self.groups > 1:
+            raise ValueError(
+                f"expected a convolution without groups to merge, got groups={self.groups}: in PEFT's layout "
+                "its update mixes channels of all groups, which the frozen weight can't hold; keep it unmerged"
+            )
+
+    def reset_parameters(self) -> None:
+        """Draw the weight and bias as ``nn.Conv2d`` does, and start a fresh update."""
+        self.unmerge()
+        super().reset_parameters()
+        if "lora_A" in self._parameters:
+            self.reset_lora_parameters()
+
+    def to_base(self) -> nn.Conv2d:
+        """A plain ``nn.Conv2d`` sharing this layer's weight (folded in if merged) and bias."""
+        return _share_conv(nn.Conv2d.__new__(nn.Conv2d), self)
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows between the brackets."""
+        return f"{super().extra_repr()}, {describe(self)}"
+
+    def _is_pointwise(self) -> bool:
+        # a 1×1 kernel pads nothing under "same" and "valid"
+        unpadded = isinstance(self.padding, str) or set(self.padding) == {0}
+        return set(self.kernel_size) == set(self.stride) == {1} and unpadded and self.groups == 1
+
+    def _project_pixels(self, x: Tensor) -> Tensor:
+        weights = (self.weight.flatten(1), self.bias, self.lora_A.flatten(1), self.lora_B.flatten(1))
+        return self._project(x.permute(0, 2, 3, 1), *weights).permute(0, 3, 1, 2)
+
+
+def _pixels_are_rows(x: Tensor) -> bool:
+    """Whether the linear op is to take this image as a view, one row a pixel.
+
+    Only channels_last images are such a view: a contiguous one would be copied on its way in, and come out in
+    another memory format than the frozen layer's. On a CPU the op has no kernels but library products, other
+    ones than a convolution's: nothing is gained there, and the first output would agree to rounding only.
+    """
+    return x.dim() == 4 and not x.is_cpu and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _check_rank(conv: nn.Conv2d, settings: LoRASettings) -> None:
+    misfit = rank_misfit(conv, settings.rank)
+    if misfit is not None:
+        raise ValueError(misfit)
+
+
+def _share_conv(target: Conv, source: nn.Conv2d) -> Conv:
+    nn.Conv2d.__init__(
+        target,
+        source.in_channels,
+        source.out_channels,
+        source.kernel_size,  # type: ignore[arg-type]
+        source.stride,  # type: ignore[arg-type]
+        source.padding,  # type: ignore[arg-type]
+        source.dilation,  # type: ignore[arg-type]
+        source.groups,
+        source.bias is not None,
+        source.padding_mode,
+        device="meta",
+    )
+    target.weight, target.bias = source.weight, source.bias
+    return target.train(source.training)

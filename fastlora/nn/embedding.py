@@ -1,0 +1,180 @@
+"""LoRA for ``nn.Embedding``: a drop-in layer in PEFT's layout."""
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import Self
+
+from fastlora.nn._settings import LoRASettings, check_embedding
+from fastlora.nn.base import LoRAModule
+from fastlora.nn.linear import describe
+
+Embedding = TypeVar("Embedding", bound=nn.Embedding)
+
+
+class LoRAEmbedding(LoRAModule, nn.Embedding):
+    """``nn.Embedding`` with a frozen weight and a trainable low-rank update (https://arxiv.org/abs/2106.09685).
+
+    y = W[i] + scaling · Aᵀ[i]·Bᵀ, with scaling = alpha/rank. Other than in a linear layer, A starts at zero
+    and B is random, as in PEFT and in LoRA's published code; so the first output equals the frozen layer's
+    bit for bit. There is no dropout. ``padding_idx``, ``scale_grad_by_freq`` and ``sparse`` act on A's columns
+    as they do on the rows of a weight: that of ``padding_idx`` gets no gradient and stays zero. ``max_norm``
+    is not accepted, as it rewrites the frozen weight in every forward. A plain ``nn.Embedding`` state dict
+    loads as it is.
+
+    Args:
+        num_embeddings: Number of rows of the weight, above every index.
+        embedding_dim: Size of one row.
+        padding_idx: Index of the row that never trains.
+        scale_grad_by_freq: Divide gradients by how often their index occurs in the batch.
+        sparse: Let A's gradient be a sparse tensor.
+        rank: Inner size of the update, at least 1.
+        alpha: Strength of the update.
+        rslora: Scale by alpha/√rank instead (https://arxiv.org/abs/2312.03732).
+        device: Device of every parameter.
+        dtype: Dtype of the weight.
+        adapter_dtype: Dtype of A and B; None means float32 for a 16-bit weight, else the weight's dtype.
+
+    Attributes:
+        lora_embedding_A: ``[rank, num_embeddings]``, trainable, zero at the start.
+        lora_embedding_B: ``[embedding_dim, rank]``, trainable.
+
+    Raises:
+        TypeError: ``rank`` is no integer, ``alpha`` no number, a dtype not floating.
+        ValueError: ``rank`` < 1, ``alpha`` not finite.
+
+    Example:
+        >>> layer = LoRAEmbedding(10, 4, rank=2)
+        >>> [name for name, p in layer.named_parameters() if p.requires_grad]
+        ['lora_embedding_A', 'lora_embedding_B']
+        >>> i = torch.tensor([[1, 2, 1]])
+        >>> torch.equal(layer(i), layer.weight[i])
+        True
+    """
+
+    lora_embedding_A: nn.Parameter
+    lora_embedding_B: nn.Parameter
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        *,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        rank: int = 16,
+        alpha: float = 32.0,
+        rslora: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        """See the class."""
+        settings = LoRASettings(rank, alpha, rslora=rslora, adapter_dtype=adapter_dtype)
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            padding_idx,
+            scale_grad_by_freq=scale_grad_by_freq,
+            sparse=sparse,
+            device=device,
+            dtype=dtype,
+        )
+        self._add_lora(settings)
+
+    @classmethod
+    def from_embedding(
+        cls,
+        embedding: nn.Embedding,
+        *,
+        rank: int = 16,
+        alpha: float = 32.0,
+        rslora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """A LoRA layer around the weight of ``embedding``, which is shared and frozen, not copied.
+
+        Hooks are not carried over.
+
+        Args:
+            embedding: The layer to adapt, with weight ``[num_embeddings, embedding_dim]``; device and
+                train/eval mode are kept.
+            rank: As in the class, like the rest.
+            alpha: Strength of the update.
+            rslora: Scale by alpha/√rank.
+            adapter_dtype: Dtype of A and B.
+
+        Raises:
+            TypeError: Not a plain ``nn.Embedding`` with a floating Parameter as weight.
+            ValueError: ``max_norm`` is set, the weight is on the meta device, or a setting is out of range.
+
+        Example:
+            >>> embedding = nn.Embedding(10, 4)
+            >>> LoRAEmbedding.from_embedding(embedding, rank=2).weight is embedding.weight
+            True
+        """
+        settings = LoRASettings(rank, alpha, rslora=rslora, adapter_dtype=adapter_dtype)
+        check_embedding(embedding)
+        layer = _share_embedding(cls.__new__(cls), embedding)
+        layer._add_lora(settings)
+        return layer.train(embedding.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Indices ``[...]`` to ``[..., embedding_dim]``."""
+        out = super().forward(input)
+        if self.merged:
+            return out
+        rows = F.embedding(
+            input,
+            self.lora_embedding_A.T,
+            self.padding_idx,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+            sparse=self.sparse,
+        )
+        update = F.linear(rows, self.lora_embedding_B)
+        # only the rows that were looked up are computed, so A and B need not be rounded to the weight's dtype
+        return torch.add(out, update, alpha=self.scaling).to(out.dtype)
+
+    def reset_lora_parameters(self) -> None:
+        """Start a fresh update: A zero, B from a standard normal distribution; a merged layer is unmerged.
+
+        With A at zero, rows that no batch contains keep their values.
+        """
+        self.unmerge()
+        nn.init.zeros_(self.lora_embedding_A)
+        nn.init.normal_(self.lora_embedding_B)
+
+    def reset_parameters(self) -> None:
+        """Draw the weight as ``nn.Embedding`` does, and start a fresh update."""
+        self.unmerge()
+        super().reset_parameters()
+        if "lora_embedding_A" in self._parameters:
+            self.reset_lora_parameters()
+
+    def to_base(self) -> nn.Embedding:
+        """A plain ``nn.Embedding`` sharing this layer's weight (folded in if merged)."""
+        return _share_embedding(nn.Embedding.__new__(nn.Embedding), self)
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows between the brackets."""
+        return f"{super().extra_repr()}, {describe(self)}"
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        return self.lora_embedding_A.T, self.lora_embedding_B.T
+
+
+def _share_embedding(target: Embedding, source: nn.Embedding) -> Embedding:
+    nn.Embedding.__init__(
+        target,
+        source.num_embeddings,
+        source.embedding_dim,
+        source.padding_idx,
+        scale_grad_by_freq=source.scale_grad_by_freq,
+        sparse=source.sparse,
+        device="meta",
+    )
+    target.weight = source.weight
+    return target.train(source.training)
