@@ -1,7 +1,6 @@
 """Put LoRA layers into a model by name, fold them in, and take them out again."""
 
 from collections.abc import Callable, Collection, Mapping
-from types import MethodType
 from typing import TypeVar
 
 import torch
@@ -33,7 +32,7 @@ from fastlora.nn.attention import check_attention
 Model = TypeVar("Model", bound=nn.Module)
 
 # what can carry LoRA: how the LoRA layer is made of it, and what checks that it can
-_KINDS: dict[type[nn.Module], tuple[MethodType, Callable[[object], None]]] = {
+_KINDS: dict[type[nn.Module], tuple[Callable[..., nn.Module], Callable[[object], None]]] = {
     nn.Linear: (LoRALinear.from_linear, check_linear),
     nn.MultiheadAttention: (LoRAMultiheadAttention.from_attention, check_attention),
     nn.Conv2d: (LoRAConv2d.from_conv, check_conv),
@@ -216,7 +215,7 @@ def check_unadapted(model: nn.Module) -> None:
         if isinstance(model, kind):
             raise ValueError(
                 f"expected a model around its layers, got a bare {type(model).__name__}; "
-                f"use fastlora.{maker.__self__.__name__}.{maker.__name__}(layer)"
+                f"use fastlora.{maker.__qualname__}(layer)"
             )
 
 

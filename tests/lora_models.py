@@ -69,3 +69,41 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
         return False
     as_bytes = [t.detach().contiguous().flatten().view(torch.uint8) for t in (left, right)]
     return torch.equal(*as_bytes)
+
+
+class ConvNet(nn.Module):
+    """Convolutions of several kinds and a head: ``[B, 3, 8, 8]`` to ``[B, 5]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.grouped = nn.Conv2d(8, 8, 3, groups=2)
+        self.point = nn.Conv2d(8, 6, 1, bias=False)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.point(self.grouped(self.stem(x)).relu()).mean((2, 3)))
+        return y
+
+
+class TextNet(nn.Module):
+    """An embedding and a head: indices ``[B, T]`` to ``[B, 5]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(11, 6, padding_idx=0)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        y: Tensor = self.head(self.words(indices).mean(1))
+        return y
+
+
+def conv_net() -> ConvNet:
+    torch.manual_seed(0)
+    return ConvNet()
+
+
+def text_net() -> TextNet:
+    torch.manual_seed(0)
+    return TextNet()

@@ -2,8 +2,8 @@
 
 Compared bit for bit: every A, B and saved module; outputs of models without attention, under the reference
 backend, whose formula is PEFT's; and PEFT's own outputs before and after a round trip through fastlora.
-PEFT folds the update into the weights of an nn.MultiheadAttention for each call, so there its outputs and
-ours agree to rounding only.
+PEFT folds the update into the weights of an nn.MultiheadAttention for each call, and rounds a convolution's
+or an embedding's update before it adds it, so there its outputs and ours agree to rounding only.
 
 What PEFT does otherwise, and these tests pin down:
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora.nn import LoRAModule, LoRAMultiheadAttention
-from tests.lora_models import mlp, randomize_adapters, same_bits, tiny_vit
+from tests.lora_models import TextNet, conv_net, mlp, randomize_adapters, same_bits, text_net, tiny_vit
 
 peft = pytest.importorskip("peft", reason="compares with PEFT, an optional package")
 
@@ -42,6 +42,12 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         tiny_vit,
         {"target_modules": ["self_attention", "head"], "rank_pattern": {r".*layer_0\.self_attention": 3}},
     ),
+    "conv": (conv_net, {"target_modules": ["stem", "grouped", "point"], "modules_to_save": ["head"]}),
+    "conv-patterns": (
+        conv_net,
+        {"target_modules": ["stem", "point", "head"], "rank_pattern": {"point": 5}, "use_rslora": True},
+    ),
+    "embedding": (text_net, {"target_modules": ["words", "head"]}),
     "vit-all": (
         tiny_vit,
         {"target_modules": ["self_attention", "mlp.0", "mlp.3", "head"], "use_rslora": True},
@@ -50,6 +56,8 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def given(model: nn.Module) -> Tensor:
+    if isinstance(model, TextNet):
+        return torch.tensor([[1, 2, 1, 0], [7, 10, 3, 4]])
     shape = (4, 12) if isinstance(model, nn.Sequential) else (4, 3, 8, 8)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
@@ -90,7 +98,8 @@ def as_peft_computes(ours: nn.Module) -> nn.Module:
 def assert_outputs_agree(ours: nn.Module, theirs: nn.Module, x: Tensor) -> None:
     with fastlora.use_backend("reference"):
         actual = as_peft_computes(ours)(x)
-    if any(isinstance(module, nn.MultiheadAttention) for module in ours.modules()):
+    rounded = (nn.MultiheadAttention, nn.Conv2d, nn.Embedding)
+    if any(isinstance(module, rounded) for module in ours.modules()):
         torch.testing.assert_close(actual, theirs(x), rtol=1e-4, atol=1e-4)
     else:
         assert torch.equal(actual, theirs(x))
@@ -115,12 +124,27 @@ def test_from_peft_and_back(tmp_path: Path, make: Any, settings: dict[str, Any])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("make", [mlp, tiny_vit])
+@pytest.mark.parametrize(
+    ("make", "targets"),
+    [
+        (mlp, "all-linear"),
+        (tiny_vit, "all-linear"),
+        (conv_net, ["stem", "point"]),
+        (text_net, ["words"]),
+    ],
+)
 @pytest.mark.parametrize("rslora", [False, True], ids=["alpha/r", "rslora"])
-def test_from_fastlora_and_back(tmp_path: Path, make: Any, rslora: bool) -> None:
+def test_from_fastlora_and_back(tmp_path: Path, make: Any, targets: Any, rslora: bool) -> None:
     base = make().eval()
     ours = randomize_adapters(
-        fastlora.apply_lora(copy.deepcopy(base), rank=3, alpha=5, rslora=rslora, modules_to_save=["head"])
+        fastlora.apply_lora(
+            copy.deepcopy(base),
+            target_modules=targets,
+            rank=3,
+            alpha=5,
+            rslora=rslora,
+            modules_to_save=["head"],
+        )
     )
     ours.get_submodule("heads.head" if make is tiny_vit else "head").get_parameter("bias").add_(1.0)
     fastlora.save_adapter(ours, tmp_path / "ours")

@@ -13,7 +13,8 @@ from sklearn.datasets import load_sample_images
 from torch import nn
 from torchvision import models
 
-from fastlora import create_transfer_model
+from fastlora import LoRAConv2d, create_transfer_model, merge_adapters, remove_adapters
+from fastlora._stages import head as find_head
 from fastlora.transfer.data import pretrained_transforms
 from fastlora.transfer.efficientnet import efficientnet_lite0
 from fastlora.transfer.strategies import STRATEGIES
@@ -220,3 +221,29 @@ def test_efficientnet_lite0_with_its_real_weights() -> None:
     nn.functional.cross_entropy(model.train()(photographs), torch.tensor([0, 2])).backward()
     assert trainable(model) == {"classifier"}
     assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "efficientnet_lite0", "densenet121"])
+def test_lora_of_a_network_of_convolutions(name: str) -> None:
+    torch.manual_seed(0)
+    weights = "DEFAULT" if name == "efficientnet_lite0" else None
+    model = create_transfer_model(name, 3, "lora", weights=weights, rank=2)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.05)
+    model.train()
+    model(images).square().sum().backward()
+    trained = {part for part, p in model.named_parameters() if p.requires_grad}
+    head = find_head(model)[0]
+    assert {part for part in trained if "lora_" not in part} == {f"{head}.weight", f"{head}.bias"}
+    untouched = [part for part in trained if model.get_parameter(part).grad is None]
+    assert not untouched
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    plain_ones = [m for m in convolutions if m.groups == 1 and "Same" not in type(m).__name__]
+    assert [m for m in convolutions if isinstance(m, LoRAConv2d)] == plain_ones
+    model = model.double().eval()
+    expected = model(images.double())
+    plain = remove_adapters(merge_adapters(model))
+    torch.testing.assert_close(plain(images.double()), expected)

@@ -6,7 +6,8 @@ from fastlora.nn.attention import LoRAMultiheadAttention
 from fastlora.nn.base import LoRAModule
 from fastlora.nn.conv import LoRAConv2d
 from fastlora.nn.embedding import LoRAEmbedding
-from fastlora.nn.linear import LoRALayer, LoRALinear
+from fastlora.nn.layer import LoRALayer
+from fastlora.nn.linear import LoRALinear
 from fastlora.nn.prompts import SoftPrompts, VisualPrompts
 from fastlora.nn.tuner import TunerModule
 

@@ -39,3 +39,14 @@ def rank_misfit(layer: nn.Module, rank: int) -> str | None:
             "use another rank, or leave this layer out"
         )
     return None
+
+
+def check_rank(layer: nn.Module, rank: int) -> None:
+    """Refuse a rank that this layer can't carry.
+
+    Raises:
+        ValueError: See :func:`rank_misfit`.
+    """
+    misfit = rank_misfit(layer, rank)
+    if misfit is not None:
+        raise ValueError(misfit)

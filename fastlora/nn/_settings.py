@@ -189,7 +189,7 @@ def check_embedding(embedding: object) -> None:
     Raises:
         TypeError: Not an ``nn.Embedding``, one that computes something else (scaled, already adapted), or
             one whose weight is no plain floating Parameter.
-        ValueError: ``max_norm`` is set, or the weight is on the meta device.
+        ValueError: ``max_norm`` or ``sparse`` is set, or the weight is on the meta device.
     """
     _check_plain(embedding, nn.Embedding)
     assert isinstance(embedding, nn.Embedding)
@@ -197,6 +197,11 @@ def check_embedding(embedding: object) -> None:
         raise ValueError(
             f"expected an nn.Embedding without max_norm, got max_norm={embedding.max_norm}, which rewrites "
             "the frozen weight in every forward; renormalise the weight once and set max_norm = None"
+        )
+    if embedding.sparse:
+        raise ValueError(
+            "expected an nn.Embedding with sparse=False, got sparse=True; the gradient of a LoRA update is "
+            "dense and small, so set embedding.sparse = False"
         )
 
 

@@ -1,13 +1,13 @@
 """LoRA for ``nn.Conv2d``: a drop-in layer in PEFT's layout."""
 
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from fastlora.nn._layout import rank_misfit
+from fastlora.nn._layout import check_rank
 from fastlora.nn._settings import LoRASettings, check_conv
 from fastlora.nn.base import LoRAModule
 from fastlora.nn.linear import describe
@@ -73,7 +73,7 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
         dilation: Size = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         *,
         rank: int = 16,
         alpha: float = 32.0,
@@ -98,7 +98,7 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
             device=device,
             dtype=dtype,
         )
-        _check_rank(self, settings)
+        check_rank(self, settings.rank)
         self._add_lora(settings)
 
     @classmethod
@@ -137,7 +137,7 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
         """
         settings = LoRASettings(rank, alpha, dropout, rslora, adapter_dtype)
         check_conv(conv)
-        _check_rank(conv, settings)
+        check_rank(conv, settings.rank)
         layer = _share_conv(cls.__new__(cls), conv)
         layer._add_lora(settings)
         return layer.train(conv.training)
@@ -149,20 +149,7 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[N, in_channels, H, W]`` to ``[N, out_channels, H', W']``, also without N."""
-        if self.merged:
-            return super().forward(input)
-        if self._is_pointwise() and _pixels_are_rows(input):
-            return self._project_pixels(input)
-        out = super().forward(input)
-        x = F.dropout(input, self.lora_dropout, self.training)
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self._reversed_padding_repeated_twice, self.padding_mode), (0, 0)
-        # as in the linear op, A and B are rounded to x's dtype
-        lora_A, lora_B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        update = F.conv2d(x, lora_A, None, self.stride, padding, self.dilation)
-        update = F.conv2d(update, lora_B, groups=self.groups)
-        return torch.add(out, update, alpha=self.scaling)
+        return convolve(self, self, input)
 
     def check_mergeable(self) -> None:
         """Refuse to merge with groups: A mixes channels of all groups, the frozen weight has none for that.
@@ -170,11 +157,7 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
         Raises:
             ValueError: There are groups.
         """
-        if self.groups > 1:
-            raise ValueError(
-                f"expected a convolution without groups to merge, got groups={self.groups}: in PEFT's layout "
-                "its update mixes channels of all groups, which the frozen weight can't hold; keep it unmerged"
-            )
+        check_groups(self)
 
     def reset_parameters(self) -> None:
         """Draw the weight and bias as ``nn.Conv2d`` does, and start a fresh update."""
@@ -189,16 +172,50 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
 
     def extra_repr(self) -> str:
         """What ``print`` shows between the brackets."""
-        return f"{super().extra_repr()}, {describe(self)}"
+        return f"{super().extra_repr()}, {describe(self)}"  # type: ignore[no-untyped-call]
 
-    def _is_pointwise(self) -> bool:
-        # a 1×1 kernel pads nothing under "same" and "valid"
-        unpadded = isinstance(self.padding, str) or set(self.padding) == {0}
-        return set(self.kernel_size) == set(self.stride) == {1} and unpadded and self.groups == 1
 
-    def _project_pixels(self, x: Tensor) -> Tensor:
-        weights = (self.weight.flatten(1), self.bias, self.lora_A.flatten(1), self.lora_B.flatten(1))
-        return self._project(x.permute(0, 2, 3, 1), *weights).permute(0, 3, 1, 2)
+def convolve(layer: LoRAModule, conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """The convolution of ``conv`` with the update of ``layer``, which is it or stands around it.
+
+    Args:
+        layer: Holds the update.
+        conv: Holds weight, bias and geometry.
+        x: ``[N, in_channels, H, W]``, also without N.
+    """
+    if not layer.merged and _is_pointwise(conv) and _pixels_are_rows(x):
+        weights = (conv.weight.flatten(1), conv.bias, layer.lora_A.flatten(1), layer.lora_B.flatten(1))
+        return layer._project(x.permute(0, 2, 3, 1), *weights).permute(0, 3, 1, 2)
+    out = nn.Conv2d.forward(conv, x)
+    if layer.merged:
+        return out
+    x, padding = F.dropout(x, layer.lora_dropout, layer.training), conv.padding
+    if conv.padding_mode != "zeros":
+        x, padding = F.pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode), (0, 0)
+    # as in the linear op, A and B are rounded to x's dtype
+    lora_A, lora_B = layer.lora_A.to(x.dtype), layer.lora_B.to(x.dtype)
+    update = F.conv2d(x, lora_A, None, conv.stride, padding, conv.dilation)
+    update = F.conv2d(update, lora_B, groups=conv.groups)
+    return torch.add(out, update, alpha=layer.scaling)
+
+
+def check_groups(conv: nn.Conv2d) -> None:
+    """Refuse to merge with groups: A mixes channels of all groups, the frozen weight has none for that.
+
+    Raises:
+        ValueError: There are groups.
+    """
+    if conv.groups > 1:
+        raise ValueError(
+            f"expected a convolution without groups to merge, got groups={conv.groups}: in PEFT's layout "
+            "its update mixes channels of all groups, which the frozen weight can't hold; keep it unmerged"
+        )
+
+
+def _is_pointwise(conv: nn.Conv2d) -> bool:
+    # a 1×1 kernel pads nothing under "same" and "valid"
+    unpadded = isinstance(conv.padding, str) or set(conv.padding) == {0}
+    return set(conv.kernel_size) == set(conv.stride) == {1} and unpadded and conv.groups == 1
 
 
 def _pixels_are_rows(x: Tensor) -> bool:
@@ -209,12 +226,6 @@ def _pixels_are_rows(x: Tensor) -> bool:
     ones than a convolution's: nothing is gained there, and the first output would agree to rounding only.
     """
     return x.dim() == 4 and not x.is_cpu and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def _check_rank(conv: nn.Conv2d, settings: LoRASettings) -> None:
-    misfit = rank_misfit(conv, settings.rank)
-    if misfit is not None:
-        raise ValueError(misfit)
 
 
 def _share_conv(target: Conv, source: nn.Conv2d) -> Conv:

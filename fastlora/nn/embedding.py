@@ -19,17 +19,16 @@ class LoRAEmbedding(LoRAModule, nn.Embedding):
 
     y = W[i] + scaling · Aᵀ[i]·Bᵀ, with scaling = alpha/rank. Other than in a linear layer, A starts at zero
     and B is random, as in PEFT and in LoRA's published code; so the first output equals the frozen layer's
-    bit for bit. There is no dropout. ``padding_idx``, ``scale_grad_by_freq`` and ``sparse`` act on A's columns
-    as they do on the rows of a weight: that of ``padding_idx`` gets no gradient and stays zero. ``max_norm``
-    is not accepted, as it rewrites the frozen weight in every forward. A plain ``nn.Embedding`` state dict
-    loads as it is.
+    bit for bit. There is no dropout. ``padding_idx`` and ``scale_grad_by_freq`` act on A's columns as they do
+    on the rows of a weight: that of ``padding_idx`` gets no gradient and stays zero. ``max_norm`` is not
+    accepted, as it rewrites the frozen weight in every forward, nor is ``sparse``, as no sparse gradient
+    reaches A through its transposition. A plain ``nn.Embedding`` state dict loads as it is.
 
     Args:
         num_embeddings: Number of rows of the weight, above every index.
         embedding_dim: Size of one row.
         padding_idx: Index of the row that never trains.
         scale_grad_by_freq: Divide gradients by how often their index occurs in the batch.
-        sparse: Let A's gradient be a sparse tensor.
         rank: Inner size of the update, at least 1.
         alpha: Strength of the update.
         rslora: Scale by alpha/√rank instead (https://arxiv.org/abs/2312.03732).
@@ -64,7 +63,6 @@ class LoRAEmbedding(LoRAModule, nn.Embedding):
         padding_idx: int | None = None,
         *,
         scale_grad_by_freq: bool = False,
-        sparse: bool = False,
         rank: int = 16,
         alpha: float = 32.0,
         rslora: bool = False,
@@ -79,7 +77,6 @@ class LoRAEmbedding(LoRAModule, nn.Embedding):
             embedding_dim,
             padding_idx,
             scale_grad_by_freq=scale_grad_by_freq,
-            sparse=sparse,
             device=device,
             dtype=dtype,
         )
@@ -109,7 +106,8 @@ class LoRAEmbedding(LoRAModule, nn.Embedding):
 
         Raises:
             TypeError: Not a plain ``nn.Embedding`` with a floating Parameter as weight.
-            ValueError: ``max_norm`` is set, the weight is on the meta device, or a setting is out of range.
+            ValueError: ``max_norm`` or ``sparse`` is set, the weight is on the meta device, or a setting is
+                out of range.
 
         Example:
             >>> embedding = nn.Embedding(10, 4)
@@ -132,7 +130,6 @@ class LoRAEmbedding(LoRAModule, nn.Embedding):
             self.lora_embedding_A.T,
             self.padding_idx,
             scale_grad_by_freq=self.scale_grad_by_freq,
-            sparse=self.sparse,
         )
         update = F.linear(rows, self.lora_embedding_B)
         # only the rows that were looked up are computed, so A and B need not be rounded to the weight's dtype
@@ -173,7 +170,6 @@ def _share_embedding(target: Embedding, source: nn.Embedding) -> Embedding:
         source.embedding_dim,
         source.padding_idx,
         scale_grad_by_freq=source.scale_grad_by_freq,
-        sparse=source.sparse,
         device="meta",
     )
     target.weight = source.weight

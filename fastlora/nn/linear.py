@@ -1,6 +1,6 @@
 """LoRA for ``nn.Linear``: a drop-in layer, and a wrapper around a layer that stays as it is."""
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -128,90 +128,6 @@ class LoRALinear(LoRAModule, nn.Linear):
     def extra_repr(self) -> str:
         """What ``print`` shows between the brackets."""
         return f"{super().extra_repr()}, {describe(self)}"
-
-
-class LoRALayer(LoRAModule):
-    """A layer kept whole as ``original_layer``, with a trainable low-rank update beside it.
-
-    Computes what :class:`LoRALinear` does. Choose it where the original module must stay an object of its
-    own; ``remove_adapters`` gives exactly it back.
-
-    Args:
-        original_layer: An ``nn.Linear``; it is frozen, and its weight and bias stay in it.
-        rank: Inner size of the update, at least 1.
-        alpha: Strength of the update.
-        dropout: Probability in [0, 1) of zeroing an element of the update's input while training.
-        rslora: Scale by alpha/√rank instead of alpha/rank.
-        adapter_dtype: Dtype of A and B; None means float32 for a 16-bit weight, else the weight's dtype.
-
-    Raises:
-        TypeError: ``original_layer`` is not a plain ``nn.Linear``, or a setting has the wrong type.
-        ValueError: A setting is out of range, or the weight is on the meta device.
-
-    Example:
-        >>> layer = LoRALayer(nn.Linear(8, 4), rank=2)
-        >>> layer(torch.zeros(3, 8)).shape
-        torch.Size([3, 4])
-    """
-
-    original_layer: nn.Linear
-
-    def __init__(
-        self,
-        original_layer: nn.Linear,
-        rank: int = 16,
-        alpha: float = 32,
-        dropout: float = 0.0,
-        *,
-        rslora: bool = False,
-        adapter_dtype: torch.dtype | None = None,
-    ) -> None:
-        """See the class."""
-        settings = LoRASettings(rank, alpha, dropout, rslora, adapter_dtype)
-        check_linear(original_layer)
-        super().__init__()
-        self.original_layer = original_layer
-        self._add_lora(settings)
-        self.train(original_layer.training)
-
-    @property
-    def dropout(self) -> float:
-        """Probability of zeroing an element of the update's input (:attr:`lora_dropout`)."""
-        return self.lora_dropout
-
-    def forward(self, input: Tensor) -> Tensor:
-        """``[..., in_features]`` to ``[..., out_features]``."""
-        linear = self.original_layer
-        return self._project(input, linear.weight, linear.bias, self.lora_A, self.lora_B)
-
-    def to_base(self) -> nn.Linear:
-        """The original layer itself, with the update folded in if merged."""
-        return self.original_layer
-
-    def extra_repr(self) -> str:
-        """What ``print`` shows between the brackets."""
-        return describe(self)
-
-    def _weight_owner(self) -> nn.Module:
-        return self.original_layer
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        # a plain nn.Linear state dict knows nothing of the wrapper
-        for name in ("weight", "bias"):
-            if prefix + name in state_dict:
-                state_dict[f"{prefix}original_layer.{name}"] = state_dict.pop(prefix + name)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
 
 
 def describe(layer: LoRAModule) -> str:

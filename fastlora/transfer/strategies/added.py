@@ -1,11 +1,12 @@
 """Strategies that freeze the model and train what they add."""
 
+import re
 from collections.abc import Collection
 
 from torch import nn
 
 from fastlora.adapters import apply_adapters
-from fastlora.inject import apply_lora
+from fastlora.inject import apply_lora, cannot_carry
 from fastlora.prompting import apply_prompts
 
 
@@ -17,13 +18,19 @@ def lora(
     rank: int = 16,
     alpha: float = 32.0,
     dropout: float = 0.0,
-    target_modules: str | Collection[str] = "all-linear",
+    target_modules: str | Collection[str] | None = None,
 ) -> None:
-    """LoRA on every linear layer and attention, or on ``target_modules``; see :func:`fastlora.apply_lora`."""
+    """LoRA on ``target_modules``; see :func:`fastlora.apply_lora`.
+
+    None stands for every linear layer and attention; in a network of convolutions, where these hold most of
+    the weights, for every plain convolution too. Depthwise and grouped ones stay as they are: few weights are
+    in them, and their updates could not be merged. So do those with a forward of their own, such as timm's
+    ``Conv2dSame``.
+    """
     _no_batch_norm("lora", train_batch_norm)
     apply_lora(
         model,
-        target_modules=target_modules,
+        target_modules=_targets(model, head) if target_modules is None else target_modules,
         rank=rank,
         alpha=alpha,
         dropout=dropout,
@@ -63,3 +70,19 @@ def _no_batch_norm(strategy: str, train_batch_norm: bool) -> None:
             f"expected train_batch_norm=False for strategy {strategy!r}, got True; "
             "its file would not hold the statistics that moved"
         )
+
+
+def _targets(model: nn.Module, head: str) -> str:
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    convolutions = sum(m.weight.numel() for m in layers.values() if isinstance(m, nn.Conv2d))
+    if 2 * convolutions < sum(parameter.numel() for parameter in model.parameters()):
+        return "all-linear"
+    chosen = [
+        re.escape(name)
+        for name, layer in layers.items()
+        if name != head
+        and not (isinstance(layer, nn.Conv2d) and layer.groups > 1)
+        and cannot_carry(layer) is None
+    ]
+    # as a regular expression it means whole names only
+    return "|".join(chosen)
