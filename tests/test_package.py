@@ -42,6 +42,9 @@ def test_import_is_lazy() -> None:
     heavy = "('triton', 'fastlora_kernels', 'matplotlib', 'torchvision', 'peft', 'transformers', 'rich')"
     loaded = run_python(f"import fastlora, sys; print([name for name in {heavy} if name in sys.modules])")
     assert loaded.strip() == "[]"
+    slow = "('matplotlib', 'torchvision', 'accelerate')"
+    loaded = run_python(f"import fastlora.cli, sys; print([name for name in {slow} if name in sys.modules])")
+    assert loaded.strip() == "[]"
 
 
 def test_kernels_folder_never_becomes_a_package() -> None:
@@ -73,7 +76,7 @@ def test_only_one_file_reads_the_environment() -> None:
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["lora", "adapters-and-prompts", "transfer"])
+@pytest.mark.parametrize("example", EXAMPLES, ids=["lora", "adapters-and-prompts", "transfer", "trainer"])
 def test_readme_example_runs(
     example: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

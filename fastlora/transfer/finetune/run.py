@@ -21,6 +21,8 @@ from fastlora.transfer.training import Trainer, TrainResult, TrainSettings
 
 CONFIG, REPORT, FEATURES = "config.toml", "report.json", "features"
 
+View = Callable[[LabelledImages], LabelledImages]
+
 
 def finetune(
     settings: FinetuneSettings,
@@ -59,7 +61,33 @@ def finetune(
     job = prepare(settings, training, reporter, images, test_images)
     parameters = job.parameters()
     view = _view(job, settings, output, reporter)
-    trainer = Trainer(
+    trainer = _trainer(job, settings, view, output, reporter)
+    result = trainer.fit(resume=resume)
+    judged = job.validation if job.test is None else job.test
+    scores = evaluate(trainer.predict(view(judged)), judged)
+    is_main, size = trainer.is_main, int(judged[0][0].shape[-1])
+    files = save_run(output, job.model, job.strategy, settings, judged.classes, size, is_main=is_main)
+    accelerator = trainer.accelerator
+    report = {
+        "config": as_config(replace(settings, strategy=job.strategy.name, lr=job.training.lr), job.training),
+        **_job_record(job),
+        "parameters": parameters.as_json(),
+        **_training_record(result),
+        "evaluated_on": "validation" if job.test is None else "test",
+        "evaluation": scores,
+        "files": files,
+        **environment(accelerator.device, str(accelerator.mixed_precision)),
+        "total_seconds": time.perf_counter() - started,
+    }
+    if is_main:
+        write_file(output / CONFIG, tomli_w.dumps(report["config"]).encode())
+        write_report(output / REPORT, report)
+        write_page(output, report, judged)
+    return report
+
+
+def _trainer(job: Job, settings: FinetuneSettings, view: View, output: Path, reporter: Reporter) -> Trainer:
+    return Trainer(
         HeadOnly(job.head) if settings.cache_features else job.model,
         view(job.train),
         view(job.validation),
@@ -69,43 +97,9 @@ def finetune(
         configuration={"model": settings.model, "strategy": job.strategy.name, **settings.options()},
         reporter=reporter,
     )
-    config = as_config(replace(settings, strategy=job.strategy.name, lr=job.training.lr), job.training)
-    result = trainer.fit(resume=resume)
-    judged = job.validation if job.test is None else job.test
-    scores = evaluate(trainer.predict(view(judged)), judged)
-    files = save_run(
-        output,
-        job.model,
-        job.strategy,
-        settings,
-        judged.classes,
-        int(judged[0][0].shape[-1]),
-        is_main=trainer.is_main,
-    )
-    report = {
-        "config": config,
-        "strategy": {"name": job.strategy.name, "summary": job.strategy.summary},
-        "recommendation": asdict(job.recommendation),
-        "pictures": _counts(job),
-        "classes": list(judged.classes),
-        "parameters": parameters.as_json(),
-        **_training_record(result),
-        "evaluated_on": "validation" if job.test is None else "test",
-        "evaluation": scores,
-        "files": files,
-        **environment(trainer.device, trainer.precision),
-        "total_seconds": time.perf_counter() - started,
-    }
-    if trainer.is_main:
-        write_file(output / CONFIG, tomli_w.dumps(config).encode())
-        write_report(output / REPORT, report)
-        write_page(output, report, judged)
-    return report
 
 
-def _view(
-    job: Job, settings: FinetuneSettings, output: Path, reporter: Reporter
-) -> Callable[[LabelledImages], LabelledImages]:
+def _view(job: Job, settings: FinetuneSettings, output: Path, reporter: Reporter) -> View:
     """What the trained part sees of pictures: themselves, or their features."""
     if not settings.cache_features:
         return lambda images: images
@@ -120,11 +114,16 @@ def _view(
     return features
 
 
-def _counts(job: Job) -> dict[str, int]:
+def _job_record(job: Job) -> dict[str, Any]:
     return {
-        "train": len(job.train),
-        "validation": len(job.validation),
-        "test": 0 if job.test is None else len(job.test),
+        "strategy": {"name": job.strategy.name, "summary": job.strategy.summary},
+        "recommendation": asdict(job.recommendation),
+        "pictures": {
+            "train": len(job.train),
+            "validation": len(job.validation),
+            "test": 0 if job.test is None else len(job.test),
+        },
+        "classes": list(job.train.classes),
     }
 
 

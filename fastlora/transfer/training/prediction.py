@@ -1,33 +1,29 @@
 """What a model says of pictures, divided among processes."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fastlora.transfer.data import LabelledImages
+from fastlora.transfer.training.engine import logits_of
 
 
+@torch.no_grad()
 def predict(
-    evaluate: Callable[[Tensor], Tensor],
-    images: LabelledImages,
-    batch_size: int,
-    workers: int,
-    accelerator: Any,
-    on_done: Callable[[int, int], None] | None = None,
+    model: nn.Module, images: LabelledImages, batch_size: int, workers: int, accelerator: Any
 ) -> Tensor:
     """Logits ``[n, classes]`` of all pictures, float32 on the CPU, the same in every process.
 
     Args:
-        evaluate: From inputs ``[B, ...]`` on the accelerator's device to logits.
+        model: On the accelerator's device; put into eval mode.
         images: With the evaluation transform.
         batch_size: Pictures at a time, over all processes.
         workers: Processes that load pictures.
         accelerator: An ``accelerate.Accelerator``.
-        on_done: Called with how many pictures are done, of how many.
     """
+    model.eval()
     rank, processes, count = accelerator.process_index, accelerator.num_processes, len(images)
     size = -(-batch_size // processes)
     # what is short of a round is filled up with the last picture, and cut off again
@@ -39,9 +35,8 @@ def predict(
         images, batch_sampler=keys, num_workers=workers, generator=torch.Generator()
     )
     found: list[Tensor] = []
-    for done, (inputs, _) in enumerate(loader, start=1):
-        logits = evaluate(inputs.to(accelerator.device))
+    for inputs, _ in loader:
+        with accelerator.autocast():
+            logits = logits_of(model(inputs.to(accelerator.device))).float()
         found.append(accelerator.gather(logits).cpu())
-        if on_done is not None:
-            on_done(min(done * size * processes, count), count)
     return torch.cat(found)[:count]

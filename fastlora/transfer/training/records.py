@@ -2,6 +2,13 @@
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastlora.transfer.data import LabelledImages
+from fastlora.transfer.metrics import accuracy, balanced_accuracy, confusion_matrix
+
 
 @dataclass(frozen=True)
 class EpochRecord:
@@ -61,3 +68,14 @@ class TrainResult:
     def best(self) -> EpochRecord:
         """The best epoch."""
         return self.history[self.best_epoch - 1]
+
+
+def scores(logits: Tensor, images: LabelledImages) -> dict[str, float]:
+    """What an epoch's logits ``[n, classes]`` of the validation pictures are worth."""
+    labels = torch.tensor(images.labels)
+    confusion = confusion_matrix(labels, logits.argmax(dim=1), len(images.classes))
+    return {
+        "validation_loss": float(F.cross_entropy(logits.double(), labels)),
+        "accuracy": accuracy(confusion),
+        "balanced_accuracy": balanced_accuracy(confusion),
+    }

@@ -9,28 +9,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastlora._stages import head as find_head
 from fastlora.transfer.data import LabelledImages
 from fastlora.transfer.fit import make_accelerator
 from fastlora.transfer.freezing import keep_frozen_in_eval
 from fastlora.transfer.memory import PeakMemory
-from fastlora.transfer.metrics import accuracy, balanced_accuracy, confusion_matrix
 from fastlora.transfer.report import check_output_folder
 from fastlora.transfer.study import Reporter
 from fastlora.transfer.training.average import WeightAverage
 from fastlora.transfer.training.batches import BatchPlan, Part
 from fastlora.transfer.training.checkpoint import Checkpoints
 from fastlora.transfer.training.checks import check_classes, check_processes, not_finite, what_changes
-from fastlora.transfer.training.engine import Engine, logits_of
+from fastlora.transfer.training.engine import Engine
 from fastlora.transfer.training.fingerprint import check_same, fingerprint
 from fastlora.transfer.training.logs import NoLogs, RunLogs
 from fastlora.transfer.training.loss import Loss
 from fastlora.transfer.training.prediction import predict
 from fastlora.transfer.training.progress import Progress
 from fastlora.transfer.training.randomness import generator_states, set_generator_states, start_from
-from fastlora.transfer.training.records import EpochRecord, TrainResult
+from fastlora.transfer.training.records import EpochRecord, TrainResult, scores
 from fastlora.transfer.training.settings import TrainSettings
 from fastlora.transfer.unfreezing import GradualUnfreezing
 
@@ -91,20 +89,20 @@ class Trainer:
         self._configuration = dict(configuration or {})
         if unfreezing is not None:
             self._configuration["unfreezing"] = [list(unfreezing.at), unfreezing.unit]
-        self._accelerator = make_accelerator(settings.precision) if accelerator is None else accelerator
-        check_processes(self._accelerator.num_processes, len(train), settings, unfreezing)
+        self.accelerator = make_accelerator(settings.precision) if accelerator is None else accelerator
+        check_processes(self.accelerator.num_processes, len(train), settings, unfreezing)
         self.total_steps = settings.total_steps(len(train))
         self._steps_per_epoch = settings.steps_per_epoch(len(train))
         self._saved = what_changes(self.model, self._head, unfreezing)
         self._checkpoints = Checkpoints(output / CHECKPOINTS)
-        self._loss = Loss.of(train, settings, self._accelerator.device)
+        self._loss = Loss.of(train, settings, self.accelerator.device)
         self._plan = BatchPlan(
             train,
             settings.batch_size,
             settings.seed,
             settings.accumulation,
-            self._accelerator.process_index,
-            self._accelerator.num_processes,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
             in_pairs=settings.mixup > 0,
         )
 
@@ -133,7 +131,7 @@ class Trainer:
         if found is not None:
             check_same(found[1]["fingerprint"], self._fingerprint)
         self._begin(None if found is None else found[1])
-        peak = PeakMemory(self._accelerator.device)
+        peak = PeakMemory(self.accelerator.device)
         try:
             with peak:
                 self._peak = peak
@@ -162,7 +160,7 @@ class Trainer:
         self._trained_stages: int | None = None
         self._unfreeze()
         self._engine = Engine(
-            self.model, self._head, self._saved, self._settings, self.total_steps, self._accelerator
+            self.model, self._head, self._saved, self._settings, self.total_steps, self.accelerator
         )
         decay = self._settings.ema
         self._average = None if decay is None else WeightAverage(self.model, self._saved, decay)
@@ -177,33 +175,15 @@ class Trainer:
     @property
     def is_main(self) -> bool:
         """Whether this process is the one that writes files."""
-        return bool(self._accelerator.is_main_process)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        device: torch.device = self._accelerator.device
-        return device
-
-    @property
-    def precision(self) -> str:
-        """Of the products: no (the weights' own), bf16 or fp16."""
-        return str(self._accelerator.mixed_precision)
+        return bool(self.accelerator.is_main_process)
 
     def predict(self, images: LabelledImages) -> Tensor:
         """Logits ``[n, classes]`` (float32, CPU) of pictures with the evaluation transform.
 
         Every process has to call it, and gets all of them.
         """
-        self.model.eval()
         settings = self._settings
-
-        @torch.no_grad()
-        def evaluate(inputs: Tensor) -> Tensor:
-            with self._accelerator.autocast():
-                return logits_of(self.model(inputs)).float()
-
-        return predict(evaluate, images, settings.batch_size, settings.workers, self._accelerator)
+        return predict(self.model, images, settings.batch_size, settings.workers, self.accelerator)
 
     def _run_epoch(self) -> None:
         progress = self._progress
@@ -224,12 +204,12 @@ class Trainer:
                 return
 
     def _step(self, parts: list[Part], epoch: int) -> None:
-        progress, device = self._progress, self._accelerator.device
+        progress, device = self._progress, self.accelerator.device
         indices = self._plan.batches(epoch)[progress.step % self._steps_per_epoch]
         share = self._loss.share(progress.step)
         weight = self._loss.weight([self._train.labels[i] for i in indices], share)
         # processes average their gradients, so each one's are multiplied by how many there are
-        scale = self._accelerator.num_processes / weight
+        scale = self.accelerator.num_processes / weight
         total = torch.zeros((), device=device)
         for place, part in enumerate(parts):
             with self._engine.part(last=place == len(parts) - 1):
@@ -237,11 +217,11 @@ class Trainer:
                 loss = self._loss.sum(logits.float(), part.labels.to(device), part.counted.to(device), share)
                 self._engine.backward(loss * scale)
             total += loss.detach()
-        value = float(self._accelerator.reduce(total, reduction="sum")) / weight
+        value = float(self.accelerator.reduce(total, reduction="sum")) / weight
         self._check_finite("loss", value, parts)
         lr = self._engine.lr
         norm = self._engine.step()
-        if norm is not None and self._accelerator.scaler is None:
+        if norm is not None and self.accelerator.scaler is None:
             self._check_finite("norm of the gradients", norm, parts)
         progress.take_step(value, len(indices))
         if self._average is not None:
@@ -252,18 +232,14 @@ class Trainer:
             self._reporter.advance("train", progress.step, self.total_steps, value, memory=self._peak.bytes)
 
     def _validate(self, epoch: int) -> None:
-        progress, images = self._progress, self._validation
+        progress = self._progress
         with self._averaged():
-            logits = self.predict(images)
-        labels = torch.tensor(images.labels)
-        confusion = confusion_matrix(labels, logits.argmax(dim=1), len(images.classes))
+            logits = self.predict(self._validation)
         record = EpochRecord(
             epoch=epoch + 1,
             step=progress.step,
             train_loss=progress.loss_sum / progress.examples,
-            validation_loss=float(F.cross_entropy(logits.double(), labels)),
-            accuracy=accuracy(confusion),
-            balanced_accuracy=balanced_accuracy(confusion),
+            **scores(logits, self._validation),
             lr=self._lr,
             trained_stages=self._trained_stages,
             seconds=progress.seconds,
@@ -302,8 +278,8 @@ class Trainer:
 
     def _save(self) -> None:
         gathered = [generator_states()]
-        if self._accelerator.num_processes > 1:
-            gathered = self._accelerator.gather_for_metrics(gathered, use_gather_object=True)
+        if self.accelerator.num_processes > 1:
+            gathered = self.accelerator.gather_for_metrics(gathered, use_gather_object=True)
         state = {
             "engine": self._engine.state(),
             "average": None if self._average is None else self._average.state(),
@@ -314,11 +290,11 @@ class Trainer:
         if self.is_main:
             self._logs.flush()
             self._checkpoints.save(self._progress.step, state)
-        self._accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
 
     def _restore(self, state: dict[str, Any]) -> None:
         self._engine.set_state(state["engine"])
         if self._average is not None:
             self._average.set_state(state["average"])
         generators = state["generators"]
-        set_generator_states(generators[self._accelerator.process_index % len(generators)])
+        set_generator_states(generators[self.accelerator.process_index % len(generators)])
