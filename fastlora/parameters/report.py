@@ -86,8 +86,9 @@ class ParameterReport:
         if self.kept_bytes is not None:
             sizes["kept for backward"] = self.kept_bytes
         listed = " + ".join(f"{name} {readable_bytes(size)}" for name, size in sizes.items())
+        heading = ("Module", "Kind", "Parameters", "Trainable", "Kept")
         return (
-            f"{text_table(_folded(self.modules))}\n"
+            f"{text_table([heading, *folded(self.modules)])}\n"
             f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train "
             f"({readable_percent(self.trainable_percent)} %)\n"
             f"{listed} = {readable_bytes(self.training_bytes)}"
@@ -196,14 +197,14 @@ def _step_bytes() -> int:
     return 8 if torch.get_default_dtype() == torch.float64 else 4
 
 
-def _folded(rows: Sequence[ModuleRow]) -> list[tuple[str, ...]]:
+def folded(rows: Sequence[ModuleRow]) -> list[tuple[str, ...]]:
+    """Name, kind, parameters, trainable ones and kept bytes as text, alike modules in one row."""
     groups: dict[tuple[object, ...], list[ModuleRow]] = {}
     for row in rows:
         pattern = re.sub(r"\d+", "0", row.name)
         key = (pattern, row.kind, row.parameters, row.trainable_parameters, row.kept_bytes)
         groups.setdefault(key, []).append(row)
-    lines = [_line(group) for group in groups.values()]
-    return [("Module", "Kind", "Parameters", "Trainable", "Kept"), *lines]
+    return [_line(group) for group in groups.values()]
 
 
 def _line(group: Sequence[ModuleRow]) -> tuple[str, ...]:

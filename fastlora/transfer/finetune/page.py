@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from fastlora.parameters.report import ModuleRow, folded
 from fastlora.transfer.data import LabelledImages
 from fastlora.transfer.plots import draw_matrix, png
 from fastlora.transfer.report import write_file
@@ -33,12 +34,13 @@ def write_page(folder: Path, report: dict[str, Any], images: LabelledImages) -> 
     environment.filters["percent"] = lambda value: "–" if value is None else f"{100 * value:.1f} %"
     environment.filters["mib"] = lambda value: "–" if value is None else f"{value / 2**20:,.1f} MiB"
     text = resources.files("fastlora.transfer.finetune").joinpath("report.html.jinja").read_text("utf-8")
+    modules = [ModuleRow(**row) for row in report["parameters"]["modules"]]
     page = environment.from_string(text).render(
         report=report,
         curves=_inline(png(curves(report["epochs"], report["best_epoch"]))),
         confusion=_inline(png(_matrix(report["evaluation"]["confusion"], report["classes"]))),
         worst=[(row, _thumbnail(images, row["index"])) for row in report["evaluation"]["worst"]],
-        modules=[row for row in report["parameters"]["modules"] if row["trainable_parameters"]],
+        modules=folded([row for row in modules if row.trainable_parameters]),
     )
     write_file(folder / PAGE, page.encode())
 
