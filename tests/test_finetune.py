@@ -64,7 +64,8 @@ def test_every_strategy_trains_saves_and_answers_alike(
     files = {path.name for path in output.iterdir()}
     assert files == {"config.toml", "model.json", "report.json", "report.html", written, *logs}
     report = report_of(output)
-    assert report["strategy"]["name"] == strategy
+    assert report["strategy"] == strategy
+    assert (report["adapter_bytes"] is not None) == (written == "adapter")
     assert report["pictures"] == {"train": 20, "validation": 4, "test": 24}
     run = load_run(output)
     images = open_images(data).with_transform(run.transform)

@@ -110,7 +110,7 @@ def _plan_rows(job: "Job", output: str) -> dict[str, str]:
 
 def _show(report: dict[str, Any], output: str, console: Console) -> None:
     scores, parameters = report["evaluation"], report["parameters"]
-    table = Table(title=f"{report['config']['model']}, {report['strategy']['name']}", show_header=False)
+    table = Table(title=f"{report['model']}, {report['strategy']}", show_header=False)
     table.add_column()
     table.add_column(justify="right")
     table.add_row("Pictures", f"{scores['pictures']:,} of {report['evaluated_on']}")

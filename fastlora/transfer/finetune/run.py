@@ -13,7 +13,7 @@ from fastlora.transfer.finetune.cached import HeadOnly, features_of
 from fastlora.transfer.finetune.evaluation import evaluate
 from fastlora.transfer.finetune.job import Job, prepare
 from fastlora.transfer.finetune.page import write_page
-from fastlora.transfer.finetune.saved import save_run
+from fastlora.transfer.finetune.saved import ADAPTER, save_run
 from fastlora.transfer.finetune.settings import FinetuneSettings, as_config
 from fastlora.transfer.report import check_output_folder, environment, write_file, write_report
 from fastlora.transfer.study import Reporter
@@ -69,13 +69,20 @@ def finetune(
     files = save_run(output, job.model, job.strategy, settings, judged.classes, size, is_main=is_main)
     accelerator = trainer.accelerator
     report = {
+        "model": settings.model,
+        "dataset": settings.data,
         "config": as_config(replace(settings, strategy=job.strategy.name, lr=job.training.lr), job.training),
         **_job_record(job),
         "parameters": parameters.as_json(),
+        "trainable_parameters": parameters.trainable_parameters,
+        "total_parameters": parameters.total_parameters,
         **_training_record(result),
+        "accuracy": scores["accuracy"],
+        "balanced_accuracy": scores["balanced_accuracy"],
         "evaluated_on": "validation" if job.test is None else "test",
         "evaluation": scores,
         "files": files,
+        "adapter_bytes": _bytes_of_adapter(output),
         **environment(accelerator.device, str(accelerator.mixed_precision)),
         "total_seconds": time.perf_counter() - started,
     }
@@ -116,7 +123,9 @@ def _view(job: Job, settings: FinetuneSettings, output: Path, reporter: Reporter
 
 def _job_record(job: Job) -> dict[str, Any]:
     return {
-        "strategy": {"name": job.strategy.name, "summary": job.strategy.summary},
+        "strategy": job.strategy.name,
+        "strategy_summary": job.strategy.summary,
+        "seed": job.training.seed,
         "recommendation": asdict(job.recommendation),
         "pictures": {
             "train": len(job.train),
@@ -125,6 +134,11 @@ def _job_record(job: Job) -> dict[str, Any]:
         },
         "classes": list(job.train.classes),
     }
+
+
+def _bytes_of_adapter(output: Path) -> int | None:
+    path = output / ADAPTER / "adapter_model.safetensors"
+    return path.stat().st_size if path.is_file() else None
 
 
 def _training_record(result: TrainResult) -> dict[str, Any]:
