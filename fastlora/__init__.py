@@ -5,18 +5,22 @@ from typing import TYPE_CHECKING, Any
 from fastlora import functional, reference
 from fastlora._backend import set_backend, use_backend
 from fastlora.adapters import apply_adapters
+from fastlora.domain.model import DomainAdaptationModel
 from fastlora.inject import apply_lora, merge_adapters, remove_adapters, unmerge_adapters
 from fastlora.nn import (
     AdaptedModule,
     AdapterLayer,
+    GradientReversalLayer,
     LoRAConv2d,
     LoRAEmbedding,
     LoRALayer,
     LoRALinear,
     LoRAMultiheadAttention,
+    ReversalSchedule,
     SoftPrompts,
     VisualPrompts,
 )
+from fastlora.ops.gradient_reversal import GradientReversal, gradient_reversal
 from fastlora.parameters import ParameterReport, parameter_report
 from fastlora.prompting import apply_prompts, remove_prompts
 from fastlora.state import load_adapter, save_adapter
@@ -30,12 +34,16 @@ __all__ = [
     "AdaptedModule",
     "AdapterLayer",
     "AdapterSummary",
+    "DomainAdaptationModel",
+    "GradientReversal",
+    "GradientReversalLayer",
     "LoRAConv2d",
     "LoRAEmbedding",
     "LoRALayer",
     "LoRALinear",
     "LoRAMultiheadAttention",
     "ParameterReport",
+    "ReversalSchedule",
     "SoftPrompts",
     "TransferLearningModel",
     "VisualPrompts",
@@ -45,6 +53,7 @@ __all__ = [
     "apply_prompts",
     "create_transfer_model",
     "functional",
+    "gradient_reversal",
     "load_adapter",
     "merge_adapters",
     "parameter_report",

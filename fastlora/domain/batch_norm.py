@@ -1,0 +1,111 @@
+"""BatchNorm with statistics of its own for each domain, and statistics of the target alone (AdaBN)."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DOMAINS = ("source", "target")
+_KINDS = nn.modules.batchnorm._BatchNorm
+
+
+class DomainBatchNorm(nn.Module):
+    """A BatchNorm for each domain with one weight and bias (Chang et al. 2019, arXiv 1906.03950, share none).
+
+    Args:
+        norm: Whose weight, bias and statistics both begin with.
+    """
+
+    def __init__(self, norm: nn.Module) -> None:
+        """See the class."""
+        super().__init__()
+        self.norms = nn.ModuleDict({name: deepcopy(norm) for name in DOMAINS})
+        self.norms["target"].weight, self.norms["target"].bias = (
+            self.norms["source"].weight,
+            self.norms["source"].bias,
+        )
+        self.domain = "target"
+        self.train(norm.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise with the statistics of the domain in use."""
+        out: Tensor = self.norms[self.domain](x)
+        return out
+
+
+def separate_batch_norms(model: nn.Module) -> None:
+    """Replace every BatchNorm inside a model, in place."""
+    for module in list(model.modules()):
+        if isinstance(module, DomainBatchNorm):
+            continue
+        for name, child in list(module.named_children()):
+            if isinstance(child, _KINDS):
+                setattr(module, name, DomainBatchNorm(child))
+
+
+@contextmanager
+def use_domain(model: nn.Module, name: str) -> Iterator[None]:
+    """Normalise with one domain's statistics inside a ``with`` block.
+
+    Raises:
+        ValueError: There is no such domain.
+    """
+    if name not in DOMAINS:
+        raise ValueError(f"expected a domain out of {', '.join(DOMAINS)}, got {name!r}")
+    norms = [module for module in model.modules() if isinstance(module, DomainBatchNorm)]
+    before = [norm.domain for norm in norms]
+    for norm in norms:
+        norm.domain = name
+    try:
+        yield
+    finally:
+        for norm, old in zip(norms, before, strict=True):
+            norm.domain = old
+
+
+@torch.no_grad()
+def adapt_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
+    """Replace BatchNorm's running statistics by the target's (AdaBN, Li et al. 2016, arXiv 1603.04779).
+
+    Everything else stays in eval mode; weights are not changed. The mean over the batches counts, each alike.
+
+    Args:
+        model: Changed in place, and left in eval mode.
+        batches: Inputs of the target; of pairs the first.
+
+    Returns:
+        How many layers were adapted.
+
+    Raises:
+        ValueError: The model has no BatchNorm with running statistics, or there are no batches; nothing is
+            changed then.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _KINDS) and m.track_running_stats]
+    if not norms:
+        raise ValueError(
+            f"expected a model with BatchNorm layers, got {type(model).__name__} without any; "
+            "normalise its features by domain instead"
+        )
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("expected batches of the target, got none; nothing was changed")
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        # None counts every batch alike
+        norm.momentum = None
+        norm.train()
+    try:
+        for batch in chain([first], batches):
+            model(batch[0] if isinstance(batch, tuple | list) else batch)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()
+    return len(norms)

@@ -1,0 +1,115 @@
+"""A domain classifier that the features learn to fool."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastlora.domain.methods.alignment import Alignment, Domains
+from fastlora.nn.gradient_reversal import GradientReversalLayer, ReversalSchedule
+
+
+class DANN(Alignment):
+    """Domain-adversarial training (Ganin et al. 2016, JMLR 17(59)).
+
+    Cross-entropy of a classifier that tells the domains apart, behind gradient reversal: one backward pass
+    trains it to succeed and the features to make it fail.
+
+    Args:
+        domain_classifier: From features ``[B, F]`` to one logit of "target", ``[B, 1]`` or ``[B]``, or to two
+            logits of source and target, ``[B, 2]``.
+        alpha: Of the reversal.
+    """
+
+    def __init__(self, domain_classifier: nn.Module, alpha: float | ReversalSchedule = 1.0) -> None:
+        """See the class."""
+        super().__init__()
+        self.reversal, self.domain_classifier = GradientReversalLayer(alpha), domain_classifier
+
+    def forward(self, domains: Domains) -> Tensor:
+        """Cross-entropy of the domains, each counted alike."""
+        logits = self.domain_classifier(self.reversal(domains.features()))
+        return domain_loss(logits, domains.is_target())
+
+
+class CDAN(Alignment):
+    """Conditional adversarial adaptation (Long et al. 2018, https://arxiv.org/abs/1705.10667).
+
+    The domain classifier sees features ⊗ class probabilities, so that what is made alike is features of the
+    same predicted class. Large products are replaced by the paper's random projection.
+
+    Args:
+        domain_classifier: From ``[B, out_features]`` to domain logits, as in :class:`DANN`.
+        num_features: F.
+        num_classes: C.
+        alpha: Of the reversal.
+        entropy: Count confident predictions more (CDAN+E).
+        max_features: F · C above this is projected to it.
+
+    Attributes:
+        out_features: What the domain classifier has to take.
+    """
+
+    def __init__(
+        self,
+        domain_classifier: nn.Module,
+        num_features: int,
+        num_classes: int,
+        alpha: float | ReversalSchedule = 1.0,
+        *,
+        entropy: bool = False,
+        max_features: int = 4096,
+    ) -> None:
+        """See the class."""
+        super().__init__()
+        self.reversal, self.domain_classifier = GradientReversalLayer(alpha), domain_classifier
+        self.entropy = entropy
+        self.feature_projection: Tensor | None
+        self.class_projection: Tensor | None
+        self.out_features = conditional_features(num_features, num_classes, max_features)
+        projected = num_features * num_classes > max_features
+        self.register_buffer(
+            "feature_projection", torch.randn(num_features, max_features) if projected else None
+        )
+        self.register_buffer(
+            "class_projection", torch.randn(num_classes, max_features) if projected else None
+        )
+
+    def forward(self, domains: Domains) -> Tensor:
+        """Cross-entropy of the domains, each counted alike."""
+        # the classes condition; they are not what has to change
+        probabilities = domains.logits().detach().softmax(dim=1)
+        joint = self._join(domains.features(), probabilities)
+        weights = None
+        if self.entropy:
+            uncertainty = -(probabilities * probabilities.clamp_min(1e-12).log()).sum(dim=1)
+            weights = 1.0 + torch.exp(-uncertainty)
+        return domain_loss(self.domain_classifier(self.reversal(joint)), domains.is_target(), weights)
+
+    def _join(self, features: Tensor, probabilities: Tensor) -> Tensor:
+        if self.feature_projection is None or self.class_projection is None:
+            return torch.einsum("bf,bc->bcf", features, probabilities).flatten(1)
+        mixed = (features @ self.feature_projection) * (probabilities @ self.class_projection)
+        scaled: Tensor = mixed * self.out_features**-0.5
+        return scaled
+
+
+def conditional_features(num_features: int, num_classes: int, max_features: int = 4096) -> int:
+    """Size of what :class:`CDAN`'s domain classifier takes."""
+    return min(num_features * num_classes, max_features)
+
+
+def domain_loss(logits: Tensor, is_target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean over the domains of their mean cross-entropy, so that a larger batch of one counts no more.
+
+    Args:
+        logits: ``[B]`` or ``[B, 1]`` of "target", or ``[B, 2]`` of source and target.
+        is_target: ``[B]``, 0 or 1.
+        weights: ``[B]``, relative within a domain.
+    """
+    if logits.dim() == 2 and logits.shape[1] == 2:
+        losses = F.cross_entropy(logits, is_target.long(), reduction="none")
+    else:
+        losses = F.binary_cross_entropy_with_logits(logits.flatten(), is_target, reduction="none")
+    weights = torch.ones_like(losses) if weights is None else weights
+    means = [(losses * w).sum() / w.sum() for w in (weights * (1 - is_target), weights * is_target)]
+    return 0.5 * (means[0] + means[1])

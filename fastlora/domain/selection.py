@@ -1,0 +1,83 @@
+"""Scores to choose a model by where the target has no labels; higher is better for each."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def negative_entropy(target_logits: Tensor) -> float:
+    """Minus the mean entropy of the target's predictions (nats); a model that is sure of one class wins.
+
+    Args:
+        target_logits: ``[m, classes]``.
+    """
+    return -float(_entropy(_probabilities(target_logits)).mean())
+
+
+def information_maximisation(target_logits: Tensor) -> float:
+    """Entropy of the mean prediction minus the mean entropy: sure, and not always of one class.
+
+    Args:
+        target_logits: ``[m, classes]``.
+    """
+    probabilities = _probabilities(target_logits)
+    return float(_entropy(probabilities.mean(dim=0)) - _entropy(probabilities).mean())
+
+
+def soft_neighbourhood_density(target_logits: Tensor, temperature: float = 0.05) -> float:
+    """SND (Saito et al. 2021, arXiv 2108.10860): mean entropy of who is near whom among the predictions.
+
+    Args:
+        target_logits: ``[m, classes]``, at least 3 examples.
+        temperature: Of the similarities.
+
+    Raises:
+        ValueError: Fewer than 3 examples.
+    """
+    points = F.normalize(_probabilities(target_logits), dim=1)
+    if len(points) < 3:
+        raise ValueError(f"expected at least 3 examples of the target, got {len(points)}")
+    similar = points @ points.T / temperature
+    similar.fill_diagonal_(-torch.inf)
+    return float(_entropy(similar.softmax(dim=1)).mean())
+
+
+def importance_weighted_score(source_losses: Tensor, weights: Tensor) -> float:
+    """Minus the importance-weighted loss of held-out source examples (IWCV, Sugiyama et al. 2007).
+
+    Args:
+        source_losses: ``[n]``.
+        weights: ``[n]``, target density over source density.
+    """
+    losses, weights = source_losses.double(), weights.double()
+    return -float((losses * weights).mean())
+
+
+def deep_embedded_validation(source_losses: Tensor, weights: Tensor) -> float:
+    """DEV (You et al. 2019, ICML): the weighted score with a control variate, for less variance.
+
+    Args:
+        source_losses: ``[n]``, held out.
+        weights: ``[n]``, target density over source density; their mean should be 1.
+
+    Raises:
+        ValueError: Fewer than 2 examples.
+    """
+    losses, weights = source_losses.double(), weights.double()
+    if len(losses) < 2:
+        raise ValueError(f"expected at least 2 held-out source examples, got {len(losses)}")
+    weighted = losses * weights
+    variance = weights.var()
+    if variance == 0:
+        return -float(weighted.mean())
+    slope = -torch.cov(torch.stack([weighted, weights]))[0, 1] / variance
+    return -float(weighted.mean() + slope * (weights.mean() - 1.0))
+
+
+def _probabilities(logits: Tensor) -> Tensor:
+    return logits.detach().double().softmax(dim=-1)
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    entropy: Tensor = torch.special.entr(probabilities).sum(dim=-1)
+    return entropy
