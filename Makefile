@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 
-.PHONY: demo test lint bench results
+.PHONY: demo test lint bench results results-adapt
 
 demo: $(VENV)/.installed-demo
 	$(VENV)/bin/fastlora demo
@@ -22,6 +22,9 @@ bench: $(VENV)/.installed-bench
 
 results: $(VENV)/.installed-results
 	$(RUN) benchmarks.transfer_results
+
+results-adapt: $(VENV)/.installed-results
+	$(RUN) benchmarks.adapt_results
 
 $(VENV)/.installed-%: pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

@@ -155,32 +155,39 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/results/finetune"))
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--data", nargs="+", default=list(DATA), choices=DATA)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--reverse", action="store_true", help="Begin at the end, beside another process.")
     parser.add_argument("--table-only", action="store_true", help="Draw what is there, and run nothing.")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / "runs.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(row["data"], row["model"], row["strategy"], row["seed"]) for row in rows}
     wanted = [
         (data, model, strategy, seed)
-        for seed in SEEDS
+        for seed in arguments.seeds
         for data in arguments.data
         for model in arguments.models
         for strategy in DATA[data].strategies
         if model in DATA[data].models and (model == MODELS[0] or strategy not in TRANSFORMER_ONLY)
     ]
     console = Console()
-    for number, key in enumerate(wanted, start=1):
+    for number, key in enumerate(reversed(wanted) if arguments.reverse else wanted, start=1):
+        # another process may have done it since
+        done = {(row["data"], row["model"], row["strategy"], row["seed"]) for row in read(path)}
         if key in done or arguments.table_only:
             continue
         with LiveReporter(console) as reporter:
             row = run(*key, reporter)
-        rows.append(row)
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         console.print(f"{number}/{len(wanted)} {key}: {row['accuracy']:.1%} in {row['seconds']:.0f} s")
+    rows = read(path)
     (arguments.output / "README.md").write_text(table(rows))
     draw(rows).savefig(arguments.output / "accuracy.png", dpi=120)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The runs that are there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:

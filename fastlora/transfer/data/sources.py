@@ -107,6 +107,22 @@ def _from_folder(folder: Path) -> LabelledImages:
     return LabelledImages(tuple(classes), labels, names, Files(paths))
 
 
+def find_pictures(place: Path) -> list[Path]:
+    """A picture itself, or all pictures in a folder.
+
+    Raises:
+        FileNotFoundError: There is nothing, or no pictures in it.
+    """
+    if place.is_file():
+        return [place]
+    if not place.is_dir():
+        raise FileNotFoundError(f"expected a picture or a folder of pictures, found nothing at {place}")
+    paths = _pictures(place)
+    if not paths:
+        raise FileNotFoundError(f"expected pictures ({', '.join(SUFFIXES)}) in {place}, found none")
+    return paths
+
+
 def _pictures(folder: Path) -> list[Path]:
     files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     return sorted(path for path in files if path.name[0] != "." and path.is_file())

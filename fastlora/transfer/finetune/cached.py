@@ -48,7 +48,7 @@ def features_of(
         on_done: Called with how many pictures are done, of how many.
     """
     features, _ = cached_features(
-        lambda batch: _read_by(model, head, batch),
+        lambda batch: read_by(model, head, batch),
         model,
         images,
         folder,
@@ -67,7 +67,8 @@ class _Rows:
         return self.features[index]
 
 
-def _read_by(model: nn.Module, head: nn.Module, batch: Tensor) -> Tensor:
+def read_by(model: nn.Module, head: nn.Module, batch: Tensor) -> Tensor:
+    """What the head of a model reads of a batch."""
     caught: list[Tensor] = []
 
     def catch(module: nn.Module, inputs: tuple[Any, ...]) -> None:

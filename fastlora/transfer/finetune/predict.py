@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from fastlora.transfer.data import LabelledImages
-from fastlora.transfer.data.sources import SUFFIXES, Files
+from fastlora.transfer.data.sources import Files, find_pictures
 from fastlora.transfer.finetune.saved import SavedRun
 
 
@@ -30,7 +30,7 @@ def predict_files(
         FileNotFoundError: There is no such file, or no pictures in a folder.
         ValueError: A picture can't be decoded.
     """
-    paths = [path for place in places for path in _found(place)]
+    paths = [path for place in places for path in find_pictures(place)]
     names = tuple(map(str, paths))
     images = LabelledImages(run.classes, (0,) * len(paths), names, Files(paths), run.transform)
     with torch.no_grad():
@@ -40,14 +40,3 @@ def predict_files(
         {"path": name, "classes": [(run.classes[i], p) for i, p in zip(row, probabilities, strict=True)]}
         for name, row, probabilities in zip(names, classes.tolist(), shares.tolist(), strict=True)
     ]
-
-
-def _found(place: Path) -> list[Path]:
-    if place.is_file():
-        return [place]
-    if not place.is_dir():
-        raise FileNotFoundError(f"expected a picture or a folder of pictures, found nothing at {place}")
-    paths = sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise FileNotFoundError(f"expected pictures ({', '.join(SUFFIXES)}) in {place}, found none")
-    return paths

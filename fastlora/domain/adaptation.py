@@ -1,0 +1,250 @@
+"""Adapt a classifier on features that are computed once: seconds on a CPU."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastlora.domain._features import as_labels, both, standardise
+from fastlora.domain.bound import check_classes
+from fastlora.domain.model import DomainAdaptationModel
+from fastlora.domain.registry import METHODS, Method, domain_head, find_method
+from fastlora.domain.selection import deep_embedded_validation, information_maximisation, negative_entropy
+from fastlora.domain.weighting import importance_weights
+from fastlora.nn.gradient_reversal import ReversalSchedule
+from fastlora.transfer.data import stratified_split
+from fastlora.transfer.training.randomness import derived_seed, seeded
+
+__all__ = ["METHODS", "AdaptEpoch", "AdaptResult", "AdaptSettings", "adapt_features"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptSettings:
+    """Hyper-parameters of an adaptation on features.
+
+    Attributes:
+        epochs: Passes over the larger domain.
+        batch_size: Examples of each domain in a step.
+        hidden: Width of the layer that learns domain-independent features.
+        lr: AdamW's rate.
+        weight_decay: AdamW's.
+        strength: What the schedule's λ goes towards: the reversal's, or the weight of other terms.
+        gamma: How early λ rises.
+        held_out: Share of the source that is not trained on, for the scores to select by.
+        seed: Of initial weights, order and split.
+    """
+
+    epochs: int = 30
+    batch_size: int = 64
+    hidden: int = 256
+    lr: float = 1e-3
+    weight_decay: float = 1e-3
+    strength: float = 1.0
+    gamma: float = 10.0
+    held_out: float = 0.2
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class AdaptEpoch:
+    """What an epoch gave.
+
+    Attributes:
+        epoch: Counted from 1.
+        source_accuracy: Of held-out source examples.
+        target_accuracy: Of the target, where labels exist: an oracle, not to select by.
+        target_balanced_accuracy: The mean over the classes; an oracle too.
+        domain_accuracy: Of the domain classifier on the last batch; None without one.
+        strength: λ at its end.
+        scores: To select by without target labels, higher is better.
+    """
+
+    epoch: int
+    source_accuracy: float
+    target_accuracy: float | None
+    target_balanced_accuracy: float | None
+    domain_accuracy: float | None
+    strength: float
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class AdaptResult:
+    """An adapted classifier and how it got there.
+
+    Attributes:
+        method: Which one.
+        history: The epochs.
+        model: Of the last epoch.
+        target_logits: ``[m, classes]`` of the last epoch.
+    """
+
+    method: Method
+    history: tuple[AdaptEpoch, ...]
+    model: DomainAdaptationModel
+    target_logits: Tensor
+
+    def selected(self, score: str) -> AdaptEpoch:
+        """The epoch that a score prefers; the later of equals."""
+        return max(reversed(self.history), key=lambda epoch: epoch.scores[score])
+
+
+def adapt_features(
+    source: Any,
+    source_labels: Any,
+    target: Any,
+    method: str,
+    settings: AdaptSettings | None = None,
+    *,
+    target_labels: Any = None,
+) -> AdaptResult:
+    """Train a classifier for the target on labelled features of the source and bare ones of the target.
+
+    Args:
+        source: Features ``[n, F]``.
+        source_labels: int64 ``[n]``.
+        target: Features ``[m, F]`` of the same layer.
+        method: A name in :data:`METHODS`.
+        settings: Hyper-parameters.
+        target_labels: int64 ``[m]``, only to show oracle accuracies.
+
+    Raises:
+        ValueError: An unknown method, features that don't fit or aren't finite, one class, or target labels
+            that the source has not.
+    """
+    chosen, settings = find_method(method), settings or AdaptSettings()
+    first, second = both(source, target)
+    labels = as_labels("source", source_labels, len(first))
+    check_classes(labels)
+    classes, codes = np.unique(labels, return_inverse=True)
+    truth = None
+    if target_labels is not None:
+        truth = _known(as_labels("target", target_labels, len(second)), classes)
+    shares = [1 - settings.held_out, settings.held_out]
+    train, test = stratified_split(codes.tolist(), shares, seed=settings.seed)
+    normal, held_out, shifted = standardise(first[train], first[test], second)
+    if chosen.normalise:
+        shifted = (shifted - shifted.mean(axis=0)) / np.maximum(shifted.std(axis=0), 1e-6)
+    run = _Run(
+        chosen,
+        settings,
+        [_tensor(part) for part in (normal, held_out, shifted)],
+        [torch.from_numpy(codes[part]) for part in (train, test)],
+        truth,
+        torch.from_numpy(importance_weights(held_out, shifted).weights),
+    )
+    return run.fit(len(classes))
+
+
+class _Run:
+    """One training."""
+
+    def __init__(
+        self,
+        method: Method,
+        settings: AdaptSettings,
+        inputs: list[Tensor],
+        labels: list[Tensor],
+        truth: Tensor | None,
+        weights: Tensor,
+    ) -> None:
+        self._method, self._settings = method, settings
+        self._train, self._held_out, self._target = inputs
+        self._labels, self._held_out_labels = labels
+        self._truth, self._weights = truth, weights
+
+    def fit(self, num_classes: int) -> AdaptResult:
+        settings = self._settings
+        with seeded(derived_seed(settings.seed, "adapt")):
+            steps = -(-max(len(self._train), len(self._target)) // settings.batch_size)
+            schedule = ReversalSchedule(steps * settings.epochs, settings.gamma, settings.strength)
+            model = self._model(num_classes, schedule)
+            optimizer = torch.optim.AdamW(
+                model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
+            )
+            history = []
+            for epoch in range(1, settings.epochs + 1):
+                model.train()
+                domain_accuracy = None
+                for rows, others in self._batches(steps):
+                    strength = schedule().item()
+                    loss = model.loss((self._train[rows], self._labels[rows]), self._target[others])
+                    weight = 1.0 if self._method.adversarial else strength
+                    optimizer.zero_grad()
+                    (loss.classification + weight * loss.alignment).backward()
+                    optimizer.step()
+                    if not self._method.adversarial:
+                        schedule.advance()
+                    domain_accuracy = loss.domain_accuracy
+                history.append(self._record(model, epoch, domain_accuracy, schedule().item()))
+        return AdaptResult(self._method, tuple(history), model, _logits(model, self._target))
+
+    def _model(self, num_classes: int, schedule: ReversalSchedule) -> DomainAdaptationModel:
+        width = self._settings.hidden
+        body = nn.Sequential(nn.Linear(self._train.shape[1], width), nn.ReLU())
+        term = self._method.make(width, num_classes, schedule)
+        return DomainAdaptationModel(
+            body,
+            nn.Linear(width, num_classes),
+            domain_head(width),
+            schedule if term is None else 1.0,
+            alignment=term,
+        )
+
+    def _batches(self, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+        size = self._settings.batch_size
+        orders = [_endless(len(part), steps * size) for part in (self._train, self._target)]
+        return zip(orders[0].split(size), orders[1].split(size), strict=True)
+
+    def _record(
+        self, model: DomainAdaptationModel, epoch: int, domain_accuracy: Tensor | None, strength: float
+    ) -> AdaptEpoch:
+        model.eval()
+        held_out, target = _logits(model, self._held_out), _logits(model, self._target)
+        losses = F.cross_entropy(held_out, self._held_out_labels, reduction="none")
+        right = None if self._truth is None else target.argmax(dim=1) == self._truth
+        return AdaptEpoch(
+            epoch,
+            float((held_out.argmax(dim=1) == self._held_out_labels).double().mean()),
+            None if right is None else float(right.double().mean()),
+            None if right is None or self._truth is None else _balanced(right, self._truth),
+            None if domain_accuracy is None else float(domain_accuracy),
+            strength,
+            {
+                "information_maximisation": information_maximisation(target),
+                "negative_entropy": negative_entropy(target),
+                "dev": deep_embedded_validation(losses, self._weights),
+            },
+        )
+
+
+def _known(labels: np.ndarray[Any, Any], classes: np.ndarray[Any, Any]) -> Tensor:
+    unknown = sorted(set(labels.tolist()) - set(classes.tolist()))
+    if unknown:
+        raise ValueError(
+            f"expected target labels that the source has ({classes.tolist()}), got {unknown} too"
+        )
+    return torch.from_numpy(np.searchsorted(classes, labels))
+
+
+def _tensor(features: np.ndarray[Any, Any]) -> Tensor:
+    return torch.from_numpy(features).float()
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
+    logits: Tensor = model(inputs)
+    return logits
+
+
+def _endless(count: int, wanted: int) -> Tensor:
+    """Indices in random order, as many passes as it takes."""
+    return torch.cat([torch.randperm(count) for _ in range(-(-wanted // count))])[:wanted]
+
+
+def _balanced(right: Tensor, truth: Tensor) -> float:
+    return float(torch.stack([right[truth == label].double().mean() for label in truth.unique()]).mean())

@@ -1,0 +1,124 @@
+"""Two folders of pictures as features of a pretrained model, and what lies between them."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastlora._stages import head as find_head
+from fastlora.domain.bound import CAVEATS, ben_david_bound
+from fastlora.domain.divergence import coral_distance, mmd_distance
+from fastlora.domain.shift import diagnose_shift
+from fastlora.transfer.create import create_transfer_model
+from fastlora.transfer.data import LabelledImages, cached_features, open_images, pretrained_transforms
+from fastlora.transfer.data.sources import Files, find_pictures
+from fastlora.transfer.finetune.cached import read_by
+from fastlora.transfer.names import DINOV2
+
+Told = Callable[[str, int, int], None]
+
+
+def open_target(source: LabelledImages, folder: Path) -> tuple[LabelledImages, bool]:
+    """The target's pictures, and whether they are labelled: class folders with the source's names.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or no pictures in it.
+        ValueError: It has class folders of other names than the source.
+    """
+    if folder.is_dir() and any(entry.is_dir() and entry.name[0] != "." for entry in folder.iterdir()):
+        return open_images(folder).with_classes(source.classes), True
+    if folder.suffix == ".csv":
+        return open_images(folder).with_classes(source.classes), True
+    paths = find_pictures(folder)
+    names = tuple(path.name for path in paths)
+    return LabelledImages(source.classes, (0,) * len(paths), names, Files(paths)), False
+
+
+def diagnose_pictures(
+    source: Path,
+    target: Path,
+    *,
+    model: str,
+    image_size: int | None = None,
+    cache: Path,
+    seed: int = 0,
+    told: Told | None = None,
+) -> dict[str, Any]:
+    """Measure the shift between two folders of pictures in the features of a pretrained model.
+
+    Args:
+        source: Class folders or a .csv file.
+        target: The same, or a folder of bare pictures.
+        model: A name that :func:`fastlora.create_transfer_model` takes.
+        image_size: Height and width in pixels; None takes the model's own.
+        cache: Folder that keeps the features.
+        seed: Of every split.
+        told: Called with a task, and how many pictures of it are done, of how many.
+
+    Returns:
+        JSON: the kind of shift with its numbers, distances, the bound's terms, class shares, and the remedy.
+
+    Raises:
+        ValueError: Pictures, model or features that don't fit.
+        FileNotFoundError: There are no such pictures.
+    """
+    labelled = open_images(source)
+    others, known = open_target(labelled, target)
+    first, labels = _features(labelled, "source", model, image_size, cache, told)
+    second, truth = _features(others, "target", model, image_size, cache, told)
+    shift = diagnose_shift(first, labels, second, seed=seed)
+    bound = ben_david_bound(first, labels, second, truth if known else None, seed=seed)
+    shares = shift.labels
+    return {
+        "kind": shift.kind,
+        "remedy": shift.remedy,
+        "model": model,
+        "pictures": {"source": len(labelled), "target": len(others)},
+        "domain_accuracy": shift.domain_accuracy,
+        "domain_p_value": shift.domain_p_value,
+        "residual_accuracy": shift.residual_accuracy,
+        "residual_p_value": shift.residual_p_value,
+        "a_distance": asdict(bound.distance),
+        "mmd": mmd_distance(first, second),
+        "coral": coral_distance(first, second),
+        "bound": {
+            "source_error": bound.source_error,
+            "joint_error": bound.joint_error,
+            "total": bound.total,
+            "target_error": bound.target_error,
+            "caveats": list(CAVEATS),
+            "text": str(bound),
+        },
+        "classes": [
+            {
+                "class": labelled.classes[label],
+                "source": float(shares.source[place]),
+                "target": float(shares.target[place]),
+                "interval": [float(limit) for limit in shares.interval[place]],
+            }
+            for place, label in enumerate(shares.classes)
+        ],
+        "class_shift": shares.shifted,
+        "confusion_condition": shares.condition,
+    }
+
+
+def _features(
+    images: LabelledImages, domain: str, name: str, image_size: int | None, cache: Path, told: Told | None
+) -> tuple[torch.Tensor, np.ndarray[Any, Any]]:
+    own: dict[str, Any] = {"image_size": image_size} if name == DINOV2 and image_size is not None else {}
+    model = create_transfer_model(name, 2, **own)
+    head = find_head(model)[1]
+    seen = images.with_transform(pretrained_transforms(name, image_size=image_size)[1])
+
+    def on_done(done: int, total: int) -> None:
+        if told is not None:
+            told(f"features of the {domain}", done, total)
+
+    features, labels = cached_features(
+        lambda batch: read_by(model, head, batch), model, seen, cache, head=head, on_done=on_done
+    )
+    return features, labels.numpy()
