@@ -7,8 +7,8 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,6 @@ class Data:
         parts: Pictures to train on, to watch and to judge with.
         epochs: Of all strategies but the probe.
         flip: Whether mirrored pictures keep their label.
-        models: Which ones.
-        strategies: Which ones.
-        options: Of the strategy lora.
     """
 
     title: str
@@ -61,26 +58,12 @@ class Data:
     parts: tuple[int, int, int]
     epochs: int
     flip: bool
-    models: tuple[str, ...] = MODELS
-    strategies: tuple[str, ...] = STRATEGIES
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 DATA = {
     "mnist5k": Data("MNIST 5k (56 px)", 56, (600, 200, 1000), 3, False),
     "elpv": Data("ELPV mono (84 px)", 84, (540, 120, 241), 3, True),
     "textile": Data("Textile, ImageFolder (84 px)", 84, (360, 120, 400), 3, True),
-    # the settings of ``fastlora demo``
-    "elpv112": Data(
-        "ELPV mono at 112 px, six epochs",
-        112,
-        (540, 120, 241),
-        6,
-        True,
-        MODELS[:1],
-        ("feature_extraction", "lora"),
-        {"rank": 8, "alpha": 16.0},
-    ),
 }
 PROBE_EPOCHS = 60
 
@@ -100,7 +83,7 @@ def pictures(name: str) -> LabelledImages:
             "conformal_clip_data", distribution="conformal-clip-data", purpose="the textile pictures"
         )
         return open_images(folder / "data" / "textile_images" / "simulated")
-    found = load_images(name.removesuffix("112"), DATA[name].image_size)
+    found = load_images(name, DATA[name].image_size)
     names = tuple(f"{name} {index}" for index in range(len(found)))
     return LabelledImages(found.classes, tuple(found.labels.tolist()), names, _Rows(found.images))
 
@@ -125,7 +108,6 @@ def run(data: str, model: str, strategy: str, seed: int, reporter: LiveReporter)
             image_size=spec.image_size,
             flip=spec.flip,
             cache_features=probe,
-            **(spec.options if strategy == "lora" else {}),
             lr=CONVOLUTION_RATES.get(strategy) if model == "efficientnet_lite0" else None,
             head_factor=10.0 if model == "efficientnet_lite0" and strategy in CONVOLUTION_RATES else None,
         )
@@ -166,8 +148,8 @@ def main() -> None:
         for seed in arguments.seeds
         for data in arguments.data
         for model in arguments.models
-        for strategy in DATA[data].strategies
-        if model in DATA[data].models and (model == MODELS[0] or strategy not in TRANSFORMER_ONLY)
+        for strategy in STRATEGIES
+        if model == MODELS[0] or strategy not in TRANSFORMER_ONLY
     ]
     console = Console()
     for number, key in enumerate(reversed(wanted) if arguments.reverse else wanted, start=1):
@@ -234,10 +216,9 @@ features. `adapter` and `prompt` need transformer blocks.
 def draw(rows: list[dict[str, Any]]) -> Figure:
     """Mean accuracy with its standard deviation, a panel for each data set and model."""
     figure = Figure(figsize=(11, 7), layout="constrained")
-    shown = [(data, spec) for data, spec in DATA.items() if spec.models == MODELS]
-    panels = figure.subplots(len(MODELS), len(shown), squeeze=False)
+    panels = figure.subplots(len(MODELS), len(DATA), squeeze=False)
     for line, model in zip(panels, MODELS, strict=True):
-        for axes, (data, spec) in zip(line, shown, strict=True):
+        for axes, (data, spec) in zip(line, DATA.items(), strict=True):
             found: dict[str, list[float]] = {}
             for row in rows:
                 if (row["data"], row["model"]) == (data, model):
