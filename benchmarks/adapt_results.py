@@ -94,6 +94,9 @@ deviation over five seeds, in percent. The last epoch needs no target labels, no
 information maximisation (IM) selects; the *oracle* is the best epoch by target labels, and no fair result.
 
 No setting was tuned: {settings}.
+
+BBSE assumes that only the shares of the classes move. Here the pictures of a class differ as well, so its
+estimate is wrong, which the domain classifier shows: `diagnose_shift` says "both".
 """
 
 
