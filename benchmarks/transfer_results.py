@@ -200,21 +200,21 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 INTRODUCTION = """# Fine-tuning strategies on real pictures
 
-`make results` regenerates this page and the plot from `runs.jsonl`, running what is missing there. Mean ±
-standard deviation over the seeds, which choose split, order, augmentation and initial weights. Device:
-{device}; precision of the products: {precision}. Seconds are those of the optimiser steps, of the fastest seed
-(other work ran beside some of them); the probe's are everything, features included. Trains: the most that ever
-trains, in percent of all parameters.
+`make results` regenerates this page and the plot from `runs.jsonl`, running what is missing there. Mean
+± standard deviation over the seeds, which choose split, order, augmentation and initial weights. Device:
+{device}; precision of the products: {precision}. Seconds are those of the optimiser steps, of the
+fastest seed (other work ran beside some of them); the probe's are everything, features included. Trains:
+the most that ever trains, in percent of all parameters.
 
-Each strategy has its own default rate, on EfficientNet-Lite0 one fixed before the first run; none was tuned on
-these data. All but the probe see the training pictures three times, the probe sixty times as cached features.
-`adapter` and `prompt` need transformer blocks.
+Each strategy has its own default rate, on EfficientNet-Lite0 one fixed before the first run; none was
+tuned on these data. All but the probe see the training pictures three times, the probe sixty times as
+cached features. `adapter` and `prompt` need transformer blocks.
 
-What to read from it: with few epochs LoRA and adapters lead on DINOv2, and LoRA on EfficientNet-Lite0's digits;
-where three epochs are too few for a strategy's small rates (`lp_ft`, `fine_tuning`), the probe is better and
-cheaper. ELPV gains with size and time: at 112 px and six epochs `fastlora demo` measures 92.9 to 93.4 % for LoRA
-and 91.7 to 92.5 % for the probe. Half of the textile pictures are of one class, and its small defects vanish at
-84 px.
+What to read from it: with few epochs LoRA and adapters lead on DINOv2, and LoRA on EfficientNet-Lite0's
+digits; where three epochs are too few for a strategy's small rates (`lp_ft`, `fine_tuning`), the probe
+is better and cheaper. ELPV gains with size and time: at 112 px and six epochs `fastlora demo` measures
+92.9 to 93.4 % for LoRA and 91.7 to 92.5 % for the probe. Half of the textile pictures are of one class,
+and its small defects vanish at 84 px.
 
 ![accuracy](accuracy.png)
 """
