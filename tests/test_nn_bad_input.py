@@ -46,7 +46,7 @@ def quantised_linear() -> nn.Linear:
 
 BAD_LAYERS = {
     "not-a-module": (lambda: torch.zeros(4, 4), TypeError, "expected an nn.Linear, got Tensor"),
-    "convolution": (lambda: nn.Conv2d(3, 4, 1), TypeError, "expected an nn.Linear, got Conv2d"),
+    "convolution": (lambda: nn.Conv1d(3, 4, 1), TypeError, "expected an nn.Linear, got Conv1d"),
     "own-forward": (lambda: OwnForward(4, 4), TypeError, "OwnForward with a forward of its own"),
     "already-lora": (lambda: LoRALinear(4, 4), TypeError, "LoRALinear with a forward of its own"),
     "weight-norm": (
