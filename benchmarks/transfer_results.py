@@ -206,9 +206,10 @@ INTRODUCTION = """# Fine-tuning strategies on real pictures
 fastest seed (other work ran beside some of them); the probe's are everything, features included. Trains:
 the most that ever trains, in percent of all parameters.
 
-Each strategy has its own default rate, on EfficientNet-Lite0 one fixed before the first run; none was
-tuned on these data. All but the probe see the training pictures three times, the probe sixty times as
-cached features. `adapter` and `prompt` need transformer blocks.
+Each strategy has its own default rate: for the probe and LoRA those that the demo chose on ELPV's
+validation pictures, for the others first choices, on EfficientNet-Lite0 some fixed before the first run.
+All but the probe see the training pictures three times, the probe sixty times as cached features.
+`adapter` and `prompt` need transformer blocks.
 
 What to read from it: on the digits LoRA, adapters and gradual unfreezing lead on DINOv2, LoRA on
 EfficientNet-Lite0. On the solar cells differences are within the spread of the seeds; adapters lead
