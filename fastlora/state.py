@@ -29,7 +29,7 @@ from fastlora._prompt_places import PromptPlace, add_prompts
 from fastlora._targets import why_uncalled
 from fastlora._tuning import logger, train_only_tuners
 from fastlora.inject import Model, add_lora, check_unadapted
-from fastlora.nn import AdaptedModule, LoRAModule
+from fastlora.nn import AdaptedModule, LoRALayer, LoRAModule
 
 _PEFT_APPLIES_TWICE = (
     "This adapter was saved by PEFT and covers nn.MultiheadAttention. PEFT up to 0.21.2 adds the update of "
@@ -247,7 +247,8 @@ def _fill_lora(layers: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], c
             owner.alpha, owner.rslora = settings.alpha, settings.rslora
     if config.by_peft and any(isinstance(layer, nn.MultiheadAttention) for layer in layers.values()):
         logger.warning(_PEFT_APPLIES_TWICE)
-    for name, conv in layers.items():
+    for name, layer in layers.items():
+        conv = layer.original_layer if isinstance(layer, LoRALayer) else layer
         odd = isinstance(conv, nn.Conv2d) and (conv.padding_mode != "zeros" or set(conv.dilation) != {1})
         if config.by_peft and odd:
             logger.warning(_PEFT_CONVOLVES_OTHERWISE, name, conv.dilation, conv.padding_mode)

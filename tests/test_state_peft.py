@@ -243,3 +243,41 @@ def test_peft_ignores_dropout_in_attention() -> None:
     assert torch.equal(model(x), model(x))
     ours = randomize_adapters(fastlora.apply_lora(tiny_vit(), target_modules=["self_attention"], dropout=0.9))
     assert not torch.equal(ours(x), ours(x))
+
+
+def test_convolutions_that_peft_computes_otherwise_are_told(tmp_path: Path, caplog: Any) -> None:
+    base = nn.Sequential(nn.Conv2d(3, 4, 3, dilation=2), nn.Conv2d(4, 4, 1))
+    theirs = peft_model(base, {"target_modules": ["0", "1"]})
+    theirs.save_pretrained(tmp_path)
+    ours = fastlora.load_adapter(copy.deepcopy(base), tmp_path)
+    assert "covers 0, an nn.Conv2d with dilation=(2, 2)" in caplog.text
+    x = torch.randn(2, 3, 8, 8)
+    merged = theirs.merge_and_unload()
+    torch.testing.assert_close(ours(x), merged(x), rtol=1e-4, atol=1e-4)
+
+
+class Embedded(nn.Module):
+    """What PEFT takes for a language model's input: it saves the frozen embedding as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(11, 6)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+
+@torch.no_grad()
+def test_a_frozen_embedding_in_a_peft_file_has_to_be_the_models(tmp_path: Path) -> None:
+    base = Embedded()
+    theirs = peft_model(base, {"target_modules": ["embed_tokens"]})
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    loaded = fastlora.load_adapter(copy.deepcopy(base), tmp_path)
+    assert isinstance(loaded.embed_tokens, fastlora.LoRAEmbedding)
+    other = copy.deepcopy(base)
+    other.embed_tokens.weight.add_(1.0)
+    with pytest.raises(ValueError, match="not the weight that the model has; load it into the model first"):
+        fastlora.load_adapter(other, tmp_path)

@@ -247,3 +247,22 @@ def test_lora_of_a_network_of_convolutions(name: str) -> None:
     expected = model(images.double())
     plain = remove_adapters(merge_adapters(model))
     torch.testing.assert_close(plain(images.double()), expected)
+
+
+class Mixed(nn.Module):
+    """Convolutions, an attention among them, and a head."""
+
+    def __init__(self, groups: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 64, 3, groups=groups)
+        self.mix = nn.MultiheadAttention(8, 2) if groups == 1 else nn.Identity()
+        self.head = nn.Linear(64, 500)
+
+
+def test_lora_counts_the_body_alone_and_takes_attentions_whole() -> None:
+    model = Mixed()
+    STRATEGIES["lora"].apply(model, "head", rank=2)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and "head" not in name}
+    assert {name.rpartition(".")[0] for name in trained} == {"conv", "mix", "mix.out_proj"}
+    with pytest.raises(ValueError, match="expected a plain convolution or linear layer beside the head"):
+        STRATEGIES["lora"].apply(Mixed(groups=4), "head")

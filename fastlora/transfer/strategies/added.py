@@ -9,6 +9,8 @@ from fastlora.adapters import apply_adapters
 from fastlora.inject import apply_lora, cannot_carry
 from fastlora.prompting import apply_prompts
 
+_CARRIERS = (nn.Conv2d, nn.Linear, nn.MultiheadAttention)
+
 
 def lora(
     model: nn.Module,
@@ -73,16 +75,24 @@ def _no_batch_norm(strategy: str, train_batch_norm: bool) -> None:
 
 
 def _targets(model: nn.Module, head: str) -> str:
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    classifier = set(model.get_submodule(head).parameters())
+    body = sum(p.numel() for p in model.parameters() if p not in classifier)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, _CARRIERS) and name != head}
     convolutions = sum(m.weight.numel() for m in layers.values() if isinstance(m, nn.Conv2d))
-    if 2 * convolutions < sum(parameter.numel() for parameter in model.parameters()):
+    if 2 * convolutions < body:
         return "all-linear"
+    attentions = [f"{name}." for name, m in layers.items() if isinstance(m, nn.MultiheadAttention)]
     chosen = [
         re.escape(name)
         for name, layer in layers.items()
-        if name != head
-        and not (isinstance(layer, nn.Conv2d) and layer.groups > 1)
+        if not (isinstance(layer, nn.Conv2d) and layer.groups > 1)
+        and not name.startswith(tuple(attentions))
         and cannot_carry(layer) is None
     ]
+    if not chosen:
+        raise ValueError(
+            f"expected a plain convolution or linear layer beside the head to adapt, got none in "
+            f"{type(model).__name__}; choose another strategy"
+        )
     # as a regular expression it means whole names only
     return "|".join(chosen)
