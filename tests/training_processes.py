@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastlora.transfer.training import Trainer
+from fastlora.transfer.training.processes import leave_processes
 from tests.training_runs import SETTINGS, Killer, Noise, make_net, pictures
 
 # without what depends on who computes what: batch statistics, dropout (drawn in each process), 16 bits
@@ -20,6 +21,7 @@ def main(output: Path, sharding: Any, kill_at: int | None = None) -> None:
     settings = replace(SETTINGS, sharding=sharding)
     trainer = Trainer(net, pictures(Noise()), pictures(), settings, output=output, reporter=Killer(kill_at))
     trainer.fit(resume=True)
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ def finetune(
     from fastlora.transfer.finetune.run import finetune as run
     from fastlora.transfer.finetune.settings import FinetuneSettings
     from fastlora.transfer.training import TrainSettings
+    from fastlora.transfer.training.processes import leave_processes
 
     names = {field.name for field in fields(FinetuneSettings)}
     settings = FinetuneSettings(**{name: value for name, value in values.items() if name in names})
@@ -59,6 +60,7 @@ def finetune(
         return
     with LiveReporter(console) as reporter:
         report = run(settings, training, reporter, resume=resume)
+    leave_processes()
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
