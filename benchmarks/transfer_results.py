@@ -80,7 +80,10 @@ def pictures(name: str) -> LabelledImages:
     """All pictures of a data set."""
     if name == "textile":
         folder = package_folder(
-            "conformal_clip_data", distribution="conformal-clip-data", purpose="the textile pictures"
+            "conformal_clip_data",
+            distribution="conformal-clip-data",
+            purpose="the textile pictures",
+            extra="results",
         )
         return open_images(folder / "data" / "textile_images" / "simulated")
     found = load_images(name, DATA[name].image_size)
@@ -88,15 +91,21 @@ def pictures(name: str) -> LabelledImages:
     return LabelledImages(found.classes, tuple(found.labels.tolist()), names, _Rows(found.images))
 
 
-def run(data: str, model: str, strategy: str, seed: int, reporter: LiveReporter) -> dict[str, Any]:
-    """One row of ``runs.jsonl``."""
-    spec, pool = DATA[data], pictures(data)
+def split(name: str, seed: int) -> tuple[LabelledImages, LabelledImages]:
+    """What is trained and validated on, and what is tested on."""
+    spec, pool = DATA[name], pictures(name)
     total = sum(spec.parts)
     if total < len(pool):
         shares = [total / len(pool), 1 - total / len(pool)]
         pool = pool.subset(stratified_split(pool.labels, shares, seed=seed)[0])
     first, test = stratified_split(pool.labels, [1 - spec.parts[2] / total, spec.parts[2] / total], seed=seed)
-    train = pool.subset(first)
+    return pool.subset(first), pool.subset(test)
+
+
+def run(data: str, model: str, strategy: str, seed: int, reporter: LiveReporter) -> dict[str, Any]:
+    """One row of ``runs.jsonl``."""
+    spec = DATA[data]
+    train, test = split(data, seed)
     probe = strategy == "feature_extraction"
     with tempfile.TemporaryDirectory() as folder:
         settings = FinetuneSettings(
@@ -112,7 +121,7 @@ def run(data: str, model: str, strategy: str, seed: int, reporter: LiveReporter)
             head_factor=10.0 if model == "efficientnet_lite0" and strategy in CONVOLUTION_RATES else None,
         )
         training = TrainSettings(epochs=PROBE_EPOCHS if probe else spec.epochs, batch_size=16, seed=seed)
-        report = finetune(settings, training, reporter, images=train, test_images=pool.subset(test))
+        report = finetune(settings, training, reporter, images=train, test_images=test)
     return {
         "data": data,
         "model": model,

@@ -19,6 +19,7 @@ _TRUNKS = frozenset(
         "stages",
         "stack",
         "backbone",
+        "feature_extractor",
         "model",
     }
 )
@@ -77,7 +78,7 @@ def stages(model: nn.Module, head: nn.Module | None = None) -> list[Stage]:
 
     Args:
         model: Image classifier, backbone or transformer.
-        head: The layer to leave out.
+        head: The layer to leave out; an ``nn.ModuleList`` stands for each of its members.
 
     Example:
         >>> from torchvision.models import resnet18
@@ -92,11 +93,18 @@ def stages(model: nn.Module, head: nn.Module | None = None) -> list[Stage]:
     return builder.finish(units.bare)
 
 
+def parts_of(head: nn.Module | None) -> list[nn.Module]:
+    """The members of an ``nn.ModuleList``, which need not lie beside each other; else the module itself."""
+    if isinstance(head, nn.ModuleList):
+        return list(head)
+    return [] if head is None else [head]
+
+
 class _Units:
     """The parts of the trunk in order, looked for through the modules that only hold it."""
 
     def __init__(self, model: nn.Module, head: nn.Module | None) -> None:
-        self._head = None if head is None else id(head)
+        self._heads = {id(part) for part in parts_of(head)}
         self.found: list[tuple[str, nn.Module]] = []
         self.bare: list[nn.Parameter] = []
         self._open(model, "")
@@ -108,7 +116,7 @@ class _Units:
     def _open(self, module: nn.Module, name: str) -> None:
         self.bare += [p for p in module._parameters.values() if p is not None]
         for child_name, child in module._modules.items():
-            if child is None or id(child) == self._head:
+            if child is None or id(child) in self._heads:
                 continue
             full = f"{name}.{child_name}" if name else child_name
             if self._holds_the_trunk(module, child, child_name):
@@ -117,7 +125,7 @@ class _Units:
                 self.found.append((full, child))
 
     def _holds_the_trunk(self, parent: nn.Module, child: nn.Module, name: str) -> bool:
-        if any(id(inner) == self._head for inner in child.modules()):
+        if any(id(inner) in self._heads for inner in child.modules()):
             return True
         trunk = name in _TRUNKS and bool(child._modules)
         only = not parent._parameters and _count(child) >= _DOMINANT * _count(parent) > 0

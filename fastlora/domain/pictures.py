@@ -16,6 +16,7 @@ from fastlora.transfer.create import create_transfer_model
 from fastlora.transfer.data import LabelledImages, cached_features, open_images, pretrained_transforms
 from fastlora.transfer.data.sources import Files, find_pictures
 from fastlora.transfer.finetune.cached import read_by
+from fastlora.transfer.fit import best_device
 from fastlora.transfer.names import DINOV2
 
 Told = Callable[[str, int, int], None]
@@ -110,7 +111,7 @@ def _features(
     images: LabelledImages, domain: str, name: str, image_size: int | None, cache: Path, told: Told | None
 ) -> tuple[torch.Tensor, np.ndarray[Any, Any]]:
     own: dict[str, Any] = {"image_size": image_size} if name == DINOV2 and image_size is not None else {}
-    model = create_transfer_model(name, 2, **own)
+    model = create_transfer_model(name, 2, **own).to(best_device())
     head = find_head(model)[1]
     seen = images.with_transform(pretrained_transforms(name, image_size=image_size)[1])
 

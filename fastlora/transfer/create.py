@@ -56,7 +56,7 @@ def create_transfer_model(
             architecture, fewer than 2 classes, or a strategy that the model can't have.
         TypeError: An option that the strategy doesn't have.
         FileNotFoundError: There is no such file of weights.
-        RuntimeError: Weights couldn't be downloaded; says how to go on without a network.
+        DownloadError: Weights couldn't be fetched; says how to go on without a network.
         ImportError: The library that has the model is not installed.
 
     Example:

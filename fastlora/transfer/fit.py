@@ -205,6 +205,11 @@ class Fit:
         return 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def best_device() -> torch.device:
+    """The accelerator of this machine, or its CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
 def make_accelerator(precision: str = "auto") -> Any:
     """An ``accelerate.Accelerator`` on the best device.
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from fastlora._stages import stages
+from fastlora._stages import parts_of, stages
 from fastlora.nn.prompts import PromptModule
 
 _UNDECAYED = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, PromptModule)
@@ -36,7 +36,7 @@ def parameter_groups(
 
     Args:
         model: With everything that should ever train, adapters included.
-        head: The part of the model that is its classifier.
+        head: The part of the model that is its classifier, or an ``nn.ModuleList`` of such parts.
         lr: Learning rate of the head before ``head_factor``.
         weight_decay: Of matrices and convolutions.
         layer_decay: In (0, 1]; 0.65 to 0.9 is usual for full fine-tuning of transformers.
@@ -57,7 +57,7 @@ def parameter_groups(
         [('layer4.no_decay', 0.05), ('head', 1.0), ('head.no_decay', 1.0)]
     """
     _check(lr, weight_decay, layer_decay, head_factor, lora_plus_ratio)
-    if not any(module is head for module in model.modules()):
+    if not {id(part) for part in parts_of(head)} <= {id(module) for module in model.modules()}:
         raise ValueError(f"expected head to be a module of {type(model).__name__}, got another one")
     kinds = _kinds(model)
     parts = stages(model, head)

@@ -18,17 +18,21 @@ _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _SHOWN = 3
 
 
+class DownloadError(RuntimeError, ConnectionError):
+    """Weights that can't be fetched; the message says how to go on without a network."""
+
+
 def download(name: str, make: Callable[[], Made]) -> Made:
     """Make a model whose library fetches its weights.
 
     Raises:
-        RuntimeError: They can't be fetched; says how to go on without a network.
+        DownloadError: They can't be fetched; a ``RuntimeError``.
     """
     try:
         return make()
     # requests' and the hub's errors are OSErrors too
     except (URLError, OSError) as error:
-        raise RuntimeError(
+        raise DownloadError(
             f"the weights of {name} could not be downloaded ({error}); without a network, fetch the file "
             "on another machine and give its path as weights, put it into "
             f"{torch.hub.get_dir()}/checkpoints, or take random weights with weights=None"

@@ -53,7 +53,7 @@ def export_run(folder: str | Path, format: Format, output: str | Path | None = N
         folder: That ``fastlora finetune`` wrote.
         format: ``"state_dict"``: LoRA merged into plain weights under the library's own names, safetensors;
             ``"onnx"``; ``"torch"``: a ``torch.export`` program. The last two take batches of any size.
-        output: The file; None writes ``model_merged``, ``model.onnx`` or ``model.pt2`` into the folder.
+        output: The file; None writes ``merged.safetensors``, ``model.onnx`` or ``model.pt2`` into the folder.
 
     Raises:
         ValueError: An unknown format, an adapter or prompts that plain weights can't hold, or the exported

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from fastlora.transfer.data import LabelledImages
 from fastlora.transfer.data.sources import Files, find_pictures
 from fastlora.transfer.finetune.saved import SavedRun
+from fastlora.transfer.fit import best_device
 
 
 def predict_files(
@@ -33,8 +34,10 @@ def predict_files(
     paths = [path for place in places for path in find_pictures(place)]
     names = tuple(map(str, paths))
     images = LabelledImages(run.classes, (0,) * len(paths), names, Files(paths), run.transform)
+    device = best_device()
+    model = run.model.to(device)
     with torch.no_grad():
-        logits = [run.model(inputs) for inputs, _ in DataLoader(images, batch_size)]
+        logits = [model(inputs.to(device)).cpu() for inputs, _ in DataLoader(images, batch_size)]
     shares, classes = torch.cat(logits).softmax(dim=1).topk(min(top, len(run.classes)), dim=1)
     return [
         {"path": name, "classes": [(run.classes[i], p) for i, p in zip(row, probabilities, strict=True)]}

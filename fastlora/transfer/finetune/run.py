@@ -15,6 +15,7 @@ from fastlora.transfer.finetune.job import Job, prepare
 from fastlora.transfer.finetune.page import write_page
 from fastlora.transfer.finetune.saved import ADAPTER, save_run
 from fastlora.transfer.finetune.settings import FinetuneSettings, as_config
+from fastlora.transfer.fit import make_accelerator
 from fastlora.transfer.report import check_output_folder, environment, write_file, write_report
 from fastlora.transfer.study import Reporter
 from fastlora.transfer.training import Trainer, TrainResult, TrainSettings
@@ -58,16 +59,18 @@ def finetune(
     """
     started, output = time.perf_counter(), Path(settings.output)
     check_output_folder(output)
+    accelerator = make_accelerator(training.precision)
     job = prepare(settings, training, reporter, images, test_images)
     parameters = job.parameters()
+    # cached features are computed there too
+    job.model.to(accelerator.device)
     view = _view(job, settings, output, reporter)
-    trainer = _trainer(job, settings, view, output, reporter)
+    trainer = _trainer(job, settings, view, output, reporter, accelerator)
     result = trainer.fit(resume=resume)
     judged = job.validation if job.test is None else job.test
     scores = evaluate(trainer.predict(view(judged)), judged)
     is_main, size = trainer.is_main, int(judged[0][0].shape[-1])
     files = save_run(output, job.model, job.strategy, settings, judged.classes, size, is_main=is_main)
-    accelerator = trainer.accelerator
     report = {
         "model": settings.model,
         "dataset": settings.data,
@@ -93,7 +96,9 @@ def finetune(
     return report
 
 
-def _trainer(job: Job, settings: FinetuneSettings, view: View, output: Path, reporter: Reporter) -> Trainer:
+def _trainer(
+    job: Job, settings: FinetuneSettings, view: View, output: Path, reporter: Reporter, accelerator: Any
+) -> Trainer:
     return Trainer(
         HeadOnly(job.head) if settings.cache_features else job.model,
         view(job.train),
@@ -101,8 +106,9 @@ def _trainer(job: Job, settings: FinetuneSettings, view: View, output: Path, rep
         job.training,
         output=output,
         unfreezing=job.unfreezing,
-        configuration={"model": settings.model, "strategy": job.strategy.name, **settings.options()},
+        configuration={"strategy": job.strategy.name, **settings.compared()},
         reporter=reporter,
+        accelerator=accelerator,
     )
 
 

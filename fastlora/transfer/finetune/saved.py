@@ -61,8 +61,9 @@ def save_run(
     weights = settings.model_weights()
     holds_adapter = strategy.adds and weights is not None
     if holds_adapter:
-        # parameters in pieces are gathered by all processes
-        save_adapter(model, folder / ADAPTER if is_main else Path(tempfile.mkdtemp()))
+        with tempfile.TemporaryDirectory() as unused:
+            # parameters in pieces are gathered by all processes
+            save_adapter(model, folder / ADAPTER if is_main else Path(unused) / ADAPTER)
     else:
         content = save({name: value.contiguous() for name, value in whole(model.state_dict()).items()})
         if is_main:
@@ -91,7 +92,7 @@ def load_run(folder: str | Path) -> SavedRun:
     Raises:
         FileNotFoundError: The folder holds no finished run.
         ValueError: Its files are damaged or don't belong together.
-        RuntimeError: Pretrained weights couldn't be downloaded.
+        DownloadError: Pretrained weights couldn't be fetched.
     """
     folder = Path(folder)
     described = _read_description(folder)

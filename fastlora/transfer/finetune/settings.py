@@ -74,6 +74,11 @@ class FinetuneSettings:
         """The strategy's options that are given."""
         return {name: value for name in _OPTIONS if (value := getattr(self, name)) is not None}
 
+    def compared(self) -> dict[str, Any]:
+        """What a resumed run must share, beside what its data and weights show."""
+        names = ("model", "weights", "image_size", "cache_features")
+        return {**{name: getattr(self, name) for name in names}, **self.options()}
+
     def model_options(self) -> dict[str, Any]:
         """Those of the model itself."""
         # its position table is cut to the pictures; other models take any size

@@ -43,6 +43,7 @@ class BatchPlan:
         rank: Of this process.
         processes: How many there are.
         in_pairs: Keep neighbours (0 and 1, 2 and 3, …) in one part, for mixup.
+        full: Fill the last batch of an epoch with the first examples of that epoch.
     """
 
     images: LabelledImages
@@ -52,11 +53,14 @@ class BatchPlan:
     rank: int = 0
     processes: int = 1
     in_pairs: bool = False
+    full: bool = False
 
     def batches(self, epoch: int) -> list[list[int]]:
         """Indices of the examples of every batch of an epoch, the same in every process."""
         generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", epoch))
         order = torch.randperm(len(self.images), generator=generator)
+        if self.full:
+            order = order[torch.arange(-(-len(order) // self.batch_size) * self.batch_size) % len(order)]
         return [batch.tolist() for batch in order.split(self.batch_size)]
 
     def load(self, epoch: int, first: int, workers: int) -> Iterator[list[Part]]:

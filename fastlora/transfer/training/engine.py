@@ -1,5 +1,6 @@
 """A model and its optimiser on Accelerate's devices: wrapped, sharded, stepped, saved and restored."""
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -59,10 +60,10 @@ class Engine:
         """Of the head, at the next step."""
         return float(self._plain_optimizer.param_groups[-1]["lr"])
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Logits in the settings' precision, for a loss that is differentiated."""
+    def forward(self, inputs: Any) -> Any:
+        """What the model returns in the settings' precision, for a loss that is differentiated."""
         with self._accelerator.autocast():
-            return logits_of(self._wrapped(inputs))
+            return self._wrapped(inputs)
 
     def part(self, *, last: bool) -> AbstractContextManager[None]:
         """Around a part's forward and backward: processes talk after the last part only."""
@@ -87,7 +88,7 @@ class Engine:
         if self._settings.clip_norm:
             clipped = self._accelerator.clip_grad_norm_(self.model.parameters(), self._settings.clip_norm)
             norm = float(whole(clipped))
-        if norm is None or self._accelerator.scaler is not None or torch.isfinite(torch.tensor(norm)):
+        if norm is None or self._accelerator.scaler is not None or math.isfinite(norm):
             self._optimizer.step()
         self.schedule.step()
         self._optimizer.zero_grad()

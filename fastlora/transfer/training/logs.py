@@ -46,13 +46,7 @@ class RunLogs:
         writer.writeheader()
         writer.writerows(rows)
         write_file(self._folder / EPOCHS, text.getvalue().encode())
-        last = history[-1]
-        scores = {
-            "loss": last.validation_loss,
-            "accuracy": last.accuracy,
-            "balanced_accuracy": last.balanced_accuracy,
-        }
-        self._scalars("validation", scores, last.step)
+        self._scalars("validation", history[-1].scalars(), history[-1].step)
 
     def flush(self) -> None:
         """Hand what was logged to the operating system, before a checkpoint says it happened."""

@@ -10,6 +10,9 @@ from typing_extensions import Self
 from fastlora.transfer.training.records import EpochRecord
 from fastlora.transfer.training.settings import TrainSettings
 
+Weights = dict[str, Tensor]
+Score = Callable[[EpochRecord], tuple[float, float]]
+
 
 @dataclass
 class Progress:
@@ -32,7 +35,7 @@ class Progress:
     seconds: float = 0.0
     history: list[EpochRecord] = field(default_factory=list)
     best_epoch: int = 0
-    best_weights: dict[str, Tensor] | None = None
+    best_weights: Weights | None = None
     stopped: bool = False
 
     @property
@@ -47,18 +50,18 @@ class Progress:
         self.examples += examples
 
     def end_epoch(
-        self, record: EpochRecord, settings: TrainSettings, weights: Callable[[], dict[str, Tensor]]
+        self, record: EpochRecord, score: Score, settings: TrainSettings, weights: Callable[[], Weights]
     ) -> None:
-        """Keep what an epoch gave, its weights if it is the best so far."""
+        """Keep what an epoch gave, its weights if it is the best so far: of the highest score."""
         self.history.append(record)
         self.loss_sum, self.examples, self.seconds = 0.0, 0, 0.0
         best = self.history[self.best_epoch - 1] if self.best_epoch else None
-        if best is None or record.score(settings.monitor) > best.score(settings.monitor):
+        if best is None or score(record) > score(best):
             self.best_epoch = record.epoch
             self.best_weights = weights() if settings.restore_best else None
         if settings.patience is not None:
             # a loss that still creeps down would decide between equals for ever
-            values = [each.score(settings.monitor)[0] for each in self.history]
+            values = [score(each)[0] for each in self.history]
             self.stopped = len(values) - 1 - values.index(max(values)) >= settings.patience
 
     def stored(self) -> dict[str, Any]:
@@ -66,6 +69,6 @@ class Progress:
         return {**vars(self), "history": [vars(record) for record in self.history]}
 
     @classmethod
-    def restored(cls, stored: Mapping[str, Any]) -> Self:
-        """What :meth:`stored` was made of."""
-        return cls(**{**stored, "history": [EpochRecord(**record) for record in stored["history"]]})
+    def restored(cls, stored: Mapping[str, Any], record: type[EpochRecord]) -> Self:
+        """What :meth:`stored` was made of, its history of this kind of records."""
+        return cls(**{**stored, "history": [record(**each) for each in stored["history"]]})

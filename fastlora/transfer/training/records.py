@@ -41,6 +41,14 @@ class EpochRecord:
         first = -self.validation_loss if monitor == "loss" else getattr(self, monitor)
         return float(first), -self.validation_loss
 
+    def scalars(self) -> dict[str, float]:
+        """What a log draws over the epochs."""
+        return {
+            "loss": self.validation_loss,
+            "accuracy": self.accuracy,
+            "balanced_accuracy": self.balanced_accuracy,
+        }
+
 
 @dataclass(frozen=True)
 class TrainResult:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from fastlora.transfer.training.average import WeightAverage
 from fastlora.transfer.training.batches import BatchPlan, Part
 from fastlora.transfer.training.checkpoint import Checkpoints
 from fastlora.transfer.training.checks import check_classes, check_processes, not_finite, what_changes
-from fastlora.transfer.training.engine import Engine
+from fastlora.transfer.training.engine import Engine, logits_of
 from fastlora.transfer.training.fingerprint import check_same, fingerprint
 from fastlora.transfer.training.logs import NoLogs, RunLogs
 from fastlora.transfer.training.loss import Loss
@@ -37,6 +37,8 @@ CHECKPOINTS = "checkpoints"
 
 class Trainer:
     """Trains a model on labelled pictures, checkpoint by checkpoint.
+
+    A subclass may train something else by overriding :meth:`_load`, :meth:`_part_loss` and :meth:`_record`.
 
     What trains is what requires gradients (or what ``unfreezing`` switches on); frozen parts stay in eval
     mode. On a CPU a run that was killed at any step and resumed ends bit-identical to one that wasn't:
@@ -64,6 +66,8 @@ class Trainer:
         ImportError: ``accelerate`` is not installed.
         NotADirectoryError, PermissionError: ``output`` can't be written to.
     """
+
+    _record_kind: type[EpochRecord] = EpochRecord
 
     def __init__(
         self,
@@ -96,14 +100,19 @@ class Trainer:
         self._saved = what_changes(self.model, self._head, unfreezing)
         self._checkpoints = Checkpoints(output / CHECKPOINTS)
         self._loss = Loss.of(train, settings, self.accelerator.device)
-        self._plan = BatchPlan(
-            train,
+        self._plan = self._plan_of(train, settings.seed, in_pairs=settings.mixup > 0)
+
+    def _plan_of(self, images: LabelledImages, seed: int, **how: bool) -> BatchPlan:
+        """How examples are cut into batches, parts and shares of this process."""
+        settings, accelerator = self._settings, self.accelerator
+        return BatchPlan(
+            images,
             settings.batch_size,
-            settings.seed,
+            seed,
             settings.accumulation,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            in_pairs=settings.mixup > 0,
+            accelerator.process_index,
+            accelerator.num_processes,
+            **how,
         )
 
     def fit(self, *, resume: bool = False) -> TrainResult:
@@ -156,7 +165,9 @@ class Trainer:
 
     def _begin(self, state: dict[str, Any] | None) -> None:
         start_from(self._settings.seed)
-        self._progress = Progress() if state is None else Progress.restored(state["progress"])
+        self._progress = (
+            Progress() if state is None else Progress.restored(state["progress"], self._record_kind)
+        )
         self._trained_stages: int | None = None
         self._unfreeze()
         self._engine = Engine(
@@ -188,7 +199,7 @@ class Trainer:
     def _run_epoch(self) -> None:
         progress = self._progress
         epoch, first = divmod(progress.step, self._steps_per_epoch)
-        for parts in self._plan.load(epoch, first, self._settings.workers):
+        for parts in self._load(epoch, first):
             started = time.perf_counter()
             if self._unfreeze():
                 self._engine.rewrap()
@@ -203,18 +214,17 @@ class Trainer:
             if over:
                 return
 
-    def _step(self, parts: list[Part], epoch: int) -> None:
-        progress, device = self._progress, self.accelerator.device
+    def _step(self, parts: Sequence[Part], epoch: int) -> None:
+        progress = self._progress
         indices = self._plan.batches(epoch)[progress.step % self._steps_per_epoch]
         share = self._loss.share(progress.step)
         weight = self._loss.weight([self._train.labels[i] for i in indices], share)
         # processes average their gradients, so each one's are multiplied by how many there are
         scale = self.accelerator.num_processes / weight
-        total = torch.zeros((), device=device)
+        total = torch.zeros((), device=self.accelerator.device)
         for place, part in enumerate(parts):
             with self._engine.part(last=place == len(parts) - 1):
-                logits = self._engine.forward(self._loss.mix(part.inputs.to(device), share))
-                loss = self._loss.sum(logits.float(), part.labels.to(device), part.counted.to(device), share)
+                loss = self._part_loss(part, share, weight)
                 self._engine.backward(loss * scale)
             total += loss.detach()
         value = float(self.accelerator.reduce(total, reduction="sum")) / weight
@@ -231,21 +241,43 @@ class Trainer:
         if self._reporter is not None and self.is_main:
             self._reporter.advance("train", progress.step, self.total_steps, value, memory=self._peak.bytes)
 
+    def _load(self, epoch: int, first: int) -> Iterator[Sequence[Part]]:
+        """The parts of the epoch's batches from number ``first`` on."""
+        return self._plan.load(epoch, first, self._settings.workers)
+
+    def _part_loss(self, part: Part, share: float, weight: float) -> Tensor:
+        """Summed loss of a part; ``weight`` is what the sum over the batch is divided by."""
+        device = self.accelerator.device
+        logits = logits_of(self._engine.forward(self._loss.mix(part.inputs.to(device), share)))
+        return self._loss.sum(logits.float(), part.labels.to(device), part.counted.to(device), share)
+
     def _validate(self, epoch: int) -> None:
         progress = self._progress
         with self._averaged():
-            logits = self.predict(self._validation)
-        record = EpochRecord(
-            epoch=epoch + 1,
-            step=progress.step,
-            train_loss=progress.loss_sum / progress.examples,
-            **scores(logits, self._validation),
-            lr=self._lr,
-            trained_stages=self._trained_stages,
-            seconds=progress.seconds,
-        )
-        progress.end_epoch(record, self._settings, self._validated_weights)
+            record = self._record(epoch)
+        progress.end_epoch(record, self._score, self._settings, self._validated_weights)
         self._logs.epoch(progress.history)
+
+    def _record(self, epoch: int) -> EpochRecord:
+        """What an epoch, counted from 0, gave."""
+        return EpochRecord(**self._figures(epoch, self.predict(self._validation)))
+
+    def _figures(self, epoch: int, logits: Tensor) -> dict[str, Any]:
+        """Fields of :class:`EpochRecord`, from the logits of the validation pictures."""
+        progress = self._progress
+        return {
+            "epoch": epoch + 1,
+            "step": progress.step,
+            "train_loss": progress.loss_sum / progress.examples,
+            **scores(logits, self._validation),
+            "lr": self._lr,
+            "trained_stages": self._trained_stages,
+            "seconds": progress.seconds,
+        }
+
+    def _score(self, record: EpochRecord) -> tuple[float, float]:
+        """Higher is better; the second number decides between equals."""
+        return record.score(self._settings.monitor)
 
     def _averaged(self) -> AbstractContextManager[None]:
         return nullcontext() if self._average is None else self._average.swapped_in()
@@ -267,7 +299,7 @@ class Trainer:
         self._trained_stages = trained
         return True
 
-    def _check_finite(self, what: str, value: float, parts: list[Part]) -> None:
+    def _check_finite(self, what: str, value: float, parts: Sequence[Part]) -> None:
         if not math.isfinite(value):
             names = [name for part in parts for name in part.names]
             raise not_finite(what, value, self._progress.step + 1, names, self._settings.lr, self._output)

