@@ -17,7 +17,7 @@ from fastlora import (
     ReversalSchedule,
     gradient_reversal,
 )
-from fastlora.domain.batch_norm import adapt_batch_norm
+from fastlora.domain.norms import adapt_batch_norm
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.7, 3])

@@ -52,6 +52,36 @@ def as_labels(name: str, labels: Tensor | npt.ArrayLike, examples: int) -> Label
     return array
 
 
+def source_labels_of(labels: Tensor | npt.ArrayLike, examples: int) -> Labels:
+    """int64 ``[n]`` of at least two classes.
+
+    Raises:
+        ValueError: Another number of them than of examples, or one class.
+    """
+    array = as_labels("source", labels, examples)
+    if len(np.unique(array)) < 2:
+        raise ValueError(
+            f"expected at least two classes in the source, got only {array[0]}; "
+            "a classifier tells classes apart"
+        )
+    return array
+
+
+def known_labels(labels: Tensor | npt.ArrayLike, examples: int, source: Labels) -> Labels:
+    """int64 ``[m]`` of the target, all of which the source has.
+
+    Raises:
+        ValueError: Another number of them than of examples, or a class that the source has not.
+    """
+    array = as_labels("target", labels, examples)
+    unknown = np.setdiff1d(array, source).tolist()
+    if unknown:
+        raise ValueError(
+            f"expected target labels that the source has ({np.unique(source).tolist()}), got {unknown} too"
+        )
+    return array
+
+
 def both(source: Any, target: Any, *, least: int = 2) -> tuple[Array, Array]:
     """Features of both domains.
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlora.domain._features import as_labels, both, standardise
-from fastlora.domain.bound import check_classes
+from fastlora.domain._features import both, known_labels, source_labels_of, standardise
 from fastlora.domain.model import DomainAdaptationModel
 from fastlora.domain.registry import METHODS, Method, domain_head, find_method
 from fastlora.domain.selection import deep_embedded_validation, information_maximisation, negative_entropy
@@ -118,12 +117,12 @@ def adapt_features(
     """
     chosen, settings = find_method(method), settings or AdaptSettings()
     first, second = both(source, target)
-    labels = as_labels("source", source_labels, len(first))
-    check_classes(labels)
+    labels = source_labels_of(source_labels, len(first))
     classes, codes = np.unique(labels, return_inverse=True)
     truth = None
     if target_labels is not None:
-        truth = _known(as_labels("target", target_labels, len(second)), classes)
+        known = known_labels(target_labels, len(second), labels)
+        truth = torch.from_numpy(np.searchsorted(classes, known))
     shares = [1 - settings.held_out, settings.held_out]
     train, test = stratified_split(codes.tolist(), shares, seed=settings.seed)
     normal, held_out, shifted = standardise(first[train], first[test], second)
@@ -220,15 +219,6 @@ class _Run:
                 "dev": deep_embedded_validation(losses, self._weights),
             },
         )
-
-
-def _known(labels: np.ndarray[Any, Any], classes: np.ndarray[Any, Any]) -> Tensor:
-    unknown = sorted(set(labels.tolist()) - set(classes.tolist()))
-    if unknown:
-        raise ValueError(
-            f"expected target labels that the source has ({classes.tolist()}), got {unknown} too"
-        )
-    return torch.from_numpy(np.searchsorted(classes, labels))
 
 
 def _tensor(features: np.ndarray[Any, Any]) -> Tensor:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlora.domain.batch_norm import separate_batch_norms, use_domain
 from fastlora.domain.methods import Alignment, Domains
-from fastlora.domain.methods.adversarial import domain_loss
+from fastlora.domain.methods.adversarial import domain_accuracy, domain_loss
+from fastlora.domain.norms import separate_batch_norms, use_domain
 from fastlora.nn.gradient_reversal import GradientReversalLayer, ReversalSchedule
 
 
@@ -122,15 +122,12 @@ class DomainAdaptationModel(nn.Module):
                 f"expected examples of both domains, got {len(labels)} of the source and {len(target)} of "
                 "the target"
             )
-        domains = self._domains(inputs, target)
+        domains = self.domains(inputs, target)
         classification = F.cross_entropy(domains.source_logits, labels)
+        alignment, domain_logits = self.align(domains)
         accuracy = None
-        if self.alignment is not None:
-            alignment = self.alignment(domains)
-        else:
-            domain_logits = self.domain_classifier(self.reversal(domains.features()))
-            alignment = domain_loss(domain_logits, domains.is_target())
-            accuracy = _domain_accuracy(domain_logits.detach(), domains.is_target())
+        if domain_logits is not None:
+            accuracy = domain_accuracy(domain_logits.detach(), domains.is_target())
         if self.training:
             for module in self.modules():
                 if isinstance(module, ReversalSchedule):
@@ -146,7 +143,19 @@ class DomainAdaptationModel(nn.Module):
         with use_domain(self.feature_extractor, name):
             yield
 
-    def _domains(self, source: Tensor, target: Tensor) -> Domains:
+    def align(self, domains: Domains) -> tuple[Tensor, Tensor | None]:
+        """The method's term, and domain logits ``[n + m, …]`` if it is DANN with this model's own classifier."""
+        if self.alignment is not None:
+            return self.alignment(domains), None
+        logits = self.domain_classifier(self.reversal(domains.features()))
+        return domain_loss(logits, domains.is_target()), logits
+
+    def domain_logits(self, domains: Domains) -> Tensor | None:
+        """What the method's domain classifier says; None if it has none."""
+        return self.align(domains)[1] if self.alignment is None else self.alignment.domain_logits(domains)
+
+    def domains(self, source: Any, target: Any) -> Domains:
+        """Features and logits of a batch of each domain."""
         if self.separate_batch_norm:
             with self.domain("source"):
                 first = self.feature_extractor(source)
@@ -157,10 +166,3 @@ class DomainAdaptationModel(nn.Module):
             first, second = features[: len(source)], features[len(source) :]
         logits = self.classifier(torch.cat([first, second]))
         return Domains(first, second, logits[: len(first)], logits[len(first) :])
-
-
-def _domain_accuracy(logits: Tensor, is_target: Tensor) -> Tensor:
-    two = logits.dim() == 2 and logits.shape[1] == 2
-    answers = logits.argmax(dim=1) if two else (logits.flatten() > 0)
-    right = (answers.to(is_target.dtype) == is_target).to(is_target.dtype)
-    return 0.5 * (right[is_target == 0].mean() + right[is_target == 1].mean())

@@ -6,8 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from fastlora.domain._features import Array, Labels, as_labels, both, halves, logistic, standardise
-from fastlora.domain.bound import check_classes
+from fastlora.domain._features import (
+    Array,
+    Labels,
+    as_labels,
+    both,
+    halves,
+    logistic,
+    source_labels_of,
+    standardise,
+)
 from fastlora.domain.divergence import balanced_weights, domain_split
 
 _LEAST = 20
@@ -92,8 +100,7 @@ def estimate_label_shift(source: Any, source_labels: Any, target: Any, *, seed: 
         ImportError: scikit-learn is not installed.
     """
     first, second = both(source, target, least=_LEAST)
-    labels = as_labels("source", source_labels, len(first))
-    check_classes(labels)
+    labels = source_labels_of(source_labels, len(first))
     classes, codes = np.unique(labels, return_inverse=True)
     counts = np.bincount(codes)
     if counts.min() < 4:

@@ -27,8 +27,12 @@ class DANN(Alignment):
 
     def forward(self, domains: Domains) -> Tensor:
         """Cross-entropy of the domains, each counted alike."""
-        logits = self.domain_classifier(self.reversal(domains.features()))
-        return domain_loss(logits, domains.is_target())
+        return domain_loss(self.domain_logits(domains), domains.is_target())
+
+    def domain_logits(self, domains: Domains) -> Tensor:
+        """``[n + m]``, ``[n + m, 1]`` or ``[n + m, 2]``."""
+        logits: Tensor = self.domain_classifier(self.reversal(domains.features()))
+        return logits
 
 
 class CDAN(Alignment):
@@ -76,14 +80,19 @@ class CDAN(Alignment):
 
     def forward(self, domains: Domains) -> Tensor:
         """Cross-entropy of the domains, each counted alike."""
-        # the classes condition; they are not what has to change
-        probabilities = domains.logits().detach().softmax(dim=1)
-        joint = self._join(domains.features(), probabilities)
         weights = None
         if self.entropy:
+            probabilities = domains.logits().detach().softmax(dim=1)
             uncertainty = -(probabilities * probabilities.clamp_min(1e-12).log()).sum(dim=1)
             weights = 1.0 + torch.exp(-uncertainty)
-        return domain_loss(self.domain_classifier(self.reversal(joint)), domains.is_target(), weights)
+        return domain_loss(self.domain_logits(domains), domains.is_target(), weights)
+
+    def domain_logits(self, domains: Domains) -> Tensor:
+        """``[n + m]``, ``[n + m, 1]`` or ``[n + m, 2]``."""
+        # the classes condition; they are not what has to change
+        joint = self._join(domains.features(), domains.logits().detach().softmax(dim=1))
+        logits: Tensor = self.domain_classifier(self.reversal(joint))
+        return logits
 
     def _join(self, features: Tensor, probabilities: Tensor) -> Tensor:
         if self.feature_projection is None or self.class_projection is None:
@@ -96,6 +105,14 @@ class CDAN(Alignment):
 def conditional_features(num_features: int, num_classes: int, max_features: int = 4096) -> int:
     """Size of what :class:`CDAN`'s domain classifier takes."""
     return min(num_features * num_classes, max_features)
+
+
+def domain_accuracy(logits: Tensor, is_target: Tensor) -> Tensor:
+    """How often domain logits are right, each domain counted alike; arguments as of :func:`domain_loss`."""
+    two = logits.dim() == 2 and logits.shape[1] == 2
+    answers = logits.argmax(dim=1) if two else (logits.flatten() > 0)
+    right = (answers.to(is_target.dtype) == is_target).to(is_target.dtype)
+    return 0.5 * (right[is_target == 0].mean() + right[is_target == 1].mean())
 
 
 def domain_loss(logits: Tensor, is_target: Tensor, weights: Tensor | None = None) -> Tensor:

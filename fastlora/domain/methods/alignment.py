@@ -30,6 +30,11 @@ class Domains:
         """``[n + m, classes]``, the source's first."""
         return torch.cat([self.source_logits, self.target_logits])
 
+    def float(self) -> "Domains":
+        """Everything in float32: distances and covariances lose too much in 16 bits."""
+        parts = self.source_features, self.target_features, self.source_logits, self.target_logits
+        return Domains(*(part.float() for part in parts))
+
     def is_target(self) -> Tensor:
         """float32 ``[n + m]``: 0 for the source, 1 for the target."""
         ones = [torch.zeros(len(self.source_features)), torch.ones(len(self.target_features))]
@@ -42,6 +47,10 @@ class Alignment(nn.Module):
     def forward(self, domains: Domains) -> Tensor:
         """The term, a number."""
         raise NotImplementedError
+
+    def domain_logits(self, domains: Domains) -> Tensor | None:
+        """What a domain classifier says, as :func:`domain_accuracy` takes it; None of methods without one."""
+        return None
 
 
 class SourceOnly(Alignment):

@@ -56,14 +56,21 @@ def features_of(
         head=head,
         on_done=on_done,
     )
-    return replace(images, read=_Rows(features), transform=None)
+    return replace(images, read=Rows(features), transform=None)
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
+    """Reads stored features instead of pictures.
+
+    Attributes:
+        features: ``[n, F]``.
+    """
+
     features: Tensor
 
     def __call__(self, index: int) -> Tensor:
+        """Those of one example."""
         return self.features[index]
 
 

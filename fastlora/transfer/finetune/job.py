@@ -20,6 +20,7 @@ from fastlora.transfer.data import (
     stratified_split,
 )
 from fastlora.transfer.finetune.settings import FinetuneSettings
+from fastlora.transfer.heads import deepen_head
 from fastlora.transfer.recommend import Recommendation, recommend_strategy
 from fastlora.transfer.strategies import Strategy, find_strategy
 from fastlora.transfer.study import Reporter
@@ -123,7 +124,7 @@ def _base_model(settings: FinetuneSettings, num_classes: int) -> tuple[nn.Module
     model = create_transfer_model(
         settings.model, num_classes, weights=settings.model_weights(), **settings.model_options()
     )
-    return model, find_head(model)[0]
+    return model, find_head(model)[0] if settings.hidden is None else deepen_head(model, settings.hidden)
 
 
 def _check_strategy(settings: FinetuneSettings) -> None:

@@ -10,14 +10,16 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import nn
 
+from fastlora._stages import head as find_head
 from fastlora.state import load_adapter, save_adapter
 from fastlora.transfer.create import create_transfer_model
 from fastlora.transfer.data import pretrained_transforms
 from fastlora.transfer.data.transforms import Transform
 from fastlora.transfer.finetune.settings import FinetuneSettings
+from fastlora.transfer.heads import deepen_head
 from fastlora.transfer.names import DINOV2, EFFICIENTNET_LITE0
 from fastlora.transfer.report import write_file, write_report
-from fastlora.transfer.strategies import Strategy
+from fastlora.transfer.strategies import Strategy, find_strategy
 from fastlora.transfer.training.whole import whole
 
 MODEL, WEIGHTS, ADAPTER = "model.json", "model.safetensors", "adapter"
@@ -75,6 +77,7 @@ def save_run(
         "strategy": strategy.name,
         "strategy_options": settings.options(),
         "model_options": settings.model_options(),
+        "hidden": settings.hidden,
         "classes": list(classes),
         "image_size": image_size,
         "holds": ADAPTER if holds_adapter else WEIGHTS,
@@ -128,13 +131,15 @@ def _read_description(folder: Path) -> dict[str, Any]:
 
 
 def _build(described: dict[str, Any], num_classes: int) -> nn.Module:
-    name, own = described["model"], described["model_options"]
-    if described["holds"] == ADAPTER:
-        return create_transfer_model(name, num_classes, weights=described["weights"], **own)
-    weights = "DEFAULT" if name in _PACKAGED else None
-    options = described["strategy_options"] if described["weights"] is None else {}
-    strategy = described["strategy"] if described["weights"] is None else "feature_extraction"
-    return create_transfer_model(name, num_classes, strategy, weights=weights, **options, **own)
+    name, own, hidden = described["model"], described["model_options"], described.get("hidden")
+    packaged = "DEFAULT" if name in _PACKAGED else None
+    weights = described["weights"] if described["holds"] == ADAPTER else packaged
+    model = create_transfer_model(name, num_classes, weights=weights, **own)
+    head = find_head(model)[0] if hidden is None else deepen_head(model, hidden)
+    if described["weights"] is None:
+        # random weights are saved whole, with what the strategy added
+        find_strategy(described["strategy"]).apply(model, head, **described["strategy_options"])
+    return model
 
 
 def _fill(model: nn.Module, path: Path) -> None:

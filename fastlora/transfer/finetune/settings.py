@@ -33,6 +33,7 @@ class FinetuneSettings:
         num_tokens: Of prompt (10).
         num_stages: How many of the last stages fine_tuning trains (1).
         train_batch_norm: Train BatchNorm in frozen stages too.
+        hidden: Width of a hidden layer between features and classifier; without it the classifier is linear.
         image_size: Height and width of the pictures the model sees; without it the model's own.
         flip: Mirror half of the training pictures; wrong for digits and text.
         cache_features: Compute the frozen features once and train the head on them: feature_extraction in
@@ -59,6 +60,7 @@ class FinetuneSettings:
     num_tokens: int | None = None
     num_stages: int | None = None
     train_batch_norm: bool | None = None
+    hidden: int | None = None
     image_size: int | None = None
     flip: bool = True
     cache_features: bool = False
@@ -69,6 +71,8 @@ class FinetuneSettings:
         """Check what needs no look at the pictures."""
         if not 0 < self.validation_share < 1:
             raise ValueError(f"expected validation_share between 0 and 1, got {self.validation_share}")
+        if self.hidden is not None and self.hidden < 1:
+            raise ValueError(f"expected hidden of at least 1, got {self.hidden}")
 
     def options(self) -> dict[str, Any]:
         """The strategy's options that are given."""
@@ -76,7 +80,7 @@ class FinetuneSettings:
 
     def compared(self) -> dict[str, Any]:
         """What a resumed run must share, beside what its data and weights show."""
-        names = ("model", "weights", "image_size", "cache_features")
+        names = ("model", "weights", "hidden", "image_size", "cache_features")
         return {**{name: getattr(self, name) for name in names}, **self.options()}
 
     def model_options(self) -> dict[str, Any]:

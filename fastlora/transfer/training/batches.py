@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from typing_extensions import Self
 
 from fastlora.transfer.data import LabelledImages
 from fastlora.transfer.training.randomness import derived_seed, seeded
+from fastlora.transfer.training.settings import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Part:
     Attributes:
         inputs: ``[b, ...]``.
         labels: int64 ``[b]``.
-        counted: float32 ``[b]``: 1, or 0 for an example that only fills up the part.
+        counted: float32 ``[b]``: how much an example counts, 0 for one that only fills up the part.
         names: Of the pictures, for people.
     """
 
@@ -44,6 +46,7 @@ class BatchPlan:
         processes: How many there are.
         in_pairs: Keep neighbours (0 and 1, 2 and 3, …) in one part, for mixup.
         full: Fill the last batch of an epoch with the first examples of that epoch.
+        weights: float32 ``[n]``, how much each example counts; None counts each as 1.
     """
 
     images: LabelledImages
@@ -54,6 +57,28 @@ class BatchPlan:
     processes: int = 1
     in_pairs: bool = False
     full: bool = False
+    weights: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        images: LabelledImages,
+        settings: TrainSettings,
+        accelerator: Any,
+        *,
+        seed: int | None = None,
+        **how: Any,
+    ) -> Self:
+        """The plan of a run's settings; ``seed`` instead of theirs, and ``how`` the other attributes."""
+        return cls(
+            images,
+            settings.batch_size,
+            settings.seed if seed is None else seed,
+            settings.accumulation,
+            accelerator.process_index,
+            accelerator.num_processes,
+            **how,
+        )
 
     def batches(self, epoch: int) -> list[list[int]]:
         """Indices of the examples of every batch of an epoch, the same in every process."""
@@ -89,7 +114,8 @@ class BatchPlan:
 
     def _part(self, loaded: tuple[Tensor, Tensor], indices: list[int], counted: list[int]) -> Part:
         names = tuple(self.images.names[i] for i, count in zip(indices, counted, strict=True) if count)
-        return Part(*loaded, torch.tensor(counted, dtype=torch.float32), names)
+        weights = torch.tensor(counted, dtype=torch.float32)
+        return Part(*loaded, weights if self.weights is None else weights * self.weights[indices], names)
 
 
 @dataclass(frozen=True)

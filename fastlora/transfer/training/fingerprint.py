@@ -39,10 +39,10 @@ def fingerprint(
     return {
         **json.loads(json.dumps(dict(configuration))),
         **compared,
-        "layout": _hashed(layout),
+        "layout": hashed(layout),
         "frozen_weights": digest(frozen),
-        "training_data": _hashed([train.classes, train.labels, train.names]),
-        "validation_data": _hashed([validation.classes, validation.labels, validation.names]),
+        "training_data": hashed([train.classes, train.labels, train.names]),
+        "validation_data": hashed([validation.classes, validation.labels, validation.names]),
         # a function shows where it lies in memory, which differs from process to process
         "transform": re.sub(r" at 0x[0-9a-f]+", "", repr(train.transform)),
     }
@@ -63,5 +63,6 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
 
 
-def _hashed(value: Any) -> str:
+def hashed(value: Any) -> str:
+    """SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Self
 
-from fastlora.transfer.training.records import EpochRecord
+from fastlora.transfer.training.records import EpochRecord, TrainResult
 from fastlora.transfer.training.settings import TrainSettings
 
 Weights = dict[str, Tensor]
@@ -63,6 +63,18 @@ class Progress:
             # a loss that still creeps down would decide between equals for ever
             values = [score(each)[0] for each in self.history]
             self.stopped = len(values) - 1 - values.index(max(values)) >= settings.patience
+
+    def result(self, peak_memory_bytes: int | None, resumed_at: int | None) -> TrainResult:
+        """What the run gave."""
+        return TrainResult(
+            self.history,
+            self.best_epoch,
+            self.step,
+            self.stopped,
+            self.total_seconds,
+            peak_memory_bytes,
+            resumed_at,
+        )
 
     def stored(self) -> dict[str, Any]:
         """In types that ``torch.load(weights_only=True)`` reads."""

@@ -30,6 +30,7 @@ from fastlora.transfer.training.progress import Progress
 from fastlora.transfer.training.randomness import generator_states, set_generator_states, start_from
 from fastlora.transfer.training.records import EpochRecord, TrainResult, scores
 from fastlora.transfer.training.settings import TrainSettings
+from fastlora.transfer.training.stage_switch import StageSwitch
 from fastlora.transfer.unfreezing import GradualUnfreezing
 
 CHECKPOINTS = "checkpoints"
@@ -90,9 +91,8 @@ class Trainer:
         self._head = find_head(model)[1] if head is None else head
         self._settings, self._unfreezing, self._reporter = settings, unfreezing, reporter
         self._train, self._validation, self._output = train, validation, output
-        self._configuration = dict(configuration or {})
-        if unfreezing is not None:
-            self._configuration["unfreezing"] = [list(unfreezing.at), unfreezing.unit]
+        plan = {} if unfreezing is None else {"unfreezing": [list(unfreezing.at), unfreezing.unit]}
+        self._configuration = {**(configuration or {}), **plan}
         self.accelerator = make_accelerator(settings.precision) if accelerator is None else accelerator
         check_processes(self.accelerator.num_processes, len(train), settings, unfreezing)
         self.total_steps = settings.total_steps(len(train))
@@ -100,20 +100,7 @@ class Trainer:
         self._saved = what_changes(self.model, self._head, unfreezing)
         self._checkpoints = Checkpoints(output / CHECKPOINTS)
         self._loss = Loss.of(train, settings, self.accelerator.device)
-        self._plan = self._plan_of(train, settings.seed, in_pairs=settings.mixup > 0)
-
-    def _plan_of(self, images: LabelledImages, seed: int, **how: bool) -> BatchPlan:
-        """How examples are cut into batches, parts and shares of this process."""
-        settings, accelerator = self._settings, self.accelerator
-        return BatchPlan(
-            images,
-            settings.batch_size,
-            seed,
-            settings.accumulation,
-            accelerator.process_index,
-            accelerator.num_processes,
-            **how,
-        )
+        self._plan = BatchPlan.of(train, settings, self.accelerator, in_pairs=settings.mixup > 0)
 
     def fit(self, *, resume: bool = False) -> TrainResult:
         """Train to the end, or to an early stop.
@@ -152,24 +139,15 @@ class Trainer:
             self._logs.close()
             self._engine.release()
         self.model.eval()
-        progress = self._progress
-        return TrainResult(
-            progress.history,
-            progress.best_epoch,
-            progress.step,
-            progress.stopped,
-            progress.total_seconds,
-            peak.bytes,
-            None if found is None else found[0],
-        )
+        return self._progress.result(peak.bytes, None if found is None else found[0])
 
     def _begin(self, state: dict[str, Any] | None) -> None:
         start_from(self._settings.seed)
         self._progress = (
             Progress() if state is None else Progress.restored(state["progress"], self._record_kind)
         )
-        self._trained_stages: int | None = None
-        self._unfreeze()
+        self._stages = StageSwitch(self.model, self._head, self._unfreezing, self._steps_per_epoch)
+        self._stages.turn(self._progress.step)
         self._engine = Engine(
             self.model, self._head, self._saved, self._settings, self.total_steps, self.accelerator
         )
@@ -201,7 +179,7 @@ class Trainer:
         epoch, first = divmod(progress.step, self._steps_per_epoch)
         for parts in self._load(epoch, first):
             started = time.perf_counter()
-            if self._unfreeze():
+            if self._stages.turn(progress.step):
                 self._engine.rewrap()
             self.model.train()
             self._step(parts, epoch)
@@ -271,7 +249,7 @@ class Trainer:
             "train_loss": progress.loss_sum / progress.examples,
             **scores(logits, self._validation),
             "lr": self._lr,
-            "trained_stages": self._trained_stages,
+            "trained_stages": self._stages.trained,
             "seconds": progress.seconds,
         }
 
@@ -285,19 +263,6 @@ class Trainer:
     def _validated_weights(self) -> dict[str, Tensor]:
         with self._averaged():
             return self._engine.weights()
-
-    def _unfreeze(self) -> bool:
-        """Let the stages train whose time has come; whether that changed anything."""
-        if self._unfreezing is None:
-            return False
-        step = self._progress.step
-        progress = step if self._unfreezing.unit == "step" else step // self._steps_per_epoch
-        trained = self._unfreezing.trained_at(progress)
-        if trained == self._trained_stages:
-            return False
-        self._unfreezing.apply(self.model, self._head, progress)
-        self._trained_stages = trained
-        return True
 
     def _check_finite(self, what: str, value: float, parts: Sequence[Part]) -> None:
         if not math.isfinite(value):

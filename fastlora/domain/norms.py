@@ -1,4 +1,4 @@
-"""BatchNorm with statistics of its own for each domain, and statistics of the target alone (AdaBN)."""
+"""Norms with statistics of their own for each domain, and statistics of the target alone (AdaBN)."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +13,27 @@ DOMAINS = ("source", "target")
 _KINDS = nn.modules.batchnorm._BatchNorm
 
 
-class DomainBatchNorm(nn.Module):
+class DomainNorm(nn.Module):
+    """A norm for each domain, the target's in use unless :func:`use_domain` says otherwise.
+
+    Args:
+        source: The source's.
+        target: The target's.
+    """
+
+    def __init__(self, source: nn.Module, target: nn.Module) -> None:
+        """See the class."""
+        super().__init__()
+        self.norms = nn.ModuleDict(dict(zip(DOMAINS, (source, target), strict=True)))
+        self.domain = "target"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise with the statistics of the domain in use."""
+        out: Tensor = self.norms[self.domain](x)
+        return out
+
+
+class DomainBatchNorm(DomainNorm):
     """A BatchNorm for each domain with one weight and bias (Chang et al. 2019, arXiv 1906.03950, share none).
 
     Args:
@@ -22,29 +42,61 @@ class DomainBatchNorm(nn.Module):
 
     def __init__(self, norm: nn.Module) -> None:
         """See the class."""
-        super().__init__()
-        self.norms = nn.ModuleDict({name: deepcopy(norm) for name in DOMAINS})
-        self.norms["target"].weight, self.norms["target"].bias = (
-            self.norms["source"].weight,
-            self.norms["source"].bias,
-        )
-        self.domain = "target"
+        source, target = deepcopy(norm), deepcopy(norm)
+        target.weight, target.bias = source.weight, source.bias
+        super().__init__(source, target)
         self.train(norm.training)
 
+
+class Standardise(nn.Module):
+    """Features ``[B, F]`` to zero mean and unit deviation by given statistics.
+
+    Args:
+        mean: ``[F]``.
+        deviation: ``[F]``; where it is almost zero it counts as 1.
+        momentum: By how much a batch in train mode moves both, without gradient; 0 keeps them.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, mean: Tensor, deviation: Tensor, momentum: float = 0.0) -> None:
+        """See the class."""
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("mean", mean.float().clone())
+        self.register_buffer("deviation", torch.where(deviation > 1e-6, deviation, 1.0).float())
+
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise with the statistics of the domain in use."""
-        out: Tensor = self.norms[self.domain](x)
-        return out
+        """Standardise."""
+        if self.training and self.momentum:
+            found = x.detach().float()
+            self.mean.lerp_(found.mean(dim=0), self.momentum)
+            self.deviation.lerp_(found.std(dim=0, correction=0).clamp_min(1e-6), self.momentum)
+        # buffers that the next step moves must not be what autograd keeps
+        return (x - self.mean.clone()) / self.deviation.clone()
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows between the brackets."""
+        return f"{len(self.mean)}, momentum={self.momentum}"
 
 
 def separate_batch_norms(model: nn.Module) -> None:
     """Replace every BatchNorm inside a model, in place."""
     for module in list(model.modules()):
-        if isinstance(module, DomainBatchNorm):
+        if isinstance(module, DomainNorm):
             continue
         for name, child in list(module.named_children()):
             if isinstance(child, _KINDS):
                 setattr(module, name, DomainBatchNorm(child))
+
+
+def join_norms(model: nn.Module, name: str = "target") -> None:
+    """Undo :func:`separate_batch_norms`, in place: one domain's norms take the place of both."""
+    for module in list(model.modules()):
+        for child_name, child in list(module.named_children()):
+            if isinstance(child, DomainNorm):
+                setattr(module, child_name, child.norms[name])
 
 
 @contextmanager
@@ -56,7 +108,7 @@ def use_domain(model: nn.Module, name: str) -> Iterator[None]:
     """
     if name not in DOMAINS:
         raise ValueError(f"expected a domain out of {', '.join(DOMAINS)}, got {name!r}")
-    norms = [module for module in model.modules() if isinstance(module, DomainBatchNorm)]
+    norms = [module for module in model.modules() if isinstance(module, DomainNorm)]
     before = [norm.domain for norm in norms]
     for norm in norms:
         norm.domain = name
