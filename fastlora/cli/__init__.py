@@ -6,7 +6,7 @@ imported when the command runs, so that ``fastlora --help`` answers at once.
 
 import typer
 
-from fastlora.cli import demo, diagnose, export, finetune, kernels, params, predict
+from fastlora.cli import adapt, demo, diagnose, export, finetune, kernels, params, predict
 from fastlora.cli._errors import CommandGroup
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 
 app.command("demo")(demo.demo)
 app.command("finetune")(finetune.make_command())
+app.command("adapt")(adapt.make_command())
 app.command("predict")(predict.predict)
 app.command("export")(export.export)
 app.command("diagnose")(diagnose.diagnose)

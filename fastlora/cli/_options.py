@@ -18,7 +18,9 @@ else:
     import tomli as tomllib
 
 
-def options_of(kinds: Iterable[type], *, arguments: Iterable[str] = ()) -> list[inspect.Parameter]:
+def options_of(
+    kinds: Iterable[type], *, arguments: Iterable[str] = (), leave_out: Iterable[str] = ()
+) -> list[inspect.Parameter]:
     """A keyword parameter for Typer for each field of dataclasses, with the help of their docstrings.
 
     Of a name that two have, the first counts.
@@ -26,11 +28,14 @@ def options_of(kinds: Iterable[type], *, arguments: Iterable[str] = ()) -> list[
     Args:
         kinds: Dataclasses whose docstrings list their attributes.
         arguments: Fields that are given without a name.
+        leave_out: Fields that are no options.
     """
     made: dict[str, inspect.Parameter] = {}
     for kind in kinds:
         helps, hints = attribute_help(kind), get_type_hints(kind)
         for field in fields(kind):
+            if field.name in leave_out:
+                continue
             info: Any = typer.Argument if field.name in arguments else typer.Option
             default = inspect.Parameter.empty if field.default is MISSING else field.default
             made.setdefault(
@@ -59,6 +64,19 @@ def with_options(command: Callable[..., None], options: Iterable[inspect.Paramet
     )
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run
+
+
+def settings_of(kinds: Iterable[type], values: Mapping[str, Any], **more: Any) -> list[Any]:
+    """An object of each dataclass, filled with the options of its fields' names and with ``more``.
+
+    Of a name that two have, the first takes it, as in :func:`options_of`.
+    """
+    left, made = dict(values), []
+    for kind in kinds:
+        names = {field.name for field in fields(kind)}
+        own = {name: left.pop(name) for name in names & left.keys()}
+        made.append(kind(**own, **{name: value for name, value in more.items() if name in names}))
+    return made
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:

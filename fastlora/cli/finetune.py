@@ -1,8 +1,6 @@
 """``fastlora finetune``: from labelled pictures to a fine-tuned model and its report."""
 
-import json
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +8,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fastlora.cli._options import options_of, read_config, with_options
+from fastlora.cli._options import options_of, read_config, settings_of, with_options
+from fastlora.cli._processes import make_console, print_json
 from fastlora.cli._progress import LiveReporter
 
 if TYPE_CHECKING:
@@ -51,10 +50,8 @@ def finetune(
     from fastlora.transfer.training import TrainSettings
     from fastlora.transfer.training.processes import leave_processes
 
-    names = {field.name for field in fields(FinetuneSettings)}
-    settings = FinetuneSettings(**{name: value for name, value in values.items() if name in names})
-    training = TrainSettings(**{name: value for name, value in values.items() if name not in names})
-    console = Console(stderr=as_json)
+    settings, training = settings_of((FinetuneSettings, TrainSettings), values)
+    console = make_console(as_json)
     if dry_run:
         _plan(settings, training, console)
         return
@@ -62,7 +59,7 @@ def finetune(
         report = run(settings, training, reporter, resume=resume)
     leave_processes()
     if as_json:
-        typer.echo(json.dumps(report, indent=2))
+        print_json(report)
     else:
         _show(report, settings.output, console)
 

@@ -34,7 +34,9 @@ class ADistance:
     saturated: bool
 
 
-def proxy_a_distance(source: Any, target: Any, *, splits: int = 5, seed: int = 0) -> ADistance:
+def proxy_a_distance(
+    source: Any, target: Any, *, splits: int = 5, seed: int = 0, warn: bool = True
+) -> ADistance:
     """2 (1 − 2ε), ε the held-out error of a linear domain classifier (Ben-David et al. 2006).
 
     Half of each domain trains a logistic regression on standardised features, the domains counted alike; the
@@ -45,6 +47,7 @@ def proxy_a_distance(source: Any, target: Any, *, splits: int = 5, seed: int = 0
         target: Features ``[m, F]`` of the same layer.
         splits: Random halves to average over.
         seed: Chooses them.
+        warn: Log a warning at saturation.
 
     Raises:
         ValueError: Fewer than 8 examples of a domain, other sizes, not finite, or all constant.
@@ -57,7 +60,7 @@ def proxy_a_distance(source: Any, target: Any, *, splits: int = 5, seed: int = 0
     mean = float(np.mean(values))
     margin = _student(splits - 1) * float(np.std(values, ddof=1)) / splits**0.5
     saturated = mean > _SATURATED
-    if saturated:
+    if saturated and warn:
         _LOG.warning(
             "proxy A-distance %.2f of %d and %d examples with %d features is saturated: a linear classifier "
             "tells the domains apart, which wide features always allow it with few examples",

@@ -144,7 +144,7 @@ class DomainAdaptationModel(nn.Module):
             yield
 
     def align(self, domains: Domains) -> tuple[Tensor, Tensor | None]:
-        """The method's term, and domain logits ``[n + m, …]`` if it is DANN with this model's own classifier."""
+        """The method's term; and domain logits ``[n + m, …]`` of DANN with the own domain classifier."""
         if self.alignment is not None:
             return self.alignment(domains), None
         logits = self.domain_classifier(self.reversal(domains.features()))

@@ -1,12 +1,17 @@
 """Weights that make the source look like the target: by density ratio, or by class priors."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from fastlora.domain._features import Array, both, logistic, standardise
+from fastlora.domain._features import Array, as_labels, both, logistic, standardise
 from fastlora.domain.divergence import balanced_weights
+from fastlora.domain.shift import estimate_label_shift
+
+_LIMIT = 10.0
+
+Weighting = Literal["none", "importance", "label_shift"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class ImportanceWeights:
 
 
 def importance_weights(
-    source: Any, target: Any, *, limit: float = 10.0, strength: float = 1.0
+    source: Any, target: Any, *, limit: float = _LIMIT, strength: float = 1.0
 ) -> ImportanceWeights:
     """p_T(x) / p_S(x) by a logistic domain classifier (Bickel et al. 2007), for covariate shift.
 
@@ -47,6 +52,30 @@ def importance_weights(
     model = logistic(inputs, domains, weights=balanced_weights(domains), strength=strength)
     # both domains count alike, so the odds are the density ratio
     return clipped(np.exp(model.decision_function(sources)), limit)
+
+
+def source_weights(
+    weighting: Weighting, source: Any, source_labels: Any, target: Any, *, seed: int = 0
+) -> ImportanceWeights | None:
+    """Weights of the source's examples as a remedy for a shift, None for ``"none"``.
+
+    Args:
+        weighting: ``"importance"`` for covariate shift, see :func:`importance_weights`; ``"label_shift"`` for
+            other class shares, see :func:`fastlora.domain.shift.estimate_label_shift`.
+        source: Features ``[n, F]``.
+        source_labels: int64 ``[n]``.
+        target: Features ``[m, F]``.
+        seed: Of the estimate of the class shares.
+
+    Raises:
+        ValueError: See the functions above, or no class of the source is left in the target.
+    """
+    if weighting == "none":
+        return None
+    if weighting == "importance":
+        return importance_weights(source, target)
+    labels = as_labels("source", source_labels, len(source))
+    return clipped(estimate_label_shift(source, labels, target, seed=seed).weights(labels), _LIMIT)
 
 
 def clipped(weights: Array, limit: float) -> ImportanceWeights:

@@ -207,7 +207,8 @@ class Fit:
 
 def best_device() -> torch.device:
     """The accelerator of this machine, or its CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
 
 
 def make_accelerator(precision: str = "auto") -> Any:

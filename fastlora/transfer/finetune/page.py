@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from fastlora.transfer.data import LabelledImages
 from fastlora.transfer.plots import draw_matrix, png
 from fastlora.transfer.report import write_file
 
-PAGE = "report.html"
+PAGE, TEMPLATE = "report.html", "transfer/finetune/report.html.jinja"
 _THUMBNAIL = 160
 
 
@@ -30,19 +30,38 @@ def write_page(folder: Path, report: dict[str, Any], images: LabelledImages) -> 
         report: What ``report.json`` holds.
         images: Those that were evaluated.
     """
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    figures = {"curves": curves(report["epochs"], report["best_epoch"])}
+    write_file(folder / PAGE, render(TEMPLATE, report, images, figures).encode())
+
+
+def render(
+    template: str, report: dict[str, Any], images: LabelledImages, figures: Mapping[str, Figure]
+) -> str:
+    """A page of its own.
+
+    Args:
+        template: Path of a template inside this package.
+        report: What ``report.json`` holds.
+        images: Those that were evaluated.
+        figures: By the names that the template gives them.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_template), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["percent"] = lambda value: "–" if value is None else f"{100 * value:.1f} %"
     environment.filters["mib"] = lambda value: "–" if value is None else f"{value / 2**20:,.1f} MiB"
-    text = resources.files("fastlora.transfer.finetune").joinpath("report.html.jinja").read_text("utf-8")
     modules = [ModuleRow(**row) for row in report["parameters"]["modules"]]
-    page = environment.from_string(text).render(
+    return environment.get_template(template).render(
         report=report,
-        curves=_inline(png(curves(report["epochs"], report["best_epoch"]))),
         confusion=_inline(png(_matrix(report["evaluation"]["confusion"], report["classes"]))),
         worst=[(row, _thumbnail(images, row["index"])) for row in report["evaluation"]["worst"]],
         modules=folded([row for row in modules if row.trainable_parameters]),
+        **{name: _inline(png(figure)) for name, figure in figures.items()},
     )
-    write_file(folder / PAGE, page.encode())
+
+
+def _template(path: str) -> str:
+    return resources.files("fastlora").joinpath(path).read_text("utf-8")
 
 
 def curves(epochs: Sequence[dict[str, Any]], best: int) -> Figure:

@@ -1,28 +1,26 @@
 """Fine-tune a model and write all that is worth keeping of it."""
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
-from fastlora.transfer.data import LabelledImages
-from fastlora.transfer.finetune.cached import HeadOnly, features_of
+from fastlora.transfer.finetune.cached import HeadOnly
 from fastlora.transfer.finetune.evaluation import evaluate
 from fastlora.transfer.finetune.job import Job, prepare
 from fastlora.transfer.finetune.page import write_page
-from fastlora.transfer.finetune.saved import ADAPTER, save_run
+from fastlora.transfer.finetune.record import bytes_of_adapter, job_record, training_record
+from fastlora.transfer.finetune.saved import save_run
 from fastlora.transfer.finetune.settings import FinetuneSettings, as_config
+from fastlora.transfer.finetune.view import View, view_of
 from fastlora.transfer.fit import make_accelerator
 from fastlora.transfer.report import check_output_folder, environment, write_file, write_report
 from fastlora.transfer.study import Reporter
-from fastlora.transfer.training import Trainer, TrainResult, TrainSettings
+from fastlora.transfer.training import Trainer, TrainSettings
 
-CONFIG, REPORT, FEATURES = "config.toml", "report.json", "features"
-
-View = Callable[[LabelledImages], LabelledImages]
+CONFIG, REPORT = "config.toml", "report.json"
 
 
 def finetune(
@@ -64,7 +62,7 @@ def finetune(
     parameters = job.parameters()
     # cached features are computed there too
     job.model.to(accelerator.device)
-    view = _view(job, settings, output, reporter)
+    view = view_of(job, settings, output, reporter)
     trainer = _trainer(job, settings, view, output, reporter, accelerator)
     result = trainer.fit(resume=resume)
     judged = job.validation if job.test is None else job.test
@@ -75,17 +73,17 @@ def finetune(
         "model": settings.model,
         "dataset": settings.data,
         "config": as_config(replace(settings, strategy=job.strategy.name, lr=job.training.lr), job.training),
-        **_job_record(job),
+        **job_record(job),
         "parameters": parameters.as_json(),
         "trainable_parameters": parameters.trainable_parameters,
         "total_parameters": parameters.total_parameters,
-        **_training_record(result),
+        **training_record(result),
         "accuracy": scores["accuracy"],
         "balanced_accuracy": scores["balanced_accuracy"],
         "evaluated_on": "validation" if job.test is None else "test",
         "evaluation": scores,
         "files": files,
-        "adapter_bytes": _bytes_of_adapter(output),
+        "adapter_bytes": bytes_of_adapter(output),
         **environment(accelerator.device, str(accelerator.mixed_precision)),
         "total_seconds": time.perf_counter() - started,
     }
@@ -110,50 +108,3 @@ def _trainer(
         reporter=reporter,
         accelerator=accelerator,
     )
-
-
-def _view(job: Job, settings: FinetuneSettings, output: Path, reporter: Reporter) -> View:
-    """What the trained part sees of pictures: themselves, or their features."""
-    if not settings.cache_features:
-        return lambda images: images
-    size = job.training.batch_size
-
-    def features(images: LabelledImages) -> LabelledImages:
-        def told(done: int, total: int) -> None:
-            reporter.advance(f"features of {total:,} pictures", done, total, None)
-
-        return features_of(job.model, job.head, images, output / FEATURES, size, told)
-
-    return features
-
-
-def _job_record(job: Job) -> dict[str, Any]:
-    return {
-        "strategy": job.strategy.name,
-        "strategy_summary": job.strategy.summary,
-        "seed": job.training.seed,
-        "recommendation": asdict(job.recommendation),
-        "pictures": {
-            "train": len(job.train),
-            "validation": len(job.validation),
-            "test": 0 if job.test is None else len(job.test),
-        },
-        "classes": list(job.train.classes),
-    }
-
-
-def _bytes_of_adapter(output: Path) -> int | None:
-    path = output / ADAPTER / "adapter_model.safetensors"
-    return path.stat().st_size if path.is_file() else None
-
-
-def _training_record(result: TrainResult) -> dict[str, Any]:
-    return {
-        "epochs": [asdict(record) for record in result.history],
-        "best_epoch": result.best_epoch,
-        "steps": result.steps,
-        "stopped_early": result.stopped_early,
-        "seconds": result.seconds,
-        "peak_memory_bytes": result.peak_memory_bytes,
-        "resumed_at": result.resumed_at,
-    }

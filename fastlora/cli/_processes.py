@@ -1,0 +1,24 @@
+"""Output of a command that several processes may run: only the first of them speaks."""
+
+import json
+import os
+from typing import Any
+
+import typer
+from rich.console import Console
+
+
+def make_console(to_stderr: bool) -> Console:
+    """A console on stdout, or on stderr where stdout is for a machine."""
+    return Console(stderr=to_stderr, quiet=not _is_first())
+
+
+def print_json(value: Any) -> None:
+    """Print a JSON value on stdout."""
+    if _is_first():
+        typer.echo(json.dumps(value, indent=2))
+
+
+def _is_first() -> bool:
+    # launchers tell each process its number
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,68 @@
+"""How good an adapted model looks: by scores that need no target labels, and by those that do."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastlora.domain.selection import (
+    deep_embedded_validation,
+    importance_weighted_score,
+    information_maximisation,
+    negative_entropy,
+    soft_neighbourhood_density,
+)
+from fastlora.domain.weighting import importance_weights
+from fastlora.transfer.metrics import accuracy, balanced_accuracy, confusion_matrix
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What a model makes of held-out source examples and of the target.
+
+    Attributes:
+        source_features: ``[n, F]``.
+        source_logits: ``[n, classes]``.
+        source_labels: int64 ``[n]``.
+        target_features: ``[m, F]``.
+        target_logits: ``[m, classes]``.
+        target_labels: int64 ``[m]``, or None.
+    """
+
+    source_features: Tensor
+    source_logits: Tensor
+    source_labels: Tensor
+    target_features: Tensor
+    target_logits: Tensor
+    target_labels: Tensor | None
+
+
+def target_scores(readings: Readings) -> dict[str, float]:
+    """All scores of :mod:`fastlora.domain.selection`; higher is better for each.
+
+    The density ratio is estimated on the model's own features, as DEV has it.
+
+    Raises:
+        ValueError: Features that are not finite or all constant.
+        ImportError: scikit-learn is not installed.
+    """
+    losses = F.cross_entropy(readings.source_logits, readings.source_labels, reduction="none")
+    found = importance_weights(readings.source_features, readings.target_features)
+    weights = torch.from_numpy(found.weights)
+    return {
+        "information_maximisation": information_maximisation(readings.target_logits),
+        "negative_entropy": negative_entropy(readings.target_logits),
+        "soft_neighbourhood_density": soft_neighbourhood_density(readings.target_logits),
+        "importance_weighted": importance_weighted_score(losses, weights),
+        "dev": deep_embedded_validation(losses, weights),
+    }
+
+
+def oracle(readings: Readings) -> tuple[float | None, float | None]:
+    """Accuracy and balanced accuracy on the target; None without labels. Not to select by."""
+    if readings.target_labels is None:
+        return None, None
+    classes = readings.target_logits.shape[1]
+    confusion = confusion_matrix(readings.target_labels, readings.target_logits.argmax(dim=1), classes)
+    return accuracy(confusion), balanced_accuracy(confusion)

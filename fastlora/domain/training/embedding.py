@@ -1,0 +1,104 @@
+"""Features of two domains drawn in two dimensions, before and after."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from torch import Tensor
+
+from fastlora.transfer._extras import require
+
+_DRAWN = 400
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+_MARKERS = {"source": "o", "target": "x"}
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Features of both domains and the class that each point is coloured by.
+
+    Attributes:
+        title: What they are.
+        source: ``[n, F]``.
+        target: ``[m, F]``.
+    """
+
+    title: str
+    source: Tensor
+    target: Tensor
+
+
+def draw_embedding(
+    clouds: Sequence[Cloud],
+    source_classes: Tensor,
+    target_classes: Tensor,
+    names: Sequence[str],
+    *,
+    target_note: str,
+    seed: int,
+) -> Figure:
+    """t-SNE (van der Maaten & Hinton 2008, JMLR 9) of at most 400 examples of each domain, a panel a cloud.
+
+    Args:
+        clouds: All of the same examples.
+        source_classes: int64 ``[n]``.
+        target_classes: int64 ``[m]``.
+        names: Of the classes.
+        target_note: Where the target's classes come from, for the legend.
+        seed: Chooses the examples and begins the optimisation.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(len(source_classes), generator=generator)[:_DRAWN]
+    others = torch.randperm(len(target_classes), generator=generator)[:_DRAWN]
+    figure = Figure(figsize=(5.4 * len(clouds), 5.2), layout="constrained")
+    for axes, cloud in zip(np.atleast_1d(figure.subplots(1, len(clouds))), clouds, strict=True):
+        placed = _placed(torch.cat([cloud.source[rows], cloud.target[others]]), seed)
+        _scatter(axes, placed[: len(rows)], source_classes[rows], "source")
+        _scatter(axes, placed[len(rows) :], target_classes[others], "target")
+        axes.set(title=cloud.title, xticks=[], yticks=[])
+    figure.legend(handles=_legend(names, target_note), loc="outside lower center", ncols=4, fontsize=9)
+    return figure
+
+
+def _placed(features: Tensor, seed: int) -> Tensor:
+    manifold = require(
+        "sklearn.manifold", distribution="scikit-learn", purpose="the embedding", extra="domain"
+    )
+    # the perplexity has to stay below the number of points
+    perplexity = min(30.0, max(2.0, (len(features) - 1) / 3))
+    scale = features.double().std().clamp_min(1e-12)
+    embedding = manifold.TSNE(2, perplexity=perplexity, init="pca", random_state=seed)
+    return torch.from_numpy(embedding.fit_transform((features.double() / scale).numpy()))
+
+
+def _scatter(axes: Axes, points: Tensor, classes: Tensor, domain: str) -> None:
+    colours = [_COLOURS[int(label) % len(_COLOURS)] for label in classes]
+    axes.scatter(
+        points[:, 0].numpy(),
+        points[:, 1].numpy(),
+        c=colours,
+        marker=_MARKERS[domain],
+        s=14,
+        alpha=0.6,
+        linewidths=1,
+    )
+
+
+def _legend(names: Sequence[str], target_note: str) -> list[Line2D]:
+    domains = [
+        Line2D([], [], color="grey", linestyle="", marker=marker, label=label)
+        for marker, label in (("o", "source"), ("x", f"target ({target_note})"))
+    ]
+    shown = names[: len(_COLOURS)]
+    classes = [
+        Line2D([], [], color=colour, linestyle="", marker="s", label=name)
+        for colour, name in zip(_COLOURS, shown, strict=False)
+    ]
+    return domains + classes

@@ -1,0 +1,61 @@
+"""The domain to adapt to, and how."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from fastlora.domain.weighting import Weighting
+
+Select = Literal[
+    "information_maximisation",
+    "negative_entropy",
+    "soft_neighbourhood_density",
+    "importance_weighted",
+    "dev",
+    "source_accuracy",
+    "last",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainSettings:
+    """The domain to adapt to, and how; ``FinetuneSettings`` says what is adapted.
+
+    Attributes:
+        source: Labelled pictures: a folder with a folder for each class, or a .csv file.
+        target: The domain to adapt to: a folder of pictures, or class folders with the source's names, whose
+            labels are only used to show how good the model is.
+        method: source_only, domain_norm, mmd, jan, coral, mcc, dann, dann_norm, cdan or cdan_e.
+        strength: What λ goes towards: the strength of the reversal, or the weight of other terms.
+        gamma: How early λ rises.
+        weighting: Weigh the source's pictures: by importance (density ratio of their features), or by the
+            class shares that the target seems to have (label_shift).
+        select: What chooses the epoch to keep; none of them looks at the target's labels.
+        separate_batch_norm: Give every BatchNorm statistics of its own for each domain.
+
+    Raises:
+        ValueError: A number out of range or an unknown choice.
+    """
+
+    source: str
+    target: str
+    method: str = "dann"
+    strength: float = 1.0
+    gamma: float = 10.0
+    weighting: Weighting = "none"
+    select: Select = "information_maximisation"
+    separate_batch_norm: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every value that needs no look at the pictures."""
+        for name, choices in (("weighting", Weighting), ("select", Select)):
+            value = getattr(self, name)
+            if value not in get_args(choices):
+                raise ValueError(f"expected {name} out of {', '.join(get_args(choices))}, got {value!r}")
+        for name in ("strength", "gamma"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"expected {name} above 0, got {getattr(self, name)!r}")
+
+    def compared(self) -> dict[str, Any]:
+        """What a resumed run must share, beside what its data show."""
+        names = ("method", "strength", "gamma", "weighting", "select", "separate_batch_norm")
+        return {name: getattr(self, name) for name in names}
