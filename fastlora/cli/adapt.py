@@ -12,9 +12,6 @@ from fastlora.cli._options import options_of, read_config, settings_of, with_opt
 from fastlora.cli._processes import make_console, print_json
 from fastlora.cli._progress import LiveReporter
 
-# of fine-tuning's settings: what makes no sense here, or has another name
-_UNUSED = ("data", "test", "mixup", "monitor", "sharding")
-
 
 def adapt(
     config: Annotated[
@@ -57,7 +54,9 @@ def adapt(
 
 def make_command() -> Callable[..., None]:
     """The command with an option for every setting."""
-    return with_options(adapt, options_of(_kinds(), leave_out=_UNUSED))
+    from fastlora.domain.training.settings import UNUSED
+
+    return with_options(adapt, options_of(_kinds(), leave_out=UNUSED))
 
 
 def _kinds() -> tuple[type, ...]:

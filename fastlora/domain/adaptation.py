@@ -1,8 +1,9 @@
 """Adapt a classifier on features that are computed once: seconds on a CPU."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastlora.domain._features import both, known_labels, source_labels_of, standardise
+from fastlora.domain.assessment import Readings, oracle, target_scores
+from fastlora.domain.methods.adversarial import domain_accuracy
 from fastlora.domain.model import DomainAdaptationModel
 from fastlora.domain.registry import METHODS, Method, domain_head, find_method
-from fastlora.domain.selection import deep_embedded_validation, information_maximisation, negative_entropy
-from fastlora.domain.weighting import importance_weights
+from fastlora.domain.weighting import ImportanceWeights, Weighting, source_weights
 from fastlora.nn.gradient_reversal import ReversalSchedule
 from fastlora.transfer.data import stratified_split
 from fastlora.transfer.training.randomness import derived_seed, seeded
@@ -33,8 +35,12 @@ class AdaptSettings:
         weight_decay: AdamW's.
         strength: What the schedule's λ goes towards: the reversal's, or the weight of other terms.
         gamma: How early λ rises.
+        weighting: Of the source's examples, see :func:`fastlora.domain.weighting.source_weights`.
         held_out: Share of the source that is not trained on, for the scores to select by.
         seed: Of initial weights, order and split.
+
+    Raises:
+        ValueError: A number out of range or an unknown weighting.
     """
 
     epochs: int = 30
@@ -44,8 +50,24 @@ class AdaptSettings:
     weight_decay: float = 1e-3
     strength: float = 1.0
     gamma: float = 10.0
+    weighting: Weighting = "none"
     held_out: float = 0.2
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        for name in ("epochs", "batch_size", "hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)!r}")
+        for name in ("lr", "strength", "gamma"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"expected {name} above 0, got {getattr(self, name)!r}")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"expected held_out between 0 and 1, got {self.held_out!r}")
+        if self.weighting not in get_args(Weighting):
+            raise ValueError(
+                f"expected weighting out of {', '.join(get_args(Weighting))}, got {self.weighting!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -57,7 +79,7 @@ class AdaptEpoch:
         source_accuracy: Of held-out source examples.
         target_accuracy: Of the target, where labels exist: an oracle, not to select by.
         target_balanced_accuracy: The mean over the classes; an oracle too.
-        domain_accuracy: Of the domain classifier on the last batch; None without one.
+        domain_accuracy: Of the domain classifier on held-out source and target; None without one.
         strength: λ at its end.
         scores: To select by without target labels, higher is better.
     """
@@ -114,6 +136,7 @@ def adapt_features(
     Raises:
         ValueError: An unknown method, features that don't fit or aren't finite, one class, or target labels
             that the source has not.
+        ImportError: scikit-learn is not installed.
     """
     chosen, settings = find_method(method), settings or AdaptSettings()
     first, second = both(source, target)
@@ -134,7 +157,7 @@ def adapt_features(
         [_tensor(part) for part in (normal, held_out, shifted)],
         [torch.from_numpy(codes[part]) for part in (train, test)],
         truth,
-        torch.from_numpy(importance_weights(held_out, shifted).weights),
+        source_weights(settings.weighting, normal, codes[train], shifted, seed=settings.seed),
     )
     return run.fit(len(classes))
 
@@ -149,12 +172,14 @@ class _Run:
         inputs: list[Tensor],
         labels: list[Tensor],
         truth: Tensor | None,
-        weights: Tensor,
+        weights: ImportanceWeights | None,
     ) -> None:
         self._method, self._settings = method, settings
         self._train, self._held_out, self._target = inputs
         self._labels, self._held_out_labels = labels
-        self._truth, self._weights = truth, weights
+        ones = torch.ones(len(self._train))
+        self._truth = truth
+        self._weights = ones if weights is None else torch.from_numpy(weights.weights).float()
 
     def fit(self, num_classes: int) -> AdaptResult:
         settings = self._settings
@@ -168,18 +193,17 @@ class _Run:
             history = []
             for epoch in range(1, settings.epochs + 1):
                 model.train()
-                domain_accuracy = None
                 for rows, others in self._batches(steps):
                     strength = schedule().item()
-                    loss = model.loss((self._train[rows], self._labels[rows]), self._target[others])
-                    weight = 1.0 if self._method.adversarial else strength
+                    domains = model.domains(self._train[rows], self._target[others])
+                    losses = F.cross_entropy(domains.source_logits, self._labels[rows], reduction="none")
+                    term, _ = model.align(domains)
                     optimizer.zero_grad()
-                    (loss.classification + weight * loss.alignment).backward()
+                    factor = 1.0 if self._method.adversarial else strength
+                    ((losses * self._weights[rows]).mean() + factor * term).backward()
                     optimizer.step()
-                    if not self._method.adversarial:
-                        schedule.advance()
-                    domain_accuracy = loss.domain_accuracy
-                history.append(self._record(model, epoch, domain_accuracy, schedule().item()))
+                    schedule.advance()
+                history.append(self._record(model, epoch, schedule().item()))
         return AdaptResult(self._method, tuple(history), model, _logits(model, self._target))
 
     def _model(self, num_classes: int, schedule: ReversalSchedule) -> DomainAdaptationModel:
@@ -199,25 +223,27 @@ class _Run:
         orders = [_endless(len(part), steps * size) for part in (self._train, self._target)]
         return zip(orders[0].split(size), orders[1].split(size), strict=True)
 
-    def _record(
-        self, model: DomainAdaptationModel, epoch: int, domain_accuracy: Tensor | None, strength: float
-    ) -> AdaptEpoch:
+    def _record(self, model: DomainAdaptationModel, epoch: int, strength: float) -> AdaptEpoch:
         model.eval()
-        held_out, target = _logits(model, self._held_out), _logits(model, self._target)
-        losses = F.cross_entropy(held_out, self._held_out_labels, reduction="none")
-        right = None if self._truth is None else target.argmax(dim=1) == self._truth
+        with torch.no_grad():
+            domains = model.domains(self._held_out, self._target)
+            domain_logits = model.domain_logits(domains)
+        readings = Readings(
+            domains.source_features,
+            domains.source_logits,
+            self._held_out_labels,
+            domains.target_features,
+            domains.target_logits,
+            self._truth,
+        )
+        right = domains.source_logits.argmax(dim=1) == self._held_out_labels
         return AdaptEpoch(
             epoch,
-            float((held_out.argmax(dim=1) == self._held_out_labels).double().mean()),
-            None if right is None else float(right.double().mean()),
-            None if right is None or self._truth is None else _balanced(right, self._truth),
-            None if domain_accuracy is None else float(domain_accuracy),
+            float(right.double().mean()),
+            *oracle(readings),
+            None if domain_logits is None else float(domain_accuracy(domain_logits, domains.is_target())),
             strength,
-            {
-                "information_maximisation": information_maximisation(target),
-                "negative_entropy": negative_entropy(target),
-                "dev": deep_embedded_validation(losses, self._weights),
-            },
+            target_scores(readings),
         )
 
 
@@ -234,7 +260,3 @@ def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
 def _endless(count: int, wanted: int) -> Tensor:
     """Indices in random order, as many passes as it takes."""
     return torch.cat([torch.randperm(count) for _ in range(-(-wanted // count))])[:wanted]
-
-
-def _balanced(right: Tensor, truth: Tensor) -> float:
-    return float(torch.stack([right[truth == label].double().mean() for label in truth.unique()]).mean())

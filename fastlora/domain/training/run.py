@@ -17,7 +17,7 @@ from fastlora.domain.training.build import Adapting, take_apart
 from fastlora.domain.training.embedding import Cloud, draw_embedding
 from fastlora.domain.training.page import write_page
 from fastlora.domain.training.records import DomainRecord
-from fastlora.domain.training.settings import DomainSettings
+from fastlora.domain.training.settings import UNUSED, DomainSettings
 from fastlora.domain.training.trainer import DomainTrainer, a_distance
 from fastlora.domain.weighting import ImportanceWeights, source_weights
 from fastlora.parameters import ParameterReport
@@ -38,9 +38,6 @@ from fastlora.transfer.study import Reporter
 from fastlora.transfer.training import TrainResult, TrainSettings
 
 EMBEDDING = "embedding.png"
-HIDDEN = 256
-# of the settings of fine-tuning: what makes no sense here, or has another name
-UNUSED = ("data", "test", "mixup", "monitor", "sharding")
 
 
 def adapt(
@@ -58,8 +55,7 @@ def adapt(
 
     Args:
         domain: The target, and the method.
-        settings: What is adapted; ``data`` is ``domain.source``, and without ``hidden`` a layer of 256
-            features is what becomes alike.
+        settings: What is adapted; ``data`` and ``hidden`` are those of ``domain``.
         training: How; ``lr`` and ``head_factor`` are those of ``settings``.
         reporter: Is told about the progress.
         images: Instead of ``domain.source``: anything that ``open_images`` takes.
@@ -242,7 +238,7 @@ def _prepare(
     images: Any,
 ) -> _Run:
     method, accelerator = find_method(domain.method), make_accelerator(training.precision)
-    settings = replace(settings, data=domain.source, hidden=settings.hidden or HIDDEN)
+    settings = replace(settings, data=domain.source, hidden=domain.hidden)
     job = prepare(settings, training, reporter, images)
     found, labelled = open_target(job.train, Path(domain.target))
     target = readable(

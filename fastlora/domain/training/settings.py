@@ -15,6 +15,9 @@ Select = Literal[
     "last",
 ]
 
+# of the settings of fine-tuning: what makes no sense here, or has another name
+UNUSED = ("data", "test", "mixup", "monitor", "sharding")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DomainSettings:
@@ -25,6 +28,8 @@ class DomainSettings:
         target: The domain to adapt to: a folder of pictures, or class folders with the source's names, whose
             labels are only used to show how good the model is.
         method: source_only, domain_norm, mmd, jan, coral, mcc, dann, dann_norm, cdan or cdan_e.
+        hidden: Width of the layer between the model's features and the classifier: what becomes alike is what
+            it gives.
         strength: What λ goes towards: the strength of the reversal, or the weight of other terms.
         gamma: How early λ rises.
         weighting: Weigh the source's pictures: by importance (density ratio of their features), or by the
@@ -39,6 +44,7 @@ class DomainSettings:
     source: str
     target: str
     method: str = "dann"
+    hidden: int = 256
     strength: float = 1.0
     gamma: float = 10.0
     weighting: Weighting = "none"
