@@ -81,6 +81,7 @@ RUNS: dict[str, tuple[dict[str, Any], GradualUnfreezing | None]] = {
     "mid-epoch": ({"checkpoint_every": 2, "class_weights": True}, None),
     "unfreezing": ({"checkpoint_every": 2, "restore_best": False}, GradualUnfreezing((2, 4, 7), "step")),
     "one-cycle": ({"schedule": "one_cycle", "optimizer": "sgd", "checkpoint_every": 1, "ema": None}, None),
+    "two domains": ({"mixup": 0.0, "checkpoint_every": 2}, None),
     "early stop": ({"checkpoint_every": 4, "patience": 1, "lr": 1e-6, "monitor": "accuracy"}, None),
 }
 
@@ -105,6 +106,10 @@ def make_trainer(name: str, output: Path, *, reporter: Any = None, **changes: An
     more, unfreezing = RUNS[name]
     net = make_net(trained_stages=0 if unfreezing else 3)
     settings = replace(SETTINGS, **{**more, **changes})
+    if name == "two domains":
+        from tests.domain_runs import make_domain_trainer
+
+        return make_domain_trainer(net, settings, output, reporter=reporter)
     return Trainer(
         net, pictures(Noise()), pictures(), settings, output=output, unfreezing=unfreezing, reporter=reporter
     )
@@ -133,6 +138,8 @@ def _in_child(name: str, output: Path, **how: Any) -> int:
 def main(name: str, folder: Path) -> None:
     """Run once undisturbed, then again and again, killed at every step in turn and resumed."""
     torch.set_num_threads(1)
+    # imports once for all children
+    make_trainer(name, folder / "unused")
     assert _in_child(name, folder / "whole") == 0
     steps = len((folder / "whole" / "steps.csv").read_text().splitlines()) - 1
     for step in range(1, steps + 1):

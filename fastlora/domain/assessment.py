@@ -13,7 +13,7 @@ from fastlora.domain.selection import (
     negative_entropy,
     soft_neighbourhood_density,
 )
-from fastlora.domain.weighting import importance_weights
+from fastlora.domain.weighting import LIMIT, clipped, density_ratio
 from fastlora.transfer.metrics import accuracy, balanced_accuracy, confusion_matrix
 
 
@@ -48,14 +48,15 @@ def target_scores(readings: Readings) -> dict[str, float]:
         ImportError: scikit-learn is not installed.
     """
     losses = F.cross_entropy(readings.source_logits, readings.source_labels, reduction="none")
-    found = importance_weights(readings.source_features, readings.target_features)
-    weights = torch.from_numpy(found.weights)
+    ratio = density_ratio(readings.source_features, readings.target_features)
+    weights = torch.from_numpy(clipped(ratio, LIMIT).weights)
     return {
         "information_maximisation": information_maximisation(readings.target_logits),
         "negative_entropy": negative_entropy(readings.target_logits),
         "soft_neighbourhood_density": soft_neighbourhood_density(readings.target_logits),
         "importance_weighted": importance_weighted_score(losses, weights),
-        "dev": deep_embedded_validation(losses, weights),
+        # its control variate is what normalises
+        "dev": deep_embedded_validation(losses, torch.from_numpy(ratio).clamp(max=LIMIT)),
     }
 
 

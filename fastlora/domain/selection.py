@@ -63,7 +63,8 @@ def deep_embedded_validation(source_losses: Tensor, weights: Tensor) -> float:
 
     Args:
         source_losses: ``[n]``, held out.
-        weights: ``[n]``, target density over source density; their mean should be 1.
+        weights: ``[n]``, target density over source density, not normalised: their mean is only expected to
+            be 1.
 
     Raises:
         ValueError: Fewer than 2 examples.

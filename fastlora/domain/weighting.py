@@ -9,7 +9,7 @@ from fastlora.domain._features import Array, as_labels, both, logistic, standard
 from fastlora.domain.divergence import balanced_weights
 from fastlora.domain.shift import estimate_label_shift
 
-_LIMIT = 10.0
+LIMIT = 10.0
 
 Weighting = Literal["none", "importance", "label_shift"]
 
@@ -30,7 +30,7 @@ class ImportanceWeights:
 
 
 def importance_weights(
-    source: Any, target: Any, *, limit: float = _LIMIT, strength: float = 1.0
+    source: Any, target: Any, *, limit: float = LIMIT, strength: float = 1.0
 ) -> ImportanceWeights:
     """p_T(x) / p_S(x) by a logistic domain classifier (Bickel et al. 2007), for covariate shift.
 
@@ -46,12 +46,28 @@ def importance_weights(
     """
     if not limit > 1:
         raise ValueError(f"expected limit above 1, got {limit}; 10 is usual")
+    return clipped(density_ratio(source, target, strength=strength), limit)
+
+
+def density_ratio(source: Any, target: Any, *, strength: float = 1.0) -> Array:
+    """p_T(x) / p_S(x) of the source's examples, float64 ``[n]``, as the classifier has it: of mean about 1.
+
+    Args:
+        source: Features ``[n, F]``.
+        target: Features ``[m, F]``.
+        strength: Inverse of the classifier's ridge.
+
+    Raises:
+        ValueError: See :func:`fastlora.domain.divergence.proxy_a_distance`.
+        ImportError: scikit-learn is not installed.
+    """
     first, second = both(source, target)
     domains = np.repeat([0, 1], [len(first), len(second)])
     inputs, sources = standardise(np.concatenate([first, second]), first)
     model = logistic(inputs, domains, weights=balanced_weights(domains), strength=strength)
     # both domains count alike, so the odds are the density ratio
-    return clipped(np.exp(model.decision_function(sources)), limit)
+    ratio: Array = np.exp(model.decision_function(sources))
+    return ratio
 
 
 def source_weights(
@@ -75,7 +91,7 @@ def source_weights(
     if weighting == "importance":
         return importance_weights(source, target)
     labels = as_labels("source", source_labels, len(source))
-    return clipped(estimate_label_shift(source, labels, target, seed=seed).weights(labels), _LIMIT)
+    return clipped(estimate_label_shift(source, labels, target, seed=seed).weights(labels), LIMIT)
 
 
 def clipped(weights: Array, limit: float) -> ImportanceWeights:

@@ -15,13 +15,14 @@ from fastlora.domain.norms import use_domain
 from fastlora.domain.training.paired import FeaturesAndLogits, PairedModel, PairedPart, paired
 from fastlora.domain.training.records import DomainRecord
 from fastlora.domain.training.settings import Select
+from fastlora.transfer._extras import require
 from fastlora.transfer.data import LabelledImages
 from fastlora.transfer.study import Reporter
 from fastlora.transfer.training import EpochRecord, Trainer, TrainSettings
 from fastlora.transfer.training.batches import BatchPlan, Part
 from fastlora.transfer.training.fingerprint import hashed
 from fastlora.transfer.training.prediction import predict
-from fastlora.transfer.training.randomness import derived_seed
+from fastlora.transfer.training.randomness import derived_seed, seeded
 from fastlora.transfer.unfreezing import GradualUnfreezing
 
 # five splits of this many examples of each domain are judged in a second
@@ -53,6 +54,7 @@ class DomainTrainer(Trainer):
         accelerator: See :class:`Trainer`.
 
     Raises:
+        ImportError: scikit-learn is not installed.
         ValueError: Mixup, sharding, an empty target, or a batch that does not divide into parts.
     """
 
@@ -78,6 +80,7 @@ class DomainTrainer(Trainer):
         accelerator: Any = None,
     ) -> None:
         """See the class."""
+        require("sklearn", distribution="scikit-learn", purpose="domain adaptation", extra="domain")
         seen, judged = target
         _check(settings, seen)
         compared = {"target_data": hashed([seen.names]), "source_weights": _digits(weights)}
@@ -133,7 +136,11 @@ class DomainTrainer(Trainer):
         self.model.schedule.advance()
 
     def _record(self, epoch: int) -> DomainRecord:
-        readings = self.read()
+        # what judges draws from generators of its own, or a resumed run would end with others
+        with seeded(derived_seed(self._settings.seed, "judge", epoch)):
+            return self._judged(epoch, self.read())
+
+    def _judged(self, epoch: int, readings: Readings) -> DomainRecord:
         accuracy, balanced = oracle(readings)
         scores: dict[str, Any] = target_scores(readings)
         return DomainRecord(
