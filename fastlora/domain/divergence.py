@@ -13,7 +13,7 @@ from fastlora.domain.kernels import BANDWIDTHS, gaussian_kernels, mmd_of, square
 from fastlora.transfer._extras import require
 
 _LOG = logging.getLogger("fastlora")
-_LEAST = 8
+LEAST = 8
 _SATURATED = 1.95
 
 
@@ -53,7 +53,7 @@ def proxy_a_distance(
         ValueError: Fewer than 8 examples of a domain, other sizes, not finite, or all constant.
         ImportError: scikit-learn is not installed.
     """
-    first, second = both(source, target, least=_LEAST)
+    first, second = both(source, target, least=LEAST)
     if splits < 2:
         raise ValueError(f"expected splits of at least 2 for an interval, got {splits}")
     values = [_one_split(first, second, seed + index) for index in range(splits)]

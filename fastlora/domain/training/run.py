@@ -36,6 +36,7 @@ from fastlora.transfer.plots import png
 from fastlora.transfer.report import check_output_folder, environment, write_file, write_report
 from fastlora.transfer.study import Reporter
 from fastlora.transfer.training import TrainResult, TrainSettings
+from fastlora.transfer.training.randomness import derived_seed, seeded
 
 EMBEDDING = "embedding.png"
 
@@ -147,15 +148,16 @@ class _Run:
     def take_apart(self, before: _Pretrained) -> Adapting:
         job, heads = self.job, set(self.head.parameters())
         trains = any(p.requires_grad for p in job.model.parameters() if p not in heads)
-        return take_apart(
-            HeadOnly(self.head) if self.settings.cache_features else job.model,
-            self.head,
-            self.method,
-            self.domain,
-            before.domains(),
-            job.training.total_steps(len(job.train)),
-            body_trains=trains or job.unfreezing is not None,
-        )
+        with seeded(derived_seed(job.training.seed, "domain classifier")):
+            return take_apart(
+                HeadOnly(self.head) if self.settings.cache_features else job.model,
+                self.head,
+                self.method,
+                self.domain,
+                before.domains(),
+                job.training.total_steps(len(job.train)),
+                body_trains=trains or job.unfreezing is not None,
+            )
 
     def trainer(
         self, adapting: Adapting, before: _Pretrained, weights: ImportanceWeights | None, reporter: Reporter

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.domain.assessment import Readings, oracle, target_scores
-from fastlora.domain.divergence import proxy_a_distance
+from fastlora.domain.divergence import LEAST, proxy_a_distance
 from fastlora.domain.methods import Domains
 from fastlora.domain.methods.adversarial import domain_accuracy
 from fastlora.domain.norms import use_domain
@@ -55,7 +55,8 @@ class DomainTrainer(Trainer):
 
     Raises:
         ImportError: scikit-learn is not installed.
-        ValueError: Mixup, sharding, an empty target, or a batch that does not divide into parts.
+        ValueError: Mixup, sharding, fewer than 8 held-out or target pictures, or a batch that does not
+            divide into parts.
     """
 
     model: PairedModel
@@ -82,7 +83,7 @@ class DomainTrainer(Trainer):
         """See the class."""
         require("sklearn", distribution="scikit-learn", purpose="domain adaptation", extra="domain")
         seen, judged = target
-        _check(settings, seen)
+        _check(settings, len(validation), len(seen))
         compared = {"target_data": hashed([seen.names]), "source_weights": _digits(weights)}
         super().__init__(
             model,
@@ -178,15 +179,18 @@ def _some(features: Tensor, seed: int) -> Tensor:
     return features[order[:_JUDGED]]
 
 
-def _check(settings: TrainSettings, target: LabelledImages) -> None:
+def _check(settings: TrainSettings, validation: int, target: int) -> None:
     if settings.mixup:
         raise ValueError(
             f"expected mixup=0 for domain adaptation, got {settings.mixup}; what is mixed has no domain"
         )
     if settings.sharding != "ddp":
         raise ValueError(f"expected sharding='ddp' for domain adaptation, got {settings.sharding!r}")
-    if not len(target):
-        raise ValueError("expected pictures of the target, got none")
+    if min(validation, target) < LEAST:
+        raise ValueError(
+            f"expected at least {LEAST} held-out pictures of the source and as many of the target, to judge "
+            f"every epoch by, got {validation} and {target}; hold more out (--validation-share)"
+        )
 
 
 def _check_parts(settings: TrainSettings, processes: int) -> None:
