@@ -65,11 +65,20 @@ def test_known_shifts_are_told(folders: dict[str, Path], target: str, kind: str)
     assert [row["class"] for row in found["classes"]] == ["noise", "stripes"]
     labelled = target != "bare"
     assert (found["bound"]["target_error"] is not None) == labelled
+    assert (found["recommendation"]["strategy"] == "domain_adaptation") == (kind == "covariate shift")
+    assert 1 <= found["effective_sample_size"] <= 80
 
 
 def test_what_is_printed_explains_itself(folders: dict[str, Path]) -> None:
     printed = run(folders, "bright").stdout
-    for text in ("Shift: covariate shift", "Proxy A-distance", "observed target error", "no virtue", "DANN"):
+    for text in (
+        "Shift: covariate shift",
+        "Proxy A-distance",
+        "observed target error",
+        "no virtue",
+        "DANN",
+        "Strategy",
+    ):
         assert text in printed
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from fastlora.cli import app
 from fastlora.transfer.data import open_images
 from fastlora.transfer.finetune import load_run
+from fastlora.transfer.finetune.predict import predict_files
 from tests.finetune_models import CLASSES, write_pictures
 
 RESNET = ["--model", "resnet18", "--weights", "none", "--image-size", "32"]
@@ -175,6 +177,9 @@ def test_a_run_resumes_and_another_configuration_is_refused(data: Path, tmp_path
     assert "resume it (--resume), or choose another folder (--output)" in refused.stderr
     finetuned(*arguments, "--resume")
     assert (tmp_path / "model.safetensors").read_bytes() == before
+    refused = invoke(*arguments, "--resume", "--image-size", 48)
+    assert refused.exit_code == 2
+    assert "image_size was 32, is 48 now" in refused.stderr
     refused = invoke(*arguments, "--resume", "--lr", 0.5)
     assert refused.exit_code == 2
     assert "lr was 0.0001, is 0.5 now" in refused.stderr
@@ -246,6 +251,28 @@ def test_bad_pictures_are_told(data: Path, tmp_path: Path) -> None:
     arguments = [*RESNET, *SHORT, "--on-corrupt", "skip", "--strategy", "full"]
     finetuned(broken, *arguments, "--output", tmp_path / "skipped")
     assert sum(report_of(tmp_path / "skipped")["pictures"].values()) == 23
+
+
+def test_weights_that_cannot_be_fetched_are_told(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*arguments: object, **more: object) -> None:
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", unreachable)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
+    result = invoke(data, "--model", "resnet18", "--output", tmp_path / "run")
+    assert result.exit_code == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert "the weights of resnet18 could not be downloaded" in result.stderr
+
+
+def test_a_hidden_layer_is_trained_and_saved(data: Path, tmp_path: Path) -> None:
+    finetuned(data, *RESNET, *SHORT, "--strategy", "lora", "--hidden", 7, "--output", tmp_path)
+    run = load_run(tmp_path)
+    answers = predict_files(run, [data])
+    assert run.model.get_submodule("fc.hidden").weight.shape == (7, 512)
+    assert len(answers) == 24
 
 
 def test_a_config_with_an_unknown_name_is_refused(data: Path, tmp_path: Path) -> None:

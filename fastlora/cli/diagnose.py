@@ -65,6 +65,7 @@ def _show(found: dict[str, Any], console: Console) -> None:
     low, high = distance["interval"]
     saturated = ", saturated" if distance["saturated"] else ""
     table.add_row("Proxy A-distance", f"{distance['value']:.2f} ({low:.2f} to {high:.2f}{saturated})")
+    table.add_row("Source pictures count as, by importance", f"{found['effective_sample_size']:.0f}")
     table.add_row("MMD², CORAL", f"{found['mmd']:.3g}, {found['coral']:.3g}")
     console.print(table)
     shares = Table("Class", "Share in the source", "In the target (estimated)", "95 % interval")
@@ -76,3 +77,5 @@ def _show(found: dict[str, Any], console: Console) -> None:
     console.print(shares)
     console.print(found["bound"]["text"], highlight=False, markup=False)
     console.print(f"\n{found['remedy']}", highlight=False)
+    advice = found["recommendation"]
+    console.print(f"Strategy: {advice['strategy']}. {advice['reason']}", highlight=False)

@@ -1,6 +1,6 @@
 """Two folders of pictures as features of a pretrained model, and what lies between them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,17 @@ import numpy as np
 import torch
 
 from fastlora._stages import head as find_head
-from fastlora.domain.bound import CAVEATS, ben_david_bound
+from fastlora.domain.bound import CAVEATS, Bound, ben_david_bound
 from fastlora.domain.divergence import coral_distance, mmd_distance
-from fastlora.domain.shift import diagnose_shift
+from fastlora.domain.shift import Diagnosis, diagnose_shift
+from fastlora.domain.weighting import importance_weights
 from fastlora.transfer.create import create_transfer_model
 from fastlora.transfer.data import LabelledImages, cached_features, open_images, pretrained_transforms
 from fastlora.transfer.data.sources import Files, find_pictures
 from fastlora.transfer.finetune.cached import read_by
 from fastlora.transfer.fit import best_device
 from fastlora.transfer.names import DINOV2
+from fastlora.transfer.recommend import recommend_strategy
 
 Told = Callable[[str, int, int], None]
 
@@ -60,7 +62,8 @@ def diagnose_pictures(
         told: Called with a task, and how many pictures of it are done, of how many.
 
     Returns:
-        JSON: the kind of shift with its numbers, distances, the bound's terms, class shares, and the remedy.
+        JSON: the kind of shift with its numbers and remedy, distances, the bound's terms, class shares, and
+        the strategy that is advised.
 
     Raises:
         ValueError: Pictures, model or features that don't fit.
@@ -72,30 +75,33 @@ def diagnose_pictures(
     second, truth = _features(others, "target", model, image_size, cache, told)
     shift = diagnose_shift(first, labels, second, seed=seed)
     bound = ben_david_bound(first, labels, second, truth if known else None, seed=seed)
+    adapts = shift.kind in ("covariate shift", "both")
+    advice = recommend_strategy(len(labelled), len(labelled.classes), target_is_unlabelled=adapts)
+    return {
+        "model": model,
+        "pictures": {"source": len(labelled), "target": len(others)},
+        **_shift_record(shift, labelled.classes),
+        "effective_sample_size": importance_weights(first, second).effective_sample_size,
+        "a_distance": asdict(bound.distance),
+        "mmd": mmd_distance(first, second),
+        "coral": coral_distance(first, second),
+        "bound": _bound_record(bound),
+        "recommendation": asdict(advice),
+    }
+
+
+def _shift_record(shift: Diagnosis, classes: Sequence[str]) -> dict[str, Any]:
     shares = shift.labels
     return {
         "kind": shift.kind,
         "remedy": shift.remedy,
-        "model": model,
-        "pictures": {"source": len(labelled), "target": len(others)},
         "domain_accuracy": shift.domain_accuracy,
         "domain_p_value": shift.domain_p_value,
         "residual_accuracy": shift.residual_accuracy,
         "residual_p_value": shift.residual_p_value,
-        "a_distance": asdict(bound.distance),
-        "mmd": mmd_distance(first, second),
-        "coral": coral_distance(first, second),
-        "bound": {
-            "source_error": bound.source_error,
-            "joint_error": bound.joint_error,
-            "total": bound.total,
-            "target_error": bound.target_error,
-            "caveats": list(CAVEATS),
-            "text": str(bound),
-        },
         "classes": [
             {
-                "class": labelled.classes[label],
+                "class": classes[label],
                 "source": float(shares.source[place]),
                 "target": float(shares.target[place]),
                 "interval": [float(limit) for limit in shares.interval[place]],
@@ -104,6 +110,17 @@ def diagnose_pictures(
         ],
         "class_shift": shares.shifted,
         "confusion_condition": shares.condition,
+    }
+
+
+def _bound_record(bound: Bound) -> dict[str, Any]:
+    return {
+        "source_error": bound.source_error,
+        "joint_error": bound.joint_error,
+        "total": bound.total,
+        "target_error": bound.target_error,
+        "caveats": list(CAVEATS),
+        "text": str(bound),
     }
 
 

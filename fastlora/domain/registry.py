@@ -61,6 +61,8 @@ METHODS: Mapping[str, Method] = {
         Method("domain_norm", "per-domain normalisation", lambda *sizes: SourceOnly(), normalise=True),
         Method("mmd", "MK-MMD (DAN)", lambda *sizes: MultiKernelMMD()),
         Method("jan", "JAN", lambda *sizes: JointMMD()),
+        Method("mmd_norm", "MK-MMD + normalisation", lambda *sizes: MultiKernelMMD(), normalise=True),
+        Method("jan_norm", "JAN + normalisation", lambda *sizes: JointMMD(), normalise=True),
         Method("coral", "Deep CORAL", lambda *sizes: DeepCORAL()),
         Method("mcc", "MCC", lambda *sizes: MinimumClassConfusion()),
         Method("dann", "DANN", lambda *sizes: None, adversarial=True),

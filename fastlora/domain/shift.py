@@ -76,10 +76,12 @@ class Diagnosis:
 
 _REMEDIES = {
     "none": "Nothing to adapt to: train on the source as it is.",
-    "covariate shift": "Adapt the features (per-domain normalisation, MMD, DANN), or weigh the source by "
-    "importance_weights if its effective sample size stays large.",
-    "label shift": "Weigh the source's classes by LabelShift.weights; alignment of the features would hurt.",
-    "both": "Weigh the source's classes by LabelShift.weights and adapt the features, together.",
+    "covariate shift": "Adapt the features (fastlora adapt --method: per-domain normalisation, MMD, DANN), "
+    "or weigh the source (--weighting importance) if its effective sample size stays large.",
+    "label shift": "Weigh the source's classes by the shares below (fastlora adapt --method source_only "
+    "--weighting label_shift); alignment of the features would hurt.",
+    "both": "Weigh the source's classes and adapt the features, together (fastlora adapt --weighting "
+    "label_shift --method mmd); where P(x | y) differs as well, the estimated shares are wrong.",
 }
 
 
