@@ -280,7 +280,7 @@ def test_a_config_with_an_unknown_name_is_refused(data: Path, tmp_path: Path) ->
     config.write_text('stratgy = "lora"\n')
     result = invoke(data, "--config", config)
     assert result.exit_code == 2
-    assert "did you mean strategy?" in result.stderr
+    assert "did you mean 'strategy'?" in result.stderr
     config.write_text("strategy = lora\n")
     assert "expected TOML" in invoke(data, "--config", config).stderr
 

@@ -173,7 +173,7 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
     "model-alien": (("???", 3), {}, ValueError, "expected a classification model of torchvision"),
     "strategy": (("resnet18", 3, "fine_tunning"), {}, ValueError, "did you mean 'fine_tuning'"),
     "classes": (("resnet18", 1), {}, ValueError, "num_classes >= 2"),
-    "weights": (("resnet18", 3), {"weights": "IMAGENET1K_V9"}, ValueError, "did you mean IMAGENET1K_V1"),
+    "weights": (("resnet18", 3), {"weights": "IMAGENET1K_V9"}, ValueError, "did you mean 'IMAGENET1K_V1'"),
     "weights-type": (("resnet18", 3), {"weights": 3}, TypeError, "a name, a path or None, got int"),
     "option": (("resnet18", 3), {"rank": 4}, TypeError, "strategy 'feature_extraction'; it has no options"),
     "lora-option": (("resnet18", 3, "lora"), {"rnak": 4}, TypeError, "its options are rank, alpha"),
@@ -204,7 +204,7 @@ def test_timms_models() -> None:
     model = create("timm:resnet10t", 3, "fine_tuning", weights=None)
     assert trainable(model) == {"fc", "layer4"}
     assert model.train()(torch.randn(2, 3, 32, 32)).shape == (2, 3)
-    with pytest.raises(ValueError, match="did you mean timm:resnet50"):
+    with pytest.raises(ValueError, match="did you mean 'timm:resnet50'"):
         create("timm:resnet5O", 3, weights=None)
 
 

@@ -1,6 +1,5 @@
 """Options of a command, made from the dataclass that they fill: one place for name, default and help."""
 
-import difflib
 import inspect
 import re
 import sys
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, get_args, get_origin, get_type_hints
 
 import typer
+
+from fastlora._suggestions import did_you_mean
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -98,8 +99,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     known = [str(parameter.name) for parameter in context.command.params]
     for name in values:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            advice = f"did you mean {near[0]}? " if near else ""
+            advice = did_you_mean(name, known, count=1)
             raise ValueError(f"{advice}expected only options of the command in {path}, got {name!r}")
     context.default_map = {**(context.default_map or {}), **values}
     return path

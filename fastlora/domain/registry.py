@@ -1,11 +1,11 @@
 """Adaptation methods by name, ready to be trained on features."""
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
+from fastlora._suggestions import did_you_mean
 from fastlora.domain.methods import (
     CDAN,
     Alignment,
@@ -84,7 +84,6 @@ def find_method(name: str) -> Method:
         'MK-MMD (DAN)'
     """
     if name not in METHODS:
-        near = difflib.get_close_matches(str(name), METHODS, n=2)
-        advice = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        advice = did_you_mean(name, METHODS)
         raise ValueError(f"{advice}expected a method out of {', '.join(METHODS)}, got {name!r}")
     return METHODS[name]

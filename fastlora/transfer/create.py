@@ -1,6 +1,5 @@
 """Pretrained image classifiers with a new head, ready to train by a strategy."""
 
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from torch import nn
 from torchvision import models
 
 from fastlora._stages import head as find_head
+from fastlora._suggestions import did_you_mean
 from fastlora.transfer._extras import require
 from fastlora.transfer.backbones import dinov2_vits14
 from fastlora.transfer.efficientnet import efficientnet_lite0
@@ -100,10 +100,8 @@ def _maker(
         return lambda: _timm(name, num_classes, weights)
     known = models.list_models(module=models)
     if name not in known:
-        near = difflib.get_close_matches(
-            str(name).lower(), [*known, DINOV2, EFFICIENTNET_LITE0], n=4, cutoff=0.4
-        )
-        advice = f"did you mean {', '.join(map(repr, near))}? " if near else ""
+        names = [*known, DINOV2, EFFICIENTNET_LITE0]
+        advice = did_you_mean(str(name).lower(), names, count=4, cutoff=0.4)
         raise ValueError(
             f"{advice}expected a classification model of torchvision, {DINOV2}, {EFFICIENTNET_LITE0} "
             f"or {TIMM_PREFIX}NAME, got {name!r}"
@@ -130,8 +128,8 @@ def _timm(name: str, num_classes: int, weights: str | Path | None) -> nn.Module:
     timm = require("timm", distribution="timm", purpose=f"the model {name}", extra="timm")
     own = name.removeprefix(TIMM_PREFIX)
     if not timm.is_model(own):
-        near = difflib.get_close_matches(own, timm.list_models(), n=4, cutoff=0.4)
-        advice = f"did you mean {', '.join(TIMM_PREFIX + each for each in near)}? " if near else ""
+        names = [TIMM_PREFIX + each for each in timm.list_models()]
+        advice = did_you_mean(name, names, count=4, cutoff=0.4)
         raise ValueError(f"{advice}expected the name of a model of timm, got {own!r}")
     if weights == "DEFAULT":
         model = download(name, lambda: timm.create_model(own, pretrained=True))
@@ -157,8 +155,7 @@ def _check_local(name: str, weights: str | Path | None, members: list[str]) -> N
         raise TypeError(f"expected weights as a name, a path or None, got {type(weights).__name__}")
     named = isinstance(weights, str) and not Path(weights).suffix
     if named:
-        near = difflib.get_close_matches(str(weights), members, n=2)
-        advice = f"did you mean {' or '.join(near)}? " if near else ""
+        advice = did_you_mean(weights, members)
         raise ValueError(
             f"{advice}expected weights of {name} as one of {', '.join(members)}, the path of a .safetensors "
             f"or .pt file, or None, got {weights!r}"

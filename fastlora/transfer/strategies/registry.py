@@ -1,11 +1,11 @@
 """The one list of strategies."""
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastlora._suggestions import did_you_mean
 from fastlora.transfer.strategies import added, freezing
 from fastlora.transfer.unfreezing import GradualUnfreezing
 
@@ -96,7 +96,6 @@ def find_strategy(name: str) -> Strategy:
         'the last stage and the head'
     """
     if name not in STRATEGIES:
-        near = difflib.get_close_matches(str(name), STRATEGIES, n=2)
-        advice = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        advice = did_you_mean(name, STRATEGIES)
         raise ValueError(f"{advice}expected a strategy out of {', '.join(STRATEGIES)}, got {name!r}")
     return STRATEGIES[name]
