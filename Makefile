@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 
-.PHONY: demo test lint bench results results-adapt
+.PHONY: demo test lint bench results results-adapt results-digits
 
 demo: $(VENV)/.installed-demo
 	$(VENV)/bin/fastlora demo
@@ -25,6 +25,9 @@ results: $(VENV)/.installed-results
 
 results-adapt: $(VENV)/.installed-results
 	$(RUN) benchmarks.adapt_results
+
+results-digits: $(VENV)/.installed-results
+	$(RUN) benchmarks.adapt_digits
 
 $(VENV)/.installed-%: pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

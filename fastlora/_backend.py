@@ -20,6 +20,11 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _selected = os.environ.get("FASTLORA_BACKEND", "auto")
 
 
+def launched_rank() -> int:
+    """Number of this process among those that a launcher such as torchrun started; 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def set_backend(name: str) -> None:
     """Choose the implementation for every fastlora op of this process.
 

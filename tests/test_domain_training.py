@@ -1,6 +1,8 @@
 """Training on two domains: the right sums, a classifier that comes back whole, and the command."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -186,6 +188,24 @@ def test_a_run_is_written_whole_and_resumes(how: list[str], domains: list[object
     refused = invoke(*arguments, "--resume", "--strength", "0.5")
     assert refused.exit_code == 2
     assert "strength was 1.0, is 0.5 now" in refused.stderr
+
+
+def test_two_processes_learn_what_one_does(domains: list[object], tmp_path: Path) -> None:
+    arguments = [*domains, *RESNET, *SHORT, "--method", "source_only", "--strategy", "feature_extraction"]
+    arguments += ["--precision", "no", "--select", "last", "--output"]
+    assert invoke(*arguments, tmp_path / "one").exit_code == 0
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastlora.cli"]
+    done = subprocess.run(
+        [sys.executable, *command, "adapt", *map(str, arguments), str(tmp_path / "two"), "--json"],
+        check=True,
+        timeout=180,
+        capture_output=True,
+    )
+    # the second process is silent
+    assert json.loads(done.stdout)["steps"] == 6
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(other[name], one[name], rtol=1e-4, atol=1e-5)
 
 
 def test_a_target_without_labels_has_no_oracle(domains: list[object], tmp_path: Path) -> None:

@@ -105,6 +105,18 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="TOML file of these options; what is given here wins.", callback=read_config, is_eager=True
+    ),
+]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on with the run in the output folder, to the bit on a CPU.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")]
+
+
 def attribute_help(kind: type) -> Mapping[str, str]:
     """What a docstring in Google's style says of each attribute.
 

@@ -1,7 +1,6 @@
 """Output of a command that several processes may run: only the first of them speaks."""
 
 import json
-import os
 from typing import Any
 
 import typer
@@ -20,5 +19,7 @@ def print_json(value: Any) -> None:
 
 
 def _is_first() -> bool:
-    # launchers tell each process its number
-    return os.environ.get("RANK", "0") == "0"
+    # slow to import, as what runs next
+    from fastlora._backend import launched_rank
+
+    return launched_rank() == 0

@@ -1,29 +1,27 @@
 """``fastlora adapt``: from labelled pictures to a model for another domain, which has no labels."""
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
-from fastlora.cli._options import options_of, read_config, settings_of, with_options
+from fastlora.cli._options import (
+    ConfigOption,
+    JsonOption,
+    ResumeOption,
+    options_of,
+    settings_of,
+    with_options,
+)
 from fastlora.cli._processes import make_console, print_json
 from fastlora.cli._progress import LiveReporter
 
 
 def adapt(
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            help="TOML file of these options; what is given here wins.", callback=read_config, is_eager=True
-        ),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in the output folder, to the bit on a CPU.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
+    config: ConfigOption = None,
+    resume: ResumeOption = False,
+    as_json: JsonOption = False,
     **values: Any,
 ) -> None:
     """Adapt a pretrained model from labelled pictures to another domain without labels.

@@ -1,14 +1,20 @@
 """``fastlora finetune``: from labelled pictures to a fine-tuned model and its report."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from fastlora.cli._options import options_of, read_config, settings_of, with_options
+from fastlora.cli._options import (
+    ConfigOption,
+    JsonOption,
+    ResumeOption,
+    options_of,
+    settings_of,
+    with_options,
+)
 from fastlora.cli._processes import make_console, print_json
 from fastlora.cli._progress import LiveReporter
 
@@ -17,19 +23,12 @@ if TYPE_CHECKING:
 
 
 def finetune(
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            help="TOML file of these options; what is given here wins.", callback=read_config, is_eager=True
-        ),
-    ] = None,
+    config: ConfigOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan, memory and advice, and train nothing.")
     ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in the output folder, to the bit on a CPU.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
+    resume: ResumeOption = False,
+    as_json: JsonOption = False,
     **values: Any,
 ) -> None:
     """Fine-tune a pretrained model on a folder of labelled pictures.
