@@ -7,6 +7,7 @@ from fastlora._backend import set_backend, use_backend
 from fastlora.adapters import apply_adapters
 from fastlora.domain.model import DomainAdaptationModel
 from fastlora.inject import apply_lora, merge_adapters, remove_adapters, unmerge_adapters
+from fastlora.interop.peft import accelerate, restore
 from fastlora.nn import (
     AdaptedModule,
     AdapterLayer,
@@ -47,6 +48,7 @@ __all__ = [
     "SoftPrompts",
     "TransferLearningModel",
     "VisualPrompts",
+    "accelerate",
     "adapter_summary",
     "apply_adapters",
     "apply_lora",
@@ -60,6 +62,7 @@ __all__ = [
     "reference",
     "remove_adapters",
     "remove_prompts",
+    "restore",
     "save_adapter",
     "set_backend",
     "unmerge_adapters",

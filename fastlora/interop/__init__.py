@@ -1,0 +1,1 @@
+"""Other libraries' models on our kernels: only glue."""

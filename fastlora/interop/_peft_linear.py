@@ -1,0 +1,129 @@
+"""PEFT's LoRA linear layer with the fused op in its forward."""
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import LoraLayer as PeftLayer
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
+
+from fastlora.ops.lora_linear import lora_linear
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class FusedLinear(Linear):
+    """PEFT's ``lora.Linear``, with everything of it but the way the forward is computed.
+
+    An instance of PEFT's class whose class was changed: parameters, adapters, state dict and every method but
+    :meth:`forward` are PEFT's. A call that the fused op doesn't serve (adapters merged or switched off,
+    ``adapter_names``, hooks on the layers inside, several adapters or DoRA with dropout) is PEFT's as well.
+    """
+
+    # PEFT's own attributes, for the type checker
+    base_layer: Any
+    lora_A: Any
+    lora_B: Any
+    lora_dropout: Any
+    lora_magnitude_vector: Any
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``, as PEFT's."""
+        names = () if args or kwargs or self.disable_adapters or self.merged else self._active_names()
+        if not names or not self._is_served(x, names):
+            out: Tensor = super().forward(x, *args, **kwargs)
+            return out
+        if names[0] in self.lora_variant:
+            return self._dora(x, names[0])
+        return self._lora(x, names)
+
+    def _active_names(self) -> tuple[str, ...]:
+        return tuple(name for name in self.active_adapters if name in self.lora_A)
+
+    def _is_served(self, x: Tensor, names: tuple[str, ...]) -> bool:
+        parts = [self.base_layer, *(m for name in names for m in (self.lora_A[name], self.lora_B[name]))]
+        if not all(_is_plain(part) for part in parts):
+            return False
+        if x.dtype != self.base_layer.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            return False
+        varied = [name in self.lora_variant for name in names]
+        if any(varied) and len(names) > 1:
+            return False
+        # masks of their own for every adapter; DoRA drops the frozen product's input as well
+        return not (any(varied) or len(names) > 1) or all(self._dropout(name) == 0 for name in names)
+
+    def _dropout(self, name: str) -> float:
+        dropout = self.lora_dropout[name]
+        return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+    def _lora(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
+        base, first = self.base_layer, names[0]
+        lora_A, lora_B = self.lora_A[first].weight, self.lora_B[first].weight
+        if len(names) > 1:
+            # one update of the sum of the ranks
+            lora_A = torch.cat([self.lora_A[name].weight for name in names])
+            relative = [self.scaling[name] / self.scaling[first] for name in names]
+            lora_B = torch.cat(
+                [self.lora_B[name].weight * r for name, r in zip(names, relative, strict=True)], dim=1
+            )
+        y = lora_linear(
+            x,
+            base.weight,
+            base.bias,
+            lora_A,
+            lora_B,
+            scaling=self.scaling[first],
+            dropout=self._dropout(first),
+        )
+        for name in names:
+            bias = self.lora_B[name].bias
+            if bias is not None:
+                # added in its own dtype, so that its gradient is summed in it
+                y = (y + self.scaling[name] * bias).to(y.dtype)
+        return y
+
+    def _dora(self, x: Tensor, name: str) -> Tensor:
+        """m / ‖W + s·B·A‖ ⊙ (W·x + s·B·A·x) + bias (Liu et al. 2024, https://arxiv.org/abs/2402.09353)."""
+        base, scaling = self.base_layer, self.scaling[name]
+        lora_A, lora_B = self.lora_A[name], self.lora_B[name]
+        product: Tensor = lora_linear(x, base.weight, None, lora_A.weight, lora_B.weight, scaling=scaling)
+        norm = _norm(base.weight, lora_A.weight, lora_B.weight, scaling)
+        factor = self.lora_magnitude_vector[name].weight / norm
+        if lora_B.bias is not None:
+            product = product + scaling * lora_B.bias
+        y: Tensor = product * factor
+        return (y if base.bias is None else y + base.bias).to(product.dtype)
+
+
+def why_not(layer: PeftLayer) -> str | None:
+    """Why a PEFT layer is left as it is; None if the fused op serves it."""
+    if not isinstance(layer, Linear) or type(layer) not in (Linear, FusedLinear):
+        return f"lora.{type(layer).__name__}"
+    if type(layer.base_layer) is not nn.Linear:
+        return f"lora.Linear on {type(layer.base_layer).__name__}"
+    if layer.fan_in_fan_out:
+        return "lora.Linear with fan_in_fan_out"
+    variants = {type(v) if not isinstance(v, type) else v for v in layer.lora_variant.values()}
+    exotic = [v.__name__ for v in variants if v is not DoraLinearVariant]
+    return f"lora.Linear with {', '.join(sorted(exotic))}" if exotic else None
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether nothing would notice that its own forward is not called."""
+    own = vars(module)
+    return type(module) is nn.Linear and "forward" not in own and not any(own[hooks] for hooks in _HOOKS)
+
+
+@torch.no_grad()
+def _norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Norms of the rows of W + s·B·A, float32 ``[out]``, without that sum: of W, W·Aᵀ and A·Aᵀ alone.
+
+    A constant to autograd, as section 4.3 of the paper has it.
+    """
+    squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+    a, b = lora_A.float(), lora_B.float() * scaling
+    across = ((weight @ lora_A.to(weight.dtype).T).float() * b).sum(dim=1)
+    within = ((b @ (a @ a.T)) * b).sum(dim=1)
+    norm: Tensor = (squares + 2 * across + within).clamp_min(0).sqrt()
+    return norm

@@ -1,0 +1,93 @@
+"""PEFT models on the fused op, in place and reversibly."""
+
+import logging
+from collections import Counter
+from typing import Any, TypeVar
+
+from torch import nn
+
+from fastlora.transfer._extras import require
+
+_LOG = logging.getLogger("fastlora")
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def accelerate(model: Model) -> Model:
+    """Let a PEFT model's LoRA linear layers run on the fused op, in place.
+
+    Layers, parameters and their names stay PEFT's own, so saving, switching, merging, disabling and deleting
+    adapters, ``modules_to_save``, optimisers and trainers see nothing new; adapters that are added later run
+    fused too. Float32 adapters beside 16-bit weights are rounded to these for the products, as autocast does.
+    Of dropout the masks are others than PEFT's for the same seed.
+
+    Served are LoRA, rsLoRA, DoRA and ``lora_bias`` on ``nn.Linear``; layers that can't be (a quantised base, a
+    convolution, other variants) stay PEFT's and are told by one warning on the logger ``fastlora``.
+
+    Args:
+        model: With PEFT's LoRA layers anywhere inside.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        ValueError: There are no LoRA layers of PEFT in it.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 2)), LoraConfig(target_modules=["0"]))
+        >>> type(accelerate(model).base_model.model[0]).__name__
+        'FusedLinear'
+    """
+    linear = _layers()
+    layers = _peft_layers(model)
+    if not layers:
+        raise ValueError(
+            f"expected a model with LoRA layers of PEFT, got {type(model).__name__} without any; make one "
+            "with peft.get_peft_model(model, LoraConfig(...)), or take fastlora.apply_lora"
+        )
+    left: Counter[str] = Counter()
+    for layer in layers:
+        reason = linear.why_not(layer)
+        if reason is None:
+            layer.__class__ = linear.FusedLinear
+        else:
+            left[reason] += 1
+    if left:
+        told = ", ".join(f"{count} {reason}" for reason, count in sorted(left.items()))
+        _LOG.warning("%d of %d LoRA layers run fused; left to PEFT: %s", _fused(layers), len(layers), told)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo :func:`accelerate`, in place.
+
+    Raises:
+        ImportError: PEFT is not installed.
+
+    Returns:
+        The same model.
+    """
+    linear = _layers()
+    for layer in _peft_layers(model):
+        if type(layer) is linear.FusedLinear:
+            layer.__class__ = linear.Linear
+    return model
+
+
+def _layers() -> Any:
+    require("peft", distribution="peft", purpose="accelerating a PEFT model", extra="peft")
+    from fastlora.interop import _peft_linear
+
+    return _peft_linear
+
+
+def _peft_layers(model: nn.Module) -> list[Any]:
+    kind = _layers().PeftLayer
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+def _fused(layers: list[Any]) -> int:
+    kind = _layers().FusedLinear
+    return sum(type(layer) is kind for layer in layers)
