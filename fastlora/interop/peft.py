@@ -21,7 +21,7 @@ def accelerate(model: Model) -> Model:
     fused too. Float32 adapters beside 16-bit weights are rounded to these for the products, as autocast does.
     Of dropout the masks are others than PEFT's for the same seed.
 
-    Served are LoRA, rsLoRA, DoRA and ``lora_bias`` on ``nn.Linear``; layers that can't be (a quantised base, a
+    Served are LoRA, rsLoRA, DoRA and ``lora_bias`` on ``nn.Linear``; other layers (a quantised base, a
     convolution, other variants) stay PEFT's and are told by one warning on the logger ``fastlora``.
 
     Args:
