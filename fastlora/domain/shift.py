@@ -17,11 +17,14 @@ from fastlora.domain._features import (
     standardise,
 )
 from fastlora.domain.divergence import balanced_weights, domain_split
+from fastlora.transfer._extras import require
 
 _LEAST = 20
 _CONFIDENCE = 0.05
 _BOOTSTRAPS = 200
 _CLOSE_TO_SINGULAR = 20.0
+# how heavily it weighs that shares sum to 1
+_SUM_COUNTS = 100.0
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ def estimate_label_shift(source: Any, source_labels: Any, target: Any, *, seed: 
     """Class priors of the target by black-box shift estimation (BBSE, Lipton et al. 2018, arXiv 1802.03916).
 
     A linear classifier is trained on half of the source; its confusion on the other half is inverted to
-    explain what it predicts on the target. Right where P(x | y) is the same in both domains.
+    explain what it predicts on the target, by shares that are not negative and sum to 1. Right where
+    P(x | y) is the same in both domains.
 
     Args:
         source: Features ``[n, F]``.
@@ -178,9 +182,13 @@ def _invert(truth: Labels, predicted: Labels, on_target: Labels, share: Array) -
     np.add.at(confusion, (predicted, truth), 1.0)
     confusion /= np.maximum(confusion.sum(axis=0), 1.0)
     answers = np.bincount(on_target, minlength=classes) / len(on_target)
-    solved = np.linalg.lstsq(confusion, answers, rcond=None)[0]
-    positive = np.maximum(solved, 0.0)
-    estimate = positive / positive.sum() if positive.sum() > 0 else share
+    # among shares that are none below zero and sum to 1, which a plain inverse needs not be near
+    least_squares = require(
+        "scipy.optimize", distribution="scipy", purpose="class shares", extra="domain"
+    ).nnls
+    bounded = np.vstack([confusion, np.full((1, classes), _SUM_COUNTS)])
+    solved = least_squares(bounded, np.append(answers, _SUM_COUNTS))[0]
+    estimate = solved / solved.sum() if solved.sum() > 0 else share
     return estimate, float(np.linalg.cond(confusion))
 
 
