@@ -76,7 +76,9 @@ def test_only_one_file_reads_the_environment() -> None:
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["lora", "adapters", "transfer", "trainer", "domains"])
+@pytest.mark.parametrize(
+    "example", EXAMPLES, ids=["lora", "peft", "adapters", "transfer", "trainer", "domains"]
+)
 def test_readme_example_runs(
     example: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
