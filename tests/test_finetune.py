@@ -17,6 +17,7 @@ from fastlora.cli import app
 from fastlora.transfer.data import open_images
 from fastlora.transfer.finetune import load_run
 from fastlora.transfer.finetune.predict import predict_files
+from fastlora.transfer.recommend import recommend_strategy
 from tests.finetune_models import CLASSES, write_pictures
 
 RESNET = ["--model", "resnet18", "--weights", "none", "--image-size", "32"]
@@ -152,6 +153,16 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(data: Path, tmp_path: Path)
 
 def test_without_a_strategy_the_advised_one_is_taken(data: Path, tmp_path: Path) -> None:
     finetuned(data, *RESNET, *SHORT, "--output", tmp_path)
+    assert report_of(tmp_path)["config"]["strategy"] == "feature_extraction"
+
+
+def test_cached_features_ask_for_no_strategy(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advice = recommend_strategy(10**6, 2)
+    assert advice.strategy != "feature_extraction"
+    monkeypatch.setattr("fastlora.transfer.finetune.job.recommend_strategy", lambda *a, **more: advice)
+    finetuned(data, *RESNET, *SHORT, "--cache-features", "--output", tmp_path)
     assert report_of(tmp_path)["config"]["strategy"] == "feature_extraction"
 
 

@@ -98,7 +98,9 @@ def prepare(
     with seeded(training.seed):
         model, head_name = _base_model(settings, len(train.classes))
         recommendation = _recommend(model, train)
-        settings = replace(settings, strategy=settings.strategy or recommendation.strategy)
+        # nothing else can be trained on cached features
+        advised = "feature_extraction" if settings.cache_features else recommendation.strategy
+        settings = replace(settings, strategy=settings.strategy or advised)
         _check_strategy(settings)
         strategy = find_strategy(str(settings.strategy))
         strategy.apply(model, head_name, **settings.options())

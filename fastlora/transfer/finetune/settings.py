@@ -25,7 +25,7 @@ class FinetuneSettings:
         model: A model of torchvision, timm:NAME, dinov2_vits14 or efficientnet_lite0.
         weights: DEFAULT, the name of others, a .safetensors or .pt file, or none for random ones.
         strategy: What trains: feature_extraction, fine_tuning, full, gradual, lp_ft, lora, adapter or prompt;
-            without it what recommend_strategy advises.
+            without it what recommend_strategy advises, or feature_extraction with cache_features.
         rank: Of lora's updates (16).
         alpha: Of lora; its updates are scaled by alpha / rank (32).
         dropout: Of lora or adapter (0).
