@@ -1,10 +1,12 @@
 """The examples run, a few steps each, and end with a line for each candidate."""
 
+import importlib
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,16 @@ SHORT = {
 
 def test_every_example_is_tested() -> None:
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(SHORT)
+
+
+@pytest.mark.parametrize(("name", "machines"), [("one_node", 1), ("several_nodes", 2)])
+def test_a_configuration_is_read_by_accelerate(name: str, machines: int) -> None:
+    # has no types
+    config_args: Any = importlib.import_module("accelerate.commands.config.config_args")
+    found = config_args.load_config_from_file(str(ROOT / "examples" / "accelerate" / f"{name}.yaml"))
+    assert found.num_machines == machines
+    assert found.num_processes == 8 * machines
+    assert found.mixed_precision == "bf16"
 
 
 @pytest.mark.parametrize("name", SHORT)
