@@ -107,7 +107,8 @@ def _known(name: str) -> str:
 
 
 def _automatic(device: torch.device, dtype: torch.dtype) -> Backend:
-    if dtype not in KERNEL_DTYPES:
+    # torch.func needs operations that it can transform: per-example gradients, vmap
+    if dtype not in KERNEL_DTYPES or torch._C._are_functorch_transforms_active():
         return "reference"
     return "triton" if device.type == "cuda" and triton_available() else "torch"
 
