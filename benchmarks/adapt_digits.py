@@ -150,7 +150,7 @@ batch, which shows the target's statistics to "source only" as well.
 
 4,000 digits are the source, the same blended into photos the target without labels; 1,000 other digits are
 tested, plain and blended, after the last step: nothing was chosen by target labels. `make results-digits`
-regenerates the rows of 3,000 steps; those of 9,000 are `python -m benchmarks.adapt_digits --steps 9000`.
+regenerates the rows of 3,000 steps; that of 9,000 is `python -m benchmarks.adapt_digits --steps 9000`.
 Accuracy in percent, mean ± standard deviation over the seeds. Published with 60,000 digits: 52.3 to 76.7.
 """
 
