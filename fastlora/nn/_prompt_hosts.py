@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.nn._prompt_settings import PromptSettings
-from fastlora.nn.prompts import PROMPTS, PromptModule, SoftPrompts, VisualPrompts
+from fastlora.nn.prompts import CACHES, PROMPTS, PromptModule, SoftPrompts, VisualPrompts
 
 _SUPPORTED = (
     "a VisionTransformer of torchvision or timm, a ViT, DeiT or DINOv2 of Hugging Face, one of its text "
@@ -238,10 +238,8 @@ def _encoder(module: nn.Module) -> TextHost | None:
 def _decoder(module: nn.Module) -> TextHost | None:
     words = getattr(module, "embed_tokens", None)
     rotary = _all(module, "rotary_emb", "layers", "norm") and not _path(module, "config.is_encoder_decoder")
-    taken = ("inputs_embeds", "position_ids", "past_key_values", "use_cache")
-    if not isinstance(words, nn.Embedding) or not rotary or not _takes(module, *taken):
-        return None
-    return TextHost(module, words, None)
+    takes = any(_takes(module, "inputs_embeds", "position_ids", "use_cache", name) for name in CACHES)
+    return TextHost(module, words, None) if isinstance(words, nn.Embedding) and rotary and takes else None
 
 
 _RECOGNISERS: tuple[Callable[[nn.Module], Host | None], ...] = (

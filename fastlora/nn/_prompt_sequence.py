@@ -35,3 +35,11 @@ def strip_output(output: Any, tokens: int, position: int, length: int) -> Any:
     if type(output) in (tuple, list):
         return type(output)(strip_output(part, tokens, position, length) for part in output)
     return output
+
+
+def behind_padding(mask: Tensor | None) -> Tensor | None:
+    """Positions from each row's first token on: padding before it must not part it from the prompts."""
+    if mask is None:
+        return None
+    padding = (mask.long().cumsum(1) == 0).sum(1, keepdim=True)
+    return (torch.arange(mask.shape[1], device=mask.device) - padding).clamp(min=0)

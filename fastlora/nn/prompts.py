@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from fastlora.nn._prompt_sequence import insert_after, strip_after, strip_output
+from fastlora.nn._prompt_sequence import behind_padding, insert_after, strip_after, strip_output
 from fastlora.nn._prompt_settings import PromptSettings
 from fastlora.nn.tuner import TunerModule
 
@@ -17,6 +17,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 PromptKind = Literal["visual", "soft"]
 PROMPTS = "prompts"
 # what a text model takes beside every token, and soft prompts lengthen
+# of Hugging Face's forwards, before transformers 5.24 and since
+CACHES = ("past_key_values", "cache")
 _EXTENDED = ("attention_mask", "position_ids", "token_type_ids")
 # what in timm shows or makes the model end before its last block, where shallow prompts are stripped
 _WITHOUT_LAST_BLOCK = ("forward_intermediates", "prune_intermediate_layers")
@@ -235,7 +237,7 @@ class SoftPrompts(PromptModule):
         tokens, position_ids = self.settings.num_tokens, given.get("position_ids")
         if self.causal:
             if position_ids is None:
-                position_ids = _behind_padding(given.get("attention_mask"))
+                position_ids = behind_padding(given.get("attention_mask"))
             if position_ids is None:
                 return None
             own = torch.arange(tokens, dtype=position_ids.dtype, device=position_ids.device)
@@ -259,7 +261,8 @@ class SoftPrompts(PromptModule):
         return real.cumsum(1) * real + self.padding_idx
 
     def _refuse(self, given: Mapping[str, Any], length: int) -> None:
-        if given.get("past_key_values") is not None or (self.causal and given.get("use_cache")):
+        cached = [name for name in CACHES if given.get(name) is not None]
+        if cached or (self.causal and given.get("use_cache")):
             raise ValueError(
                 "expected a call without a key-value cache, got one: cached keys would hold the prompts a "
                 "second time; call generate(..., use_cache=False)"
@@ -277,14 +280,6 @@ class SoftPrompts(PromptModule):
                 raise ValueError(
                     f"expected no {name}, got {_kind([value])}: it has no entry for a prompt; leave it out"
                 )
-
-
-def _behind_padding(mask: Tensor | None) -> Tensor | None:
-    """Positions from each row's first token on: padding before it must not part it from the prompts."""
-    if mask is None:
-        return None
-    padding = (mask.long().cumsum(1) == 0).sum(1, keepdim=True)
-    return (torch.arange(mask.shape[1], device=mask.device) - padding).clamp(min=0)
 
 
 def _refuse_without_last_block(*args: Any, **kwargs: Any) -> None:
