@@ -241,6 +241,22 @@ def test_what_cannot_be_served_is_left_and_told(caplog: pytest.LogCaptureFixture
     torch.testing.assert_close(model(x), eager(x))
 
 
+class Shifted:
+    """A variant of PEFT's that nobody here knows."""
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **more: Any) -> Tensor:
+        return result + 1.0
+
+
+def test_a_variant_that_comes_later_is_left_to_peft() -> None:
+    eager, model = twins()
+    for each in (eager, model):
+        for layer in (each.base_model.model.first, each.base_model.model.second):
+            layer.lora_variant["default"] = Shifted()
+    assert torch.equal(model(inputs()), eager(inputs()))
+
+
 def test_a_model_without_lora_is_refused() -> None:
     with pytest.raises(ValueError, match=r"expected a model with LoRA layers of PEFT, got Net"):
         fastlora.accelerate(Net())

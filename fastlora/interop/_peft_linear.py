@@ -48,7 +48,8 @@ class FusedLinear(Linear):
         if x.dtype != self.base_layer.weight.dtype and not torch.is_autocast_enabled(x.device.type):
             return False
         varied = [name in self.lora_variant for name in names]
-        if any(varied) and len(names) > 1:
+        # an adapter that was added later may be of any variant
+        if _exotic(self) or (any(varied) and len(names) > 1):
             return False
         # masks of their own for every adapter; DoRA drops the frozen product's input as well
         return not (any(varied) or len(names) > 1) or all(self._dropout(name) == 0 for name in names)
@@ -104,9 +105,14 @@ def why_not(layer: PeftLayer) -> str | None:
         return f"lora.Linear on {type(layer.base_layer).__name__}"
     if layer.fan_in_fan_out:
         return "lora.Linear with fan_in_fan_out"
-    variants = {type(v) if not isinstance(v, type) else v for v in layer.lora_variant.values()}
-    exotic = [v.__name__ for v in variants if v is not DoraLinearVariant]
-    return f"lora.Linear with {', '.join(sorted(exotic))}" if exotic else None
+    exotic = _exotic(layer)
+    return f"lora.Linear with {', '.join(exotic)}" if exotic else None
+
+
+def _exotic(layer: PeftLayer) -> list[str]:
+    """Names of the variants of a layer's adapters that only PEFT computes."""
+    variants = {v if isinstance(v, type) else type(v) for v in layer.lora_variant.values()}
+    return sorted(v.__name__ for v in variants if v is not DoraLinearVariant)
 
 
 def _is_plain(module: nn.Module) -> bool:
