@@ -1,6 +1,7 @@
 """Output of a command that several processes may run: only the first of them speaks."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -12,10 +13,16 @@ def make_console(to_stderr: bool) -> Console:
     return Console(stderr=to_stderr, quiet=not _is_first())
 
 
-def print_json(value: Any) -> None:
-    """Print a JSON value on stdout."""
-    if _is_first():
-        typer.echo(json.dumps(value, indent=2))
+def conclude(report: dict[str, Any], show: Callable[[], None], *, as_json: bool) -> None:
+    """End the run in all processes, and print its report on stdout, as JSON or as ``show`` does."""
+    # as slow to import as what ran
+    from fastlora.transfer.training.processes import leave_processes
+
+    leave_processes()
+    if not as_json:
+        show()
+    elif _is_first():
+        typer.echo(json.dumps(report, indent=2))
 
 
 def _is_first() -> bool:

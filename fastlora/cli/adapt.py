@@ -14,7 +14,7 @@ from fastlora.cli._options import (
     settings_of,
     with_options,
 )
-from fastlora.cli._processes import make_console, print_json
+from fastlora.cli._processes import conclude, make_console
 from fastlora.cli._progress import LiveReporter
 
 
@@ -37,17 +37,12 @@ def adapt(
     """
     # models are slow to import
     from fastlora.domain.training.run import adapt as run
-    from fastlora.transfer.training.processes import leave_processes
 
     domain, settings, training = settings_of(_kinds(), values, data=values["source"])
     console = make_console(as_json)
     with LiveReporter(console) as reporter:
         report = run(domain, settings, training, reporter, resume=resume)
-    leave_processes()
-    if as_json:
-        print_json(report)
-    else:
-        _show(report, settings.output, console)
+    conclude(report, lambda: _show(report, settings.output, console), as_json=as_json)
 
 
 def make_command() -> Callable[..., None]:

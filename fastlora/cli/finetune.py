@@ -15,7 +15,7 @@ from fastlora.cli._options import (
     settings_of,
     with_options,
 )
-from fastlora.cli._processes import make_console, print_json
+from fastlora.cli._processes import conclude, make_console
 from fastlora.cli._progress import LiveReporter
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ def finetune(
     from fastlora.transfer.finetune.run import finetune as run
     from fastlora.transfer.finetune.settings import FinetuneSettings
     from fastlora.transfer.training import TrainSettings
-    from fastlora.transfer.training.processes import leave_processes
 
     settings, training = settings_of((FinetuneSettings, TrainSettings), values)
     console = make_console(as_json)
@@ -56,11 +55,7 @@ def finetune(
         return
     with LiveReporter(console) as reporter:
         report = run(settings, training, reporter, resume=resume)
-    leave_processes()
-    if as_json:
-        print_json(report)
-    else:
-        _show(report, settings.output, console)
+    conclude(report, lambda: _show(report, settings.output, console), as_json=as_json)
 
 
 def make_command() -> Callable[..., None]:
