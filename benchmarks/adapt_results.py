@@ -159,6 +159,7 @@ back from the labels given to the target and is judged on held-out source labels
 compared by it.
 
 No setting was tuned: {settings}.
+MMD and JAN with normalisation were added to the methods after a first look at the others' results.
 """
 
 
