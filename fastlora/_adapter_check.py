@@ -14,7 +14,7 @@ from fastlora._places import Place, cannot_adapt
 from fastlora._prompt_places import PromptPlace, host_name
 from fastlora.inject import cannot_carry
 from fastlora.nn import AdaptedModule, LoRALayer, LoRAModule
-from fastlora.nn._layout import lora_parts, rank_misfit
+from fastlora.nn._layout import lora_parts, misfit
 from fastlora.nn._settings import WEIGHT_DTYPES
 from fastlora.nn.adapted import ADAPTER
 from fastlora.nn.prompts import PromptModule
@@ -59,18 +59,16 @@ class AdapterCheck:
         if not any(_LORA_KEY.fullmatch(key) for key in self._tensors):
             self._problems.insert(0, f"no LoRA tensors ({PREFIX}<module>.lora_A.weight) in the file")
         for name, module in targets.items():
-            rank = config.settings(name).rank
-            slots = tensor_slots(name, module)
+            rank, dora = config.settings(name).rank, config.dora
+            slots = tensor_slots(name, module, dora=dora)
             self._base_copies(name, module)
-            misfit = rank_misfit(module, rank)
-            if isinstance(module, LoRAModule) and module.rank != rank:
-                misfit = f"expected rank {module.rank} as in the model, got {rank}"
-            if misfit is not None:
-                self._problems.append(f"{name}: {misfit}")
+            problem = _lora_difference(module, rank, dora=dora)
+            if problem is not None:
+                self._problems.append(f"{name}: {problem}")
                 self._explained.update(key for key, _, _ in slots)
                 continue
             for key, owner, part in slots:
-                self._compare(key, lora_parts(_plain(owner), rank)[part])
+                self._compare(key, lora_parts(_plain(owner), rank, dora=dora)[part])
 
     def no_layers(self, layers: Iterable[str], kind: str) -> None:
         """Note layers of a kind that the file does not hold."""
@@ -189,15 +187,23 @@ class AdapterCheck:
             self._problems.append(f"{key}: expected {wanted}, got {tensor.dtype}")
 
 
-def tensor_slots(name: str, layer: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    """File key, owner and attribute of every A and B of one layer, adapted or about to be."""
+def _lora_difference(module: nn.Module, rank: int, *, dora: bool) -> str | None:
+    if isinstance(module, LoRAModule) and module.rank != rank:
+        return f"expected rank {module.rank} as in the model, got {rank}"
+    if isinstance(module, LoRAModule) and module.dora != dora:
+        return f"expected dora={module.dora} as in the model, got {dora}"
+    return misfit(module, rank, dora=dora)
+
+
+def tensor_slots(name: str, layer: nn.Module, *, dora: bool) -> list[tuple[str, nn.Module, str]]:
+    """File key, owner and attribute of every A, B and magnitude of one layer, adapted or about to be."""
     pairs = [(name, layer)]
     if isinstance(layer, nn.MultiheadAttention):
         pairs.append((name + _OUT_PROJ, layer.out_proj))
     return [
-        (f"{PREFIX}{key}.{part}" + ("" if isinstance(owner, nn.Embedding) else ".weight"), owner, part)
+        (f"{PREFIX}{key}.{part}" + (".weight" if part in ("lora_A", "lora_B") else ""), owner, part)
         for key, owner in pairs
-        for part in lora_parts(_plain(owner), rank=1)
+        for part in lora_parts(_plain(owner), rank=1, dora=dora)
     ]
 
 

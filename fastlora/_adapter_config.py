@@ -13,7 +13,7 @@ from fastlora.nn._settings import LoRASettings
 
 _UNDERSTOOD = {
     "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_dropout", "modules_to_save",
-    "peft_type", "r", "rank_pattern", "use_rslora",
+    "peft_type", "r", "rank_pattern", "use_dora", "use_rslora",
 }  # fmt: skip
 # say where an adapter came from or where it sits, which its tensors' names say too
 _NEUTRAL = {
@@ -38,6 +38,7 @@ class AdapterConfig:
     alpha: float
     dropout: float = 0.0
     rslora: bool = False
+    dora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
@@ -45,7 +46,7 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         """Check every value through the settings it leads to."""
-        LoRASettings(self.rank, self.alpha, self.dropout)
+        LoRASettings(self.rank, self.alpha, self.dropout, dora=self.dora)
         if not isinstance(self.rslora, bool):
             raise TypeError(f"expected use_rslora to be true or false, got {self.rslora!r}")
         for patterns in (self.rank_pattern, self.alpha_pattern):
@@ -62,9 +63,8 @@ class AdapterConfig:
     def settings(self, name: str) -> LoRASettings:
         """What the module of this name gets; the first pattern that matches its end decides, as in PEFT."""
         rank = _first_match(self.rank_pattern, name, self.rank)
-        return LoRASettings(
-            rank, _first_match(self.alpha_pattern, name, self.alpha), self.dropout, self.rslora
-        )
+        alpha = _first_match(self.alpha_pattern, name, self.alpha)
+        return LoRASettings(rank, alpha, self.dropout, self.rslora, dora=self.dora)
 
 
 def parse_config(raw: object) -> AdapterConfig:
@@ -95,6 +95,7 @@ def parse_config(raw: object) -> AdapterConfig:
             alpha=raw["lora_alpha"],
             dropout=raw.get("lora_dropout") or 0.0,
             rslora=raw.get("use_rslora", False),
+            dora=raw.get("use_dora", False),
             rank_pattern=dict(raw.get("rank_pattern") or {}),
             alpha_pattern=dict(raw.get("alpha_pattern") or {}),
             modules_to_save=tuple(map(str, raw.get("modules_to_save") or ())),
@@ -119,14 +120,16 @@ def build_config(
         base_model: Where the frozen model comes from, if known.
 
     Raises:
-        ValueError: Some layers use rank-stabilised scaling and some do not; PEFT has one flag for all.
+        ValueError: Some layers use rank-stabilised scaling, or DoRA, and some do not; PEFT has one flag for
+            all.
     """
-    rslora = {layer.rslora for layer in layers.values()}
-    if len(rslora) > 1:
-        raise ValueError(
-            "expected rslora on all layers or on none, got both; PEFT's format has one flag for all, "
-            "so save them from two models"
-        )
+    for flag in ("rslora", "dora"):
+        if len({getattr(layer, flag) for layer in layers.values()}) > 1:
+            raise ValueError(
+                f"expected {flag} on all layers or on none, got both; PEFT's format has one flag for all, "
+                "so save them from two models"
+            )
+    first = next(iter(layers.values()))
     rank = _most_common(layer.rank for layer in layers.values())
     alpha = _most_common(layer.alpha for layer in layers.values())
     # an embedding has none
@@ -137,7 +140,7 @@ def build_config(
         "r": rank,
         "lora_alpha": _integral(alpha),
         "lora_dropout": _most_common(dropouts or [0.0]),
-        "use_rslora": rslora.pop(),
+        "use_rslora": first.rslora,
         # anchored, as PEFT documents it for one module out of several whose names end alike
         "rank_pattern": {f"^{n}": layer.rank for n, layer in layers.items() if layer.rank != rank},
         "alpha_pattern": {f"^{n}": _integral(m.alpha) for n, m in layers.items() if m.alpha != alpha},
@@ -147,7 +150,7 @@ def build_config(
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
-        "use_dora": False,
+        "use_dora": first.dora,
         "task_type": None,
     }
 

@@ -39,6 +39,22 @@ def check_lora_linear(
         raise ValueError(f"expected a finite scaling, got {scaling!r}; it is usually alpha / rank")
 
 
+def check_magnitude(magnitude: Tensor, weight: Tensor) -> None:
+    """Refuse a magnitude that :func:`fastlora.functional.dora_linear` can't serve.
+
+    Raises:
+        TypeError: No floating-point tensor.
+        ValueError: Shape or device do not fit the weight.
+    """
+    check_floating("magnitude", magnitude)
+    if magnitude.shape != weight.shape[:1]:
+        raise ValueError(
+            f"expected magnitude with shape ({weight.shape[0]},) for a weight of shape "
+            f"{tuple(weight.shape)}, got {tuple(magnitude.shape)}"
+        )
+    check_same_device({"weight": weight, "magnitude": magnitude})
+
+
 def check_adapter(
     h: Tensor,
     down_weight: Tensor,

@@ -25,7 +25,7 @@ from fastlora.nn import (
     LoRAModule,
     LoRAMultiheadAttention,
 )
-from fastlora.nn._layout import rank_misfit
+from fastlora.nn._layout import misfit
 from fastlora.nn._settings import LoRASettings, check_conv, check_embedding, check_linear
 from fastlora.nn.attention import check_attention
 
@@ -50,6 +50,7 @@ def apply_lora(
     exclude_modules: str | Collection[str] | None = None,
     modules_to_save: Collection[str] | None = None,
     rslora: bool = False,
+    dora: bool = False,
     adapter_dtype: torch.dtype | None = None,
 ) -> Model:
     """Replace layers of a model by LoRA layers (https://arxiv.org/abs/2106.09685) and freeze the rest.
@@ -75,6 +76,8 @@ def apply_lora(
         modules_to_save: Names of modules to train whole, a new classification head, say; never adapted.
             Bottleneck adapters in the model, and what was named when they were put in, go on training.
         rslora: Scale by alpha/√rank instead of alpha/rank.
+        dora: Keep a trained norm for every output feature (DoRA, https://arxiv.org/abs/2402.09353); not for
+            ``nn.MultiheadAttention`` and convolutions with groups.
         adapter_dtype: Dtype of A and B; None means float32 for 16-bit weights, else the weights' dtype.
 
     Returns:
@@ -94,11 +97,11 @@ def apply_lora(
         >>> sum(p.requires_grad for p in model.parameters())
         8
     """
-    settings = LoRASettings(rank, alpha, dropout, rslora, adapter_dtype)
+    settings = LoRASettings(rank, alpha, dropout, rslora, adapter_dtype, dora)
     root = unwrap(model)
     check_unadapted(root)
     chosen, whole = select_targets(root, target_modules, exclude_modules, modules_to_save)
-    check_carriers(chosen, settings.rank)
+    check_carriers(chosen, settings)
     inject(root, {module: settings for module in chosen.values()}, whole)
     return model
 
@@ -219,13 +222,16 @@ def check_unadapted(model: nn.Module) -> None:
             )
 
 
-def check_carriers(chosen: Mapping[str, nn.Module], rank: int) -> None:
-    """Refuse modules that can't carry LoRA of this rank, all in one error.
+def check_carriers(chosen: Mapping[str, nn.Module], settings: LoRASettings) -> None:
+    """Refuse modules that can't carry LoRA of this rank and kind, all in one error.
 
     Raises:
         TypeError: At least one can't.
     """
-    found = {name: cannot_carry(module) or rank_misfit(module, rank) for name, module in chosen.items()}
+    found = {
+        name: cannot_carry(module) or misfit(module, settings.rank, dora=settings.dora)
+        for name, module in chosen.items()
+    }
     problems = [f"  {name}: {problem}" for name, problem in found.items() if problem]
     if problems:
         shown = problems[:5] + ([f"  … and {len(problems) - 5} more"] if len(problems) > 5 else [])
@@ -261,5 +267,8 @@ def _adapted(module: nn.Module, settings: LoRASettings) -> nn.Module:
     if isinstance(module, nn.Embedding):
         # embeddings have no dropout, here as in PEFT
         del options["dropout"]
+    if isinstance(module, nn.MultiheadAttention):
+        # which was refused before if it was asked for
+        del options["dora"]
     maker = next(maker for kind, (maker, _) in _KINDS.items() if isinstance(module, kind))
     return maker(module, **options)

@@ -71,6 +71,70 @@ def lora_linear_with_mask(
     return _base_plus_low_rank(x, dropped, weight, bias, lora_A, lora_B, scaling)
 
 
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    training: bool = True,
+    generator: torch.Generator | None = None,
+    weight_norm: Tensor | None = None,
+) -> Tensor:
+    """y = m/‖W + s·B·A‖ ⊙ (x·Wᵀ + s·dropout(x)·Aᵀ·Bᵀ) + bias (Liu et al., https://arxiv.org/abs/2402.09353).
+
+    Args:
+        x: ``[..., in_features]``.
+        weight: ``[out_features, in_features]``, the frozen layer.
+        bias: ``[out_features]`` or None.
+        lora_A: ``[rank, in_features]``, in any floating dtype; rounded to x's.
+        lora_B: ``[out_features, rank]``, likewise.
+        magnitude: m ``[out_features]``, in any floating dtype.
+        scaling: Factor of the low-rank path, usually alpha / rank.
+        dropout: Probability of zeroing an element of the low-rank path's input.
+        training: Without it dropout does nothing.
+        generator: Source of the dropout mask; torch's default generator without it.
+        weight_norm: ‖W + s·B·A‖ ``[out_features]``, where it is given; a constant to autograd in any case.
+
+    Returns:
+        ``[..., out_features]``.
+
+    Example:
+        >>> x, weight, a, b = torch.ones(1, 2), torch.eye(2), torch.zeros(1, 2), torch.zeros(2, 1)
+        >>> dora_linear(x, weight, None, a, b, torch.tensor([1.0, 3.0]), scaling=1.0)
+        tensor([[1., 3.]])
+    """
+    dropped = _dropout(x, dropout, generator) if training and dropout > 0 else x
+    return _magnitude_times(x, dropped, weight, bias, lora_A, lora_B, magnitude, scaling, weight_norm)
+
+
+def dora_linear_with_mask(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    keep_mask: Tensor,
+    *,
+    scaling: float,
+    keep_probability: float,
+    weight_norm: Tensor | None = None,
+) -> Tensor:
+    """:func:`dora_linear` with the dropout mask given, so that implementations can be compared exactly.
+
+    Args:
+        keep_mask: bool, x's shape; True keeps an element and divides it by ``keep_probability``.
+        keep_probability: Probability with which the mask was drawn.
+    """
+    dropped = x * keep_mask / keep_probability
+    return _magnitude_times(x, dropped, weight, bias, lora_A, lora_B, magnitude, scaling, weight_norm)
+
+
 def adapter(
     h: Tensor,
     down_weight: Tensor,
@@ -157,6 +221,28 @@ def _base_plus_low_rank(
 ) -> Tensor:
     low_rank = F.linear(F.linear(dropped, lora_A.to(x.dtype)), lora_B.to(x.dtype))
     return F.linear(x, weight, bias) + scaling * low_rank
+
+
+def _magnitude_times(
+    x: Tensor,
+    dropped: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    weight_norm: Tensor | None,
+) -> Tensor:
+    if weight_norm is None:
+        with torch.no_grad():
+            whole = weight + scaling * (lora_B @ lora_A).to(weight.dtype)
+            # the sum of squares in float32 at least, as everywhere in torch
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            weight_norm = torch.linalg.vector_norm(whole, dim=1, dtype=wide)
+    product = _base_plus_low_rank(x, dropped, weight, None, lora_A, lora_B, scaling)
+    y = (product * (magnitude / weight_norm)).to(product.dtype)
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def _dropout(x: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:

@@ -171,7 +171,7 @@ def _tensors(
     tensors = {
         key: plain_tensor(owner.get_parameter(part))
         for name, layer in layers.items()
-        for key, owner, part in tensor_slots(name, layer)
+        for key, owner, part in tensor_slots(name, layer, dora=layer.dora)
     }
     for name, place in places.items():
         for part in place.adapter.adapter_params():
@@ -240,7 +240,7 @@ def _fill(
 def _fill_lora(layers: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], config: AdapterConfig) -> None:
     for name, layer in layers.items():
         settings = config.settings(name)
-        for key, owner, part in tensor_slots(name, layer):
+        for key, owner, part in tensor_slots(name, layer, dora=settings.dora):
             assert isinstance(owner, LoRAModule)
             owner.unmerge()
             owner.get_parameter(part).copy_(tensors[key])

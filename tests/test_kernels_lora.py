@@ -8,6 +8,7 @@ pytest.importorskip("triton", reason="kernels need Triton; the other backends ar
 
 from fastlora_kernels import plan as plans
 from fastlora_kernels import targets
+from fastlora_kernels.dora import dora_grad_product, dora_weight_norm
 from fastlora_kernels.lora_backward import lora_grad_a, lora_grad_s_b, lora_grad_x
 from fastlora_kernels.lora_down import lora_down
 from fastlora_kernels.lora_forward import lora_forward
@@ -66,6 +67,50 @@ def test_lora_forward(harness: Harness, shape: Shape, bias: bool) -> None:
     plan = choose("lora_forward", shape, harness.dtype)
     lora_forward(x, weight, offset[0] if bias else None, s, b, y, plan=plan)
     assert_exact(y, lambda x, w, s, b, o: x @ w.t() + s @ b.t() + (o if bias else 0), x, weight, s, b, offset)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_dora_forward(harness: Harness, shape: Shape, bias: bool) -> None:
+    x, weight = harness.random(shape.m, shape.k, padded=True), harness.random(shape.n, shape.k, padded=True)
+    s, b = harness.random(shape.m, shape.r), harness.random(shape.n, shape.r)
+    offset, factor = harness.random(1, shape.n), harness.random(1, shape.n, dtype=torch.float32)
+    y, product = harness.output(shape.m, shape.n), harness.output(shape.m, shape.n)
+    operands = (x, weight, offset[0] if bias else None, s, b, y)
+    lora_forward(
+        *operands, plan=choose("dora_forward", shape, harness.dtype), factor=factor[0], product=product
+    )
+    assert_exact(product, lambda x, w, s, b: x @ w.t() + s @ b.t(), x, weight, s, b)
+    assert_exact(
+        y,
+        lambda x, w, s, b, g, o: g * (x @ w.t() + s @ b.t()) + (o if bias else 0),
+        x, weight, s, b, factor, offset,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_dora_weight_norm(harness: Harness, shape: Shape) -> None:
+    weight = harness.random(shape.n, shape.k, padded=True)
+    a, b = harness.random(shape.r, shape.k), harness.random(shape.n, shape.r, dtype=torch.float32)
+    norm = harness.output(shape.n, dtype=torch.float32)
+    plan = choose("dora_weight_norm", shape, harness.dtype)
+    dora_weight_norm(weight, a, b, norm, scale=0.5, plan=plan)
+    assert_exact(norm, lambda w, a, b: (w + 0.5 * b @ a).norm(dim=1), weight, a, b)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_dora_grad_product(harness: Harness, shape: Shape, splits: int) -> None:
+    dy, product = harness.random(shape.m, shape.n, padded=True), harness.random(shape.m, shape.n)
+    factor = harness.random(1, shape.n, dtype=torch.float32)
+    plan = choose("dora_grad_product", shape, harness.dtype, splits)
+    dproduct, dfactor = harness.output(shape.m, shape.n), harness.output(splits, shape.n, dtype=torch.float32)
+    dora_grad_product(dy, product, factor[0], dproduct, dfactor, plan=plan)
+    assert_exact(dproduct, lambda dy, g: dy * g, dy, factor)
+    assert_exact(dfactor.sum(0), lambda dy, u: (dy * u).sum(0), dy, product)
+    alone = harness.output(shape.m, shape.n)
+    dora_grad_product(dy, None, factor[0], alone, None, plan=plan)
+    assert torch.equal(alone, dproduct)
 
 
 @pytest.mark.parametrize("splits", [1, 2])

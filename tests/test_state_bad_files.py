@@ -68,7 +68,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         "expected peft_type 'LORA', got 'list'",
     ),
     "other-kind": (edit_config(peft_type="LOHA"), ValueError, "expected peft_type 'LORA', got 'LOHA'"),
-    "dora": (edit_config(use_dora=True), ValueError, "expected plain LoRA, got use_dora=True"),
+    "dora": (
+        edit_config(use_dora=True),
+        ValueError,
+        "DoRA, got nn.MultiheadAttention|lora_magnitude_vector: missing",
+    ),
     "bias": (edit_config(bias="all"), ValueError, "expected plain LoRA, got bias='all'"),
     "pissa": (edit_config(init_lora_weights="pissa"), ValueError, "'pissa'.*changes the frozen weights"),
     "from-the-future": (edit_config(use_magic=7), ValueError, "expected plain LoRA, got use_magic=7"),

@@ -201,13 +201,12 @@ def test_a_half_precision_adapter_from_peft(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"use_dora": True}, "use_dora=True"),
         ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"lora_bias": True}, "lora_bias=True"),
         ({"init_lora_weights": "pissa"}, r"init_lora_weights='pissa' \(changes the frozen weights\)"),
         ({"init_lora_weights": "olora"}, r"init_lora_weights='olora' \(changes the frozen weights\)"),
     ],
-    ids=["dora", "bias", "lora-bias", "pissa", "olora"],
+    ids=["bias", "lora-bias", "pissa", "olora"],
 )
 def test_kinds_of_peft_adapters_we_do_not_have(tmp_path: Path, settings: dict[str, Any], match: str) -> None:
     model = peft.get_peft_model(mlp(), peft.LoraConfig(target_modules=["0"], r=2, **settings))

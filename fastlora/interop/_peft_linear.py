@@ -8,7 +8,7 @@ from peft.tuners.lora.layer import LoraLayer as PeftLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
-from fastlora.ops.lora_linear import lora_linear
+from fastlora.functional import dora_linear, dora_weight_norm, lora_linear
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -88,13 +88,21 @@ class FusedLinear(Linear):
         """m / ‖W + s·B·A‖ ⊙ (W·x + s·B·A·x) + bias (Liu et al. 2024, https://arxiv.org/abs/2402.09353)."""
         base, scaling = self.base_layer, self.scaling[name]
         lora_A, lora_B = self.lora_A[name], self.lora_B[name]
-        product: Tensor = lora_linear(x, base.weight, None, lora_A.weight, lora_B.weight, scaling=scaling)
-        norm = _norm(base.weight, lora_A.weight, lora_B.weight, scaling)
-        factor = self.lora_magnitude_vector[name].weight / norm
+        magnitude = self.lora_magnitude_vector[name].weight
+        norm = dora_weight_norm(base.weight, lora_A.weight, lora_B.weight, scaling)
+        y = dora_linear(
+            x,
+            base.weight,
+            base.bias,
+            lora_A.weight,
+            lora_B.weight,
+            magnitude,
+            scaling=scaling,
+            weight_norm=norm,
+        )
         if lora_B.bias is not None:
-            product = product + scaling * lora_B.bias
-        y: Tensor = product * factor
-        return (y if base.bias is None else y + base.bias).to(product.dtype)
+            y = (y + scaling * lora_B.bias * (magnitude / norm)).to(y.dtype)
+        return y
 
 
 def why_not(layer: PeftLayer) -> str | None:
@@ -119,17 +127,3 @@ def _is_plain(module: nn.Module) -> bool:
     """Whether nothing would notice that its own forward is not called."""
     own = vars(module)
     return type(module) is nn.Linear and "forward" not in own and not any(own[hooks] for hooks in _HOOKS)
-
-
-@torch.no_grad()
-def _norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """Norms of the rows of W + s·B·A, float32 ``[out]``, without that sum: of W, W·Aᵀ and A·Aᵀ alone.
-
-    A constant to autograd, as section 4.3 of the paper has it.
-    """
-    squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
-    a, b = lora_A.float(), lora_B.float() * scaling
-    across = ((weight @ lora_A.to(weight.dtype).T).float() * b).sum(dim=1)
-    within = ((b @ (a @ a.T)) * b).sum(dim=1)
-    norm: Tensor = (squares + 2 * across + within).clamp_min(0).sqrt()
-    return norm

@@ -1,19 +1,44 @@
-"""Where A and B of an update stand beside each kind of layer: PEFT's names and shapes."""
+"""Where the parts of an update stand beside each kind of layer: PEFT's names and shapes."""
 
 from torch import nn
 
 Shape = tuple[int, ...]
 
 
-def lora_parts(layer: nn.Module, rank: int) -> dict[str, Shape]:
-    """Name and shape of A and of B, in this order, for a plain layer or a LoRA layer that is one.
+MAGNITUDE = "lora_magnitude_vector"
+
+
+def lora_parts(layer: nn.Module, rank: int, *, dora: bool = False) -> dict[str, Shape]:
+    """Name and shape of A, of B and of DoRA's magnitude, in this order.
+
+    Args:
+        layer: A plain layer or a LoRA layer that is one.
+        rank: Of the update.
+        dora: Whether there is a magnitude.
 
     Example:
         >>> lora_parts(nn.Conv2d(3, 8, 5, padding=2), rank=4)
         {'lora_A': (4, 3, 5, 5), 'lora_B': (8, 4, 1, 1)}
         >>> lora_parts(nn.Embedding(10, 6), rank=2)
         {'lora_embedding_A': (2, 10), 'lora_embedding_B': (6, 2)}
+        >>> lora_parts(nn.Linear(3, 8), rank=2, dora=True)
+        {'lora_A': (2, 3), 'lora_B': (8, 2), 'lora_magnitude_vector': (8,)}
     """
+    parts = _factor_parts(layer, rank)
+    return parts | {MAGNITUDE: magnitude_shape(layer)} if dora else parts
+
+
+def magnitude_shape(layer: nn.Module) -> Shape:
+    """One number for every output feature, in the shape that PEFT gives it."""
+    if isinstance(layer, nn.Embedding):
+        return (layer.embedding_dim,)
+    if isinstance(layer, nn.Conv2d):
+        return (1, layer.out_channels, 1, 1)
+    assert isinstance(layer, nn.Linear)
+    return (layer.out_features,)
+
+
+def _factor_parts(layer: nn.Module, rank: int) -> dict[str, Shape]:
     if isinstance(layer, nn.Embedding):
         return {
             "lora_embedding_A": (rank, layer.num_embeddings),
@@ -31,22 +56,32 @@ def lora_parts(layer: nn.Module, rank: int) -> dict[str, Shape]:
     return {"lora_A": (rank, layer.in_features), "lora_B": (layer.out_features, rank)}
 
 
-def rank_misfit(layer: nn.Module, rank: int) -> str | None:
-    """Why this layer can't carry an update of this rank, or None if it can."""
+def misfit(layer: nn.Module, rank: int, *, dora: bool) -> str | None:
+    """Why this layer can't carry an update of this rank and kind, or None if it can."""
     if isinstance(layer, nn.Conv2d) and rank % layer.groups:
         return (
             f"expected a rank that the convolution's groups={layer.groups} divide, as in PEFT, got {rank}; "
             "use another rank, or leave this layer out"
         )
+    if dora and isinstance(layer, nn.MultiheadAttention):
+        return (
+            "expected a layer that can carry DoRA, got nn.MultiheadAttention, for which PEFT has none "
+            "either; leave it out, or use dora=False"
+        )
+    if dora and isinstance(layer, nn.Conv2d) and layer.groups > 1:
+        return (
+            f"expected a convolution without groups for DoRA, got groups={layer.groups}: its update does not "
+            "fit into the weight whose norm DoRA takes; leave it out, or use dora=False"
+        )
     return None
 
 
-def check_rank(layer: nn.Module, rank: int) -> None:
-    """Refuse a rank that this layer can't carry.
+def check_fit(layer: nn.Module, rank: int, *, dora: bool) -> None:
+    """Refuse an update that this layer can't carry.
 
     Raises:
-        ValueError: See :func:`rank_misfit`.
+        ValueError: See :func:`misfit`.
     """
-    misfit = rank_misfit(layer, rank)
-    if misfit is not None:
-        raise ValueError(misfit)
+    problem = misfit(layer, rank, dora=dora)
+    if problem is not None:
+        raise ValueError(problem)

@@ -36,6 +36,7 @@ class LoRASettings:
     dropout: float = 0.0
     rslora: bool = False
     adapter_dtype: torch.dtype | None = None
+    dora: bool = False
 
     def __post_init__(self) -> None:
         """Check every value and turn numbers into plain ``int`` and ``float``."""
@@ -44,6 +45,8 @@ class LoRASettings:
         if not math.isfinite(alpha):
             raise ValueError(f"expected alpha to be finite, got {alpha}; use 2 * rank, say")
         check_dtype("adapter_dtype", self.adapter_dtype)
+        if not isinstance(self.dora, bool):
+            raise TypeError(f"expected dora to be True or False, got {self.dora!r}")
         object.__setattr__(self, "rank", rank)
         object.__setattr__(self, "alpha", alpha)
         object.__setattr__(self, "dropout", dropout)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from fastlora.functional import lora_linear
+from fastlora.functional import dora_linear, lora_linear
 from fastlora.nn._layout import lora_parts
+from fastlora.nn._norm_cache import NormCache
 from fastlora.nn._settings import LoRASettings
 from fastlora.nn.tuner import TunerModule
 
@@ -25,7 +26,7 @@ class LoRAModule(TunerModule):
     The shapes below are those beside a W ``[out, in]``; convolutions and embeddings say their own.
 
     LoRA: Hu et al., https://arxiv.org/abs/2106.09685; rank-stabilised scaling: Kalajdzievski,
-    https://arxiv.org/abs/2312.03732.
+    https://arxiv.org/abs/2312.03732; DoRA: Liu et al., https://arxiv.org/abs/2402.09353.
 
     Attributes:
         lora_A: ``[rank, in]``, trainable.
@@ -34,6 +35,8 @@ class LoRAModule(TunerModule):
         alpha: Numerator of :attr:`scaling`.
         lora_dropout: Probability of zeroing an element of the update's input while training.
         rslora: Whether :attr:`scaling` is alpha/√rank instead of alpha/rank.
+        dora: Whether the updated weight keeps a trained norm for every output feature.
+        lora_magnitude_vector: These norms ``[out]``, trainable; with ``dora`` alone.
     """
 
     rank: int
@@ -42,6 +45,8 @@ class LoRAModule(TunerModule):
     rslora: bool
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    lora_magnitude_vector: nn.Parameter
+    dora: bool = False
 
     # the name of the frozen weight in its owner, and the untouched weight while another one stands there.
     # a tuple hides the Parameter from nn.Module, which would list it beside the merged one
@@ -60,7 +65,7 @@ class LoRAModule(TunerModule):
 
     def adapter_params(self) -> list[str]:
         """Names of this layer's own trainable parameters."""
-        return list(lora_parts(self._weight_owner(), self.rank))
+        return list(lora_parts(self._weight_owner(), self.rank, dora=self.dora))
 
     def reset_lora_parameters(self) -> None:
         """Start a fresh update: A random, B zero, so that the layer computes exactly the frozen one.
@@ -72,15 +77,16 @@ class LoRAModule(TunerModule):
         self.unmerge()
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
+        self._reset_magnitude()
 
     @torch.no_grad()
     def merge(self) -> None:
         """Fold the update into the weight: one matrix product per forward, as without LoRA.
 
-        W + scaling·B·A is computed in float64, some rows at a time, and rounded once into a new tensor that
-        takes the weight's place. The original is kept aside for :meth:`unmerge` and untouched, so a module
-        that shares it keeps its values. A merged layer gives A and B no gradient. Merging twice changes
-        nothing.
+        W + scaling·B·A, with DoRA scaled to the trained norms, is computed in float64, some rows at a time,
+        and rounded once into a new tensor that takes the weight's place. The original is kept aside for
+        :meth:`unmerge` and untouched, so a module that shares it keeps its values. A merged layer gives A and
+        B no gradient. Merging twice changes nothing.
 
         Raises:
             ValueError: The weight can't hold the update (:class:`LoRAConv2d` with groups).
@@ -109,6 +115,12 @@ class LoRAModule(TunerModule):
         """The plain layer, sharing this one's weight as it is now (folded in if merged), still frozen."""
         raise NotImplementedError
 
+    def train(self, mode: bool = True) -> Self:
+        """As ``nn.Module.train``; DoRA's norms are computed anew."""
+        if self.dora:
+            self._norms.clear()
+        return super().train(mode)
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The usual state dict, with the *original* frozen weight even while merged."""
         with self._original_in_place():
@@ -119,9 +131,11 @@ class LoRAModule(TunerModule):
             parameter.requires_grad_(False)
         self.rank, self.alpha = settings.rank, settings.alpha
         self.lora_dropout, self.rslora = settings.dropout, settings.rslora
+        self.dora, self._norms = settings.dora, NormCache()
         weight = self._weight()
         dtype = settings.adapter_dtype or _adapter_dtype(weight.dtype)
-        for name, shape in lora_parts(self._weight_owner(), self.rank).items():
+        parts = lora_parts(self._weight_owner(), self.rank, dora=self.dora)
+        for name, shape in parts.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype)))
         self.reset_lora_parameters()
 
@@ -130,6 +144,19 @@ class LoRAModule(TunerModule):
     ) -> Tensor:
         if self.merged:
             return F.linear(x, weight, bias)
+        if self.dora:
+            return dora_linear(
+                x,
+                weight,
+                bias,
+                lora_A,
+                lora_B,
+                self.lora_magnitude_vector.view(-1),
+                scaling=self.scaling,
+                dropout=self.lora_dropout,
+                training=self.training,
+                weight_norm=self._weight_norm(),
+            )
         return lora_linear(
             x,
             weight,
@@ -146,19 +173,51 @@ class LoRAModule(TunerModule):
         return self.lora_B.flatten(1), self.lora_A.flatten(1)
 
     def _fold(self, weight: Tensor) -> Tensor:
+        folded = torch.empty_like(weight)
+        with torch.autocast(weight.device.type, enabled=False):
+            factor = self._fold_factor(weight).expand(weight.shape[0], -1) if self.dora else None
+            for rows, new in self._updated_rows(weight):
+                if factor is not None:
+                    new *= factor[rows]
+                folded[rows] = new.view_as(folded[rows])
+        return folded
+
+    def _updated_rows(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """W + scaling·B·A as ``[rows, everything else]``, some rows at a time."""
         # float64 also keeps TF32 out; Metal has none
         wide = torch.float32 if weight.device.type == "mps" else torch.float64
         left, right = self._factors()
         right = right.to(wide)
-        folded = torch.empty_like(weight)
-        rows = max(1, _FOLD_ELEMENTS // right.shape[1])
-        with torch.autocast(weight.device.type, enabled=False):
-            for part, old, factor in zip(
-                folded.split(rows), weight.split(rows), left.split(rows), strict=True
-            ):
-                new = torch.addmm(old.flatten(1).to(wide), factor.to(wide), right, alpha=self.scaling)
-                part.copy_(new.view_as(part))
-        return folded
+        step = max(1, _FOLD_ELEMENTS // right.shape[1])
+        for start in range(0, weight.shape[0], step):
+            rows = slice(start, start + step)
+            old = weight[rows].flatten(1).to(wide)
+            yield rows, torch.addmm(old, left[rows].to(wide), right, alpha=self.scaling)
+
+    def _fold_factor(self, weight: Tensor) -> Tensor:
+        """What DoRA multiplies the rows of the updated weight by ``[rows, 1]``."""
+        norm = torch.cat([new.norm(dim=1) for _, new in self._updated_rows(weight)])
+        return (self.lora_magnitude_vector.view(-1).to(norm.dtype) / norm)[:, None]
+
+    def _output_factor(self) -> Tensor:
+        """DoRA's m/‖W + s·B·A‖ ``[out]``."""
+        norm = self._weight_norm()
+        return self.lora_magnitude_vector.view(-1).to(norm.dtype) / norm
+
+    def _weight_norm(self) -> Tensor:
+        weight, lora_A, lora_B = self._matrices()
+        name_A, name_B = self.adapter_params()[:2]
+        sources = (self._weight(), self.get_parameter(name_A), self.get_parameter(name_B))
+        return self._norms.norm(sources, (weight, lora_A, lora_B), self.scaling, training=self.training)
+
+    def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight, A and B as matrices with a row of the first and the last for every output feature."""
+        return self._weight().flatten(1), self.lora_A.flatten(1), self.lora_B.flatten(1)
+
+    @torch.no_grad()
+    def _reset_magnitude(self) -> None:
+        if self.dora:
+            self.lora_magnitude_vector.copy_(self._weight_norm().view_as(self.lora_magnitude_vector))
 
     def _weight_owner(self) -> nn.Module:
         return self
@@ -212,6 +271,10 @@ class LoRAModule(TunerModule):
         # fill meta tensors with, is not
         if own.isdisjoint(state_dict) and not self.get_parameter(names[0]).is_meta:
             missing_keys[:] = [key for key in missing_keys if key not in own]
+            fresh = not all(self.get_parameter(name).any() for name in names[:2])
+            if self.dora and fresh:
+                # the output stays the frozen layer's, also with another weight
+                self._reset_magnitude()
 
 
 def _adapter_dtype(weight_dtype: torch.dtype) -> torch.dtype:

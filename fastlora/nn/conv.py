@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from fastlora.nn._layout import check_rank
+from fastlora.nn._layout import check_fit
 from fastlora.nn._settings import LoRASettings, check_conv
 from fastlora.nn.base import LoRAModule
 from fastlora.nn.linear import describe
@@ -42,6 +42,7 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
         alpha: Strength of the update.
         dropout: Probability in [0, 1) of zeroing an element of the update's input while training.
         rslora: Scale by alpha/√rank instead (https://arxiv.org/abs/2312.03732).
+        dora: Keep a trained norm for every output feature (https://arxiv.org/abs/2402.09353).
         device: Device of every parameter.
         dtype: Dtype of weight and bias.
         adapter_dtype: Dtype of A and B; None means float32 for a 16-bit weight, else the weight's dtype.
@@ -79,12 +80,13 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
         alpha: float = 32.0,
         dropout: float = 0.0,
         rslora: bool = False,
+        dora: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         """See the class."""
-        settings = LoRASettings(rank, alpha, dropout, rslora, adapter_dtype)
+        settings = LoRASettings(rank, alpha, dropout, rslora, adapter_dtype, dora)
         super().__init__(
             in_channels,
             out_channels,
@@ -98,7 +100,7 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
             device=device,
             dtype=dtype,
         )
-        check_rank(self, settings.rank)
+        check_fit(self, settings.rank, dora=settings.dora)
         self._add_lora(settings)
 
     @classmethod
@@ -110,6 +112,7 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
         alpha: float = 32.0,
         dropout: float = 0.0,
         rslora: bool = False,
+        dora: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> Self:
         """A LoRA layer around the weight and bias of ``conv``, which are shared and frozen, not copied.
@@ -123,6 +126,7 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
             alpha: Strength of the update.
             dropout: On the update's input.
             rslora: Scale by alpha/√rank.
+            dora: Keep a trained norm for every output feature.
             adapter_dtype: Dtype of A and B.
 
         Raises:
@@ -135,9 +139,9 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
             >>> LoRAConv2d.from_conv(conv, rank=2).weight is conv.weight
             True
         """
-        settings = LoRASettings(rank, alpha, dropout, rslora, adapter_dtype)
+        settings = LoRASettings(rank, alpha, dropout, rslora, adapter_dtype, dora)
         check_conv(conv)
-        check_rank(conv, settings.rank)
+        check_fit(conv, settings.rank, dora=settings.dora)
         layer = _share_conv(cls.__new__(cls), conv)
         layer._add_lora(settings)
         return layer.train(conv.training)
@@ -186,9 +190,10 @@ def convolve(layer: LoRAModule, conv: nn.Conv2d, x: Tensor) -> Tensor:
     if not layer.merged and _is_pointwise(conv) and _pixels_are_rows(x):
         weights = (conv.weight.flatten(1), conv.bias, layer.lora_A.flatten(1), layer.lora_B.flatten(1))
         return layer._project(x.permute(0, 2, 3, 1), *weights).permute(0, 3, 1, 2)
-    out = nn.Conv2d.forward(conv, x)
     if layer.merged:
-        return out
+        return nn.Conv2d.forward(conv, x)
+    # with DoRA the bias joins at the end
+    out = conv._conv_forward(x, conv.weight, None if layer.dora else conv.bias)
     x, padding = F.dropout(x, layer.lora_dropout, layer.training), conv.padding
     if conv.padding_mode != "zeros":
         x, padding = F.pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode), (0, 0)
@@ -196,7 +201,11 @@ def convolve(layer: LoRAModule, conv: nn.Conv2d, x: Tensor) -> Tensor:
     lora_A, lora_B = layer.lora_A.to(x.dtype), layer.lora_B.to(x.dtype)
     update = F.conv2d(x, lora_A, None, conv.stride, padding, conv.dilation)
     update = F.conv2d(update, lora_B, groups=conv.groups)
-    return torch.add(out, update, alpha=layer.scaling)
+    out = torch.add(out, update, alpha=layer.scaling)
+    if not layer.dora:
+        return out
+    out = (out * layer._output_factor()[:, None, None]).to(out.dtype)
+    return out if conv.bias is None else out + conv.bias.to(out.dtype)[:, None, None]
 
 
 def check_groups(conv: nn.Conv2d) -> None:

@@ -32,6 +32,7 @@ class LoRAEmbedding(LoRAModule, nn.Embedding):
         rank: Inner size of the update, at least 1.
         alpha: Strength of the update.
         rslora: Scale by alpha/√rank instead (https://arxiv.org/abs/2312.03732).
+        dora: Keep a trained norm for every output feature (https://arxiv.org/abs/2402.09353).
         device: Device of every parameter.
         dtype: Dtype of the weight.
         adapter_dtype: Dtype of A and B; None means float32 for a 16-bit weight, else the weight's dtype.
@@ -66,12 +67,13 @@ class LoRAEmbedding(LoRAModule, nn.Embedding):
         rank: int = 16,
         alpha: float = 32.0,
         rslora: bool = False,
+        dora: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         """See the class."""
-        settings = LoRASettings(rank, alpha, rslora=rslora, adapter_dtype=adapter_dtype)
+        settings = LoRASettings(rank, alpha, rslora=rslora, adapter_dtype=adapter_dtype, dora=dora)
         super().__init__(
             num_embeddings,
             embedding_dim,
@@ -90,6 +92,7 @@ class LoRAEmbedding(LoRAModule, nn.Embedding):
         rank: int = 16,
         alpha: float = 32.0,
         rslora: bool = False,
+        dora: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> Self:
         """A LoRA layer around the weight of ``embedding``, which is shared and frozen, not copied.
@@ -102,6 +105,7 @@ class LoRAEmbedding(LoRAModule, nn.Embedding):
             rank: As in the class, like the rest.
             alpha: Strength of the update.
             rslora: Scale by alpha/√rank.
+            dora: Keep a trained norm for every output feature.
             adapter_dtype: Dtype of A and B.
 
         Raises:
@@ -114,7 +118,7 @@ class LoRAEmbedding(LoRAModule, nn.Embedding):
             >>> LoRAEmbedding.from_embedding(embedding, rank=2).weight is embedding.weight
             True
         """
-        settings = LoRASettings(rank, alpha, rslora=rslora, adapter_dtype=adapter_dtype)
+        settings = LoRASettings(rank, alpha, rslora=rslora, adapter_dtype=adapter_dtype, dora=dora)
         check_embedding(embedding)
         layer = _share_embedding(cls.__new__(cls), embedding)
         layer._add_lora(settings)
@@ -133,7 +137,8 @@ class LoRAEmbedding(LoRAModule, nn.Embedding):
         )
         update = F.linear(rows, self.lora_embedding_B)
         # only the rows that were looked up are computed, so A and B need not be rounded to the weight's dtype
-        return torch.add(out, update, alpha=self.scaling).to(out.dtype)
+        updated = torch.add(out, update, alpha=self.scaling)
+        return (updated * self._output_factor() if self.dora else updated).to(out.dtype)
 
     def reset_lora_parameters(self) -> None:
         """Start a fresh update: A zero, B from a standard normal distribution; a merged layer is unmerged.
@@ -143,6 +148,7 @@ class LoRAEmbedding(LoRAModule, nn.Embedding):
         self.unmerge()
         nn.init.zeros_(self.lora_embedding_A)
         nn.init.normal_(self.lora_embedding_B)
+        self._reset_magnitude()
 
     def reset_parameters(self) -> None:
         """Draw the weight as ``nn.Embedding`` does, and start a fresh update."""
@@ -161,6 +167,13 @@ class LoRAEmbedding(LoRAModule, nn.Embedding):
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         return self.lora_embedding_A.T, self.lora_embedding_B.T
+
+    def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.weight.T, self.lora_embedding_A, self.lora_embedding_B
+
+    def _fold_factor(self, weight: Tensor) -> Tensor:
+        squares = torch.stack([new.square().sum(dim=0) for _, new in self._updated_rows(weight)]).sum(dim=0)
+        return (self.lora_magnitude_vector.to(squares.dtype) / squares.sqrt())[None]
 
 
 def _share_embedding(target: Embedding, source: nn.Embedding) -> Embedding:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora.nn._layout import check_rank
+from fastlora.nn._layout import check_fit
 from fastlora.nn._settings import LoRASettings, check_conv, check_linear
 from fastlora.nn.base import LoRAModule
 from fastlora.nn.conv import check_groups, convolve
@@ -24,6 +24,7 @@ class LoRALayer(LoRAModule):
         alpha: Strength of the update.
         dropout: Probability in [0, 1) of zeroing an element of the update's input while training.
         rslora: Scale by alpha/√rank instead of alpha/rank.
+        dora: Keep a trained norm for every output feature (https://arxiv.org/abs/2402.09353).
         adapter_dtype: Dtype of A and B; None means float32 for a 16-bit weight, else the weight's dtype.
 
     Raises:
@@ -48,13 +49,14 @@ class LoRALayer(LoRAModule):
         dropout: float = 0.0,
         *,
         rslora: bool = False,
+        dora: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         """See the class."""
-        settings = LoRASettings(rank, alpha, dropout, rslora, adapter_dtype)
+        settings = LoRASettings(rank, alpha, dropout, rslora, adapter_dtype, dora)
         if isinstance(original_layer, nn.Conv2d):
             check_conv(original_layer)
-            check_rank(original_layer, settings.rank)
+            check_fit(original_layer, settings.rank, dora=settings.dora)
         else:
             check_linear(original_layer)
         super().__init__()

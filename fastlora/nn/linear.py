@@ -27,6 +27,7 @@ class LoRALinear(LoRAModule, nn.Linear):
         alpha: Strength of the update.
         dropout: Probability in [0, 1) of zeroing an element of the update's input while training.
         rslora: Scale by alpha/√rank instead (https://arxiv.org/abs/2312.03732).
+        dora: Keep a trained norm for every output feature (https://arxiv.org/abs/2402.09353).
         device: Device of every parameter.
         dtype: Dtype of weight and bias.
         adapter_dtype: Dtype of A and B; None means float32 for a 16-bit weight, else the weight's dtype.
@@ -54,12 +55,13 @@ class LoRALinear(LoRAModule, nn.Linear):
         alpha: float = 32.0,
         dropout: float = 0.0,
         rslora: bool = False,
+        dora: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         """See the class."""
-        settings = LoRASettings(rank, alpha, dropout, rslora, adapter_dtype)
+        settings = LoRASettings(rank, alpha, dropout, rslora, adapter_dtype, dora)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self._add_lora(settings)
 
@@ -72,6 +74,7 @@ class LoRALinear(LoRAModule, nn.Linear):
         alpha: float = 32.0,
         dropout: float = 0.0,
         rslora: bool = False,
+        dora: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> Self:
         """A LoRA layer around the weight and bias of ``linear``, which are shared and frozen, not copied.
@@ -85,6 +88,7 @@ class LoRALinear(LoRAModule, nn.Linear):
             alpha: Strength of the update.
             dropout: On the update's input.
             rslora: Scale by alpha/√rank.
+            dora: Keep a trained norm for every output feature.
             adapter_dtype: Dtype of A and B.
 
         Raises:
@@ -96,7 +100,7 @@ class LoRALinear(LoRAModule, nn.Linear):
             >>> LoRALinear.from_linear(linear, rank=2).weight is linear.weight
             True
         """
-        settings = LoRASettings(rank, alpha, dropout, rslora, adapter_dtype)
+        settings = LoRASettings(rank, alpha, dropout, rslora, adapter_dtype, dora)
         check_linear(linear)
         layer = cls.__new__(cls)
         with_bias = linear.bias is not None
@@ -133,7 +137,8 @@ class LoRALinear(LoRAModule, nn.Linear):
 def describe(layer: LoRAModule) -> str:
     """The LoRA part of a layer's ``extra_repr``."""
     text = f"rank={layer.rank}, alpha={layer.alpha:g}, lora_dropout={layer.lora_dropout:g}"
-    return text + (", rslora=True" if layer.rslora else "") + (", merged=True" if layer.merged else "")
+    flags = [name for name in ("rslora", "dora", "merged") if getattr(layer, name)]
+    return text + "".join(f", {name}=True" for name in flags)
 
 
 def share_linear(kind: type[Linear], linear: nn.Linear) -> Linear:

@@ -42,8 +42,14 @@ class Implementation(Protocol):
         scaling: float,
         dropout: float,
         y: Tensor,
+        factor: Tensor | None = None,
+        product: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Fill y ``[M, N]``; S and, with a seed, the dropout mask."""
+        """Fill y ``[M, N]``; S and, with a seed, the dropout mask.
+
+        With a factor ``[N]`` it multiplies y before the bias joins; a product ``[M, N]`` is then filled with
+        what was multiplied.
+        """
 
     def backward(
         self,
@@ -62,6 +68,14 @@ class Implementation(Protocol):
         need_B: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """dX, dA and dB, those that are needed, each in its tensor's dtype."""
+
+    def weight_norm(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+        """‖W + s·B·A‖ of every row ``[N]``, in float32 at least."""
+
+    def grad_product(
+        self, dy: Tensor, product: Tensor | None, factor: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """dY ``[M, N]`` times the factor, and the factor's gradient if the product is given."""
 
 
 def implementation(backend: str) -> Implementation:
@@ -181,7 +195,7 @@ def _backward(
     )
 
 
-def _fake_forward(
+def fake_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -192,6 +206,7 @@ def _fake_forward(
     dropout: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes and dtypes of what :func:`lora_linear_forward` returns."""
     rows = math.prod(x.shape[:-1])
     mask = x.new_empty(0)
     if seed is not None:
@@ -224,5 +239,5 @@ def _fake_backward(
     )
 
 
-register(_FORWARD_SCHEMA, _forward, _fake_forward)
+register(_FORWARD_SCHEMA, _forward, fake_forward)
 register(_BACKWARD_SCHEMA, _backward, _fake_backward)

@@ -30,6 +30,8 @@ def forward(
     scaling: float,
     dropout: float,
     y: Tensor,
+    factor: Tensor | None = None,
+    product: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """y = x·Wᵀ + bias + S·Bᵀ, S = scaling/(1 - p) · dropout(x)·Aᵀ; see :mod:`fastlora.ops._lora_library`."""
     a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
@@ -37,12 +39,46 @@ def forward(
     s = x.new_empty(x.shape[0], a.shape[0])
     for rows, block in _dropped_blocks(x, mask):
         _scaled_product(block, a.t(), scaling / keep_probability(dropout), out=s[rows])
-    if bias is None:
-        torch.mm(x, weight.t(), out=y)
+    out = y if product is None else product
+    if bias is None or factor is not None:
+        torch.mm(x, weight.t(), out=out)
     else:
-        torch.addmm(bias, x, weight.t(), out=y)
-    y.addmm_(s, b.t())
+        torch.addmm(bias, x, weight.t(), out=out)
+    out.addmm_(s, b.t())
+    if factor is not None:
+        _scale_columns(out, factor, bias, y)
     return s, mask
+
+
+def _scale_columns(product: Tensor, factor: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """y = factor ⊙ product + bias, in the factor's float32, so that it is rounded once."""
+    for rows in _row_blocks(y):
+        scaled = product[rows] * factor
+        y[rows] = scaled if bias is None else scaled.add_(bias)
+
+
+def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """‖W + s·B·A‖ of every row ``[N]``, some rows at a time."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    a, b = lora_A.to(wide), lora_B.to(wide)
+    norm = weight.new_empty(weight.shape[0], dtype=wide)
+    # an accelerator takes more at a time, for fewer launches
+    step = max(64, _ELEMENTS_PER_BLOCK * (1 if weight.is_cpu else 16) // max(weight.shape[1], 1))
+    for w_rows, b_rows, out in zip(weight.split(step), b.split(step), norm.split(step), strict=True):
+        torch.linalg.vector_norm(torch.addmm(w_rows.to(wide), b_rows, a, alpha=scaling), dim=1, out=out)
+    return norm
+
+
+def grad_product(dy: Tensor, product: Tensor | None, factor: Tensor) -> tuple[Tensor, Tensor | None]:
+    """dU = factor ⊙ dY, and Σ_m dY ⊙ U where U is given; see :mod:`fastlora.ops._dora_library`."""
+    dproduct = dy.new_empty(dy.shape)
+    dfactor = None if product is None else torch.zeros_like(factor)
+    for rows in _row_blocks(dy):
+        block = dy[rows].to(factor.dtype)
+        dproduct[rows] = block * factor
+        if product is not None and dfactor is not None:
+            dfactor += (block * product[rows]).sum(0)
+    return dproduct, dfactor
 
 
 def backward(

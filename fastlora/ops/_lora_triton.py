@@ -7,11 +7,12 @@ from fastlora.ops._keep_mask import drop_threshold, keep_probability
 from fastlora.ops._launch import current_device, is_aligned, row_major
 from fastlora_kernels import plan as plans
 from fastlora_kernels import targets
+from fastlora_kernels.dora import dora_grad_product, dora_weight_norm
 from fastlora_kernels.lora_backward import lora_grad_a, lora_grad_s_b, lora_grad_x
 from fastlora_kernels.lora_down import lora_down
 from fastlora_kernels.lora_forward import lora_forward
 from fastlora_kernels.partials import sum_partials
-from fastlora_kernels.plan import Plan, Shape
+from fastlora_kernels.plan import Kernel, Plan, Shape
 from fastlora_kernels.primitives import MASK_WORD_BITS
 
 
@@ -39,6 +40,8 @@ def forward(
     scaling: float,
     dropout: float,
     y: Tensor,
+    factor: Tensor | None = None,
+    product: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """y = x·Wᵀ + bias + S·Bᵀ, S = scaling/(1 - p) · dropout(x)·Aᵀ; see :mod:`fastlora.ops._lora_library`."""
     x, weight, lora_A, lora_B = row_major(x), row_major(weight), lora_A.contiguous(), lora_B.contiguous()
@@ -52,8 +55,40 @@ def forward(
     with current_device(x):
         down = plans.choose("lora_down", shape, x.dtype, target)
         s = _down(x, lora_A, seed, mask, down, scaling=scaling, dropout=dropout)
-        lora_forward(x, weight, bias, s, lora_B, y, plan=plans.choose("lora_forward", shape, x.dtype, target))
+        kernel: Kernel = "lora_forward" if factor is None else "dora_forward"
+        plan = plans.choose(kernel, shape, x.dtype, target)
+        lora_forward(x, weight, bias, s, lora_B, y, plan=plan, factor=factor, product=product)
     return s, mask
+
+
+def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """‖W + s·B·A‖ of every row ``[N]``, in float32."""
+    weight = row_major(weight)
+    (n, k), r = weight.shape, lora_A.shape[0]
+    shape = Shape(m=0, n=n, k=k, r=r, aligned=is_aligned(weight))
+    plan = plans.choose("dora_weight_norm", shape, weight.dtype, targets.detect(weight.device))
+    norm = weight.new_empty(n, dtype=torch.float32)
+    with current_device(weight):
+        a, b = lora_A.contiguous(), lora_B.contiguous()
+        dora_weight_norm(weight, a, b, norm, scale=scaling, plan=plan)
+    return norm
+
+
+def grad_product(dy: Tensor, product: Tensor | None, factor: Tensor) -> tuple[Tensor, Tensor | None]:
+    """dU = factor ⊙ dY, and Σ_m dY ⊙ U where U is given; see :mod:`fastlora.ops._dora_library`."""
+    dy = row_major(dy)
+    m, n = dy.shape
+    shape = Shape(m=m, n=n, k=0, r=1, aligned=is_aligned(dy))
+    plan = plans.choose("dora_grad_product", shape, dy.dtype, targets.detect(dy.device))
+    dproduct = dy.new_empty(m, n)
+    partial = None if product is None else dy.new_empty(plan.splits, n, dtype=torch.float32)
+    with current_device(dy):
+        dora_grad_product(dy, product, factor, dproduct, partial, plan=plan)
+        if partial is None:
+            return dproduct, None
+        dfactor = torch.empty_like(factor)
+        sum_partials(partial, dfactor)
+    return dproduct, dfactor
 
 
 def backward(

@@ -65,7 +65,7 @@ def lora_linear(
     if autocast is None:
         check_compute_dtype(x, weight, bias)
     compute_dtype = autocast or x.dtype
-    backend = _choose_backend(x, weight, lora_A, compute_dtype)
+    backend = choose_backend(x, weight, lora_A, compute_dtype)
     if backend == "reference":
         return reference.lora_linear(
             x,
@@ -168,9 +168,8 @@ def _wanted_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-def _choose_backend(
-    x: Tensor, weight: Tensor, lora_A: Tensor, compute_dtype: torch.dtype
-) -> _backend.Backend:
+def choose_backend(x: Tensor, weight: Tensor, lora_A: Tensor, compute_dtype: torch.dtype) -> _backend.Backend:
+    """Which implementation serves a layer call: the chosen one, or under ``auto`` the plan's."""
     backend = _backend.resolve(x.device, compute_dtype)
     if backend == "triton" and _backend.is_automatic():
         # imported late: Triton is not installed everywhere

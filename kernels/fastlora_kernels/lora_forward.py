@@ -1,4 +1,4 @@
-"""y = x·Wᵀ + bias + S·Bᵀ."""
+"""y = x·Wᵀ + bias + S·Bᵀ, or for DoRA y = g ⊙ (x·Wᵀ + S·Bᵀ) + bias."""
 
 import triton
 import triton.language as tl
@@ -22,7 +22,9 @@ def _lora_forward_kernel(
     bias_ptr,  # (N,)
     s_ptr,  # (M, R)
     lora_b_ptr,  # (N, R)
+    factor_ptr,  # (N,)
     y_ptr,  # (M, N)
+    product_ptr,  # (M, N)
     M,
     N,
     K,
@@ -30,13 +32,17 @@ def _lora_forward_kernel(
     stride_xm,
     stride_wn,
     HAS_BIAS: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    KEEP_PRODUCT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """y = x·Wᵀ + bias + S·Bᵀ, accumulated in fp32; S already carries alpha / r. bias_ptr may be absent.
+    """y = g ⊙ product + bias, product = x·Wᵀ + S·Bᵀ, accumulated in fp32; S already carries alpha / r.
+
+    bias_ptr may be absent, and factor_ptr, which holds DoRA's g; product_ptr where nobody keeps the product.
 
     The low-rank product joins the accumulator after the K loop, BLOCK_R ranks at a time, so that any rank
     fits and no shared memory is taken from the main loop.
@@ -58,15 +64,32 @@ def _lora_forward_kernel(
         b_tile = load_tile(lora_b_ptr, offs_n, offs_r, R, N, R).to(s_tile.dtype)
         acc = tl.dot(s_tile, tl.trans(b_tile), acc, input_precision="ieee")
 
+    if KEEP_PRODUCT:
+        store_tile(product_ptr, acc, offs_m, offs_n, N, M, N)
+    if HAS_FACTOR:
+        acc *= load_vector(factor_ptr, offs_n, N)[None, :]
     if HAS_BIAS:
         acc += load_vector(bias_ptr, offs_n, N)[None, :]
     store_tile(y_ptr, acc, offs_m, offs_n, N, M, N)
 
 
 def lora_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, lora_b: Tensor, y: Tensor, *, plan: Plan
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    s: Tensor,
+    lora_b: Tensor,
+    y: Tensor,
+    *,
+    plan: Plan,
+    factor: Tensor | None = None,
+    product: Tensor | None = None,
 ) -> None:
-    """Fill ``y [M, N]`` from x ``[M, K]``, weight ``[N, K]``, S ``[M, R]`` and B ``[N, R]``."""
+    """Fill ``y [M, N]`` from x ``[M, K]``, weight ``[N, K]``, S ``[M, R]`` and B ``[N, R]``.
+
+    With a factor ``[N]`` the products are multiplied by it before the bias; ``product [M, N]`` is then filled
+    with what they were.
+    """
     (m, k), (n, r) = x.shape, lora_b.shape
     tile = plan.tile
     programs = cdiv(m, tile.rows) * cdiv(n, tile.cols)
@@ -78,7 +101,9 @@ def lora_forward(
         bias_ptr=bias,
         s_ptr=s,
         lora_b_ptr=lora_b,
+        factor_ptr=factor,
         y_ptr=y,
+        product_ptr=product,
         M=m,
         N=n,
         K=k,
@@ -86,6 +111,8 @@ def lora_forward(
         stride_xm=x.stride(0),
         stride_wn=weight.stride(0),
         HAS_BIAS=bias is not None,
+        HAS_FACTOR=factor is not None,
+        KEEP_PRODUCT=product is not None,
         BLOCK_M=tile.rows,
         BLOCK_N=tile.cols,
         BLOCK_K=tile.depth,

@@ -7,16 +7,25 @@ pipeline until it fits shared memory. ``codegen`` compiles every tile that can c
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from fastlora_kernels.targets import Target
 
-Kernel = Literal["lora_down", "lora_forward", "lora_grad_s_b", "lora_grad_x", "lora_grad_a"]
+Kernel = Literal[
+    "lora_down",
+    "lora_forward",
+    "lora_grad_s_b",
+    "lora_grad_x",
+    "lora_grad_a",
+    "dora_forward",
+    "dora_weight_norm",
+    "dora_grad_product",
+]
 Path = Literal["split", "library"]
 
-KERNELS: tuple[Kernel, ...] = ("lora_down", "lora_forward", "lora_grad_s_b", "lora_grad_x", "lora_grad_a")
+KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 FEWEST_ROWS = 32
 # up to this rank the fp32 partial sums of dS take less traffic than a second read of dY
 MOST_RANKS_PER_READ = 32
@@ -72,6 +81,12 @@ _LARGE_TILES = {
 }
 # fp32 products run on the ordinary units in IEEE precision, with small tiles
 _LARGE_TILES_FP32 = ((64, 64, 16, 4, 2), (32, 32, 32, 4, 2))
+_LARGE = ("lora_forward", "lora_grad_x", "dora_forward")
+# bound by their one read, with small products or none: the same everywhere
+_DORA_TILES = {
+    "dora_weight_norm": Tile(rows=32, cols=64, depth=1, rank=16, warps=4, stages=2),
+    "dora_grad_product": Tile(rows=16, cols=128, depth=1, rank=1, warps=4, stages=1),
+}
 _SKINNY_STAGES = {"sm_80": 3, "sm_90": 3, "sm_100": 3, "gfx942": 2}
 
 
@@ -125,10 +140,15 @@ def _table(target: Target, aligned: bool) -> str:
 
 
 def _candidates(kernel: Kernel, rank: int, dtype: torch.dtype, table: str) -> Iterable[Tile]:
-    if kernel in ("lora_forward", "lora_grad_x"):
+    if kernel in _LARGE:
         large = _LARGE_TILES_FP32 if dtype == torch.float32 else _LARGE_TILES[table]
+        if kernel == "dora_forward":
+            # its epilogue stores twice, which spills where the accumulator takes most of the registers
+            large = tuple(tile for tile in large if tile[1] <= 128)
         chunk = 16 if dtype == torch.float32 else _ranks_at_a_time(rank, 32)
         return [Tile(rows, cols, depth, chunk, warps, stages) for rows, cols, depth, warps, stages in large]
+    if kernel in _DORA_TILES:
+        return [_DORA_TILES[kernel]]
     return [_skinny_tile(kernel, rank, dtype, table)]
 
 
@@ -163,7 +183,7 @@ def _fitted(tile: Tile, kernel: Kernel, dtype: torch.dtype, target: Target) -> T
 
 
 def _output_size(kernel: Kernel, shape: Shape) -> tuple[int, int]:
-    return shape.m, shape.n if kernel == "lora_forward" else shape.k
+    return shape.m, shape.k if kernel == "lora_grad_x" else shape.n
 
 
 def _choose_splits(kernel: Kernel, shape: Shape, tile: Tile, target: Target) -> int:
@@ -172,8 +192,8 @@ def _choose_splits(kernel: Kernel, shape: Shape, tile: Tile, target: Target) -> 
         programs, steps = cdiv(shape.m, tile.rows), cdiv(shape.k, tile.depth)
         if 2 * programs >= target.multiprocessors:
             return 1
-    elif kernel in ("lora_grad_s_b", "lora_grad_a"):
-        width = shape.n if kernel == "lora_grad_s_b" else shape.k
+    elif kernel in ("lora_grad_s_b", "lora_grad_a", "dora_grad_product"):
+        width = shape.k if kernel == "lora_grad_a" else shape.n
         programs, steps = cdiv(width, tile.cols), cdiv(shape.m, tile.rows)
     else:
         return 1

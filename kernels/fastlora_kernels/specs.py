@@ -72,10 +72,20 @@ def specs(target_name: str, dtypes: Sequence[str] = tuple(DTYPES)) -> list[Spec]
 
 def jit_function(kernel: AnyKernel) -> Any:
     """The ``@triton.jit`` function behind a kernel's name."""
-    from fastlora_kernels import adapter_backward, adapter_forward, lora_backward, lora_down, lora_forward
+    from fastlora_kernels import (
+        adapter_backward,
+        adapter_forward,
+        dora,
+        lora_backward,
+        lora_down,
+        lora_forward,
+    )
 
-    for module in (lora_down, lora_forward, lora_backward, adapter_forward, adapter_backward):
-        function = getattr(module, f"_{kernel}_kernel", None)
+    modules = (lora_down, lora_forward, lora_backward, dora, adapter_forward, adapter_backward)
+    # DoRA's forward is the same function with a factor
+    name = "lora_forward" if kernel == "dora_forward" else kernel
+    for module in modules:
+        function = getattr(module, f"_{name}_kernel", None)
         if function is not None:
             return function
     raise ValueError(f"no kernel is called {kernel!r}")
@@ -107,24 +117,33 @@ def constants(spec: Spec) -> dict[str, Any]:
     if spec.kernel.startswith("adapter"):
         values = _adapter_constants(spec) | (group if spec.kernel == "adapter_up" else {})
     else:
-        values = _LORA_BLOCKS[spec.kernel](tile) | {"BLOCK_R": tile.rank}
-        values |= group if spec.kernel in ("lora_forward", "lora_grad_x") else {}
+        values = _LORA_BLOCKS[spec.kernel](tile)
+        values |= {"BLOCK_R": tile.rank} if spec.kernel != "dora_grad_product" else {}
+        values |= group if spec.kernel in ("lora_forward", "lora_grad_x", "dora_forward") else {}
     return values | ({"HAS_DROPOUT": spec.dropout} if spec.kernel in _WITH_DROPOUT else {})
 
 
+def _forward_constants(tile: Tile, *, dora: bool) -> dict[str, Any]:
+    blocks = {"BLOCK_M": tile.rows, "BLOCK_N": tile.cols, "BLOCK_K": tile.depth}
+    return blocks | {"HAS_BIAS": True, "HAS_FACTOR": dora, "KEEP_PRODUCT": dora}
+
+
+# everything that may be absent is there: the case that needs more registers
 _LORA_BLOCKS: dict[str, Callable[[Tile], dict[str, Any]]] = {
     "lora_down": lambda tile: {"BLOCK_M": tile.rows, "BLOCK_K": tile.depth},
-    "lora_forward": lambda tile: {
-        "BLOCK_M": tile.rows, "BLOCK_N": tile.cols, "BLOCK_K": tile.depth, "HAS_BIAS": True
-    },
+    "lora_forward": lambda tile: _forward_constants(tile, dora=False),
+    "dora_forward": lambda tile: _forward_constants(tile, dora=True),
     "lora_grad_s_b": lambda tile: {"BLOCK_M": tile.rows, "BLOCK_N": tile.cols},
     "lora_grad_x": lambda tile: {"BLOCK_M": tile.rows, "BLOCK_K": tile.cols, "BLOCK_N": tile.depth},
     "lora_grad_a": lambda tile: {"BLOCK_M": tile.rows, "BLOCK_K": tile.cols},
+    "dora_weight_norm": lambda tile: {"BLOCK_N": tile.rows, "BLOCK_K": tile.cols},
+    "dora_grad_product": lambda tile: {
+        "BLOCK_M": tile.rows, "BLOCK_N": tile.cols, "HAS_PRODUCT": True
+    },
 }  # fmt: skip
 
 
 def _adapter_constants(spec: Spec) -> dict[str, Any]:
-    # everything that may be absent is there: the case that needs more registers
     tile, kernel = spec.tile, spec.kernel
     by_columns = kernel in ("adapter_up", "adapter_grad_h_weights")
     values: dict[str, Any] = {
@@ -173,5 +192,6 @@ def _argument_type(name: str, dtype: str) -> str:
     if not name.endswith("_ptr"):
         return "fp32" if name == "scale" else "i32"
     # trainable matrices stay in fp32 beside a 16-bit layer by default, the case that needs more registers
-    special = {"mask_ptr": "i32", "seed_ptr": "i64"} | dict.fromkeys(_TRAINABLE, "fp32")
+    special = {"mask_ptr": "i32", "seed_ptr": "i64", "factor_ptr": "fp32", "norm_ptr": "fp32"}
+    special |= dict.fromkeys(_TRAINABLE, "fp32")
     return "*" + ("fp32" if name.endswith("_partial_ptr") else special.get(name, dtype))

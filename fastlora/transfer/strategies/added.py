@@ -20,6 +20,8 @@ def lora(
     rank: int = 16,
     alpha: float = 32.0,
     dropout: float = 0.0,
+    rslora: bool = False,
+    dora: bool = False,
     target_modules: str | Collection[str] | None = None,
 ) -> None:
     """LoRA on ``target_modules``; see :func:`fastlora.apply_lora`.
@@ -36,6 +38,8 @@ def lora(
         rank=rank,
         alpha=alpha,
         dropout=dropout,
+        rslora=rslora,
+        dora=dora,
         modules_to_save=[head],
     )
 
