@@ -71,7 +71,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "dora": (
         edit_config(use_dora=True),
         ValueError,
-        "DoRA, got nn.MultiheadAttention|expected dora=False as in the model",
+        "lora_magnitude_vector: missing|expected dora=False as in the model",
     ),
     "bias": (edit_config(bias="all"), ValueError, "expected plain LoRA, got bias='all'"),
     "pissa": (edit_config(init_lora_weights="pissa"), ValueError, "'pissa'.*changes the frozen weights"),

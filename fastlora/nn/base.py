@@ -15,9 +15,12 @@ from fastlora.nn._layout import lora_parts
 from fastlora.nn._norm_cache import NormCache
 from fastlora.nn._settings import LoRASettings
 from fastlora.nn.tuner import TunerModule
+from fastlora.ops._scalars import Scalars
+from fastlora.ops.lora_linear import lora_linear_by_scalars
 
 # bounds what folding an update in needs beside the new weight: 32 MiB in float64
 _FOLD_ELEMENTS = 2**22
+_SCALAR_SETTINGS = ("rank", "alpha", "rslora", "lora_dropout")
 
 
 class LoRAModule(TunerModule):
@@ -47,6 +50,7 @@ class LoRAModule(TunerModule):
     lora_B: nn.Parameter
     lora_magnitude_vector: nn.Parameter
     dora: bool = False
+    _scalars: Scalars
 
     # the name of the frozen weight in its owner, and the untouched weight while another one stands there.
     # a tuple hides the Parameter from nn.Module, which would list it beside the merged one
@@ -115,6 +119,12 @@ class LoRAModule(TunerModule):
         """The plain layer, sharing this one's weight as it is now (folded in if merged), still frozen."""
         raise NotImplementedError
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As ``nn.Module``'s; what compiled graphs read follows the settings."""
+        super().__setattr__(name, value)
+        if name in _SCALAR_SETTINGS and all(setting in vars(self) for setting in _SCALAR_SETTINGS):
+            self.__dict__["_scalars"] = Scalars(self.scaling, self.lora_dropout)
+
     def train(self, mode: bool = True) -> Self:
         """As ``nn.Module.train``; DoRA's norms are computed anew."""
         if self.dora:
@@ -156,6 +166,10 @@ class LoRAModule(TunerModule):
                 dropout=self.lora_dropout,
                 training=self.training,
                 weight_norm=self._weight_norm(),
+            )
+        if torch.compiler.is_compiling() and x.is_cpu:
+            return lora_linear_by_scalars(
+                x, weight, bias, lora_A, lora_B, scalars=self._scalars, training=self.training
             )
         return lora_linear(
             x,

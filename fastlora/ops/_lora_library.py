@@ -12,12 +12,12 @@ from fastlora.ops._registration import register, rows_of, runs_directly
 
 _FORWARD_SCHEMA = (
     "lora_linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? seed, "
-    "float scaling, float dropout, str backend) -> (Tensor, Tensor, Tensor)"
+    "float scaling, float dropout, str backend, Tensor? scalars=None) -> (Tensor, Tensor, Tensor)"
 )
 _BACKWARD_SCHEMA = (
     "lora_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor? lora_A, Tensor lora_B, Tensor? s, "
-    "Tensor? mask, float scaling, float dropout, bool need_x, bool need_A, bool need_B, str backend) "
-    "-> (Tensor, Tensor, Tensor)"
+    "Tensor? mask, float scaling, float dropout, bool need_x, bool need_A, bool need_B, str backend, "
+    "Tensor? scalars=None) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -88,6 +88,14 @@ def implementation(backend: str) -> Implementation:
     return _lora_triton
 
 
+def scalar_values(scalars: Tensor | None, scaling: float, dropout: float) -> tuple[float, float]:
+    """The two numbers, out of ``scalars`` (float64 ``[2]`` on the CPU) where these are given instead."""
+    if scalars is None:
+        return scaling, dropout
+    scaling, dropout = scalars.tolist()
+    return scaling, dropout
+
+
 def lora_linear_forward(
     x: Tensor,
     weight: Tensor,
@@ -98,11 +106,12 @@ def lora_linear_forward(
     scaling: float,
     dropout: float,
     backend: str,
+    scalars: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y ``[..., N]``, S ``[M, R]`` and the kept dropout mask (empty without a seed), for x ``[..., K]``."""
     run = _forward if runs_directly(backend, seed) else torch.ops.fastlora.lora_linear_forward
     result: tuple[Tensor, Tensor, Tensor] = run(
-        x, weight, bias, lora_A, lora_B, seed, scaling, dropout, backend
+        x, weight, bias, lora_A, lora_B, seed, scaling, dropout, backend, scalars
     )
     return result
 
@@ -121,11 +130,12 @@ def lora_linear_backward(
     need_A: bool,
     need_B: bool,
     backend: str,
+    scalars: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dX ``[..., K]``, dA and dB; an empty tensor for each that is not needed."""
     run = _backward if runs_directly(backend) else torch.ops.fastlora.lora_linear_backward
     result: tuple[Tensor, Tensor, Tensor] = run(
-        dy, x, weight, lora_A, lora_B, s, mask, scaling, dropout, need_x, need_A, need_B, backend
+        dy, x, weight, lora_A, lora_B, s, mask, scaling, dropout, need_x, need_A, need_B, backend, scalars
     )
     return result
 
@@ -140,7 +150,9 @@ def _forward(
     scaling: float,
     dropout: float,
     backend: str,
+    scalars: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    scaling, dropout = scalar_values(scalars, scaling, dropout)
     # allocated in its final shape: autograd refuses in-place changes of a Function's output that is a view
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     with unrecorded(x):
@@ -152,7 +164,7 @@ def _forward(
             lora_B,
             seed,
             scaling=scaling,
-            dropout=dropout,
+            dropout=dropout if seed is not None else 0.0,
             y=rows_of(y),
         )
     return y, s, x.new_empty(0) if mask is None else mask
@@ -172,7 +184,10 @@ def _backward(
     need_A: bool,
     need_B: bool,
     backend: str,
+    scalars: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    mask = mask if mask is not None and mask.dim() == 2 else None
+    scaling, dropout = scalar_values(scalars, scaling, dropout)
     with unrecorded(dy):
         dx, da, db = implementation(backend).backward(
             rows_of(dy),
@@ -181,9 +196,9 @@ def _backward(
             lora_A,
             lora_B,
             s,
-            mask if dropout > 0 else None,
+            mask,
             scaling=scaling,
-            dropout=dropout,
+            dropout=dropout if mask is not None else 0.0,
             need_x=need_x,
             need_A=need_A,
             need_B=need_B,
@@ -205,6 +220,7 @@ def fake_forward(
     scaling: float,
     dropout: float,
     backend: str,
+    scalars: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes and dtypes of what :func:`lora_linear_forward` returns."""
     rows = math.prod(x.shape[:-1])
@@ -229,6 +245,7 @@ def _fake_backward(
     need_A: bool,
     need_B: bool,
     backend: str,
+    scalars: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         dy.new_empty(*dy.shape[:-1], weight.shape[1]) if need_x and weight is not None else dy.new_empty(0),

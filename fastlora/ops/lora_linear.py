@@ -11,6 +11,7 @@ from fastlora.ops import _lora_library
 from fastlora.ops._autocast import autocast_dtype, without_autocast
 from fastlora.ops._autograd import draw_seed, refuse_second_derivative
 from fastlora.ops._registration import rows_of
+from fastlora.ops._scalars import Scalars
 
 
 def lora_linear(
@@ -81,7 +82,45 @@ def lora_linear(
     active_dropout = float(dropout) if training else 0.0
     seed = draw_seed(x.device, generator) if active_dropout > 0 else None
     y: Tensor = LoRALinearFunction.apply(
-        x.to(compute_dtype), weight, bias, lora_A, lora_B, seed, float(scaling), active_dropout, backend
+        x.to(compute_dtype), weight, bias, lora_A, lora_B, seed, float(scaling), active_dropout, backend, None
+    )[0]
+    return y
+
+
+def lora_linear_by_scalars(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scalars: Scalars,
+    training: bool,
+) -> Tensor:
+    """:func:`lora_linear` for compiled CPU graphs, which then stay valid when scaling or dropout change.
+
+    Not for GPUs: a captured CUDA graph would go on with the numbers it was captured with.
+    """
+    check_lora_linear(x, weight, bias, lora_A, lora_B, scaling=1.0, dropout=0.0)
+    compute_dtype = autocast_dtype(x)
+    if compute_dtype is None:
+        check_compute_dtype(x, weight, bias)
+        compute_dtype = x.dtype
+    backend = choose_backend(x, weight, lora_A, compute_dtype)
+    if backend == "reference":
+        return reference.lora_linear(
+            x,
+            weight,
+            bias,
+            lora_A,
+            lora_B,
+            scaling=scalars.scaling,
+            dropout=scalars.dropout,
+            training=training,
+        )
+    seed = draw_seed(x.device, None) if training and scalars.drops else None
+    y: Tensor = LoRALinearFunction.apply(
+        x.to(compute_dtype), weight, bias, lora_A, lora_B, seed, 1.0, 0.0, backend, scalars.tensor
     )[0]
     return y
 
@@ -102,10 +141,11 @@ class LoRALinearFunction(torch.autograd.Function):
         scaling: float,
         dropout: float,
         backend: str,
+        scalars: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """y, S and the dropout mask (empty without dropout); keeps what the wanted gradients need."""
         y, s, mask = _lora_library.lora_linear_forward(
-            x, weight, bias, lora_A, lora_B, seed, scaling, dropout, backend
+            x, weight, bias, lora_A, lora_B, seed, scaling, dropout, backend, scalars
         )
         need_x, need_weight, _, need_A, need_B = ctx.needs_input_grad[:5]
         ctx.scaling, ctx.dropout, ctx.backend = scaling, dropout, backend
@@ -118,6 +158,7 @@ class LoRALinearFunction(torch.autograd.Function):
             lora_B if need_x or need_A or need_B else None,
             s if need_B else None,
             mask if need_x or need_A else None,
+            scalars,
         )
         return y, s, mask
 
@@ -126,15 +167,15 @@ class LoRALinearFunction(torch.autograd.Function):
         """Gradients of x, weight, bias, lora_A and lora_B, those that are wanted."""
         dy = grads[0]
         if dy is None:
-            return (None,) * 9
+            return (None,) * 10
         with torch.no_grad():
             wanted = _wanted_gradients(ctx, dy)
         wanted = refuse_second_derivative("lora_linear", ctx, dy, wanted)
-        return (*wanted, None, None, None, None)
+        return (*wanted, None, None, None, None, None)
 
 
 def _wanted_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, lora_A, lora_B, s, mask = ctx.saved_tensors
+    x, weight, lora_A, lora_B, s, mask, scalars = ctx.saved_tensors
     need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
     dx = da = db = dweight = dbias = None
     if need_x or need_A or need_B:
@@ -152,6 +193,7 @@ def _wanted_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             need_A,
             need_B,
             ctx.backend,
+            scalars,
         )
     # the base layer is frozen as a rule; whoever trains it all the same gets its gradient, never silence
     with without_autocast(dy):

@@ -1,0 +1,134 @@
+"""Compiled models: whole graphs, none compiled again where only alpha, dropout or the rows change."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
+from torchvision.models import VisionTransformer
+
+import fastlora
+from fastlora.nn import LoRAModule
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def layers(*, dropout: float, **options: Any) -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 4))
+    fastlora.apply_lora(model, rank=3, alpha=6, dropout=dropout, **options)
+    moved(model)
+    return model
+
+
+def moved(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, LoRAModule):
+            nn.init.normal_(module.lora_B, std=0.3)
+
+
+def change(model: nn.Module, alpha: float, dropout: float) -> None:
+    for module in model.modules():
+        if isinstance(module, LoRAModule):
+            module.alpha, module.lora_dropout = alpha, dropout
+
+
+def gradients(model: nn.Module, y: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(y.square().sum(), [p for p in model.parameters() if p.requires_grad]))
+
+
+def test_alpha_and_rows_change_without_compiling_again() -> None:
+    model, counter = layers(dropout=0.0), CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for rows, alpha in ((5, 6.0), (7, 2.0), (3, 0.5), (9, -4.0)):
+        change(model, alpha, 0.0)
+        x = torch.randn(rows, 8)
+        y = compiled(x)
+        torch.testing.assert_close(y, model(x))
+        torch.testing.assert_close(gradients(model, y), gradients(model, model(x)))
+    assert counter.frame_count == 1
+
+
+def test_dropout_changes_without_compiling_again() -> None:
+    model, counter = layers(dropout=0.1), CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    x = torch.ones(4, 8)
+    for dropout in (0.1, 0.5, 0.9, 0.2):
+        change(model, 6.0, dropout)
+        torch.manual_seed(1)
+        y = compiled(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(y, model(x))
+    assert counter.frame_count == 1
+
+
+def test_the_reference_compiles_too() -> None:
+    model = layers(dropout=0.0)
+    x = torch.randn(4, 8)
+    with fastlora.use_backend("reference"):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), model(x))
+        change(model, 2.0, 0.0)
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_dropout_and_checkpointing_together(dora: bool) -> None:
+    """The recomputed forward repeats the mask: gradients equal those without checkpointing."""
+    model = layers(dropout=0.4, dora=dora)
+    x = torch.randn(6, 8)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def recomputed(x: Tensor) -> Any:
+        return checkpoint(model, x, use_reentrant=False)
+
+    torch.manual_seed(3)
+    found = gradients(model, recomputed(x))
+    torch.manual_seed(3)
+    torch.testing.assert_close(found, gradients(model, model(x)))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_vision_transformer_trains_in_one_graph(dropout: float) -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(16, 8, 2, 2, 16, 32, num_classes=3)
+    nn.init.normal_(model.heads[0].weight)
+    fastlora.apply_lora(model, rank=2, dropout=dropout, modules_to_save=["heads"])
+    moved(model)
+    other, x, labels = copy.deepcopy(model), torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
+
+    def step(model: Any, images: Tensor) -> list[Tensor]:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=0.1)
+        torch.manual_seed(5)
+        loss = nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        return [loss.detach(), *(p.detach() for p in trained)]
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for image in (x, x * 2):
+        torch.testing.assert_close(step(compiled, image), step(other, image), rtol=1e-4, atol=1e-5)
+
+
+def test_channels_last() -> None:
+    """A convolution keeps the memory format it is given, compiled or not."""
+    model = fastlora.apply_lora(
+        nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 1)), target_modules=["0", "1"], rank=2
+    ).to(memory_format=torch.channels_last)
+    moved(model)
+    x = torch.randn(2, 4, 6, 6)
+    expected = model(x)
+    images = x.to(memory_format=torch.channels_last)
+    for call in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        y = call(images)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(y, expected)
