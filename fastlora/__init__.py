@@ -8,6 +8,14 @@ from fastlora.adapters import apply_adapters
 from fastlora.domain.model import DomainAdaptationModel
 from fastlora.inject import apply_lora, merge_adapters, remove_adapters, unmerge_adapters
 from fastlora.interop.peft import accelerate, restore
+from fastlora.named import (
+    adapter_names,
+    add_adapter,
+    add_weighted_adapter,
+    delete_adapter,
+    load_adapter,
+    set_adapter,
+)
 from fastlora.nn import (
     AdaptedModule,
     AdapterLayer,
@@ -24,7 +32,7 @@ from fastlora.nn import (
 from fastlora.ops.gradient_reversal import GradientReversal, gradient_reversal
 from fastlora.parameters import ParameterReport, parameter_report
 from fastlora.prompting import apply_prompts, remove_prompts
-from fastlora.state import load_adapter, save_adapter
+from fastlora.state import save_adapter
 from fastlora.summary import AdapterSummary, adapter_summary
 from fastlora.transfer.model import TransferLearningModel
 
@@ -49,11 +57,15 @@ __all__ = [
     "TransferLearningModel",
     "VisualPrompts",
     "accelerate",
+    "adapter_names",
     "adapter_summary",
+    "add_adapter",
+    "add_weighted_adapter",
     "apply_adapters",
     "apply_lora",
     "apply_prompts",
     "create_transfer_model",
+    "delete_adapter",
     "functional",
     "gradient_reversal",
     "load_adapter",
@@ -64,6 +76,7 @@ __all__ = [
     "remove_prompts",
     "restore",
     "save_adapter",
+    "set_adapter",
     "set_backend",
     "unmerge_adapters",
     "use_backend",

@@ -46,8 +46,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write a model's LoRA layers, adapters and prompts, and what else of it trains, as an adapter folder.
 
     LoRA alone is written in PEFT's format, which ``PeftModel.from_pretrained(base_model, path)`` reads too;
-    with bottleneck adapters or prompts the config is our own, and only :func:`load_adapter` reads it. Modules
-    that train whole go into ``modules_to_save``. Both files are written completely before an older adapter is
+    with bottleneck adapters or prompts the config is our own, and only :func:`fastlora.load_adapter` reads
+    it. Of several named adapters the active one is written. Modules that train whole go into
+    ``modules_to_save``. Both files are written completely before an older adapter is
     replaced. A merged model is saved like an unmerged one. In an ``nn.MultiheadAttention``, PEFT applies no
     dropout, and up to 0.21.2 it adds ``out_proj``'s update twice (huggingface/peft#3774). Beside an
     ``nn.Conv2d`` it ignores dilation and ``padding_mode`` unless merged; only these convolutions differ.
@@ -89,36 +90,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
-    """Load a PEFT or fastlora adapter folder into a model, in place.
-
-    A model without LoRA, adapters or prompts gets them as the files describe them, trainable, the rest
-    frozen; they become float32 beside 16-bit weights, else the weights' dtype. In an adapted model the files
-    must hold exactly its layers and prompts, which are unmerged, take alpha, rslora and fixed scales from the
-    file and keep their dropout. Nothing is unpickled, and every key, shape, dtype and setting is checked
-    before anything changes. A PEFT adapter for ``nn.MultiheadAttention`` is logged as a warning: PEFT up to
-    0.21.2 adds ``out_proj``'s update twice (huggingface/peft#3774), we add it once.
-
-    Args:
-        model: The frozen model the adapter was trained on, or an adapted one.
-        path: The folder.
-
-    Returns:
-        The same model.
-
-    Raises:
-        FileNotFoundError: No such folder, or a file is missing in it.
-        NotADirectoryError: ``path`` is a file.
-        ValueError: Damaged files, a pickle, a kind of adapter we do not have, or one for another model (the
-            first few differences are listed).
-
-    Example:
-        >>> import tempfile
-        >>> from fastlora import apply_lora
-        >>> path = save_adapter(apply_lora(nn.Sequential(nn.Linear(4, 2)), rank=1), tempfile.mkdtemp())
-        >>> load_adapter(nn.Sequential(nn.Linear(4, 2)), path)[0].lora_A.shape
-        torch.Size([1, 4])
-    """
+def load_into_active(model: Model, path: str | os.PathLike[str]) -> Model:
+    """Load an adapter folder into a model, or into its active adapter; see :func:`fastlora.load_adapter`."""
     root = unwrap(model)
     folder = Path(path)
     tensors, config = read_adapter(folder)

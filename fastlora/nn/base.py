@@ -79,9 +79,7 @@ class LoRAModule(TunerModule):
         A merged layer is unmerged first.
         """
         self.unmerge()
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
-        self._reset_magnitude()
+        self._reset_own()
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -139,15 +137,26 @@ class LoRAModule(TunerModule):
     def _add_lora(self, settings: LoRASettings) -> None:
         for parameter in self.parameters():
             parameter.requires_grad_(False)
+        self._new_update(settings)
+
+    def _apply_settings(self, settings: LoRASettings) -> None:
         self.rank, self.alpha = settings.rank, settings.alpha
         self.lora_dropout, self.rslora = settings.dropout, settings.rslora
         self.dora, self._norms = settings.dora, NormCache()
+
+    def _new_update(self, settings: LoRASettings) -> None:
+        self._apply_settings(settings)
         weight = self._weight()
         dtype = settings.adapter_dtype or _adapter_dtype(weight.dtype)
         parts = lora_parts(self._weight_owner(), self.rank, dora=self.dora)
         for name, shape in parts.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype)))
-        self.reset_lora_parameters()
+        self._reset_own()
+
+    def _reset_own(self) -> None:
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+        self._reset_magnitude()
 
     def _project(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor

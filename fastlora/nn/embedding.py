@@ -145,10 +145,7 @@ class LoRAEmbedding(LoRAModule, nn.Embedding):
 
         With A at zero, rows that no batch contains keep their values.
         """
-        self.unmerge()
-        nn.init.zeros_(self.lora_embedding_A)
-        nn.init.normal_(self.lora_embedding_B)
-        self._reset_magnitude()
+        super().reset_lora_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the weight as ``nn.Embedding`` does, and start a fresh update."""
@@ -164,6 +161,11 @@ class LoRAEmbedding(LoRAModule, nn.Embedding):
     def extra_repr(self) -> str:
         """What ``print`` shows between the brackets."""
         return f"{super().extra_repr()}, {describe(self)}"
+
+    def _reset_own(self) -> None:
+        nn.init.zeros_(self.lora_embedding_A)
+        nn.init.normal_(self.lora_embedding_B)
+        self._reset_magnitude()
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         return self.lora_embedding_A.T, self.lora_embedding_B.T

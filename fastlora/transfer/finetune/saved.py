@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from fastlora._stages import head as find_head
-from fastlora.state import load_adapter, save_adapter
+from fastlora.state import load_into_active, save_adapter
 from fastlora.transfer.create import create_transfer_model
 from fastlora.transfer.data import pretrained_transforms
 from fastlora.transfer.data.transforms import Transform
@@ -102,7 +102,7 @@ def load_run(folder: str | Path) -> SavedRun:
     classes = tuple(described["classes"])
     model = _build(described, len(classes))
     if described["holds"] == ADAPTER:
-        load_adapter(model, folder / ADAPTER)
+        load_into_active(model, folder / ADAPTER)
     else:
         _fill(model, folder / WEIGHTS)
     size = int(described["image_size"])

@@ -1,0 +1,116 @@
+"""Several adapters of one LoRA layer: one is active, the others lie ready on a shelf beside it."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from fastlora.nn._settings import LoRASettings
+
+if TYPE_CHECKING:
+    from fastlora.nn.base import LoRAModule
+
+DEFAULT_NAME = "default"
+_SHELF = "lora_shelf"
+_NAME = "adapter_name"
+
+
+class ShelvedAdapter(nn.Module):
+    """The parameters of an adapter that is not active, frozen, under the names that they have in the layer.
+
+    Attributes:
+        settings: What it is.
+    """
+
+    def __init__(self, settings: LoRASettings, parts: dict[str, nn.Parameter]) -> None:
+        """See the class."""
+        super().__init__()
+        self.settings = settings
+        for name, parameter in parts.items():
+            parameter.requires_grad_(False)
+            self.register_parameter(name, parameter)
+
+
+def active_name(layer: "LoRAModule") -> str:
+    """Name of the adapter that the layer computes with."""
+    name: str = vars(layer).get(_NAME, DEFAULT_NAME)
+    return name
+
+
+def rename_active(layer: "LoRAModule", name: str) -> None:
+    """Call the active adapter so."""
+    vars(layer)[_NAME] = name
+
+
+def names(layer: "LoRAModule") -> list[str]:
+    """All adapters of a layer, the active one first."""
+    return [active_name(layer), *_shelved(layer)]
+
+
+def settings_of(layer: "LoRAModule", name: str) -> LoRASettings:
+    """What an adapter of this layer is."""
+    if name != active_name(layer):
+        return _shelved(layer)[name].settings
+    dtype = layer.get_parameter(layer.adapter_params()[0]).dtype
+    return LoRASettings(layer.rank, layer.alpha, layer.lora_dropout, layer.rslora, dtype, layer.dora)
+
+
+def parts_of(layer: "LoRAModule", name: str) -> list[Tensor]:
+    """A, B and, with DoRA, the magnitude of an adapter."""
+    owner: nn.Module = layer if name == active_name(layer) else _shelved(layer)[name]
+    own = layer.adapter_params() if owner is layer else [part for part, _ in owner.named_parameters()]
+    return [owner.get_parameter(part) for part in own]
+
+
+def add(layer: "LoRAModule", name: str, settings: LoRASettings) -> None:
+    """A fresh adapter on the shelf."""
+    active = active_name(layer)
+    trains = _put_away(layer)
+    layer._new_update(settings)
+    rename_active(layer, name)
+    _put_away(layer)
+    _take_up(layer, active, trains=trains)
+
+
+def activate(layer: "LoRAModule", name: str) -> None:
+    """Let the layer compute with another adapter, which trains if the one before did."""
+    if name != active_name(layer):
+        _take_up(layer, name, trains=_put_away(layer))
+
+
+def remove(layer: "LoRAModule", name: str) -> None:
+    """Drop a shelved adapter."""
+    shelf = layer.get_submodule(_SHELF)
+    del shelf._modules[name]
+    if not shelf._modules:
+        del layer._modules[_SHELF]
+
+
+def _shelved(layer: "LoRAModule") -> dict[str, ShelvedAdapter]:
+    shelf = layer._modules.get(_SHELF)
+    entries = {} if shelf is None else shelf._modules
+    return {name: entry for name, entry in entries.items() if isinstance(entry, ShelvedAdapter)}
+
+
+def _put_away(layer: "LoRAModule") -> bool:
+    """Move the active adapter to the shelf; whether it trained."""
+    layer.unmerge()
+    name = active_name(layer)
+    settings = settings_of(layer, name)
+    parts = {part: layer.get_parameter(part) for part in layer.adapter_params()}
+    trained = any(parameter.requires_grad for parameter in parts.values())
+    for part in parts:
+        del layer._parameters[part]
+    if _SHELF not in layer._modules:
+        layer.register_module(_SHELF, nn.ModuleDict())
+    layer.get_submodule(_SHELF).register_module(name, ShelvedAdapter(settings, parts))
+    return trained
+
+
+def _take_up(layer: "LoRAModule", name: str, *, trains: bool) -> None:
+    entry = _shelved(layer)[name]
+    remove(layer, name)
+    layer._apply_settings(entry.settings)
+    for part, parameter in entry.named_parameters():
+        parameter.requires_grad_(trains)
+        layer.register_parameter(part, parameter)
+    rename_active(layer, name)
