@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from fastlora import functional, reference
+from fastlora import functional, init, reference
 from fastlora._backend import set_backend, use_backend
 from fastlora.adapters import apply_adapters
 from fastlora.domain.model import DomainAdaptationModel
@@ -68,6 +68,7 @@ __all__ = [
     "delete_adapter",
     "functional",
     "gradient_reversal",
+    "init",
     "load_adapter",
     "merge_adapters",
     "parameter_report",

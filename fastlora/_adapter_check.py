@@ -18,6 +18,7 @@ from fastlora.nn._layout import lora_parts, misfit
 from fastlora.nn._settings import WEIGHT_DTYPES
 from fastlora.nn.adapted import ADAPTER
 from fastlora.nn.prompts import PromptModule
+from fastlora.nn.start import file_settings
 
 PREFIX = "base_model.model."
 # PEFT wraps nn.MultiheadAttention and leaves the output projection inside the wrapped layer
@@ -188,8 +189,8 @@ class AdapterCheck:
 
 
 def _lora_difference(module: nn.Module, rank: int, *, dora: bool) -> str | None:
-    if isinstance(module, LoRAModule) and module.rank != rank:
-        return f"expected rank {module.rank} as in the model, got {rank}"
+    if isinstance(module, LoRAModule) and file_settings(module).rank != rank:
+        return f"expected rank {file_settings(module).rank} as in the model, got {rank}"
     if isinstance(module, LoRAModule) and module.dora != dora:
         return f"expected dora={module.dora} as in the model, got {dora}"
     return misfit(module, rank, dora=dora)

@@ -10,6 +10,7 @@ from torch import nn
 
 from fastlora.nn import LoRAModule
 from fastlora.nn._settings import LoRASettings
+from fastlora.nn.start import file_settings
 
 _UNDERSTOOD = {
     "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_dropout", "modules_to_save",
@@ -129,9 +130,10 @@ def build_config(
                 f"expected {flag} on all layers or on none, got both; PEFT's format has one flag for all, "
                 "so save them from two models"
             )
-    first = next(iter(layers.values()))
-    rank = _most_common(layer.rank for layer in layers.values())
-    alpha = _most_common(layer.alpha for layer in layers.values())
+    settings = {name: file_settings(layer) for name, layer in layers.items()}
+    first = next(iter(settings.values()))
+    rank = _most_common(entry.rank for entry in settings.values())
+    alpha = _most_common(entry.alpha for entry in settings.values())
     # an embedding has none
     dropouts = [layer.lora_dropout for layer in layers.values() if not isinstance(layer, nn.Embedding)]
     return {
@@ -142,8 +144,8 @@ def build_config(
         "lora_dropout": _most_common(dropouts or [0.0]),
         "use_rslora": first.rslora,
         # anchored, as PEFT documents it for one module out of several whose names end alike
-        "rank_pattern": {f"^{n}": layer.rank for n, layer in layers.items() if layer.rank != rank},
-        "alpha_pattern": {f"^{n}": _integral(m.alpha) for n, m in layers.items() if m.alpha != alpha},
+        "rank_pattern": {f"^{n}": entry.rank for n, entry in settings.items() if entry.rank != rank},
+        "alpha_pattern": {f"^{n}": _integral(e.alpha) for n, e in settings.items() if e.alpha != alpha},
         "target_modules": _targets(list(layers), names),
         "modules_to_save": list(whole) or None,
         "bias": "none",

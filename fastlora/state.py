@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from fastlora._targets import why_uncalled
 from fastlora._tuning import logger, train_only_tuners
 from fastlora.inject import Model, add_lora, check_unadapted
 from fastlora.nn import AdaptedModule, LoRALayer, LoRAModule
+from fastlora.nn.start import file_part, fill_alpha, fill_part
 
 _PEFT_APPLIES_TWICE = (
     "This adapter was saved by PEFT and covers nn.MultiheadAttention. PEFT up to 0.21.2 adds the update of "
@@ -142,7 +143,7 @@ def _tensors(
 ) -> dict[str, Tensor]:
     names = named_modules(model)
     tensors = {
-        key: plain_tensor(owner.get_parameter(part))
+        key: plain_tensor(file_part(cast(LoRAModule, owner), part))
         for name, layer in layers.items()
         for key, owner, part in tensor_slots(name, layer, dora=layer.dora)
     }
@@ -216,8 +217,8 @@ def _fill_lora(layers: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], c
         for key, owner, part in tensor_slots(name, layer, dora=settings.dora):
             assert isinstance(owner, LoRAModule)
             owner.unmerge()
-            owner.get_parameter(part).copy_(tensors[key])
-            owner.alpha, owner.rslora = settings.alpha, settings.rslora
+            fill_part(owner, part, tensors[key])
+            fill_alpha(owner, settings.alpha, rslora=settings.rslora)
     if config.by_peft and any(isinstance(layer, nn.MultiheadAttention) for layer in layers.values()):
         logger.warning(_PEFT_APPLIES_TWICE)
     for name, layer in layers.items():

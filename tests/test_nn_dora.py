@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import fastlora
 from fastlora import LoRAConv2d, LoRAEmbedding, LoRALayer, LoRALinear
 from fastlora.nn import LoRAModule, _norm_cache
+from fastlora.nn._folding import fold
 
 MAKERS: dict[str, Callable[[], tuple[LoRAModule, nn.Module, Tensor]]] = {}
 
@@ -93,9 +94,9 @@ def test_rows_are_folded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     for make in MAKERS.values():
         layer, _, _ = make()
         move(layer)
-        whole = layer._fold(layer._weight())
-        monkeypatch.setattr("fastlora.nn.base._FOLD_ELEMENTS", 8)
-        torch.testing.assert_close(layer._fold(layer._weight()), whole)
+        whole = fold(layer, layer._weight())
+        monkeypatch.setattr("fastlora.nn._folding._ELEMENTS", 8)
+        torch.testing.assert_close(fold(layer, layer._weight()), whole)
         monkeypatch.undo()
 
 

@@ -88,7 +88,9 @@ def add_weighted_adapter(
             adapters,
             weights,
             combination_type,
-            _rank([shelf.settings_of(layer, name).rank for name in adapters], combination_type, svd_rank),
+            _rank(
+                [shelf.factors_of(layer, name)[0].shape[0] for name in adapters], combination_type, svd_rank
+            ),
             density,
             majority_sign_method,
         )
@@ -186,7 +188,7 @@ def _combine(layer: LoRAModule, recipe: Recipe) -> tuple[Tensor, Tensor]:
 
 
 def _matrices(layer: LoRAModule, name: str) -> tuple[Tensor, Tensor]:
-    lora_A, lora_B = shelf.parts_of(layer, name)[:2]
+    lora_A, lora_B = shelf.factors_of(layer, name)
     return lora_A.detach().flatten(1).float(), lora_B.detach().flatten(1).float()
 
 

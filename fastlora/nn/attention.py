@@ -12,6 +12,7 @@ from fastlora.nn._attend import attend, attention_mask, check_shapes
 from fastlora.nn._settings import LoRASettings, check_linear, check_parameter
 from fastlora.nn.base import LoRAModule
 from fastlora.nn.linear import LoRALinear, describe, share_linear
+from fastlora.nn.start import factors
 
 Attention = TypeVar("Attention", bound=nn.MultiheadAttention)
 
@@ -222,7 +223,8 @@ class LoRAMultiheadAttention(LoRAModule, nn.MultiheadAttention):
     def _project_rows(self, x: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
         rows = slice(start * self.embed_dim, stop * self.embed_dim)
         bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
-        out = self._project(x, self.in_proj_weight[rows], bias, self.lora_A, self.lora_B[rows])
+        lora_A, lora_B = factors(self)
+        out = self._project(x, self.in_proj_weight[rows], bias, lora_A, lora_B[rows])
         return out.chunk(stop - start, dim=-1)
 
     def _split_heads(self, x: Tensor) -> Tensor:

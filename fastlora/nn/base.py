@@ -11,15 +11,15 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from fastlora.functional import dora_linear, lora_linear
+from fastlora.nn._folding import fold
 from fastlora.nn._layout import lora_parts
 from fastlora.nn._norm_cache import NormCache
 from fastlora.nn._settings import LoRASettings
+from fastlora.nn.start import START_A, START_B, factors, put_start, take_start
 from fastlora.nn.tuner import TunerModule
 from fastlora.ops._scalars import Scalars
 from fastlora.ops.lora_linear import lora_linear_by_scalars
 
-# bounds what folding an update in needs beside the new weight: 32 MiB in float64
-_FOLD_ELEMENTS = 2**22
 _SCALAR_SETTINGS = ("rank", "alpha", "rslora", "lora_dropout")
 
 
@@ -51,6 +51,8 @@ class LoRAModule(TunerModule):
     lora_magnitude_vector: nn.Parameter
     dora: bool = False
     _scalars: Scalars
+    # how a tensor-parallel layer calls its projection on the parts of it that are here
+    _parallel: Callable[..., Tensor] | None = None
 
     # the name of the frozen weight in its owner, and the untouched weight while another one stands there.
     # a tuple hides the Parameter from nn.Module, which would list it beside the merged one
@@ -97,7 +99,7 @@ class LoRAModule(TunerModule):
             return
         self.check_mergeable()
         original = self._weight()
-        self._set_weight(nn.Parameter(self._fold(original), requires_grad=False))
+        self._set_weight(nn.Parameter(fold(self, original), requires_grad=False))
         self._unmerged = (original,)
 
     def check_mergeable(self) -> None:
@@ -106,6 +108,11 @@ class LoRAModule(TunerModule):
         Raises:
             ValueError: It can't.
         """
+        if self._parallel is not None:
+            raise ValueError(
+                "expected whole weights to merge, got a tensor-parallel layer; merge before "
+                "parallelize_module, or save the adapter and merge it into a model of one process"
+            )
 
     def unmerge(self) -> None:
         """Put the original weight back: the same object, hence the same bits. Without a merge, nothing."""
@@ -154,11 +161,19 @@ class LoRAModule(TunerModule):
         self._reset_own()
 
     def _reset_own(self) -> None:
+        take_start(self)
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
         self._reset_magnitude()
 
     def _project(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor
+    ) -> Tensor:
+        if self._parallel is not None:
+            return self._parallel(self._project_local, x, weight, bias, lora_A, lora_B)
+        return self._project_local(x, weight, bias, lora_A, lora_B)
+
+    def _project_local(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor
     ) -> Tensor:
         if self.merged:
@@ -193,34 +208,8 @@ class LoRAModule(TunerModule):
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """Two matrices whose product is the update of the weight, seen as ``[rows, everything else]``."""
-        return self.lora_B.flatten(1), self.lora_A.flatten(1)
-
-    def _fold(self, weight: Tensor) -> Tensor:
-        folded = torch.empty_like(weight)
-        with torch.autocast(weight.device.type, enabled=False):
-            factor = self._fold_factor(weight).expand(weight.shape[0], -1) if self.dora else None
-            for rows, new in self._updated_rows(weight):
-                if factor is not None:
-                    new *= factor[rows]
-                folded[rows] = new.view_as(folded[rows])
-        return folded
-
-    def _updated_rows(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """W + scaling·B·A as ``[rows, everything else]``, some rows at a time."""
-        # float64 also keeps TF32 out; Metal has none
-        wide = torch.float32 if weight.device.type == "mps" else torch.float64
-        left, right = self._factors()
-        right = right.to(wide)
-        step = max(1, _FOLD_ELEMENTS // right.shape[1])
-        for start in range(0, weight.shape[0], step):
-            rows = slice(start, start + step)
-            old = weight[rows].flatten(1).to(wide)
-            yield rows, torch.addmm(old, left[rows].to(wide), right, alpha=self.scaling)
-
-    def _fold_factor(self, weight: Tensor) -> Tensor:
-        """What DoRA multiplies the rows of the updated weight by ``[rows, 1]``."""
-        norm = torch.cat([new.norm(dim=1) for _, new in self._updated_rows(weight)])
-        return (self.lora_magnitude_vector.view(-1).to(norm.dtype) / norm)[:, None]
+        lora_A, lora_B = factors(self)
+        return lora_B.flatten(1), lora_A.flatten(1)
 
     def _output_factor(self) -> Tensor:
         """DoRA's m/‖W + s·B·A‖ ``[out]``."""
@@ -274,6 +263,14 @@ class LoRAModule(TunerModule):
             self._set_weight(nn.Parameter(fn(self._weight().data), requires_grad=False))
         return self
 
+    def _follow_start(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Have a start to subtract where a state dict with an adapter has one."""
+        given = [state_dict.get(prefix + name) for name in (START_A, START_B)]
+        if isinstance(given[0], Tensor) and isinstance(given[1], Tensor):
+            put_start(self, torch.empty_like(self.lora_A.data), torch.empty_like(self.lora_B.data))
+        elif f"{prefix}lora_A" in state_dict:
+            take_start(self)
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -285,6 +282,7 @@ class LoRAModule(TunerModule):
         error_msgs: list[str],
     ) -> None:
         self.unmerge()
+        self._follow_start(state_dict, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -173,10 +173,6 @@ class LoRAEmbedding(LoRAModule, nn.Embedding):
     def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.weight.T, self.lora_embedding_A, self.lora_embedding_B
 
-    def _fold_factor(self, weight: Tensor) -> Tensor:
-        squares = torch.stack([new.square().sum(dim=0) for _, new in self._updated_rows(weight)]).sum(dim=0)
-        return (self.lora_magnitude_vector.to(squares.dtype) / squares.sqrt())[None]
-
 
 def _share_embedding(target: Embedding, source: nn.Embedding) -> Embedding:
     nn.Embedding.__init__(

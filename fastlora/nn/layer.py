@@ -10,6 +10,7 @@ from fastlora.nn._settings import LoRASettings, check_conv, check_linear
 from fastlora.nn.base import LoRAModule
 from fastlora.nn.conv import check_groups, convolve
 from fastlora.nn.linear import describe
+from fastlora.nn.start import factors
 
 
 class LoRALayer(LoRAModule):
@@ -74,7 +75,7 @@ class LoRALayer(LoRAModule):
         layer = self.original_layer
         if isinstance(layer, nn.Conv2d):
             return convolve(self, layer, input)
-        return self._project(input, layer.weight, layer.bias, self.lora_A, self.lora_B)
+        return self._project(input, layer.weight, layer.bias, *factors(self))
 
     def check_mergeable(self) -> None:
         """Refuse to merge a convolution with groups.
@@ -82,6 +83,7 @@ class LoRALayer(LoRAModule):
         Raises:
             ValueError: There are groups.
         """
+        super().check_mergeable()
         if isinstance(self.original_layer, nn.Conv2d):
             check_groups(self.original_layer)
 

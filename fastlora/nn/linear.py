@@ -8,6 +8,7 @@ from typing_extensions import Self
 
 from fastlora.nn._settings import LoRASettings, check_linear
 from fastlora.nn.base import LoRAModule
+from fastlora.nn.start import factors
 
 Linear = TypeVar("Linear", bound=nn.Linear)
 
@@ -116,7 +117,7 @@ class LoRALinear(LoRAModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
-        return self._project(input, self.weight, self.bias, self.lora_A, self.lora_B)
+        return self._project(input, self.weight, self.bias, *factors(self))
 
     def reset_parameters(self) -> None:
         """Draw the weight and bias as ``nn.Linear`` does, and start a fresh update."""

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from fastlora.nn._settings import LoRASettings
+from fastlora.nn.start import START_A, START_B, join, join_B, put_start, take_start
 
 if TYPE_CHECKING:
     from fastlora.nn.base import LoRAModule
@@ -21,10 +22,14 @@ class ShelvedAdapter(nn.Module):
         settings: What it is.
     """
 
-    def __init__(self, settings: LoRASettings, parts: dict[str, nn.Parameter]) -> None:
+    def __init__(
+        self, settings: LoRASettings, parts: dict[str, nn.Parameter], start: tuple[Tensor, Tensor] | None
+    ) -> None:
         """See the class."""
         super().__init__()
         self.settings = settings
+        for name, buffer in zip((START_A, START_B), start or (), strict=False):
+            self.register_buffer(name, buffer)
         for name, parameter in parts.items():
             parameter.requires_grad_(False)
             self.register_parameter(name, parameter)
@@ -59,6 +64,15 @@ def parts_of(layer: "LoRAModule", name: str) -> list[Tensor]:
     owner: nn.Module = layer if name == active_name(layer) else _shelved(layer)[name]
     own = layer.adapter_params() if owner is layer else [part for part, _ in owner.named_parameters()]
     return [owner.get_parameter(part) for part in own]
+
+
+def factors_of(layer: "LoRAModule", name: str) -> tuple[Tensor, Tensor]:
+    """A and B that an adapter computes with, its start subtracted."""
+    lora_A, lora_B = parts_of(layer, name)[:2]
+    owner: nn.Module = layer if name == active_name(layer) else _shelved(layer)[name]
+    if START_A not in owner._buffers:
+        return lora_A, lora_B
+    return join(lora_A, owner.get_buffer(START_A)), join_B(lora_B, owner.get_buffer(START_B))
 
 
 def add(layer: "LoRAModule", name: str, settings: LoRASettings) -> None:
@@ -102,7 +116,7 @@ def _put_away(layer: "LoRAModule") -> bool:
         del layer._parameters[part]
     if _SHELF not in layer._modules:
         layer.register_module(_SHELF, nn.ModuleDict())
-    layer.get_submodule(_SHELF).register_module(name, ShelvedAdapter(settings, parts))
+    layer.get_submodule(_SHELF).register_module(name, ShelvedAdapter(settings, parts, take_start(layer)))
     return trained
 
 
@@ -113,4 +127,6 @@ def _take_up(layer: "LoRAModule", name: str, *, trains: bool) -> None:
     for part, parameter in entry.named_parameters():
         parameter.requires_grad_(trains)
         layer.register_parameter(part, parameter)
+    if START_A in entry._buffers:
+        put_start(layer, entry.get_buffer(START_A), entry.get_buffer(START_B))
     rename_active(layer, name)

@@ -1,0 +1,34 @@
+"""The layers that an initialisation is for."""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from fastlora._modules import clean_name, require_lora_layers
+from fastlora.nn import LoRAConv2d, LoRAEmbedding, LoRALayer, LoRAModule
+
+
+def linear_layers(model: nn.Module) -> dict[str, LoRAModule]:
+    """Every LoRA layer beside a linear weight by name, an attention's and its ``out_proj`` apart.
+
+    Raises:
+        ValueError: There are no LoRA layers, or none of this kind.
+    """
+    require_lora_layers(model)
+    found = {clean_name(name): m for name, m in model.named_modules() if isinstance(m, LoRAModule)}
+    linear = {name: layer for name, layer in found.items() if not _is_other(layer)}
+    if not linear:
+        raise ValueError(
+            f"expected LoRA on linear layers or attention, got it on {_kinds(found.values())} alone; these "
+            "begin with A random and B zero"
+        )
+    return linear
+
+
+def _is_other(layer: LoRAModule) -> bool:
+    conv = isinstance(layer, LoRALayer) and isinstance(layer.original_layer, nn.Conv2d)
+    return conv or isinstance(layer, LoRAConv2d | LoRAEmbedding)
+
+
+def _kinds(layers: Iterable[LoRAModule]) -> str:
+    return ", ".join(sorted({type(layer).__name__ for layer in layers}))
