@@ -1,14 +1,17 @@
-"""A whole LoRA training step of real models on the CPU: PEFT, PEFT accelerated by fastlora, PEFT compiled.
+"""A whole LoRA training step of real models on the CPU: PEFT, PEFT accelerated by fastlora, both compiled.
 
 MiniLM (six BERT layers) and DINOv2's ViT-S/14, r = 16 on every linear layer, AdamW. All candidates take turns
 in one process. "Frozen" is the model without LoRA whose backward passes on dX alone: nothing that trains
-through it can be faster.
+through it can be faster. AdapterHub joins where its package ``adapters`` is installed, which needs
+transformers 4.57, and knows the model: MiniLM, without the attention's output projection.
 
     python -m benchmarks.peft_steps --output docs/results/peft
 """
 
 import argparse
 import copy
+import importlib
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,13 +23,13 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import fastlora
-from benchmarks.turns import environment, geometric_mean, take_turns
+from benchmarks.turns import environment, geometric_mean, peak_bytes, take_turns
 from fastlora.transfer._extras import package_folder, require
 from fastlora.transfer.report import write_file, write_report
 
 RANK, ALPHA, BATCH, TOKENS, PIXELS = 16, 32.0, 16, 128, 112
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-CANDIDATES = ("peft", "fastlora", "peft_compiled", "fastlora_compiled")
+CANDIDATES = ("peft", "fastlora", "peft_compiled", "fastlora_compiled", "adapterhub")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,28 @@ class Case:
     model: nn.Module
     batch: dict[str, Tensor]
     entry: str
+    in_adapterhub: bool = False
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is trained.
+
+    Attributes:
+        dropout: Of LoRA's input.
+        dora: Whether it is DoRA.
+    """
+
+    dropout: float = 0.0
+    dora: bool = False
+
+    @property
+    def title(self) -> str:
+        """For the table."""
+        return "DoRA" if self.dora else "LoRA" + (f", dropout {self.dropout:g}" if self.dropout else "")
+
+
+VARIANTS = (Variant(), Variant(dropout=0.1), Variant(dora=True))
 
 
 def minilm() -> Case:
@@ -52,7 +77,8 @@ def minilm() -> Case:
     )
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "model", num_labels=5)
     words = torch.randint(1000, 30000, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
-    return Case(model, {"input_ids": words, "attention_mask": torch.ones_like(words)}, "bert.embeddings")
+    batch = {"input_ids": words, "attention_mask": torch.ones_like(words)}
+    return Case(model, batch, "bert.embeddings", in_adapterhub=True)
 
 
 def dinov2() -> Case:
@@ -67,25 +93,51 @@ MODELS: dict[str, Callable[[], Case]] = {"MiniLM, 16 × 128 tokens": minilm, "DI
 
 
 def steps(
-    case: Case, dtype: torch.dtype, dropout: float, *, compiled: bool
+    case: Case, dtype: torch.dtype, variant: Variant, *, compiled: bool
 ) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     """One training step for each candidate."""
     batch = {name: t.to(dtype) if t.is_floating_point() else t for name, t in case.batch.items()}
     frozen = copy.deepcopy(case.model).to(dtype).requires_grad_(False).train()
     frozen.get_submodule(case.entry).register_forward_hook(lambda module, inputs, out: out.requires_grad_())
     made = {"frozen": _step(frozen, batch)}
-    own = _with_lora(case.model, dtype, dropout)
+    own = _with_lora(case.model, dtype, variant)
     fused = fastlora.accelerate(copy.deepcopy(own))
     made |= {"peft": _step(own, batch), "fastlora": _step(fused, batch)}
-    if compiled:
+    if case.in_adapterhub and not variant.dora and importlib.util.find_spec("adapters"):
+        made["adapterhub"] = _step(_with_adapterhub(case.model, dtype, variant), batch)
+    if compiled and not variant.dora:
         for name, model in (("peft", own), ("fastlora", fused)):
             made[f"{name}_compiled"] = _step(torch.compile(copy.deepcopy(model)), batch)
     return made
 
 
-def _with_lora(model: nn.Module, dtype: torch.dtype, dropout: float) -> Any:
+def _with_adapterhub(model: nn.Module, dtype: torch.dtype, variant: Variant) -> Any:
+    adapters = importlib.import_module("adapters")
+    adapted: Any = copy.deepcopy(model)
+    adapters.init(adapted)
+    config = adapters.LoRAConfig(
+        r=RANK,
+        alpha=ALPHA,
+        dropout=variant.dropout,
+        selfattn_lora=True,
+        intermediate_lora=True,
+        output_lora=True,
+        attn_matrices=["q", "k", "v"],
+    )
+    adapted.add_adapter("lora", config=config)
+    adapted.train_adapter("lora")
+    return adapted.to(dtype).train()
+
+
+def _with_lora(model: nn.Module, dtype: torch.dtype, variant: Variant) -> Any:
     torch.manual_seed(0)
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear")
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=variant.dropout,
+        use_dora=variant.dora,
+        target_modules="all-linear",
+    )
     adapted = get_peft_model(copy.deepcopy(model).to(dtype), config)
     return adapted.train()
 
@@ -106,10 +158,10 @@ def _step(model: Any, batch: dict[str, Tensor]) -> Callable[[], tuple[Tensor, ..
     return step
 
 
-def kept_bytes(case: Case, dtype: torch.dtype, dropout: float) -> dict[str, int]:
+def kept_bytes(case: Case, dtype: torch.dtype, variant: Variant) -> dict[str, int]:
     """What PEFT's forward and the accelerated one keep for backward, weights left out."""
     batch = {name: t.to(dtype) if t.is_floating_point() else t for name, t in case.batch.items()}
-    own = _with_lora(case.model, dtype, dropout)
+    own = _with_lora(case.model, dtype, variant)
     return {
         name: _kept(model, batch)
         for name, model in (("peft", own), ("fastlora", fastlora.accelerate(copy.deepcopy(own))))
@@ -147,12 +199,14 @@ def main() -> None:
     for title, make in MODELS.items():
         case = make()
         for dtype_name, dtype in DTYPES.items():
-            for dropout in (0.0, 0.1):
+            for variant in VARIANTS:
                 torch._dynamo.reset()
-                candidates = steps(case, dtype, dropout, compiled=not arguments.no_compile)
+                candidates = steps(case, dtype, variant, compiled=not arguments.no_compile)
                 timed = take_turns(candidates, arguments.rounds)
-                row = {"model": title, "dtype": dtype_name, "dropout": dropout, **timed}
-                rows.append(row | {"kept_bytes": kept_bytes(case, dtype, dropout)})
+                row = {"model": title, "dtype": dtype_name, "trained": variant.title, **timed}
+                memory = {"kept_bytes": kept_bytes(case, dtype, variant)}
+                memory["peak_bytes"] = {name: peak_bytes(candidates[name]) for name in ("peft", "fastlora")}
+                rows.append(row | memory)
                 print(json.dumps(rows[-1]), flush=True)
     arguments.output.mkdir(parents=True, exist_ok=True)
     machine = environment("peft", "transformers", "timm") | {
@@ -168,6 +222,8 @@ INTRODUCTION = """# PEFT models, accelerated
 One training step (forward, backward, AdamW) with LoRA r = 16 on every linear layer, PEFT's own defaults.
 `fastlora` is the same PEFT model after `fastlora.accelerate(model)`. Times as multiples of the frozen
 model's, whose backward passes on dX alone; medians of {rounds} turns that alternate between the candidates.
+Kept is what forward leaves for backward, peak the most that a step's tensors hold, in MiB, PEFT and fastlora.
+AdapterHub has no LoRA on the attention's output projection and knows no DINOv2.
 `python -m benchmarks.peft_steps` regenerates the page.
 """
 
@@ -175,15 +231,7 @@ model's, whose backward passes on dX alone; medians of {rounds} turns that alter
 def page(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     """The table, and where it was measured."""
     names = [name for name in CANDIDATES if name in rows[0]["median_ms"]]
-    heads = [
-        "model",
-        "dtype",
-        "dropout",
-        "frozen, ms",
-        *names,
-        "PEFT / fastlora",
-        "kept, MiB: peft, fastlora",
-    ]
+    heads = ["model", "dtype", "trained", "frozen, ms", *names, "PEFT / fastlora", "kept", "peak"]
     lines = [
         INTRODUCTION.format(rounds=machine["rounds"]),
         f"| {' | '.join(heads)} |",
@@ -191,11 +239,13 @@ def page(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     ]
     gains = []
     for row in rows:
-        times, kept = row["median_ms"], row["kept_bytes"]
+        times = row["median_ms"]
         gains.append(times["peft"] / times["fastlora"])
-        cells = [row["model"], row["dtype"], f"{row['dropout']:g}", f"{times['frozen']:.0f}"]
-        cells += [f"{times[name] / times['frozen']:.2f}" for name in names]
-        cells += [f"**{gains[-1]:.2f}×**", ", ".join(f"{kept[n] / 2**20:.0f}" for n in ("peft", "fastlora"))]
+        cells = [row["model"], row["dtype"], row["trained"], f"{times['frozen']:.0f}"]
+        cells += [f"{times[name] / times['frozen']:.2f}" if name in times else "–" for name in names]
+        cells.append(f"**{gains[-1]:.2f}×**")
+        for memory in (row["kept_bytes"], row["peak_bytes"]):
+            cells.append(", ".join(f"{memory[name] / 2**20:.0f}" for name in ("peft", "fastlora")))
         lines.append(f"| {' | '.join(cells)} |")
     lines.append(f"\nGeometric mean of PEFT / fastlora: {geometric_mean(gains):.2f}×.")
     lines.append(f"\n{', '.join(f'{name} {value}' for name, value in machine.items())}.")

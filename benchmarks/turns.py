@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import fastlora
 
@@ -37,6 +38,20 @@ def take_turns(steps: dict[str, Step], rounds: int) -> dict[str, dict[str, float
         "median_ms": {name: statistics.median(values) for name, values in times.items()},
         "spread_ms": {name: _interquartile_range(values) for name, values in times.items()},
     }
+
+
+def peak_bytes(step: Step) -> int:
+    """The most that a step's tensors hold at once, beside what was there before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+        step()
+    assert measured.profiler is not None
+    assert measured.profiler.kineto_results is not None
+    events = [e for e in measured.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
 
 
 def check_equal(name: str, got: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float) -> None:
