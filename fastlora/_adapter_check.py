@@ -51,8 +51,7 @@ class AdapterCheck:
             if module is not None and problem is None:
                 targets[name] = module
             else:
-                self._problems.append(f"{name}: {problem}")
-                self._explained |= {key for key in self._tensors if key.startswith(f"{PREFIX}{name}.")}
+                self._misfit(name, str(problem))
         return targets
 
     def layers(self, targets: Mapping[str, nn.Module], config: AdapterConfig) -> None:
@@ -61,14 +60,12 @@ class AdapterCheck:
             self._problems.insert(0, f"no LoRA tensors ({PREFIX}<module>.lora_A.weight) in the file")
         for name, module in targets.items():
             rank, dora = config.settings(name).rank, config.dora
-            slots = tensor_slots(name, module, dora=dora)
             self._base_copies(name, module)
             problem = _lora_difference(module, rank, dora=dora)
             if problem is not None:
-                self._problems.append(f"{name}: {problem}")
-                self._explained.update(key for key, _, _ in slots)
+                self._misfit(name, problem)
                 continue
-            for key, owner, part in slots:
+            for key, owner, part in tensor_slots(name, module, dora=dora):
                 self._compare(key, lora_parts(_plain(owner), rank, dora=dora)[part])
 
     def no_layers(self, layers: Iterable[str], kind: str) -> None:
@@ -140,6 +137,11 @@ class AdapterCheck:
                 f"{len(problems)}); load it into the model it was trained on. Nothing was changed:\n  "
                 + "\n  ".join(problems[:_LISTED] + more)
             )
+
+    def _misfit(self, name: str, problem: str) -> None:
+        """One difference for a whole layer, in place of one for each of its tensors."""
+        self._problems.append(f"{name}: {problem}")
+        self._explained |= {key for key in self._tensors if key.startswith(f"{PREFIX}{name}.")}
 
     def _base_copies(self, name: str, module: nn.Module) -> None:
         # PEFT puts the frozen weight of an adapted input or output embedding into the file too

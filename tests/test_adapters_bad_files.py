@@ -94,9 +94,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str | None]] = {
     "activation": (edit_place(activation="tanh"), "'gelu', 'relu', 'silu', got 'tanh'", None),
     "whole-text": (edit_config(lambda c: c.update(modules_to_save="head")), "to be a list of names", None),
     "lora": (
-        edit_config(lambda c: c["lora"].update(use_dora=True)),
-        "lora: expected plain LoRA, got use_d",
+        edit_config(lambda c: c["lora"].update(use_magic=True)),
+        "lora: expected plain LoRA, got use_m",
         None,
+    ),
+    "dora": (
+        edit_config(lambda c: c["lora"].update(use_dora=True)),
+        "expected a layer that can carry DoRA, got nn.MultiheadAttention",
+        "expected dora=False as in the model, got True",
     ),
     "lora-gone": (
         edit_config(lambda c: c.update(lora=None)),

@@ -2,9 +2,6 @@
 
 import copy
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +15,7 @@ from transformers import AutoModelForSequenceClassification
 import fastlora
 from fastlora.interop._peft_linear import FusedLinear
 from tests.interop_processes import make, train
-
-ROOT = Path(__file__).parents[1]
+from tests.launching import in_two_processes
 
 
 def minilm(dropout: float) -> tuple[Any, Any]:
@@ -107,17 +103,7 @@ def test_a_gradient_scaler_and_autocast_train_it(words: dict[str, Tensor]) -> No
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 def test_two_processes_learn_what_one_does(how: str, tmp_path: Path) -> None:
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, *command, "-m", "tests.interop_processes", how, str(tmp_path / "found.pt")],
-        cwd=ROOT,
-        env=environment,
-        timeout=120,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes("tests.interop_processes", how, str(tmp_path / "found.pt"))
     model = make()
     expected = train(model, model)
     found = torch.load(tmp_path / "found.pt", weights_only=True)

@@ -1,8 +1,5 @@
 """Tensor parallelism: two processes compute, learn and save what one does."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,23 +12,12 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 import fastlora
 from fastlora.distributed import LoRAColwiseParallel, LoRARowwiseParallel
+from tests.launching import in_two_processes
 from tests.tensor_parallel_processes import make, train
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_two_processes_compute_and_learn_what_one_does(tmp_path: Path) -> None:
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, *command, "-m", "tests.tensor_parallel_processes", str(tmp_path)],
-        cwd=ROOT,
-        env=environment,
-        timeout=120,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes("tests.tensor_parallel_processes", str(tmp_path))
     model = make()
     expected = train(model)
     found = torch.load(tmp_path / "found.pt", weights_only=True)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from fastlora.init._layers import linear_layers
@@ -72,6 +71,9 @@ def olora_(model: Model, *, progress: bool = False) -> Model:
 def _start_from(
     model: Model, decompose: Callable[[Tensor, int], tuple[Tensor, Tensor]], *, progress: bool
 ) -> Model:
+    # imported late: a bar is rarely wanted
+    from rich.progress import track
+
     layers = linear_layers(model)
     for name, layer in layers.items():
         _check(name, layer)

@@ -7,11 +7,10 @@ from torch import Tensor
 
 from fastlora import _backend, reference
 from fastlora._checks import check_compute_dtype, check_lora_linear, check_magnitude
-from fastlora.ops import _dora_library, _lora_library
-from fastlora.ops._autocast import autocast_dtype, without_autocast
+from fastlora.ops import _dora_library
+from fastlora.ops._autocast import autocast_dtype
 from fastlora.ops._autograd import draw_seed, refuse_second_derivative
-from fastlora.ops._registration import rows_of
-from fastlora.ops.lora_linear import choose_backend
+from fastlora.ops.lora_linear import choose_backend, layer_gradients
 
 
 def dora_linear(
@@ -156,41 +155,8 @@ class DoRALinearFunction(torch.autograd.Function):
         if dy is None:
             return (None,) * 10
         with torch.no_grad():
-            wanted = _wanted_gradients(ctx, dy)
+            *saved, product, factor = ctx.saved_tensors
+            dproduct, dfactor = _dora_library.dora_grad_product(dy, product, factor, ctx.backend)
+            wanted = layer_gradients(ctx, dy, dproduct, (*saved, None))
+        wanted = (*wanted, None if product is None else dfactor)
         return (*refuse_second_derivative("dora_linear", ctx, dy, wanted), None, None, None, None)
-
-
-def _wanted_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, lora_A, lora_B, s, mask, product, factor = ctx.saved_tensors
-    need_x, need_weight, need_bias, need_A, need_B, need_factor = ctx.needs_input_grad[:6]
-    dx = da = db = dweight = dbias = None
-    dproduct, dfactor = _dora_library.dora_grad_product(dy, product, factor, ctx.backend)
-    if need_x or need_A or need_B:
-        dx, da, db = _lora_library.lora_linear_backward(
-            dproduct,
-            x,
-            weight,
-            lora_A,
-            lora_B,
-            s,
-            mask,
-            ctx.scaling,
-            ctx.dropout,
-            need_x,
-            need_A,
-            need_B,
-            ctx.backend,
-        )
-    with without_autocast(dy):
-        if need_weight:
-            dweight = rows_of(dproduct).t() @ rows_of(x)
-        if need_bias:
-            dbias = rows_of(dy).sum(0)
-    return (
-        dx if need_x else None,
-        dweight,
-        dbias,
-        da if need_A else None,
-        db if need_B else None,
-        dfactor if need_factor else None,
-    )

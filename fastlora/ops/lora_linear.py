@@ -169,18 +169,29 @@ class LoRALinearFunction(torch.autograd.Function):
         if dy is None:
             return (None,) * 10
         with torch.no_grad():
-            wanted = _wanted_gradients(ctx, dy)
+            wanted = layer_gradients(ctx, dy, dy, ctx.saved_tensors)
         wanted = refuse_second_derivative("lora_linear", ctx, dy, wanted)
         return (*wanted, None, None, None, None, None)
 
 
-def _wanted_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, lora_A, lora_B, s, mask, scalars = ctx.saved_tensors
+def layer_gradients(
+    ctx: Any, dy: Tensor, dproduct: Tensor, saved: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight, bias, lora_A and lora_B, those that are wanted.
+
+    Args:
+        ctx: Of the Function whose first inputs these five are.
+        dy: Gradient of the output.
+        dproduct: Gradient of what the bias is added to.
+        saved: x, weight, lora_A, lora_B, S, the mask and the scalars.
+    """
+    x, weight, lora_A, lora_B, s, mask, scalars = saved
     need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
     dx = da = db = dweight = dbias = None
     if need_x or need_A or need_B:
+        assert lora_B is not None
         dx, da, db = _lora_library.lora_linear_backward(
-            dy,
+            dproduct,
             x,
             weight,
             lora_A,
@@ -197,8 +208,8 @@ def _wanted_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         )
     # the base layer is frozen as a rule; whoever trains it all the same gets its gradient, never silence
     with without_autocast(dy):
-        if need_weight:
-            dweight = rows_of(dy).t() @ rows_of(x)
+        if need_weight and x is not None:
+            dweight = rows_of(dproduct).t() @ rows_of(x)
         if need_bias:
             dbias = rows_of(dy).sum(0)
     return (
