@@ -210,6 +210,8 @@ def test_bad_input_is_told_and_changes_nothing() -> None:
         assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     with pytest.raises(ValueError, match=r"expected rho >= 1, got 0\.5"):
         fastlora.init.eva_(adapted(base), [torch.randn(9, 12)], rho=0.5)
+    with pytest.raises(ValueError, match="0: expected an unmerged layer"):
+        fastlora.init.eva_(fastlora.merge_adapters(adapted(base)), [torch.randn(9, 12)])
     with pytest.raises(ValueError, match="0: expected inputs in at least 3 directions, its rank, got 2"):
         fastlora.init.eva_(adapted(base), [torch.randn(2, 12)])
     assert not any(m._forward_pre_hooks for m in base.modules() if isinstance(m, LoRAModule))

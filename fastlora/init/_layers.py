@@ -25,6 +25,19 @@ def linear_layers(model: nn.Module) -> dict[str, LoRAModule]:
     return linear
 
 
+def check_unmerged(name: str, layer: LoRAModule) -> None:
+    """Refuse a layer whose update is folded in.
+
+    Raises:
+        ValueError: It is.
+    """
+    if layer.merged:
+        raise ValueError(
+            f"{name or type(layer).__name__}: expected an unmerged layer, got a merged one; call "
+            "fastlora.unmerge_adapters first"
+        )
+
+
 def _is_other(layer: LoRAModule) -> bool:
     conv = isinstance(layer, LoRALayer) and isinstance(layer.original_layer, nn.Conv2d)
     return conv or isinstance(layer, LoRAConv2d | LoRAEmbedding)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastlora.init._layers import linear_layers
+from fastlora.init._layers import check_unmerged, linear_layers
 from fastlora.inject import Model
 from fastlora.nn import LoRAModule
 from fastlora.nn.start import set_start
@@ -88,12 +88,11 @@ def _start_from(
 
 
 def _check(name: str, layer: LoRAModule) -> None:
+    check_unmerged(name, layer)
     problem = None
     smallest = min(layer._weight().shape)
     if layer.dora:
         problem = "a layer without DoRA, got dora=True; use LoRA for it"
-    elif layer.merged:
-        problem = "an unmerged layer, got a merged one; call fastlora.unmerge_adapters first"
     elif layer.scaling <= 0:
         problem = f"alpha > 0, got {layer.alpha}; the start divides by it"
     elif layer.rank > smallest:

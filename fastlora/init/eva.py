@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora.init._layers import linear_layers
+from fastlora.init._layers import check_unmerged, linear_layers
 from fastlora.inject import Model
 from fastlora.nn import LoRAModule, shelf
 
@@ -59,8 +59,8 @@ def eva_(model: Model, batches: Iterable[Any], *, rho: float = 1.0) -> Model:
         The same model.
 
     Raises:
-        ValueError: No LoRA on linear layers, ``rho`` < 1, no batches, or a layer that saw fewer rows than its
-            rank.
+        ValueError: No LoRA on linear layers, ``rho`` < 1, a merged layer, no batches, or a layer that saw
+            fewer rows than its rank.
 
     Example:
         >>> from fastlora import apply_lora
@@ -71,6 +71,8 @@ def eva_(model: Model, batches: Iterable[Any], *, rho: float = 1.0) -> Model:
     if not rho >= 1:
         raise ValueError(f"expected rho >= 1, got {rho!r}; 1 keeps every rank, the paper uses 2")
     layers = linear_layers(model)
+    for name, layer in layers.items():
+        check_unmerged(name, layer)
     found = _directions(model, layers, batches, rho)
     for name, layer in layers.items():
         _check(name, layer, found[name])
