@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-
 from fastlora.nn import LoRAModule
 from fastlora.nn._settings import LoRASettings
 from fastlora.nn.start import file_settings
@@ -135,7 +133,7 @@ def build_config(
     rank = _most_common(entry.rank for entry in settings.values())
     alpha = _most_common(entry.alpha for entry in settings.values())
     # an embedding has none
-    dropouts = [layer.lora_dropout for layer in layers.values() if not isinstance(layer, nn.Embedding)]
+    dropouts = [layer.lora_dropout for layer in layers.values() if not layer._is_embedding]
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": base_model,

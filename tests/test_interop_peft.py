@@ -202,6 +202,39 @@ def test_dropout_has_the_right_mean_and_repeats_under_checkpointing() -> None:
         assert torch.equal(one, other)
 
 
+def test_dora_drops_what_peft_drops() -> None:
+    """PEFT's own masks: W sees the dropped input too, and a gradient reaches everything through it."""
+    eager, model = twins("dora with dropout")
+    results = []
+    for each in (eager, model):
+        torch.manual_seed(4)
+        results.append((each.train()(inputs()), gradients_at(each, seed=4)))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(results[0][0], eager.eval()(inputs()), atol=1e-2)
+    for key, gradient in results[1][1].items():
+        torch.testing.assert_close(gradient, results[0][1][key], rtol=1e-4, atol=1e-6)
+
+
+def gradients_at(model: nn.Module, *, seed: int) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    return gradients(model, inputs())
+
+
+def test_several_adapters_have_masks_of_their_own() -> None:
+    """The first without dropout, the second with PEFT's own mask: the same numbers."""
+    eager, model = twins()
+    results = []
+    for each in (eager, model):
+        torch.manual_seed(5)
+        other = LoraConfig(r=3, lora_alpha=9, lora_dropout=0.5, target_modules=["first", "second"])
+        each.add_adapter("other", other)
+        wake(each).base_model.set_adapter(["default", "other"])
+        results.append(gradients_at(each.train(), seed=6))
+    assert sum("other" in key for key in results[1]) == 4
+    for key, gradient in results[1].items():
+        torch.testing.assert_close(gradient, results[0][key], rtol=1e-4, atol=1e-6)
+
+
 def test_autocast_is_honoured() -> None:
     eager, model = twins()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -52,6 +52,12 @@ def embedding() -> tuple[LoRAModule, nn.Module, Tensor]:
     return LoRAEmbedding.from_embedding(base, rank=2, dora=True), base, torch.randint(11, (3, 4))
 
 
+@maker
+def wrapped_embedding() -> tuple[LoRAModule, nn.Module, Tensor]:
+    base = nn.Embedding(11, 5)
+    return LoRALayer(base, rank=2, dora=True), base, torch.randint(11, (3, 4))
+
+
 @pytest.fixture(params=list(MAKERS.values()), ids=list(MAKERS))
 def made(request: pytest.FixtureRequest) -> tuple[LoRAModule, nn.Module, Tensor]:
     make: Callable[[], tuple[LoRAModule, nn.Module, Tensor]] = request.param

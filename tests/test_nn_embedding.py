@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlora import LoRAEmbedding
+from fastlora import LoRAEmbedding, LoRALayer
 from tests.lora_models import randomize_adapters
 
 INDICES = torch.tensor([[1, 2, 1], [7, 0, 3]])
@@ -106,3 +106,22 @@ def test_merging_gives_the_same_and_is_undone_to_the_bit() -> None:
 def test_bad_input(make_layer: Any, kind: type[Exception], told: str) -> None:
     with pytest.raises(kind, match=told):
         make_layer()
+
+
+def test_wrapped_it_computes_the_same_and_keeps_the_embedding_whole() -> None:
+    layer = make()
+    embedding = nn.Embedding(9, 5)
+    wrapped = LoRALayer(embedding, rank=3, alpha=6)
+    with torch.no_grad():
+        assert torch.equal(wrapped(INDICES), embedding(INDICES))
+        embedding.weight.copy_(layer.weight)
+        for name in wrapped.adapter_params():
+            wrapped.get_parameter(name).copy_(layer.get_parameter(name))
+    assert torch.equal(wrapped(INDICES), layer(INDICES))
+    merged = copy.deepcopy(wrapped)
+    merged.merge()
+    torch.testing.assert_close(merged.to_base()(INDICES), wrapped(INDICES))
+    merged.unmerge()
+    assert torch.equal(merged(INDICES), wrapped(INDICES))
+    with pytest.raises(ValueError, match=r"no dropout for an nn.Embedding, got 0\.1"):
+        LoRALayer(embedding, dropout=0.1)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from fastlora._modules import clean_name, require_lora_layers
-from fastlora.nn import LoRAConv2d, LoRAEmbedding, LoRALayer, LoRAModule
+from fastlora.nn import LoRAModule
 
 
 def linear_layers(model: nn.Module) -> dict[str, LoRAModule]:
@@ -39,8 +39,7 @@ def check_unmerged(name: str, layer: LoRAModule) -> None:
 
 
 def _is_other(layer: LoRAModule) -> bool:
-    conv = isinstance(layer, LoRALayer) and isinstance(layer.original_layer, nn.Conv2d)
-    return conv or isinstance(layer, LoRAConv2d | LoRAEmbedding)
+    return isinstance(layer._weight_owner(), nn.Conv2d | nn.Embedding)
 
 
 def _kinds(layers: Iterable[LoRAModule]) -> str:

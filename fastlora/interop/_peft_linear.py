@@ -7,6 +7,7 @@ from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.layer import LoraLayer as PeftLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastlora.functional import dora_linear, dora_weight_norm, lora_linear
 
@@ -18,7 +19,7 @@ class FusedLinear(Linear):
 
     An instance of PEFT's class whose class was changed: parameters, adapters, state dict and every method but
     :meth:`forward` are PEFT's. A call that the fused op doesn't serve (adapters merged or switched off,
-    ``adapter_names``, hooks on the layers inside, several adapters or DoRA with dropout) is PEFT's as well.
+    ``adapter_names``, hooks on the layers inside, DoRA beside another adapter) is PEFT's as well.
     """
 
     # PEFT's own attributes, for the type checker
@@ -47,12 +48,8 @@ class FusedLinear(Linear):
             return False
         if x.dtype != self.base_layer.weight.dtype and not torch.is_autocast_enabled(x.device.type):
             return False
-        varied = [name in self.lora_variant for name in names]
         # an adapter that was added later may be of any variant
-        if _exotic(self) or (any(varied) and len(names) > 1):
-            return False
-        # masks of their own for every adapter; DoRA drops the frozen product's input as well
-        return not (any(varied) or len(names) > 1) or all(self._dropout(name) == 0 for name in names)
+        return not _exotic(self) and (len(names) == 1 or not any(name in self.lora_variant for name in names))
 
     def _dropout(self, name: str) -> float:
         dropout = self.lora_dropout[name]
@@ -60,13 +57,16 @@ class FusedLinear(Linear):
 
     def _lora(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
         base, first = self.base_layer, names[0]
+        # a mask of its own for every adapter
+        apart = [name for name in names[1:] if any(map(self._dropout, names))]
+        together = [name for name in names if name not in apart]
         lora_A, lora_B = self.lora_A[first].weight, self.lora_B[first].weight
-        if len(names) > 1:
+        if len(together) > 1:
             # one update of the sum of the ranks
-            lora_A = torch.cat([self.lora_A[name].weight for name in names])
-            relative = [self.scaling[name] / self.scaling[first] for name in names]
+            lora_A = torch.cat([self.lora_A[name].weight for name in together])
+            relative = [self.scaling[name] / self.scaling[first] for name in together]
             lora_B = torch.cat(
-                [self.lora_B[name].weight * r for name, r in zip(names, relative, strict=True)], dim=1
+                [self.lora_B[name].weight * r for name, r in zip(together, relative, strict=True)], dim=1
             )
         y = lora_linear(
             x,
@@ -77,7 +77,10 @@ class FusedLinear(Linear):
             scaling=self.scaling[first],
             dropout=self._dropout(first),
         )
-        for name in names:
+        for name in apart:
+            update = self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x)))
+            y = (y + self.scaling[name] * update).to(y.dtype)
+        for name in together:
             bias = self.lora_B[name].bias
             if bias is not None:
                 # added in its own dtype, so that its gradient is summed in it
@@ -85,21 +88,28 @@ class FusedLinear(Linear):
         return y
 
     def _dora(self, x: Tensor, name: str) -> Tensor:
-        """m / ‖W + s·B·A‖ ⊙ (W·x + s·B·A·x) + bias (Liu et al. 2024, https://arxiv.org/abs/2402.09353)."""
+        """m / ‖W + s·B·A‖ ⊙ (W·x + s·B·A·x) + bias (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
+
+        With dropout the published code and PEFT let W see the dropped x in the first product and the whole x
+        beside it: W·x + (m / ‖…‖ - 1) ⊙ W·dropped.
+        """
         base, scaling = self.base_layer, self.scaling[name]
+        dropped = self.lora_dropout[name](x) if self._dropout(name) else x
         lora_A, lora_B = self.lora_A[name], self.lora_B[name]
         magnitude = self.lora_magnitude_vector[name].weight
         norm = dora_weight_norm(base.weight, lora_A.weight, lora_B.weight, scaling)
         y = dora_linear(
-            x,
+            dropped,
             base.weight,
-            base.bias,
+            None if dropped is not x else base.bias,
             lora_A.weight,
             lora_B.weight,
             magnitude,
             scaling=scaling,
             weight_norm=norm,
         )
+        if dropped is not x:
+            y = y + F.linear(x - dropped, base.weight, base.bias)
         if lora_B.bias is not None:
             y = (y + scaling * lora_B.bias * (magnitude / norm)).to(y.dtype)
         return y

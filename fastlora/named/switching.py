@@ -65,7 +65,7 @@ def add_adapter(
 
     def settings(layer: LoRAModule) -> LoRASettings:
         active = shelf.settings_of(layer, shelf.active_name(layer))
-        own = {k: v for k, v in changes.items() if k != "dropout" or not isinstance(layer, nn.Embedding)}
+        own = {k: v for k, v in changes.items() if k != "dropout" or not layer._is_embedding}
         return replace(active, **own)
 
     put_in(model, adapter_name, settings)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from fastlora.nn.base import LoRAModule
@@ -41,7 +41,7 @@ def _updated_rows(layer: "LoRAModule", weight: Tensor) -> Iterator[tuple[slice, 
 def _dora_factor(layer: "LoRAModule", weight: Tensor) -> Tensor:
     """Magnitude over norm ``[rows, 1]``; for an embedding, whose outputs are columns, ``[1, columns]``."""
     magnitude = layer.lora_magnitude_vector.view(-1)
-    if isinstance(layer, nn.Embedding):
+    if layer._is_embedding:
         squares = torch.stack([new.square().sum(dim=0) for _, new in _updated_rows(layer, weight)]).sum(dim=0)
         return (magnitude.to(squares.dtype) / squares.sqrt())[None]
     norm = torch.cat([new.norm(dim=1) for _, new in _updated_rows(layer, weight)])

@@ -162,9 +162,24 @@ class LoRAModule(TunerModule):
 
     def _reset_own(self) -> None:
         take_start(self)
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
+        lora_A, lora_B = self._pair()
+        if self._is_embedding:
+            nn.init.zeros_(lora_A)
+            nn.init.normal_(lora_B)
+        else:
+            nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+            nn.init.zeros_(lora_B)
         self._reset_magnitude()
+
+    def _pair(self) -> tuple[Tensor, Tensor]:
+        """A and B, whatever they are called here."""
+        # not get_parameter: torch.func puts plain tensors in their place
+        lora_A, lora_B = (getattr(self, name) for name in self.adapter_params()[:2])
+        return lora_A, lora_B
+
+    @property
+    def _is_embedding(self) -> bool:
+        return isinstance(self._weight_owner(), nn.Embedding)
 
     def _project(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor
@@ -208,6 +223,9 @@ class LoRAModule(TunerModule):
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """Two matrices whose product is the update of the weight, seen as ``[rows, everything else]``."""
+        if self._is_embedding:
+            lora_A, lora_B = self._pair()
+            return lora_A.T, lora_B.T
         lora_A, lora_B = factors(self)
         return lora_B.flatten(1), lora_A.flatten(1)
 
@@ -217,14 +235,11 @@ class LoRAModule(TunerModule):
         return self.lora_magnitude_vector.view(-1).to(norm.dtype) / norm
 
     def _weight_norm(self) -> Tensor:
-        weight, lora_A, lora_B = self._matrices()
-        name_A, name_B = self.adapter_params()[:2]
-        sources = (self._weight(), self.get_parameter(name_A), self.get_parameter(name_B))
-        return self._norms.norm(sources, (weight, lora_A, lora_B), self.scaling, training=self.training)
-
-    def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Weight, A and B as matrices with a row of the first and the last for every output feature."""
-        return self._weight().flatten(1), self.lora_A.flatten(1), self.lora_B.flatten(1)
+        sources = (self._weight(), *self._pair())
+        weight, lora_A, lora_B = (tensor.flatten(1) for tensor in sources)
+        # a row for every output feature
+        rows = (weight.T if self._is_embedding else weight, lora_A, lora_B)
+        return self._norms.norm(sources, rows, self.scaling, training=self.training)
 
     @torch.no_grad()
     def _reset_magnitude(self) -> None:

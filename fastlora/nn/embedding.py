@@ -126,19 +126,7 @@ class LoRAEmbedding(LoRAModule, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Indices ``[...]`` to ``[..., embedding_dim]``."""
-        out = super().forward(input)
-        if self.merged:
-            return out
-        rows = F.embedding(
-            input,
-            self.lora_embedding_A.T,
-            self.padding_idx,
-            scale_grad_by_freq=self.scale_grad_by_freq,
-        )
-        update = F.linear(rows, self.lora_embedding_B)
-        # only the rows that were looked up are computed, so A and B need not be rounded to the weight's dtype
-        updated = torch.add(out, update, alpha=self.scaling)
-        return (updated * self._output_factor() if self.dora else updated).to(out.dtype)
+        return embed(self, self, input)
 
     def reset_lora_parameters(self) -> None:
         """Start a fresh update: A zero, B from a standard normal distribution; a merged layer is unmerged.
@@ -162,16 +150,25 @@ class LoRAEmbedding(LoRAModule, nn.Embedding):
         """What ``print`` shows between the brackets."""
         return f"{super().extra_repr()}, {describe(self)}"
 
-    def _reset_own(self) -> None:
-        nn.init.zeros_(self.lora_embedding_A)
-        nn.init.normal_(self.lora_embedding_B)
-        self._reset_magnitude()
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        return self.lora_embedding_A.T, self.lora_embedding_B.T
+def embed(layer: LoRAModule, embedding: nn.Embedding, indices: Tensor) -> Tensor:
+    """The rows of ``embedding`` with the update of ``layer``, which is it or stands around it.
 
-    def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.weight.T, self.lora_embedding_A, self.lora_embedding_B
+    Args:
+        layer: Holds the update.
+        embedding: Holds the weight.
+        indices: ``[...]``.
+    """
+    out = nn.Embedding.forward(embedding, indices)
+    if layer.merged:
+        return out
+    lora_A, lora_B = layer._pair()
+    rows = F.embedding(
+        indices, lora_A.T, embedding.padding_idx, scale_grad_by_freq=embedding.scale_grad_by_freq
+    )
+    # only the rows that were looked up are computed, so A and B need not be rounded to the weight's dtype
+    updated = torch.add(out, F.linear(rows, lora_B), alpha=layer.scaling)
+    return (updated * layer._output_factor() if layer.dora else updated).to(out.dtype)
 
 
 def _share_embedding(target: Embedding, source: nn.Embedding) -> Embedding:

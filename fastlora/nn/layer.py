@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.nn._layout import check_fit
-from fastlora.nn._settings import LoRASettings, check_conv, check_linear
+from fastlora.nn._settings import LoRASettings, check_conv, check_embedding, check_linear
 from fastlora.nn.base import LoRAModule
 from fastlora.nn.conv import check_groups, convolve
+from fastlora.nn.embedding import embed
 from fastlora.nn.linear import describe
 from fastlora.nn.start import factors
 
@@ -16,21 +17,22 @@ from fastlora.nn.start import factors
 class LoRALayer(LoRAModule):
     """A layer kept whole as ``original_layer``, with a trainable low-rank update beside it.
 
-    Computes what :class:`LoRALinear` or :class:`LoRAConv2d` does. Choose it where the original module must
-    stay an object of its own; ``remove_adapters`` gives exactly it back.
+    Computes what :class:`LoRALinear`, :class:`LoRAConv2d` or :class:`LoRAEmbedding` does. Choose it where the
+    original module must stay an object of its own; ``remove_adapters`` gives exactly it back.
 
     Args:
-        original_layer: An ``nn.Linear`` or ``nn.Conv2d``; it is frozen, and its weight and bias stay in it.
+        original_layer: An ``nn.Linear``, ``nn.Conv2d`` or ``nn.Embedding``; it is frozen, and its weight and
+            bias stay in it.
         rank: Inner size of the update, at least 1.
         alpha: Strength of the update.
-        dropout: Probability in [0, 1) of zeroing an element of the update's input while training.
+        dropout: Probability in [0, 1) of zeroing an element of the update's input while training; an
+            embedding's has none.
         rslora: Scale by alpha/√rank instead of alpha/rank.
         dora: Keep a trained norm for every output feature (https://arxiv.org/abs/2402.09353).
         adapter_dtype: Dtype of A and B; None means float32 for a 16-bit weight, else the weight's dtype.
 
     Raises:
-        TypeError: ``original_layer`` is neither a plain ``nn.Linear`` nor a plain ``nn.Conv2d``, or a setting
-            has the wrong type.
+        TypeError: ``original_layer`` is no plain layer of these, or a setting has the wrong type.
         ValueError: A setting is out of range, a convolution's groups don't divide ``rank``, or the weight is
             on the meta device.
 
@@ -40,11 +42,11 @@ class LoRALayer(LoRAModule):
         torch.Size([3, 4])
     """
 
-    original_layer: nn.Linear | nn.Conv2d
+    original_layer: nn.Linear | nn.Conv2d | nn.Embedding
 
     def __init__(
         self,
-        original_layer: nn.Linear | nn.Conv2d,
+        original_layer: nn.Linear | nn.Conv2d | nn.Embedding,
         rank: int = 16,
         alpha: float = 32,
         dropout: float = 0.0,
@@ -58,6 +60,10 @@ class LoRALayer(LoRAModule):
         if isinstance(original_layer, nn.Conv2d):
             check_conv(original_layer)
             check_fit(original_layer, settings.rank, dora=settings.dora)
+        elif isinstance(original_layer, nn.Embedding):
+            check_embedding(original_layer)
+            if settings.dropout:
+                raise ValueError(f"expected no dropout for an nn.Embedding, got {dropout}; leave it out")
         else:
             check_linear(original_layer)
         super().__init__()
@@ -75,6 +81,8 @@ class LoRALayer(LoRAModule):
         layer = self.original_layer
         if isinstance(layer, nn.Conv2d):
             return convolve(self, layer, input)
+        if isinstance(layer, nn.Embedding):
+            return embed(self, layer, input)
         return self._project(input, layer.weight, layer.bias, *factors(self))
 
     def check_mergeable(self) -> None:
@@ -87,7 +95,7 @@ class LoRALayer(LoRAModule):
         if isinstance(self.original_layer, nn.Conv2d):
             check_groups(self.original_layer)
 
-    def to_base(self) -> nn.Linear | nn.Conv2d:
+    def to_base(self) -> nn.Linear | nn.Conv2d | nn.Embedding:
         """The original layer itself, with the update folded in if merged."""
         return self.original_layer
 
