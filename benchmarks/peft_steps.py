@@ -29,6 +29,8 @@ from fastlora.transfer.report import write_file, write_report
 
 RANK, ALPHA, BATCH, TOKENS, PIXELS = 16, 32.0, 16, 128, 112
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# asked once: imported, the package has no spec any more
+HAS_ADAPTERHUB = importlib.util.find_spec("adapters") is not None
 CANDIDATES = ("peft", "fastlora", "peft_compiled", "fastlora_compiled", "adapterhub")
 
 
@@ -103,7 +105,7 @@ def steps(
     own = _with_lora(case.model, dtype, variant)
     fused = fastlora.accelerate(copy.deepcopy(own))
     made |= {"peft": _step(own, batch), "fastlora": _step(fused, batch)}
-    if case.in_adapterhub and not variant.dora and importlib.util.find_spec("adapters"):
+    if case.in_adapterhub and not variant.dora and HAS_ADAPTERHUB:
         made["adapterhub"] = _step(_with_adapterhub(case.model, dtype, variant), batch)
     if compiled and not variant.dora:
         for name, model in (("peft", own), ("fastlora", fused)):
