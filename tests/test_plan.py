@@ -1,5 +1,7 @@
 """The launch plan: deterministic, fits every target, never an error on an unknown GPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from fastlora_kernels.plan import Shape
 
 LARGE = Shape(m=8192, n=4096, k=4096, r=16)
 SHAPES = [LARGE, Shape(m=1, n=1, k=1, r=1), Shape(m=100, n=768, k=3072, r=256), Shape(m=0, n=0, k=0, r=1)]
-UNKNOWN = targets.Target("sm_999", multiprocessors=7, shared_bytes=49_152, tiles="default")
+UNKNOWN = targets.replace(targets.DEFAULT, name="sm_999", multiprocessors=7, shared_bytes=49_152)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,7 @@ def test_path(shape: Shape, dtype: torch.dtype, path: str) -> None:
 
 
 def test_shared_memory_limits_the_pipeline() -> None:
-    little = targets.Target("sm_998", multiprocessors=132, shared_bytes=101_376, tiles="sm_90")
+    little = replace(targets.TARGETS["sm_90"], name="sm_998", shared_bytes=101_376)
     plan = plans.choose("lora_forward", LARGE, torch.bfloat16, little)
     assert plan.tile.stages == 2
 
@@ -72,6 +74,7 @@ def test_interpreter_and_cpu_get_the_default() -> None:
 def test_detect(capability: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Properties:
         major, minor = capability
+        name = "a card"
         multi_processor_count = 17
         shared_memory_per_block_optin = 99_000
 
