@@ -46,6 +46,8 @@ def _lora_down_kernel(
     offs_r = block_range(tl.program_id(2), BLOCK_R)
     k_end = min(K, (split + 1) * k_per_split)
     words_per_row = tl.cdiv(K, _WORD_BITS)
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
 
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     for k in range(split * k_per_split, k_end, BLOCK_K):
@@ -53,7 +55,7 @@ def _lora_down_kernel(
         x_tile = load_tile(x_ptr, offs_m, offs_k, stride_xm, M, K)
         if HAS_DROPOUT:
             words = k // _WORD_BITS + tl.arange(0, BLOCK_K // _WORD_BITS)
-            packed = draw_keep_words(tl.load(seed_ptr), offs_m, words, words_per_row, drop_threshold)
+            packed = draw_keep_words(seed, offs_m, words, words_per_row, drop_threshold)
             if tl.program_id(2) == 0:
                 store_tile(mask_ptr, packed, offs_m, words, words_per_row, M, words_per_row)
             x_tile = tl.where(unpack_keep(packed, BLOCK_M, BLOCK_K), x_tile, 0.0)

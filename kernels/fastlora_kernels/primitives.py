@@ -62,20 +62,45 @@ def load_vector(ptr, indices, length):
 
 
 @triton.jit
+def random_words(seed, counter):
+    """Four blocks of uniform uint32 from an int64 counter, the same as ``tl.randint4x`` draws.
+
+    Both halves of a product come from one wide multiplication here; Triton's own multiplies twice.
+    """
+    c0, c1 = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+    c2, c3 = c0 * 0, c0 * 0
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(_PHILOX_ROUNDS):
+        product_0, product_2 = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c1 = (product_2 >> 32).to(tl.uint32) ^ c1 ^ k0, product_2.to(tl.uint32)
+        c2, c3 = (product_0 >> 32).to(tl.uint32) ^ c3 ^ k1, product_0.to(tl.uint32)
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
 def draw_keep_words(seed, rows, words, words_per_row, drop_threshold):
     """Packed keep bits, int32 ``[rows, words]``: bit b of word w keeps element 32·w + b of its row.
 
-    An element is kept when its 16-bit uniform is at least ``drop_threshold``; one Philox call yields eight.
+    An element is kept when its 16-bit uniform is at least ``drop_threshold``. The 32 uniforms of a word are
+    drawn and compared a binary digit at a time, from the lowest: where the digits differ the greater one
+    decides, where they are equal the lower digits' answer stays. That is the majority of three bits, one
+    instruction for 32 elements.
     """
     first_call = (rows.to(tl.int64)[:, None] * words_per_row + words[None, :]) * 4
-    packed = (first_call * 0).to(tl.int32)
+    # a scalar of 1 arrives as a constant, which has no type of its own
+    threshold = tl.to_tensor(drop_threshold)
+    keep = (first_call * 0 - 1).to(tl.uint32)
     for call in tl.static_range(4):
-        uniforms = tl.randint4x(seed, first_call + call, _PHILOX_ROUNDS)
+        digits = random_words(seed, first_call + call)
         for i in tl.static_range(4):
-            low = (uniforms[i] & 0xFFFF).to(tl.int32) >= drop_threshold
-            high = (uniforms[i] >> 16).to(tl.int32) >= drop_threshold
-            packed |= (low.to(tl.int32) << (call * 8 + i * 2)) | (high.to(tl.int32) << (call * 8 + i * 2 + 1))
-    return packed
+            # all ones where the threshold's digit is 0
+            not_digit = (((threshold >> (call * 4 + i)) & 1) - 1).to(tl.uint32, bitcast=True)
+            keep = (digits[i] & keep) | (not_digit & (digits[i] | keep))
+    # the sum over an axis of one changes nothing, but without it the compiler draws every word again in each
+    # thread that unpacks a part of it, instead of passing 4 bytes on
+    return tl.sum(keep.to(tl.int32, bitcast=True)[None, :, :], axis=0)
 
 
 @triton.jit
