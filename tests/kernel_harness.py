@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tests.lora_yardstick import FACTOR
+from tests.lora_yardstick import FACTOR, unpack_mask
 
 CANARY = 12345.0
 
@@ -21,7 +21,8 @@ class Harness:
         """The values in NaN margins; with a row stride, NaN between the rows too."""
         rows, cols = values.shape
         stride = row_stride or cols
-        buffer = torch.full(((rows + 2) * stride + 64,), float("nan"), dtype=values.dtype, device=self.device)
+        margin = float("nan") if values.dtype.is_floating_point else CANARY
+        buffer = torch.full(((rows + 2) * stride + 64,), margin, device=self.device).to(values.dtype)
         view = buffer.as_strided((rows, cols), (stride, 1), 32)
         view.copy_(values)
         return view
@@ -42,6 +43,12 @@ class Harness:
             inside.fill_(float("nan"))
         self.canaries.append((buffer[:64], buffer[64 + size :]))
         return inside.view(shape)
+
+    def mask(self, rows: int, cols: int) -> tuple[Tensor, Tensor]:
+        """A random packed mask, and the same as bools."""
+        words = torch.randint(-(2**31), 2**31, (rows, -(-cols // 32)), dtype=torch.int64)
+        packed = self.input(words.to(torch.int32))
+        return packed, unpack_mask(packed, cols)
 
     def assert_margins_untouched(self) -> None:
         for margins in self.canaries:
