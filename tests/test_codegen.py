@@ -36,16 +36,18 @@ def test_shared_memory_fits(rows: list[Row]) -> None:
 def test_sixteen_bit_products_use_the_matrix_units(rows: list[Row]) -> None:
     sixteen_bit = [row for row in rows if row.dtype != "fp32" and row.kernel not in _NO_UNITS]
     without = [row for row in sixteen_bit if not row.matrix_instructions]
-    # tiles for unaligned rows are too small for a whole warp group
-    aligned = [row for row in sixteen_bit if row.aligned]
+    # tiles for unaligned rows are too small for a whole warp group, and so is a rank, which comes first in dA
+    # where a masked x would serialise the warp group's instruction
+    aligned = [
+        row for row in sixteen_bit if row.aligned and (row.kernel, row.dropout) != ("lora_grad_a", True)
+    ]
     wrong = [row for row in aligned if MATRIX_INSTRUCTION[row.target] not in row.matrix_instructions]
     assert (without, wrong) == ([], [])
 
 
 def test_the_large_products_keep_their_pipeline(rows: list[Row]) -> None:
-    """Only dA with dropout at ranks above 16, bound by its read of x, has its wgmma serialised."""
-    serialized = {(row.kernel, row.dropout) for row in rows if row.serialized}
-    assert serialized <= {("lora_grad_a", True)}
+    """None has its wgmma serialised, which waits for each product before the next."""
+    assert [row for row in rows if row.serialized] == []
 
 
 def test_every_kernel_is_there_for_every_target(rows: list[Row]) -> None:

@@ -12,7 +12,8 @@ from fastlora_kernels.dora import dora_grad_product, dora_weight_norm
 from fastlora_kernels.lora_backward import lora_grad_a, lora_grad_s_b, lora_grad_x
 from fastlora_kernels.lora_down import lora_down
 from fastlora_kernels.lora_forward import lora_forward
-from fastlora_kernels.partials import sum_partials
+from fastlora_kernels.lora_grad_x_a import lora_grad_x_a
+from fastlora_kernels.partials import sum_partials, sum_two_partials
 from fastlora_kernels.plan import Kernel, Plan, Shape
 from tests.kernel_harness import Harness, assert_exact
 from tests.lora_yardstick import unpack_mask
@@ -150,6 +151,22 @@ def test_lora_grad_a(harness: Harness, shape: Shape, dropout: bool, splits: int)
     assert_exact(da.sum(0), lambda x, ds: ds.t() @ (x * (keep if dropout else 1)), x, ds)
 
 
+@pytest.mark.parametrize("dropout", [True, False], ids=["dropout", "no-dropout"])
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_lora_grad_x_a(harness: Harness, shape: Shape, dropout: bool) -> None:
+    dy, weight = harness.random(shape.m, shape.n, padded=True), harness.random(shape.n, shape.k, padded=True)
+    x, ds = harness.random(shape.m, shape.k, padded=True), harness.random(shape.m, shape.r)
+    a = harness.random(shape.r, shape.k)
+    mask, keep = _random_mask(harness, shape)
+    keep = keep if dropout else torch.ones_like(keep)
+    dx = harness.output(shape.m, shape.k)
+    da = harness.output(2, shape.r, shape.k, dtype=torch.float32)
+    plan = choose("lora_grad_x_a", shape, harness.dtype, splits=2)
+    lora_grad_x_a(dy, weight, ds, a, mask if dropout else None, x, dx, da, plan=plan)
+    assert_exact(dx, lambda dy, w, ds, a: dy @ w + (ds @ a) * keep, dy, weight, ds, a)
+    assert_exact(da.sum(0), lambda x, ds: ds.t() @ (x * keep), x, ds)
+
+
 @pytest.mark.parametrize("size", [1, 1023, 1024, 1025])
 @pytest.mark.parametrize("parts", [0, 1, 5])
 def test_sum_partials(harness: Harness, parts: int, size: int) -> None:
@@ -162,6 +179,19 @@ def test_sum_partials(harness: Harness, parts: int, size: int) -> None:
     assert torch.equal(out, in_order.to(harness.dtype))
 
 
+@pytest.mark.parametrize("sizes", [(0, 0), (0, 5), (1, 1025), (1024, 1)], ids=str)
+def test_sum_two_partials(harness: Harness, sizes: tuple[int, int]) -> None:
+    """Each as if it were alone, in its own dtype."""
+    pairs, alone = [], []
+    for parts, size, dtype in zip((3, 2), sizes, (harness.dtype, torch.float32), strict=True):
+        partial = harness.random(parts, size, dtype=torch.float32)
+        pairs.append((partial, harness.output(size, dtype=dtype)))
+        alone.append(harness.output(size, dtype=dtype))
+        sum_partials(partial, alone[-1])
+    sum_two_partials(*pairs)
+    assert all(torch.equal(out, expected) for (_, out), expected in zip(pairs, alone, strict=True))
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_pinned_tiles_compute_the_same(target: str, kernel_device: torch.device) -> None:
     """The large tiles that GPUs get, with ranks in chunks and a ragged edge on every axis."""
@@ -171,13 +201,16 @@ def test_pinned_tiles_compute_the_same(target: str, kernel_device: torch.device)
     s, b = harness.random(shape.m, shape.r), harness.random(shape.n, shape.r)
     dy, ds, a = harness.random(shape.m, shape.n), s, harness.random(shape.r, shape.k)
     mask, keep = _random_mask(harness, shape)
-    for tile in plans.tiles("lora_forward", shape.r, harness.dtype, targets.TARGETS[target]):
+    tiles = plans.tiles("lora_forward", shape.r, harness.dtype, targets.TARGETS[target])
+    for tile in (tile for tile in tiles if not tile.persistent):
         y = harness.output(shape.m, shape.n)
         lora_forward(x, weight, None, s, b, y, plan=Plan("split", tile))
         assert_exact(y, lambda x, w, s, b: x @ w.t() + s @ b.t(), x, weight, s, b)
         dx = harness.output(shape.m, shape.k)
-        lora_grad_x(dy, weight, ds, a, mask, dx, plan=Plan("split", tile))
+        da = harness.output(2, shape.r, shape.k, dtype=torch.float32)
+        lora_grad_x_a(dy, weight, ds, a, mask, x, dx, da, plan=Plan("split", tile, splits=2))
         assert_exact(dx, lambda dy, w, ds, a: dy @ w + (ds @ a) * keep, dy, weight, ds, a)
+        assert_exact(da.sum(0), lambda x, ds: ds.t() @ (x * keep), x, ds)
     harness.assert_margins_untouched()
 
 

@@ -110,6 +110,7 @@ def test_strides(backend: str, device: torch.device, layout: str) -> None:
         "expanded": torch.randn(1, 1, 41, device=device).expand(3, 4, 41),
     }[layout]
     case.weight = torch.randn(41, 37, device=device).t()
+    case.lora_a, case.lora_b = torch.randn(41, 5, device=device).t(), torch.randn(5, 37, device=device).t()
     case.dy = torch.randn(37, 4, 3, device=device).permute(2, 1, 0)
     assert_as_exact_as_eager(run(case), case)
 

@@ -95,7 +95,7 @@ def lora_grad_s_b(
 
 
 @triton.jit
-def _add_low_rank(acc, ds_ptr, lora_a_ptr, offs_m, offs_k, M, K, R, BLOCK_R: tl.constexpr):
+def add_low_rank(acc, ds_ptr, lora_a_ptr, offs_m, offs_k, M, K, R, BLOCK_R: tl.constexpr):
     """acc + dS·A, BLOCK_R ranks at a time so that any rank fits."""
     for r in tl.range(0, R, BLOCK_R, num_stages=1):
         offs_r = r + tl.arange(0, BLOCK_R)
@@ -103,6 +103,51 @@ def _add_low_rank(acc, ds_ptr, lora_a_ptr, offs_m, offs_k, M, K, R, BLOCK_R: tl.
         a_tile = load_tile(lora_a_ptr, offs_r, offs_k, K, R, K).to(ds_tile.dtype)
         acc = tl.dot(ds_tile, a_tile, acc, input_precision="ieee")
     return acc
+
+
+@triton.jit
+def masked_low_rank(
+    ds_ptr, lora_a_ptr, mask_ptr, pid_k, offs_m, offs_k, M, K, R,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """mask ⊙ (dS·A) in fp32, what starts the accumulator of dX with dropout."""
+    acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    acc = add_low_rank(acc, ds_ptr, lora_a_ptr, offs_m, offs_k, M, K, R, BLOCK_R)
+    words = block_range(pid_k, BLOCK_K // _WORD_BITS)
+    packed = load_keep_words(mask_ptr, offs_m, words, tl.cdiv(K, _WORD_BITS), M)
+    return tl.where(unpack_keep(packed, BLOCK_M, BLOCK_K), acc, 0.0)
+
+
+@triton.jit
+def grad_x_tile(
+    pid_m, pid_k, dy_ptr, weight_ptr, ds_ptr, lora_a_ptr, mask_ptr, dx_ptr, M, N, K, R, stride_dym, stride_wn,
+    HAS_DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One tile of dX = dY·W + mask ⊙ (dS·A).
+
+    The masked product starts the accumulator: masking after the main loop would keep a second accumulator
+    alive through it.
+    """
+    offs_m = block_range(pid_m, BLOCK_M)
+    offs_k = block_range(pid_k, BLOCK_K)
+
+    if HAS_DROPOUT:
+        acc = masked_low_rank(
+            ds_ptr, lora_a_ptr, mask_ptr, pid_k, offs_m, offs_k, M, K, R, BLOCK_M, BLOCK_K, BLOCK_R
+        )
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+
+    for n in range(0, N, BLOCK_N):
+        offs_n = n + tl.arange(0, BLOCK_N)
+        dy_tile = load_tile(dy_ptr, offs_m, offs_n, stride_dym, M, N)
+        w_tile = load_tile(weight_ptr, offs_n, offs_k, stride_wn, N, K)
+        acc = tl.dot(dy_tile, w_tile, acc, input_precision="ieee")
+
+    if not HAS_DROPOUT:
+        acc = add_low_rank(acc, ds_ptr, lora_a_ptr, offs_m, offs_k, M, K, R, BLOCK_R)
+    store_tile(dx_ptr, acc, offs_m, offs_k, K, M, K)
 
 
 @triton.jit
@@ -128,29 +173,13 @@ def _lora_grad_x_kernel(
 ):
     """dX = dY·W + mask ⊙ (dS·A), accumulated in fp32; dS already carries alpha / (r · (1 - p)).
 
-    Without HAS_DROPOUT mask_ptr is absent. The masked product starts the accumulator: masking after the main
-    loop would keep a second accumulator alive through it.
+    Without HAS_DROPOUT mask_ptr is absent.
     """
     pid_m, pid_k = grouped_tile(M, K, BLOCK_M, BLOCK_K, GROUP)
-    offs_m = block_range(pid_m, BLOCK_M)
-    offs_k = block_range(pid_k, BLOCK_K)
-
-    acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
-    if HAS_DROPOUT:
-        acc = _add_low_rank(acc, ds_ptr, lora_a_ptr, offs_m, offs_k, M, K, R, BLOCK_R)
-        words = block_range(pid_k, BLOCK_K // _WORD_BITS)
-        packed = load_keep_words(mask_ptr, offs_m, words, tl.cdiv(K, _WORD_BITS), M)
-        acc = tl.where(unpack_keep(packed, BLOCK_M, BLOCK_K), acc, 0.0)
-
-    for n in range(0, N, BLOCK_N):
-        offs_n = n + tl.arange(0, BLOCK_N)
-        dy_tile = load_tile(dy_ptr, offs_m, offs_n, stride_dym, M, N)
-        w_tile = load_tile(weight_ptr, offs_n, offs_k, stride_wn, N, K)
-        acc = tl.dot(dy_tile, w_tile, acc, input_precision="ieee")
-
-    if not HAS_DROPOUT:
-        acc = _add_low_rank(acc, ds_ptr, lora_a_ptr, offs_m, offs_k, M, K, R, BLOCK_R)
-    store_tile(dx_ptr, acc, offs_m, offs_k, K, M, K)
+    grad_x_tile(
+        pid_m, pid_k, dy_ptr, weight_ptr, ds_ptr, lora_a_ptr, mask_ptr, dx_ptr, M, N, K, R, stride_dym,
+        stride_wn, HAS_DROPOUT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
+    )  # fmt: skip
 
 
 def lora_grad_x(
@@ -187,6 +216,35 @@ def lora_grad_x(
 
 
 @triton.jit
+def grad_a_tile(
+    pid_k, group, pid_r, x_ptr, ds_ptr, mask_ptr, da_partial_ptr, M, K, R, stride_xm, rows_per_group,
+    HAS_DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One tile of da_partial[group] = dSᵀ·(mask ⊙ x).
+
+    Without dropout computed as its transpose, xᵀ·dS: matrix instructions want the long axis (K, not the rank)
+    first. A masked x comes out of registers, and Hopper would serialise its long-axis instruction on that.
+    """
+    offs_k = block_range(pid_k, BLOCK_K)
+    offs_r = block_range(pid_r, BLOCK_R)
+    da_ptr = da_partial_ptr + group.to(tl.int64) * R * K
+    words = block_range(pid_k, BLOCK_K // _WORD_BITS)
+
+    da = tl.zeros((BLOCK_R, BLOCK_K) if HAS_DROPOUT else (BLOCK_K, BLOCK_R), dtype=tl.float32)
+    for m in range(group * rows_per_group, min(M, (group + 1) * rows_per_group), BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        x_tile = load_tile(x_ptr, offs_m, offs_k, stride_xm, M, K)
+        ds_tile = load_tile(ds_ptr, offs_m, offs_r, R, M, R)
+        if HAS_DROPOUT:
+            packed = load_keep_words(mask_ptr, offs_m, words, tl.cdiv(K, _WORD_BITS), M)
+            x_tile = tl.where(unpack_keep(packed, BLOCK_M, BLOCK_K), x_tile, 0.0)
+            da = tl.dot(tl.trans(ds_tile), x_tile, da, input_precision="ieee")
+        else:
+            da = tl.dot(tl.trans(x_tile), ds_tile, da, input_precision="ieee")
+    store_tile(da_ptr, da if HAS_DROPOUT else tl.trans(da), offs_r, offs_k, K, R, K)
+
+
+@triton.jit
 def _lora_grad_a_kernel(
     x_ptr,  # (M, K)
     ds_ptr,  # (M, R)
@@ -202,26 +260,12 @@ def _lora_grad_a_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """da_partial[row group] = dSᵀ·(mask ⊙ x), accumulated in fp32. Without HAS_DROPOUT mask_ptr is absent.
-
-    Computed as its transpose, xᵀ·dS: matrix instructions want the long axis (K, not the rank) first.
-    """
-    pid_k, group = tl.program_id(0), tl.program_id(1)
-    offs_k = block_range(pid_k, BLOCK_K)
-    offs_r = block_range(tl.program_id(2), BLOCK_R)
-    da_ptr = da_partial_ptr + group.to(tl.int64) * R * K
-    words = block_range(pid_k, BLOCK_K // _WORD_BITS)
-
-    da = tl.zeros((BLOCK_K, BLOCK_R), dtype=tl.float32)
-    for m in range(group * rows_per_group, min(M, (group + 1) * rows_per_group), BLOCK_M):
-        offs_m = m + tl.arange(0, BLOCK_M)
-        x_tile = load_tile(x_ptr, offs_m, offs_k, stride_xm, M, K)
-        if HAS_DROPOUT:
-            packed = load_keep_words(mask_ptr, offs_m, words, tl.cdiv(K, _WORD_BITS), M)
-            x_tile = tl.where(unpack_keep(packed, BLOCK_M, BLOCK_K), x_tile, 0.0)
-        ds_tile = load_tile(ds_ptr, offs_m, offs_r, R, M, R)
-        da = tl.dot(tl.trans(x_tile), ds_tile, da, input_precision="ieee")
-    store_tile(da_ptr, tl.trans(da), offs_r, offs_k, K, R, K)
+    """da_partial[row group] = dSᵀ·(mask ⊙ x), accumulated in fp32. Without HAS_DROPOUT mask_ptr is absent."""
+    pid_k, group, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    grad_a_tile(
+        pid_k, group, pid_r, x_ptr, ds_ptr, mask_ptr, da_partial_ptr, M, K, R, stride_xm, rows_per_group,
+        HAS_DROPOUT, BLOCK_M, BLOCK_K, BLOCK_R,
+    )  # fmt: skip
 
 
 def lora_grad_a(x: Tensor, ds: Tensor, mask: Tensor | None, da_partial: Tensor, *, plan: Plan) -> None:

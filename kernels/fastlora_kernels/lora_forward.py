@@ -16,6 +16,17 @@ from fastlora_kernels.primitives import (
 
 
 @triton.jit
+def add_low_rank(acc, s_ptr, lora_b_ptr, offs_m, offs_n, M, N, R, BLOCK_R: tl.constexpr):
+    """acc + S·Bᵀ, BLOCK_R ranks at a time so that any rank fits."""
+    for r in tl.range(0, R, BLOCK_R, num_stages=1):
+        offs_r = r + tl.arange(0, BLOCK_R)
+        s_tile = load_tile(s_ptr, offs_m, offs_r, R, M, R)
+        b_tile = load_tile(lora_b_ptr, offs_n, offs_r, R, N, R).to(s_tile.dtype)
+        acc = tl.dot(s_tile, tl.trans(b_tile), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
 def _lora_forward_kernel(
     x_ptr,  # (M, K)
     weight_ptr,  # (N, K)
@@ -58,11 +69,7 @@ def _lora_forward_kernel(
         w_tile = load_tile(weight_ptr, offs_n, offs_k, stride_wn, N, K)
         acc = tl.dot(x_tile, tl.trans(w_tile), acc, input_precision="ieee")
 
-    for r in tl.range(0, R, BLOCK_R, num_stages=1):
-        offs_r = r + tl.arange(0, BLOCK_R)
-        s_tile = load_tile(s_ptr, offs_m, offs_r, R, M, R)
-        b_tile = load_tile(lora_b_ptr, offs_n, offs_r, R, N, R).to(s_tile.dtype)
-        acc = tl.dot(s_tile, tl.trans(b_tile), acc, input_precision="ieee")
+    acc = add_low_rank(acc, s_ptr, lora_b_ptr, offs_m, offs_n, M, N, R, BLOCK_R)
 
     if KEEP_PRODUCT:
         store_tile(product_ptr, acc, offs_m, offs_n, N, M, N)

@@ -17,6 +17,13 @@ def _sum_block(partial_ptr, offs, P, SIZE, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _sum_and_store(partial_ptr, out_ptr, block, P, SIZE, BLOCK: tl.constexpr):
+    offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    acc = _sum_block(partial_ptr, offs, P, SIZE, BLOCK)
+    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < SIZE)
+
+
+@triton.jit
 def _sum_partials_kernel(
     partial_ptr,  # (P, SIZE)
     out_ptr,  # (SIZE,)
@@ -25,9 +32,7 @@ def _sum_partials_kernel(
     BLOCK: tl.constexpr,
 ):
     """out = Σ_p partial[p], accumulated in fp32 in the order of p, rounded once to out's dtype."""
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    acc = _sum_block(partial_ptr, offs, P, SIZE, BLOCK)
-    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < SIZE)
+    _sum_and_store(partial_ptr, out_ptr, tl.program_id(0), P, SIZE, BLOCK)
 
 
 def sum_partials(partial: Tensor, out: Tensor) -> None:
@@ -39,6 +44,47 @@ def sum_partials(partial: Tensor, out: Tensor) -> None:
         out_ptr=out,
         P=partial.shape[0],
         SIZE=out.numel(),
+        BLOCK=_BLOCK,
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _sum_two_partials_kernel(
+    partial_0_ptr,  # (P_0, SIZE_0)
+    partial_1_ptr,  # (P_1, SIZE_1)
+    out_0_ptr,  # (SIZE_0,)
+    out_1_ptr,  # (SIZE_1,)
+    P_0,
+    P_1,
+    SIZE_0,
+    SIZE_1,
+    BLOCK: tl.constexpr,
+):
+    """out_i = Σ_p partial_i[p] for two reductions of their own lengths, each as in _sum_partials_kernel."""
+    pid = tl.program_id(0)
+    blocks_0 = tl.cdiv(SIZE_0, BLOCK)
+    if pid < blocks_0:
+        _sum_and_store(partial_0_ptr, out_0_ptr, pid, P_0, SIZE_0, BLOCK)
+    else:
+        _sum_and_store(partial_1_ptr, out_1_ptr, pid - blocks_0, P_1, SIZE_1, BLOCK)
+
+
+def sum_two_partials(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> None:
+    """:func:`sum_partials` of two pairs ``(partial, out)`` in one launch."""
+    (partial_0, out_0), (partial_1, out_1) = first, second
+    blocks = triton.cdiv(out_0.numel(), _BLOCK) + triton.cdiv(out_1.numel(), _BLOCK)
+    if blocks == 0:
+        return
+    _sum_two_partials_kernel[(blocks,)](
+        partial_0_ptr=partial_0,
+        partial_1_ptr=partial_1,
+        out_0_ptr=out_0,
+        out_1_ptr=out_1,
+        P_0=partial_0.shape[0],
+        P_1=partial_1.shape[0],
+        SIZE_0=out_0.numel(),
+        SIZE_1=out_1.numel(),
         BLOCK=_BLOCK,
         num_warps=4,
     )
