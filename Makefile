@@ -2,8 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
+# for instance BENCH_FLAGS='--beside "a browser"' or '-k ViT'
+BENCH_FLAGS :=
+SUITE = $(RUN) pytest benchmarks --results benchmarks/results $(BENCH_FLAGS)
 
-.PHONY: demo test lint bench results results-adapt results-digits
+.PHONY: demo test lint bench bench-gpu results results-adapt results-digits
 
 demo: $(VENV)/.installed-demo
 	$(VENV)/bin/fastlora demo
@@ -16,9 +19,16 @@ lint: $(VENV)/.installed-dev
 	$(RUN) ruff check
 	$(RUN) mypy
 
+# both end in benchmarks/results/<device>-<date>.json and a report in the folder of that name,
+# also where a case fails
 bench: $(VENV)/.installed-bench
-	$(VENV)/bin/python benchmarks/cpu_layers.py --output benchmarks/results/cpu.json
-	$(VENV)/bin/python benchmarks/cpu_adapters.py --output benchmarks/results/cpu-adapters.json
+	$(SUITE) -m "not gpu"
+
+bench-gpu: $(VENV)/.installed-dev
+	$(RUN) pytest -m gpu
+	$(VENV)/bin/fastlora tune --shapes benchmarks/shapes.json || \
+		{ echo "fastlora tune failed (its message stands above); nothing was benchmarked" >&2; exit 1; }
+	$(SUITE) -m gpu
 
 results: $(VENV)/.installed-results
 	$(RUN) benchmarks.transfer_results

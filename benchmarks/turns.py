@@ -1,12 +1,12 @@
-"""What the CPU benchmarks share: candidates that take turns, medians, and a note of the machine."""
+"""What all benchmarks share: candidates that take turns, the check before it, and a note of the machine."""
 
 import math
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from importlib.metadata import version
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +17,57 @@ from torch.profiler import ProfilerActivity, profile
 import fastlora
 
 Step = Callable[[], tuple[Tensor, ...]]
+# a step's time in ms
+Clock = Callable[[Step], float]
 
-_WARM_UP_TURNS = 2
+WARM_UP_TURNS = 2
 
 
-def take_turns(steps: dict[str, Step], rounds: int) -> dict[str, dict[str, float]]:
-    """Median and interquartile range in ms of every candidate, all timed in turns.
+def cpu_clock(step: Step) -> float:
+    """Wall time of a step on the CPU, in ms."""
+    start = time.perf_counter()
+    step()
+    return (time.perf_counter() - start) * 1e3
 
-    Whatever else the machine does then falls on all of them alike.
+
+class Turns:
+    """Times candidates in turns, so that whatever else the machine does falls on all of them alike.
+
+    Args:
+        steps: What each candidate does.
+        clock: Measures one step.
     """
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + _WARM_UP_TURNS):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            # the first turns warm caches and allocators
-            if turn >= _WARM_UP_TURNS:
-                times[name].append((time.perf_counter() - start) * 1e3)
-    return {
-        "median_ms": {name: statistics.median(values) for name, values in times.items()},
-        "spread_ms": {name: _interquartile_range(values) for name, values in times.items()},
-    }
+
+    def __init__(self, steps: Mapping[str, Step], clock: Clock = cpu_clock) -> None:
+        """See the class."""
+        self._steps, self._clock = steps, clock
+        self._times: dict[str, list[float]] = {name: [] for name in steps}
+
+    def take(self, *names: str) -> None:
+        """Let these candidates have their turn."""
+        for name in names:
+            self._times[name].append(self._clock(self._steps[name]))
+
+    def result(self) -> dict[str, dict[str, float]]:
+        """Median and interquartile range in ms of every candidate."""
+        # the first turns warm caches and allocators
+        timed = {name: values[WARM_UP_TURNS:] or values for name, values in self._times.items()}
+        return {
+            "median_ms": {name: statistics.median(values) for name, values in timed.items()},
+            "spread_ms": {name: _interquartile_range(values) for name, values in timed.items()},
+        }
+
+
+def take_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, dict[str, float]]:
+    """Median and interquartile range in ms of every candidate, all timed in turns on the CPU."""
+    turns = Turns(steps)
+    for _ in range(rounds + WARM_UP_TURNS):
+        turns.take(*steps)
+    return turns.result()
 
 
 def peak_bytes(step: Step) -> int:
-    """The most that a step's tensors hold at once, beside what was there before it."""
+    """The most that a step's tensors hold at once on the CPU, beside what was there before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
         step()
     assert measured.profiler is not None
@@ -76,26 +102,36 @@ def geometric_mean(values: Iterable[float]) -> float:
 def environment(*packages: str) -> dict[str, Any]:
     """The machine and the versions of torch, fastlora and ``packages``."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{package: version(package) for package in packages},
+        **{package: _version(package) for package in packages},
         "fastlora": fastlora.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def _interquartile_range(values: list[float]) -> float:
-    quartiles = statistics.quantiles(values, n=4)
-    return quartiles[2] - quartiles[0]
-
-
-def _processor() -> str:
+def processor() -> str:
+    """The CPU's name."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
-    return platform.processor()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _interquartile_range(values: list[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    quartiles = statistics.quantiles(values, n=4)
+    return quartiles[2] - quartiles[0]

@@ -6,7 +6,7 @@ imported when the command runs, so that ``fastlora --help`` answers at once.
 
 import typer
 
-from fastlora.cli import adapt, demo, diagnose, export, finetune, kernels, params, predict
+from fastlora.cli import adapt, bench, demo, diagnose, export, finetune, kernels, params, predict
 from fastlora.cli._errors import CommandGroup
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("export")(export.export)
 app.command("diagnose")(diagnose.diagnose)
 app.command("kernels")(kernels.kernels)
 app.command("params")(params.params)
+app.add_typer(bench.app)
 
 
 def main() -> None:

@@ -1,0 +1,20 @@
+"""Bottleneck adapters, forward + backward, against the eager module and the six matrix products alone."""
+
+from typing import Any
+
+import pytest
+
+from benchmarks.candidates import TOLERANCE, adapter_candidates
+from benchmarks.marks import parameters
+from benchmarks.measuring import checked_candidates, memory, time_in_turns
+from benchmarks.results_file import Record
+from benchmarks.shapes import Case, adapter_cases, adapter_flops
+
+
+@pytest.mark.parametrize("case", parameters(adapter_cases()))
+def bench_adapter(case: Case, benchmark: Any, record: Record) -> None:
+    """One row."""
+    made, left_out = checked_candidates(case, adapter_candidates, TOLERANCE[case.dtype])
+    timed = time_in_turns(benchmark, case, made.steps, rounds=9 if case.device == "cpu" else 30)
+    counted = memory(case, made.steps, made.given)
+    record(case, timed | counted, left_out=left_out, flops=adapter_flops(case))

@@ -1,0 +1,149 @@
+"""How a case is measured: checked, then timed in turns inside pytest-benchmark, its memory counted."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.candidates import Candidates
+from benchmarks.shapes import Case
+from benchmarks.turns import WARM_UP_TURNS, Clock, Step, Turns, check_equal, cpu_clock, peak_bytes
+
+OURS = "fastlora"
+# these compute something else: bounds, not candidates
+BOUNDS = ("frozen", "products")
+# a step this long in ms needs fewer rounds
+_LONG = 400.0
+
+
+def checked(
+    steps: dict[str, Step], tolerance: float, *, expected: str = "reference"
+) -> tuple[dict[str, Step], dict[str, str]]:
+    """The candidates that compute what ``expected`` does, and why others are left out.
+
+    Raises:
+        RuntimeError: A candidate computes something else.
+    """
+    right, left_out = steps[expected](), dict[str, str]()
+    for name in [name for name in steps if name not in (*BOUNDS, expected)]:
+        try:
+            got = steps[name]()
+        except Exception as error:
+            # a machine without a C++ compiler, a graph the compiler does not take: the others still count
+            if "compiled" not in name:
+                raise
+            left_out[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            continue
+        check_equal(name, got, right, tolerance)
+    return without(steps, left_out), left_out
+
+
+def checked_candidates(
+    case: Case, make: Callable[[Case], Candidates], tolerance: float
+) -> tuple[Candidates, dict[str, str]]:
+    """A case's candidates, checked without dropout: with it, each draws a mask of its own."""
+    made = make(case.without_dropout())
+    right, left_out = checked(made.steps, tolerance)
+    if case.dropout:
+        made = make(case)
+        right = without(made.steps, left_out)
+    return replace(made, steps=right), left_out
+
+
+def without(steps: Mapping[str, Step], left_out: Iterable[str]) -> dict[str, Step]:
+    """The candidates but for some."""
+    return {name: step for name, step in steps.items() if name not in left_out}
+
+
+def time_in_turns(benchmark: Any, case: Case, steps: Mapping[str, Step], rounds: int) -> dict[str, Any]:
+    """Medians and spreads of all candidates; pytest-benchmark's own statistics are fastlora's.
+
+    Each round's setup times all the other candidates, so that they alternate with it.
+    """
+    clock = cpu_clock if case.device == "cpu" else make_gpu_clock()
+    turns = Turns(steps, clock)
+    others = [name for name in steps if name != OURS]
+    # the fastest of a few is enough to know how long a round takes
+    longest = min(clock(steps[OURS]) for _ in range(2))
+    benchmark.pedantic(
+        turns.take,
+        args=(OURS,),
+        setup=_doing(lambda: turns.take(*others)),
+        rounds=rounds if longest < _LONG else max(5, rounds // 2),
+        warmup_rounds=WARM_UP_TURNS,
+    )
+    return turns.result()
+
+
+def _doing(action: Callable[[], None]) -> Callable[[], None]:
+    """pytest-benchmark takes what its setup returns for arguments."""
+
+    def setup() -> None:
+        action()
+
+    return setup
+
+
+def make_gpu_clock() -> Clock:
+    """A clock of CUDA events around a step whose operands were driven out of the L2 cache before."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    # at least twice the cache; the long write also lets the host run ahead of the GPU
+    size = max(4 * getattr(properties, "L2_cache_size", 0), 256 * 2**20)
+    flush = torch.empty(size, dtype=torch.int8, device="cuda")
+
+    def clock(step: Step) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+    return clock
+
+
+def memory(case: Case, steps: Mapping[str, Step], given: Iterable[Tensor]) -> dict[str, dict[str, int]]:
+    """Bytes that each candidate keeps for backward, and the most its step holds, beside what is there anyway.
+
+    Args:
+        given: Inputs, gradients and weights, which are there before the step.
+    """
+    outside = {tensor.untyped_storage().data_ptr() for tensor in given}
+    names = [name for name in steps if name not in BOUNDS]
+    return {
+        "kept_bytes": {name: kept_bytes(steps[name], outside) for name in names},
+        "peak_bytes": peaks(case, {name: steps[name] for name in names}),
+    }
+
+
+def peaks(case: Case, steps: Mapping[str, Step]) -> dict[str, int]:
+    """The most that each step's tensors hold at once, beside what was there before it, in bytes."""
+    peak = peak_bytes if case.device == "cpu" else _gpu_peak_bytes
+    return {name: peak(step) for name, step in steps.items()}
+
+
+def kept_bytes(step: Step, outside: set[int]) -> int:
+    """Bytes of the storages kept for backward, without those that begin at the addresses ``outside``."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in outside:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(kept.values())
+
+
+def _gpu_peak_bytes(step: Step) -> int:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

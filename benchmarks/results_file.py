@@ -1,0 +1,121 @@
+"""The results file ``<device>-<date>.json``: written after each case, so that what was measured stays."""
+
+import json
+import os
+import re
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from benchmarks.shapes import Case
+from benchmarks.turns import environment, processor
+from fastlora.bench.results import SCHEMA
+from fastlora.transfer.report import write_report
+
+_CLOCKS = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.limit,temperature.gpu"
+
+
+class Record(Protocol):
+    """Takes one case's row."""
+
+    def __call__(self, case: Case, measured: dict[str, dict[str, Any]], **more: Any) -> None:
+        """Times and bytes by candidate, and what else is known of the case."""
+
+
+class ResultsFile:
+    """One run on one device.
+
+    Args:
+        folder: Where the file goes.
+        kind: ``cpu`` or ``gpu``.
+        beside: What else ran on the machine, in words.
+    """
+
+    def __init__(self, folder: Path, kind: str, beside: str) -> None:
+        """See the class."""
+        name = processor() if kind == "cpu" else torch.cuda.get_device_name()
+        self.path = folder / f"{slug(name)}-{time.strftime('%Y-%m-%d')}.json"
+        self._content: dict[str, Any] = {
+            "schema": SCHEMA,
+            "device": {"name": name, "kind": kind},
+            "environment": _environment(kind) | {"beside": beside},
+            # until the last case is through
+            "complete": False,
+            "failed": [],
+            "rows": [],
+        }
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether there is anything to report."""
+        return bool(self._content["rows"])
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep a row."""
+        self._content["rows"].append(row)
+        self._write()
+
+    def add_failure(self, case: str, error: str) -> None:
+        """Keep the word of a case that failed."""
+        self._content["failed"].append({"case": case, "error": error})
+        self._write()
+
+    def finish(self, complete: bool) -> None:
+        """Note whether all cases went through, and a GPU's clocks after them."""
+        self._content["complete"] = complete
+        if self._content["device"]["kind"] == "gpu":
+            self._content["environment"]["clocks_after"] = gpu_clocks()
+        self._write()
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_report(self.path, self._content)
+
+
+def slug(name: str) -> str:
+    """A device's name for a file.
+
+    Example:
+        >>> slug("NVIDIA H100 80GB HBM3")
+        'nvidia-h100-80gb-hbm3'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def gpu_clocks() -> dict[str, str] | str:
+    """Driver, clocks, power limit and temperature as ``nvidia-smi`` tells them, or why they are unknown."""
+    command = ["nvidia-smi", f"--query-gpu={_CLOCKS}", "--format=csv,noheader", "--id=0"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"unknown ({type(error).__name__})"
+    return dict(zip(_CLOCKS.split(","), (value.strip() for value in told.split(",")), strict=False))
+
+
+def _environment(kind: str) -> dict[str, Any]:
+    found = environment("peft", "transformers", "timm", "triton", "pytest-benchmark")
+    found |= {"commit": _commit(), "load_before": round(os.getloadavg()[0], 2)}
+    if kind == "gpu":
+        found |= {"cuda": torch.version.cuda or torch.version.hip, "clocks_before": gpu_clocks()}
+    return found
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        told = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return told.stdout.strip()
+
+
+def as_json_row(case: Case, measured: dict[str, dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """A row of the file; what a suite doesn't measure is empty."""
+    empty: dict[str, Any] = {"median_ms": {}, "spread_ms": {}, "kept_bytes": {}, "peak_bytes": {}}
+    row = case.as_row() | {"flops": None, "least_bytes": None, "left_out": {}} | empty | measured | more
+    # numbers that JSON can't hold fail here and not in a reader's hands
+    json.dumps(row, allow_nan=False)
+    return row

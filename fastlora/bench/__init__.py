@@ -1,0 +1,1 @@
+"""What the benchmarks measured, read and shown: ``fastlora bench report``."""

@@ -1,0 +1,41 @@
+"""``fastlora bench``: what the benchmarks measured, as a page for people."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    name="bench", no_args_is_help=True, help="Show what `make bench` and `make bench-gpu` measured."
+)
+
+
+@app.callback()
+def bench() -> None:
+    """Show what `make bench` and `make bench-gpu` measured."""
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="Results file (JSON) of make bench or make bench-gpu.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write to; without it, beside the file, under its name.")
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="GPU whose roof and predictions are drawn; without it, the measured one, or H100."),
+    ] = None,
+) -> None:
+    """Make one self-contained HTML page, with its figures as PNGs beside it, from a results file.
+
+    Speed-ups over PEFT and the eager formula, overheads over the frozen layer, a roofline, memory, and every
+    case that is lost. What is predicted and not measured says so.
+
+    [bold]Example[/bold]: fastlora bench report benchmarks/results/amd-epyc-2026-11-26.json --gpu H100
+    """
+    # figures are slow to import
+    from fastlora.bench.page import write_report
+
+    page, *pictures = write_report(results, output, gpu)
+    Console().print(f"Wrote {page} and {len(pictures)} figures beside it.", highlight=False, soft_wrap=True)
