@@ -60,7 +60,7 @@ class LibrarySplit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[m, k]`` to ``[m, n]``."""
         dropped = F.dropout(x, self.dropout) if self.dropout else None
-        y: Tensor = _Split.apply(  # type: ignore[no-untyped-call]
+        y: Tensor = _Split.apply(
             x, dropped, self.base.weight, self.base.bias, self.lora_a, self.lora_b, self.scaling
         )
         return y

@@ -1,6 +1,7 @@
 """The report's figures of what was measured: speed-ups, overheads, memory."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -82,7 +83,7 @@ def _speed_up_bars(axes: Axes, rows: Sequence[Row], rival: str) -> None:
         value = row.speed_up(rival)
         if value is None:
             continue
-        looks = (
+        looks: dict[str, Any] = (
             {"color": colour(OURS)}
             if value >= 1
             else {"facecolor": "white", "edgecolor": colour(OURS), "hatch": "////"}

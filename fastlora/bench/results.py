@@ -207,13 +207,13 @@ def _row(row: Any, where: str) -> Row:
     passes = _get(row, "pass", str, where)
     if passes not in _PASSES:
         raise ValueError(f"expected one of {', '.join(_PASSES)} as pass in {where}, got {passes!r}")
-    times = {name: _times(row, name, where) for name in ("median_ms", "spread_ms")}
-    amounts = {name: _get(row, name, dict, where) for name in ("kept_bytes", "peak_bytes")}
     return Row(
         **{name: _get(row, name, str, where) for name in ("suite", "name", "dtype")},
         **{name: _optional(row, name, where) for name in ("m", "k", "n", "threads", "flops", "least_bytes")},
-        **times,
-        **amounts,
+        median_ms=_times(row, "median_ms", where),
+        spread_ms=_times(row, "spread_ms", where),
+        kept_bytes=_get(row, "kept_bytes", dict, where),
+        peak_bytes=_get(row, "peak_bytes", dict, where),
         rank=_get(row, "rank", int, where),
         dropout=float(_get(row, "dropout", (int, float), where)),
         passes=passes,

@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
@@ -35,7 +37,9 @@ def roofline_figure(results: Results, predictions: Predictions) -> Figure:
     _draw_roof(axes, predictions, lowest, highest)
     floor = min([y for _, y in points] + [lowest * target.bandwidth / 1e3])
     axes.set(xscale="log", yscale="log", xlim=(lowest, highest), ylim=(0.6 * floor, 2 * target.tensor_tflops))
-    handles = [_draw_measured(axes, rows, name) for name in _SHOWN if any(name in r.median_ms for r in rows)]
+    handles: list[Artist] = [
+        _draw_measured(axes, rows, name) for name in _SHOWN if any(name in r.median_ms for r in rows)
+    ]
     # dots of many measured layers leave no room for numbers
     handles.append(_draw_predicted(axes, predictions.points, numbered=not rows))
     if not rows:
@@ -96,7 +100,12 @@ def _draw_roof(axes: Axes, predictions: Predictions, lowest: float, highest: flo
 
 def _draw_measured(axes: Axes, rows: Sequence[Row], candidate: str) -> Line2D:
     chosen = [row for row in rows if candidate in row.median_ms]
-    looks = {"color": colour(candidate), "marker": _MARKERS[candidate], "linestyle": "none", "markersize": 6}
+    looks: dict[str, Any] = {
+        "color": colour(candidate),
+        "marker": _MARKERS[candidate],
+        "linestyle": "none",
+        "markersize": 6,
+    }
     axes.plot(
         [row.intensity for row in chosen], [row.tflops(candidate) for row in chosen], alpha=0.8, **looks
     )
@@ -104,7 +113,12 @@ def _draw_measured(axes: Axes, rows: Sequence[Row], candidate: str) -> Line2D:
 
 
 def _draw_predicted(axes: Axes, points: Sequence[Prediction], *, numbered: bool) -> PathCollection:
-    looks = {"facecolor": "white", "edgecolor": colour(OURS), "linestyle": (0, (2, 1.2)), "linewidth": 1.3}
+    looks: dict[str, Any] = {
+        "facecolor": "white",
+        "edgecolor": colour(OURS),
+        "linestyle": (0, (2, 1.2)),
+        "linewidth": 1.3,
+    }
     places = [(point.intensity, point.tflops) for point in points]
     for number, place in enumerate(places):
         axes.scatter(*place, s=75, zorder=3, **looks)
