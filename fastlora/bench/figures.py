@@ -125,7 +125,7 @@ def overhead_figure(results: Results, suite: str) -> Figure | None:
     ceiling = "the six bare products" if suite == "adapters" else "the frozen model"
     ceiling = "the frozen layer" if suite == "layers" else ceiling
     for axes in panels[max(0, len(groups) - columns) : len(groups)]:
-        axes.set_xlabel(f"Time over that of {ceiling} (×, logarithmic); 1 is the ceiling")
+        axes.set_xlabel(f"Time ÷ that of {ceiling} (logarithmic)")
         axes.tick_params(labelbottom=True)
     text = f"{SUITES[suite]}: overhead over {ceiling} (dots: cases, number and bar: geometric mean)"
     figure.suptitle(text, color=INK, fontsize=13)
@@ -182,12 +182,15 @@ def memory_figure(results: Results, suite: str) -> Figure | None:
         _memory_bars(kept, group, [row.kept_bytes for row in group], names)
         _memory_bars(peak, group, [row.peak_bytes for row in group], names)
         heading(kept, condition)
-    for column, text in enumerate(("Kept by forward for backward", "Peak of the whole step")):
-        panels[-1][column].set_xlabel(f"{text} (MiB)")
-        largest = max(max((row.kept_bytes, row.peak_bytes)[column].values(), default=0) for row in rows)
-        panels[0][column].set_xlim(0, 1.16 * max(largest / _MIB, 1e-3))
-    what = "inputs and weights" if suite == "steps" else "input, dY and weights"
-    figure.suptitle(f"{SUITES[suite]} beside {what}", color=INK, fontsize=13)
+    unit = "MiB" if suite == "steps" else "× the input's bytes"
+    for column, text in enumerate(("Kept for backward", "Peak of the step")):
+        panels[-1][column].set_xlabel(f"{text} ({unit})")
+        largest = max(max(bar.get_width() for bar in axes.patches) for axes in panels[:, column])
+        panels[0][column].set_xlim(0, 1.16 * max(largest, 1e-3))
+    text = "Memory beside input, dY and weights (numbers: MiB)"
+    if suite == "steps":
+        text = "Memory of training steps beside inputs and weights"
+    figure.suptitle(text, color=INK, fontsize=13)
     legend_below(figure, {label(name): Patch(color=colour(name)) for name in names})
     return figure
 
@@ -196,14 +199,16 @@ def _memory_bars(
     axes: Axes, rows: Sequence[Row], amounts: Sequence[Mapping[str, int]], names: Sequence[str]
 ) -> None:
     height = 0.8 / len(names)
-    for place, amount in enumerate(amounts):
+    for place, (row, amount) in enumerate(zip(rows, amounts, strict=True)):
         present = [name for name in names if name in amount]
         for number, name in enumerate(present):
             middle, value = place + height * (number - (len(present) - 1) / 2), amount[name] / _MIB
-            axes.barh(middle, value, height=0.9 * height, color=colour(name))
+            # layers of all sizes fit one axis when measured by what they read
+            scale = _MIB / row.input_bytes if row.input_bytes else 1.0
+            axes.barh(middle, value * scale, height=0.9 * height, color=colour(name))
             axes.annotate(
                 _short(value),
-                (value, middle),
+                (value * scale, middle),
                 xytext=(3, 0),
                 textcoords="offset points",
                 va="center",

@@ -69,6 +69,13 @@ class Row:
         return f"{self.m} × {self.k} × {self.n}"
 
     @property
+    def input_bytes(self) -> int | None:
+        """Of the input; None for a model."""
+        if self.m is None or self.k is None:
+            return None
+        return self.m * self.k * (4 if self.dtype == "fp32" else 2)
+
+    @property
     def ceiling_ms(self) -> float | None:
         """Time of what nobody can beat, where it was measured."""
         return next((self.median_ms[name] for name in CEILINGS if name in self.median_ms), None)
