@@ -66,6 +66,7 @@ class ResultsFile:
     def finish(self, complete: bool) -> None:
         """Note whether all cases went through, and a GPU's clocks after them."""
         self._content["complete"] = complete
+        self._content["environment"]["load_after"] = _load()
         if self._content["device"]["kind"] == "gpu":
             self._content["environment"]["clocks_after"] = gpu_clocks()
         self._write()
@@ -97,10 +98,14 @@ def gpu_clocks() -> dict[str, str] | str:
 
 def _environment(kind: str) -> dict[str, Any]:
     found = environment("peft", "transformers", "timm", "triton", "pytest-benchmark")
-    found |= {"commit": _commit(), "load_before": round(os.getloadavg()[0], 2)}
+    found |= {"commit": _commit(), "load_before": _load()}
     if kind == "gpu":
         found |= {"cuda": torch.version.cuda or torch.version.hip, "clocks_before": gpu_clocks()}
     return found
+
+
+def _load() -> float:
+    return round(os.getloadavg()[0], 2)
 
 
 def _commit() -> str:

@@ -66,7 +66,7 @@ def test_page_and_figures(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     folder = path.with_suffix("")
     text = (folder / "report.html").read_text("utf-8")
-    names = ["speedup-layers-forward-backward", "overhead-layers", "memory-memory"]
+    names = ["speedup-layers-forward-backward", "overhead-layers", "memory-layers"]
     for name in names:
         png = (folder / f"{name}.png").read_bytes()
         assert png.startswith(b"\x89PNG")
@@ -134,6 +134,14 @@ def test_a_run_that_stopped_says_so(tmp_path: Path) -> None:
     text = page.render(load_results(write(tmp_path, stopped)), None, {})
     assert "This run did not go through:</b> 1 case\nfailed" in text
     assert "layers: x: Error: &lt;y&gt;" in text
+
+
+def test_a_busy_machine_is_told(tmp_path: Path) -> None:
+    for load, told in ((0.4, False), (3.2, True)):
+        busy = content(ROW)
+        busy["environment"]["load_before"] = load
+        text = page.render(load_results(write(tmp_path, busy)), None, {})
+        assert ("The machine was busy with other work" in text) is told
 
 
 def without(name: str) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from fastlora.bench.style import (
 
 _BAR_INCHES, _PANEL_INCHES = 0.24, 0.75
 _MIB = 2**20
+_FINE_TICKS = [0.5, 0.7, 1, 1.2, 1.5, 2, 3, 4, 6]
+_COARSE_TICKS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]
 
 
 def measured_figures(results: Results) -> dict[str, Figure]:
@@ -38,7 +40,10 @@ def measured_figures(results: Results) -> dict[str, Figure]:
     made |= {
         f"overhead-{suite}": overhead_figure(results, suite) for suite in ("layers", "adapters", "steps")
     }
-    made |= {f"memory-{suite}": memory_figure(results, suite) for suite in ("memory", "steps")}
+    made |= {
+        f"memory-{name}": memory_figure(results, suite)
+        for name, suite in (("layers", "memory"), ("steps", "steps"))
+    }
     return {name: figure for name, figure in made.items() if figure is not None}
 
 
@@ -162,7 +167,10 @@ def _overhead_dots(axes: Axes, rows: Sequence[Row], names: Sequence[str]) -> Non
 
 
 def _plain_log_ticks(axes: Axes) -> None:
-    axes.xaxis.set_major_locator(FixedLocator([0.5, 0.7, 1, 1.2, 1.5, 2, 3, 4, 6, 8, 12, 20]))
+    low, high = axes.get_xlim()
+    # as many as there is room for
+    ticks = _FINE_TICKS if high / low < 6 else _COARSE_TICKS
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())

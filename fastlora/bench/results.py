@@ -134,6 +134,12 @@ class Results:
     rows: tuple[Row, ...]
 
     @property
+    def was_busy(self) -> bool:
+        """Whether the machine had other work for half of its cores or more when a run on a CPU began."""
+        cores, load = self.environment.get("cores"), self.environment.get("load_before")
+        return self.kind == "cpu" and load is not None and cores is not None and load >= cores / 2
+
+    @property
     def timed(self) -> list[Row]:
         """Rows with a time of ours."""
         return [row for row in self.rows if OURS in row.median_ms]
