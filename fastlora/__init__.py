@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastlora import functional, init, reference
 from fastlora._backend import set_backend, use_backend
+from fastlora._version import __version__ as __version__
 from fastlora.adapters import apply_adapters
 from fastlora.domain.model import DomainAdaptationModel
 from fastlora.inject import apply_lora, merge_adapters, remove_adapters, unmerge_adapters
@@ -82,8 +83,6 @@ __all__ = [
     "unmerge_adapters",
     "use_backend",
 ]
-
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

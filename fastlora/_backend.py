@@ -1,6 +1,7 @@
 """Which implementation runs. The only file of the package that reads the environment.
 
-``FASTLORA_BACKEND`` sets the backend of a process (``auto``, ``triton``, ``torch`` or ``reference``).
+``FASTLORA_BACKEND`` sets the backend of a process (``auto``, ``triton``, ``torch`` or ``reference``),
+``FASTLORA_CACHE`` the folder of the choices that ``fastlora tune`` measured.
 """
 
 import contextlib
@@ -8,8 +9,10 @@ import functools
 import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal, cast
 
+import platformdirs
 import torch
 
 Backend = Literal["triton", "torch", "reference"]
@@ -18,6 +21,12 @@ BACKENDS = ("auto", "triton", "torch", "reference")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _selected = os.environ.get("FASTLORA_BACKEND", "auto")
+
+
+def cache_folder() -> Path:
+    """Where choices measured on this machine are kept: ``FASTLORA_CACHE``, or the user's cache folder."""
+    given = os.environ.get("FASTLORA_CACHE")
+    return Path(given) if given else Path(platformdirs.user_cache_dir("fastlora"))
 
 
 def launched_rank() -> int:

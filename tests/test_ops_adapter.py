@@ -153,7 +153,8 @@ def test_no_rows(backend: str, device: torch.device, shape: tuple[int, ...], dro
 
 @pytest.mark.parametrize("size", [1, 2, 15, 16, 17, 64, 65, 128, 255, 256])
 def test_bottlenecks(backend: str, device: torch.device, size: int) -> None:
-    cases = [make_case(40, 60, size, torch.float32, device=device) for _ in range(8 if size == 1 else 1)]
+    # the error of one or two sums is chance
+    cases = [make_case(40, 60, size, torch.float32, device=device) for _ in range(8 if size <= 2 else 1)]
     assert_as_exact_as_eager(run, *cases)
 
 
@@ -195,13 +196,13 @@ def test_plans_of_real_gpus(
     ("size", "dtype", "expected"),
     [
         ((64, 48, 64), torch.bfloat16, "triton"),
+        ((8, 48, 64), torch.bfloat16, "triton"),
         ((64, 48, 64), torch.float32, "torch"),
         ((64, 47, 64), torch.bfloat16, "torch"),
         ((64, 48, 20), torch.bfloat16, "torch"),
         ((64, 48, 272), torch.bfloat16, "torch"),
-        ((8, 48, 64), torch.bfloat16, "torch"),
     ],
-    ids=["kernels", "fp32", "unaligned", "odd bottleneck", "too wide", "few rows"],
+    ids=["kernels", "few rows", "fp32", "unaligned", "odd bottleneck", "too wide"],
 )
 def test_auto_follows_the_plan(
     size: tuple[int, int, int],

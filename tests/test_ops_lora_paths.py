@@ -1,5 +1,6 @@
 """lora_linear on every path of the ``triton`` backend: as exact as eager, from the same mask."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from fastlora.ops import _lora_paths, _lora_triton
 from fastlora.ops._keep_mask import keep_probability
 from fastlora.ops.lora_linear import LoRALinearFunction
 from fastlora_kernels import targets
+from fastlora_kernels.plan import Shape
+from fastlora_kernels.tuned import Choice
 from tests.lora_yardstick import (
     DTYPES,
     Case,
@@ -29,12 +32,23 @@ PATHS = ("split", "single", "epilogue")
 SIZES = [(33, 37, 41, 5), (65, 48, 1, 3), (34, 34, 48, 40), (31, 33, 63, 70)]
 
 
+def taking(forward: str, backward: str) -> Callable[..., Choice]:
+    """A choice of these paths, of the split one where they can't serve the call."""
+
+    def choose(part: str, shape: Shape, *args: Any, dropping: bool, dora: bool = False) -> Choice:
+        path = forward if part == "forward" else backward
+        fits = part == "forward" and not (dropping or dora) and shape.n > 0 and shape.r <= 64
+        return Choice("split" if path == "single" and not fits else path)
+
+    return choose
+
+
 class Taken:
     """Makes every call take one path, and notes which functions of the other paths ran."""
 
     def __init__(self, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ran: list[str] = []
-        monkeypatch.setattr(_lora_triton, "_path", lambda *args, **options: path)
+        monkeypatch.setattr(_lora_triton, "choose", taking(path, path))
         for name in ("single_forward", "epilogue_forward", "epilogue_grad_x"):
             monkeypatch.setattr(_lora_triton, name, self._noting(name))
 
@@ -157,12 +171,11 @@ def test_every_path_draws_the_same_mask(kernel_device: torch.device, monkeypatch
 
 def test_paths_mix(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward on one path, backward on another, either way round."""
-    for forward, backward in (("epilogue", "split"), ("split", "epilogue"), ("single", "epilogue")):
-        monkeypatch.setattr(
-            _lora_triton,
-            "_path",
-            lambda part, *args, _paths=(forward, backward), **options: _paths[part == "backward"],
-        )
-        for dropout in (0.0, 0.3):
+    mixed = [("epilogue", "split"), ("split", "epilogue"), ("single", "epilogue")]
+    # without dropout there is no mask, of which the library would keep another kind
+    undropped = [("library", "split"), ("single", "library"), ("library", "epilogue"), ("library", "library")]
+    for forward, backward in mixed + undropped:
+        monkeypatch.setattr(_lora_triton, "choose", taking(forward, backward))
+        for dropout in (0.0, 0.3) if (forward, backward) in mixed else (0.0,):
             case = make_case(20, 33, 40, 5, torch.float32, device=kernel_device)
             assert_as_exact_as_eager(run(case, dropout), case)

@@ -7,13 +7,13 @@ import torch
 
 pytest.importorskip("triton", reason="plans are for the kernels")
 
+from fastlora_kernels import paths, targets
 from fastlora_kernels import plan as plans
-from fastlora_kernels import targets
 from fastlora_kernels.plan import Shape
 
 LARGE = Shape(m=8192, n=4096, k=4096, r=16)
 SHAPES = [LARGE, Shape(m=1, n=1, k=1, r=1), Shape(m=100, n=768, k=3072, r=256), Shape(m=0, n=0, k=0, r=1)]
-UNKNOWN = targets.replace(targets.DEFAULT, name="sm_999", multiprocessors=7, shared_bytes=49_152)
+UNKNOWN = replace(targets.DEFAULT, name="sm_999", multiprocessors=7, shared_bytes=49_152)
 
 
 @pytest.mark.parametrize(
@@ -32,36 +32,48 @@ def test_every_plan_fits(target: targets.Target, dtype: torch.dtype, shape: Shap
         assert tile in plans.tiles(kernel, shape.r, dtype, target, aligned=shape.aligned)
 
 
-def test_pinned_choices() -> None:
-    """Changing a pinned tile is a decision, not a side effect."""
+def test_choices_on_an_h100() -> None:
+    """Changing what a usual shape gets is a decision, not a side effect."""
     forward = plans.choose("lora_forward", LARGE, torch.bfloat16, targets.TARGETS["sm_90"])
-    assert forward == plans.Plan("split", plans.Tile(128, 256, 64, 16, warps=8, stages=4))
+    assert forward.tile == plans.Tile(128, 256, 64, 16, warps=8, stages=4, persistent=True)
     small = plans.choose("lora_forward", Shape(64, 512, 512, 16), torch.bfloat16, targets.TARGETS["sm_90"])
     assert (small.tile.rows, small.tile.cols) == (64, 64)
     down = plans.choose("lora_down", Shape(256, 4096, 4096, 16), torch.bfloat16, targets.TARGETS["sm_90"])
     assert down.splits > 1
 
 
+@pytest.mark.parametrize("target", targets.CARDS.values(), ids=lambda target: target.card)
+@pytest.mark.parametrize("kernel", plans.LARGE)
+def test_a_measured_tile_is_taken_as_it_is(kernel: plans.Kernel, target: targets.Target) -> None:
+    for tile in plans.tiles(kernel, 16, torch.bfloat16, target):
+        assert plans.choose(kernel, LARGE, torch.bfloat16, target, tile=tile).tile == tile
+
+
 @pytest.mark.parametrize(
-    ("shape", "dtype", "path"),
+    ("shape", "dtype", "dropping", "path"),
     [
-        (LARGE, torch.bfloat16, "split"),
-        (LARGE, torch.float32, "library"),
-        (Shape(8, 4096, 4096, 16), torch.bfloat16, "library"),
-        (Shape(8192, 4095, 4096, 16, aligned=False), torch.bfloat16, "library"),
-        (Shape(8192, 4096, 4096, 100), torch.bfloat16, "library"),
+        (LARGE, torch.bfloat16, True, "split"),
+        (LARGE, torch.float32, True, "epilogue"),
+        (Shape(8, 4096, 4096, 16), torch.bfloat16, False, "library"),
+        (Shape(8192, 4095, 4096, 16, aligned=False), torch.bfloat16, True, "library"),
+        (Shape(8192, 4096, 4096, 100), torch.bfloat16, True, "library"),
+        (Shape(0, 4096, 4096, 16), torch.bfloat16, False, "library"),
     ],
-    ids=["large", "fp32", "few rows", "unaligned", "odd rank"],
+    ids=["large", "fp32", "few rows", "unaligned", "odd rank", "no rows"],
 )
-def test_path(shape: Shape, dtype: torch.dtype, path: str) -> None:
-    assert plans.choose("lora_forward", shape, dtype, targets.TARGETS["sm_90"]).path == path
-    assert plans.choose("lora_forward", shape, dtype, UNKNOWN).path == "library"
+def test_path(shape: Shape, dtype: torch.dtype, dropping: bool, path: str) -> None:
+    card = targets.TARGETS["sm_90"]
+    assert paths.choose_path("backward", shape, dtype, card, dropping=dropping) == path
+    if shape.m:
+        assert paths.choose_path("backward", shape, dtype, UNKNOWN, dropping=dropping) == "library"
 
 
 def test_shared_memory_limits_the_pipeline() -> None:
     little = replace(targets.TARGETS["sm_90"], name="sm_998", shared_bytes=101_376)
-    plan = plans.choose("lora_forward", LARGE, torch.bfloat16, little)
-    assert plan.tile.stages == 2
+    stages = {tile.stages for tile in plans.tiles("lora_forward", 16, torch.bfloat16, little)}
+    assert min(stages) == 1
+    # a pipeline that hides nothing is not chosen
+    assert plans.choose("lora_forward", LARGE, torch.bfloat16, little).tile.stages == 3
 
 
 def test_interpreter_and_cpu_get_the_default() -> None:

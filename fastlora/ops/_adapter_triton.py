@@ -10,15 +10,21 @@ from fastlora_kernels import targets
 from fastlora_kernels.adapter_backward import adapter_grad_h_weights, adapter_grad_z
 from fastlora_kernels.adapter_forward import adapter_down, adapter_forward, adapter_up
 from fastlora_kernels.partials import sum_four_partials
-from fastlora_kernels.plan import Plan
+from fastlora_kernels.paths import choose_adapter_path
+from fastlora_kernels.plan import Plan, Shape
 from fastlora_kernels.plan_adapter import WIDEST as WIDEST
 from fastlora_kernels.plan_adapter import AdapterKernel
 
+_MANY_ROWS = 4096
 
-def plans_library(h: Tensor, size: int, dtype: torch.dtype) -> bool:
-    """Whether the plan leaves this call, h ``[..., H]`` and a bottleneck of ``size``, to library products."""
-    rows, target = h.shape[:-1].numel(), targets.detect(h.device)
-    return plans.prefers_library(rows, size, dtype, target, aligned=h.shape[-1] % 16 == 0)
+
+def plans_library(h: Tensor, size: int, dtype: torch.dtype, *, dropping: bool) -> bool:
+    """Whether library products are predicted to be faster for h ``[..., H]`` and a bottleneck of ``size``."""
+    hidden = h.shape[-1]
+    # a compiled graph has to serve any number of rows: it is planned for many
+    rows = _MANY_ROWS if torch.compiler.is_compiling() else h.shape[:-1].numel()
+    shape = Shape(m=rows, n=hidden, k=hidden, r=size, aligned=hidden % 16 == 0)
+    return choose_adapter_path(shape, dtype, targets.detect(h.device), dropping=dropping) == "library"
 
 
 def forward(

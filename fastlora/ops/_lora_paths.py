@@ -9,14 +9,8 @@ from fastlora.ops._launch import is_aligned, row_major
 from fastlora_kernels import plan as plans
 from fastlora_kernels.lora_add import lora_add
 from fastlora_kernels.lora_single import lora_forward_single
-from fastlora_kernels.plan import Shape
+from fastlora_kernels.plan import Shape, Tile
 from fastlora_kernels.targets import Target
-
-
-def fits_one_launch(shape: Shape) -> bool:
-    """Whether :func:`single_forward` can serve a call without dropout and without a factor."""
-    # the programs of the first column of tiles write S: there has to be one
-    return shape.n > 0 and shape.r <= plans.MOST_RANKS_IN_ONE_LAUNCH
 
 
 def single_forward(
@@ -30,10 +24,11 @@ def single_forward(
     target: Target,
     *,
     scaling: float,
+    tile: Tile | None = None,
 ) -> Tensor:
     """Fill y ``[M, N]`` in one launch; S."""
     s = x.new_empty(shape.m, shape.r)
-    plan = plans.choose("lora_forward_single", shape, x.dtype, target)
+    plan = plans.choose("lora_forward_single", shape, x.dtype, target, tile=tile)
     lora_forward_single(x, weight, bias, lora_A, lora_B, s, y, scale=scaling, plan=plan)
     return s
 

@@ -3,30 +3,28 @@
 import torch
 from torch import Tensor
 
+from fastlora.ops import _lora_torch
+from fastlora.ops._choices import choose
 from fastlora.ops._keep_mask import drop_threshold, keep_probability
 from fastlora.ops._launch import current_device, is_aligned, row_major
+from fastlora.ops._lora_paths import epilogue_forward, epilogue_grad_x, single_forward
 from fastlora_kernels import plan as plans
 from fastlora_kernels import targets
 from fastlora_kernels.dora import dora_grad_product, dora_weight_norm
 from fastlora_kernels.lora_backward import lora_grad_a, lora_grad_s_b, lora_grad_x
 from fastlora_kernels.lora_down import lora_down
 from fastlora_kernels.lora_forward import lora_forward
-from fastlora_kernels.partials import sum_partials
-from fastlora_kernels.plan import Kernel, Plan, Shape
+from fastlora_kernels.lora_grad_x_a import lora_grad_x_a
+from fastlora_kernels.lora_persistent import lora_forward_persistent, lora_grad_x_a_persistent
+from fastlora_kernels.partials import sum_partials, sum_two_partials
+from fastlora_kernels.plan import Kernel, Plan, Shape, Tile
 from fastlora_kernels.primitives import MASK_WORD_BITS
+from fastlora_kernels.targets import Target
 
 
 def keep_mask_shape(rows: int, in_features: int) -> tuple[tuple[int, int], torch.dtype]:
     """One bit an element, 32 to a word."""
     return (rows, plans.cdiv(in_features, MASK_WORD_BITS)), torch.int32
-
-
-def plans_library(x: Tensor, weight: Tensor, rank: int, dtype: torch.dtype) -> bool:
-    """Whether the plan leaves this layer call, x ``[..., K]`` and weight ``[N, K]``, to library products."""
-    n, k = weight.shape
-    aligned = n % 16 == 0 and k % 16 == 0 and weight.stride(-1) == 1
-    shape = Shape(m=x.shape[:-1].numel(), n=n, k=k, r=rank, aligned=aligned)
-    return plans.choose_path(shape, dtype, targets.detect(x.device)) == "library"
 
 
 def forward(
@@ -46,18 +44,33 @@ def forward(
     """y = x·Wᵀ + bias + S·Bᵀ, S = scaling/(1 - p) · dropout(x)·Aᵀ; see :mod:`fastlora.ops._lora_library`."""
     x, weight, lora_A, lora_B = row_major(x), row_major(weight), lora_A.contiguous(), lora_B.contiguous()
     (m, k), n, r = x.shape, weight.shape[0], lora_A.shape[0]
-    shape = Shape(m=m, n=n, k=k, r=r, aligned=is_aligned(x, weight))
+    shape = Shape(m=m, n=n, k=k, r=r, aligned=is_aligned(x, weight, y))
     target = targets.detect(x.device)
     mask = None
     if seed is not None:
         mask_shape, mask_dtype = keep_mask_shape(shape.m, shape.k)
         mask = x.new_empty(mask_shape, dtype=mask_dtype)
+    choice = choose("forward", shape, x.dtype, x.device, dropping=seed is not None, dora=factor is not None)
+    layer = (x, weight, bias, lora_A, lora_B)
+    if choice.path == "library":
+        return _lora_torch.forward(
+            *layer, None, scaling=scaling, dropout=0.0, y=y, factor=factor, product=product
+        )
     with current_device(x):
+        if choice.path == "single":
+            return single_forward(*layer, y, shape, target, scaling=scaling, tile=choice.tile), None
         down = plans.choose("lora_down", shape, x.dtype, target)
         s = _down(x, lora_A, seed, mask, down, scaling=scaling, dropout=dropout)
+        if choice.path == "epilogue":
+            epilogue_forward(x, weight, bias, s, lora_B, y, shape, target)
+            return s, mask
         kernel: Kernel = "lora_forward" if factor is None else "dora_forward"
-        plan = plans.choose(kernel, shape, x.dtype, target)
-        lora_forward(x, weight, bias, s, lora_B, y, plan=plan, factor=factor, product=product)
+        plan = plans.choose(kernel, shape, x.dtype, target, tile=choice.tile)
+        if plan.tile.persistent:
+            programs = target.multiprocessors
+            lora_forward_persistent(x, weight, bias, s, lora_B, y, plan=plan, multiprocessors=programs)
+        else:
+            lora_forward(x, weight, bias, s, lora_B, y, plan=plan, factor=factor, product=product)
     return s, mask
 
 
@@ -113,23 +126,30 @@ def backward(
     (m, n), r = dy.shape, lora_B.shape[1]
     shape = Shape(m=m, n=n, k=columns, r=r, aligned=aligned)
     target = targets.detect(dy.device)
-    dx = da = None
+    choice = choose("backward", shape, dy.dtype, dy.device, dropping=mask is not None)
+    if choice.path == "library":
+        return _lora_torch.backward(
+            dy, x, weight, lora_A, lora_B, s, None,
+            scaling=scaling, dropout=0.0, need_x=need_x, need_A=need_A, need_B=need_B,
+        )  # fmt: skip
     with current_device(dy):
-        ds, db = _grad_s_b(
+        ds, db, db_partial = _grad_s_b(
             dy,
             s if s is not None else dy.new_zeros(shape.m, shape.r),
             lora_B,
             plans.choose("lora_grad_s_b", shape, dy.dtype, target),
             scale=scaling / keep_probability(dropout),
         )
-        if need_x and weight is not None and lora_A is not None:
-            dx = dy.new_empty(shape.m, shape.k)
-            plan = plans.choose("lora_grad_x", shape, dy.dtype, target)
-            lora_grad_x(dy, row_major(weight), ds, lora_A.contiguous(), mask, dx, plan=plan)
-        if need_A and x is not None and lora_A is not None:
-            plan = plans.choose("lora_grad_a", shape, dy.dtype, target)
-            da = _grad_a(row_major(x), ds, mask, lora_A.dtype, plan)
-    return dx, da, db if need_B else None
+        weight, x = weight if need_x else None, x if need_A else None
+        dx: Tensor | None = None
+        if choice.path == "epilogue" and weight is not None and lora_A is not None:
+            dx, weight = epilogue_grad_x(dy, weight, ds, lora_A, mask, shape, target), None
+        fused_dx, da_partial = _grad_x_a(dy, weight, ds, lora_A, mask, x, shape, target, choice.tile)
+        da = None
+        if da_partial is not None and lora_A is not None:
+            da = dy.new_empty(r, columns, dtype=lora_A.dtype)
+        _sum_each((db_partial if need_B else None, db), (da_partial, da))
+    return fused_dx if dx is None else dx, da, db if need_B else None
 
 
 def _down(
@@ -159,24 +179,59 @@ def _down(
     return s
 
 
-def _grad_s_b(dy: Tensor, s: Tensor, lora_B: Tensor, plan: Plan, *, scale: float) -> tuple[Tensor, Tensor]:
+def _grad_s_b(
+    dy: Tensor, s: Tensor, lora_B: Tensor, plan: Plan, *, scale: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dS, dB and, where dB has still to be summed, its partial results."""
     (m, n), r = dy.shape, lora_B.shape[1]
-    ds, db = dy.new_empty(m, r), torch.empty_like(lora_B)
+    ds = dy.new_empty(m, r)
     if r > plans.MOST_RANKS_PER_READ:
         torch.addmm(ds, dy, lora_B.to(dy.dtype), beta=0, alpha=scale, out=ds)
-        return ds, (dy.t() @ s).to(lora_B.dtype)
+        return ds, (dy.t() @ s).to(lora_B.dtype), None
     ds_partial = dy.new_empty(plans.cdiv(n, plan.tile.cols), m, r, dtype=torch.float32)
     db_partial = dy.new_empty(plan.splits, n, r, dtype=torch.float32)
     lora_grad_s_b(dy, s, lora_B, ds_partial, db_partial, scale=scale, plan=plan)
     sum_partials(ds_partial, ds)
-    sum_partials(db_partial, db)
-    return ds, db
+    return ds, torch.empty_like(lora_B), db_partial
 
 
-def _grad_a(x: Tensor, ds: Tensor, mask: Tensor | None, dtype: torch.dtype, plan: Plan) -> Tensor:
-    r, k = ds.shape[1], x.shape[1]
-    partial = x.new_empty(plan.splits, r, k, dtype=torch.float32)
-    lora_grad_a(x, ds, mask, partial, plan=plan)
-    da = x.new_empty(r, k, dtype=dtype)
-    sum_partials(partial, da)
-    return da
+def _grad_x_a(
+    dy: Tensor,
+    weight: Tensor | None,
+    ds: Tensor,
+    lora_A: Tensor | None,
+    mask: Tensor | None,
+    x: Tensor | None,
+    shape: Shape,
+    target: Target,
+    tile: Tile | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dX where there is a weight and dA's partial results where there is x, both in one launch."""
+    if lora_A is None or (weight is None and x is None):
+        return None, None
+    kernel: Kernel = "lora_grad_a" if weight is None else "lora_grad_x" if x is None else "lora_grad_x_a"
+    # a tile is measured for both gradients together
+    plan = plans.choose(kernel, shape, dy.dtype, target, tile=tile if kernel == "lora_grad_x_a" else None)
+    lora_A = lora_A.contiguous()
+    dx = None if weight is None else dy.new_empty(shape.m, shape.k)
+    da_partial = None if x is None else x.new_empty(plan.splits, shape.r, shape.k, dtype=torch.float32)
+    if weight is not None and dx is not None and x is not None and da_partial is not None:
+        operands = (dy, row_major(weight), ds, lora_A, mask, row_major(x), dx, da_partial)
+        if plan.tile.persistent:
+            lora_grad_x_a_persistent(*operands, plan=plan, multiprocessors=target.multiprocessors)
+        else:
+            lora_grad_x_a(*operands, plan=plan)
+    elif weight is not None and dx is not None:
+        lora_grad_x(dy, row_major(weight), ds, lora_A, mask, dx, plan=plan)
+    elif x is not None and da_partial is not None:
+        lora_grad_a(row_major(x), ds, mask, da_partial, plan=plan)
+    return dx, da_partial
+
+
+def _sum_each(*pairs: tuple[Tensor | None, Tensor | None]) -> None:
+    """Fill each second tensor with the sum of the partial results before it, where there are any."""
+    present = [(partial, out) for partial, out in pairs if partial is not None and out is not None]
+    if len(present) == 2:
+        sum_two_partials(*present)
+    elif present:
+        sum_partials(*present[0])

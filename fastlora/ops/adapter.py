@@ -68,7 +68,8 @@ def adapter(
         h, down_weight, down_bias, up_weight, up_bias, residual, activation=activation, dropout=dropout
     )
     compute_dtype = autocast_dtype(h) or h.dtype
-    backend = _choose_backend(h, down_weight.shape[0], compute_dtype)
+    dropping = training and dropout > 0
+    backend = _choose_backend(h, down_weight.shape[0], compute_dtype, dropping=dropping)
     if backend == "reference":
         return reference.adapter(
             h,
@@ -82,8 +83,8 @@ def adapter(
             training=training,
             generator=generator,
         )
-    active_dropout = float(dropout) if training else 0.0
-    seed = draw_seed(h.device, generator) if active_dropout > 0 else None
+    active_dropout = float(dropout) if dropping else 0.0
+    seed = draw_seed(h.device, generator) if dropping else None
     parameters = (down_weight, down_bias, up_weight, up_bias)
     added = h if isinstance(residual, str) else residual
     # as in eager mode, a sum of two dtypes has the wider one: under autocast a float32 stream stays float32
@@ -179,7 +180,7 @@ def _wanted_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(g if n else None for g, n in zip((*gradients, dout), needed, strict=True))
 
 
-def _choose_backend(h: Tensor, size: int, compute_dtype: torch.dtype) -> _backend.Backend:
+def _choose_backend(h: Tensor, size: int, compute_dtype: torch.dtype, *, dropping: bool) -> _backend.Backend:
     backend = _backend.resolve(h.device, compute_dtype)
     if backend != "triton":
         return backend
@@ -187,6 +188,6 @@ def _choose_backend(h: Tensor, size: int, compute_dtype: torch.dtype) -> _backen
     from fastlora.ops._adapter_triton import WIDEST, plans_library
 
     if _backend.is_automatic():
-        return "torch" if plans_library(h, size, compute_dtype) else "triton"
+        return "torch" if plans_library(h, size, compute_dtype, dropping=dropping) else "triton"
     check_adapter_size(size, WIDEST)
     return backend

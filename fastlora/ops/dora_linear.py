@@ -68,7 +68,7 @@ def dora_linear(
     if autocast is None:
         check_compute_dtype(x, weight, bias)
     compute_dtype = autocast or x.dtype
-    backend = choose_backend(x, weight, lora_A, compute_dtype)
+    backend = choose_backend(x, weight, lora_A, compute_dtype, dropping=training and dropout > 0, dora=True)
     if backend == "reference":
         return reference.dora_linear(
             x,

@@ -1,5 +1,6 @@
 """The fused LoRA linear op: check the arguments, choose the backend, run inside an autograd Function."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -66,7 +67,8 @@ def lora_linear(
     if autocast is None:
         check_compute_dtype(x, weight, bias)
     compute_dtype = autocast or x.dtype
-    backend = choose_backend(x, weight, lora_A, compute_dtype)
+    dropping = training and dropout > 0
+    backend = choose_backend(x, weight, lora_A, compute_dtype, dropping=dropping)
     if backend == "reference":
         return reference.lora_linear(
             x,
@@ -79,8 +81,8 @@ def lora_linear(
             training=training,
             generator=generator,
         )
-    active_dropout = float(dropout) if training else 0.0
-    seed = draw_seed(x.device, generator) if active_dropout > 0 else None
+    active_dropout = float(dropout) if dropping else 0.0
+    seed = draw_seed(x.device, generator) if dropping else None
     y: Tensor = LoRALinearFunction.apply(
         x.to(compute_dtype), weight, bias, lora_A, lora_B, seed, float(scaling), active_dropout, backend, None
     )[0]
@@ -106,7 +108,8 @@ def lora_linear_by_scalars(
     if compute_dtype is None:
         check_compute_dtype(x, weight, bias)
         compute_dtype = x.dtype
-    backend = choose_backend(x, weight, lora_A, compute_dtype)
+    dropping = training and scalars.drops
+    backend = choose_backend(x, weight, lora_A, compute_dtype, dropping=dropping)
     if backend == "reference":
         return reference.lora_linear(
             x,
@@ -118,7 +121,7 @@ def lora_linear_by_scalars(
             dropout=scalars.dropout,
             training=training,
         )
-    seed = draw_seed(x.device, None) if training and scalars.drops else None
+    seed = draw_seed(x.device, None) if dropping else None
     y: Tensor = LoRALinearFunction.apply(
         x.to(compute_dtype), weight, bias, lora_A, lora_B, seed, 1.0, 0.0, backend, scalars.tensor
     )[0]
@@ -221,13 +224,30 @@ def layer_gradients(
     )
 
 
-def choose_backend(x: Tensor, weight: Tensor, lora_A: Tensor, compute_dtype: torch.dtype) -> _backend.Backend:
-    """Which implementation serves a layer call: the chosen one, or under ``auto`` the plan's."""
+def choose_backend(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    compute_dtype: torch.dtype,
+    *,
+    dropping: bool,
+    dora: bool = False,
+) -> _backend.Backend:
+    """Which implementation serves a layer call: the chosen one, or under ``auto`` the fastest for it."""
     backend = _backend.resolve(x.device, compute_dtype)
-    if backend == "triton" and _backend.is_automatic():
-        # imported late: Triton is not installed everywhere
-        from fastlora.ops._lora_triton import plans_library
+    if backend != "triton" or not _backend.is_automatic():
+        return backend
+    # imported late: Triton is not installed everywhere
+    from fastlora.ops._choices import has_kernels, prefers_eager
+    from fastlora_kernels.plan import Shape
 
-        if plans_library(x, weight, lora_A.shape[0], compute_dtype):
-            return "torch"
-    return backend
+    n, k = weight.shape
+    aligned = n % 16 == 0 and k % 16 == 0 and weight.stride(-1) == 1
+    layer = Shape(m=1, n=n, k=k, r=lora_A.shape[0], aligned=aligned)
+    if not has_kernels(layer, x.device):
+        return "torch"
+    # a compiled graph has to serve any number of rows
+    if dora or torch.compiler.is_compiling():
+        return backend
+    call = replace(layer, m=x.shape[:-1].numel())
+    return "reference" if prefers_eager(call, compute_dtype, x.device, dropping=dropping) else backend

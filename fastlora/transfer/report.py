@@ -1,7 +1,5 @@
 """What a run gave: one record per method, written as JSON."""
 
-import json
-import os
 import platform
 import uuid
 from collections.abc import Mapping
@@ -13,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlora._files import write_file as write_file
+from fastlora._files import write_report as write_report
 from fastlora.transfer.fit import EpochResult
 from fastlora.transfer.metrics import (
     accuracy,
@@ -134,21 +134,6 @@ def check_output_folder(folder: Path) -> None:
         raise PermissionError(
             f"{advice}, which can't be written to ({error.strerror}); choose another --output"
         ) from error
-
-
-def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """Write JSON in one step: readers see the old file or the whole new one."""
-    write_file(path, (json.dumps(report, indent=2) + "\n").encode())
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file in one step, beside its final name first."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _version(package: str) -> str | None:

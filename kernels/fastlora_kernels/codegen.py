@@ -14,9 +14,10 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
+from fastlora_kernels.codegen_table import Row, tile_text
 from fastlora_kernels.plan import Tile
 from fastlora_kernels.specs import Spec, constants, jit_function, signature, specs
 from fastlora_kernels.targets import TARGETS
@@ -30,35 +31,6 @@ _MATRIX_INSTRUCTIONS = {
     "mma": r"\bmma\.sync",
     "mfma": r"v_mfma",
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """What the compiler made of a :class:`Spec`.
-
-    Attributes:
-        tile: Block sizes as ``rows×cols×depth, rank``.
-        registers: Per thread.
-        spills: Bytes per thread written to memory for want of registers.
-        shared_bytes: Shared memory of one program.
-        matrix_instructions: Count by kind: ``wgmma``, ``tcgen05``, ``mma`` or ``mfma``.
-        serialized: Whether the assembler had to serialise the ``wgmma`` pipeline.
-    """
-
-    kernel: str
-    target: str
-    dtype: str
-    dropout: bool
-    aligned: bool
-    activation: str
-    tile: str
-    warps: int
-    stages: int
-    registers: int
-    spills: int
-    shared_bytes: int
-    matrix_instructions: dict[str, int]
-    serialized: bool
 
 
 def compile_rows(all_specs: Sequence[Spec], *, jobs: int | None = None) -> Iterator[Row]:
@@ -89,7 +61,7 @@ def compile_spec(spec: Spec) -> Row:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = jit_function(spec.kernel)
+    kernel = jit_function(spec.kernel, persistent=spec.tile.persistent)
     types, aligned = signature(kernel, spec)
     target = TARGETS[spec.target]
     source = ASTSource(kernel, types, constexprs=constants(spec), attrs=aligned)
@@ -110,7 +82,7 @@ def compile_spec(spec: Spec) -> Row:
         dropout=spec.dropout,
         aligned=spec.aligned,
         activation=spec.activation,
-        tile=f"{tile.rows}×{tile.cols}×{tile.depth}, {tile.rank}",
+        tile=tile_text(tile),
         warps=tile.warps,
         stages=tile.stages,
         registers=registers,

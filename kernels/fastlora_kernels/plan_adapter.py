@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from fastlora_kernels.plan import FEWEST_ROWS, Plan, Tile, cdiv
+from fastlora_kernels.plan import Plan, Tile, cdiv
 from fastlora_kernels.targets import Target
 
 AdapterKernel = Literal[
@@ -58,25 +58,6 @@ def choose(
 def one_launch(size: int) -> bool:
     """Whether the forward pass of a bottleneck of this size runs in one launch."""
     return size <= WIDEST_ONE_LAUNCH
-
-
-def prefers_library(
-    rows: int, size: int, dtype: torch.dtype, target: Target, *, aligned: bool = True
-) -> bool:
-    """Whether library products are expected to be faster than the kernels. Predicted, not measured.
-
-    So for float32 (IEEE), which has no tensor cores; unaligned rows; so few rows that launches dominate; GPUs
-    without pinned tiles; and bottlenecks too wide for the kernels.
-    """
-    kernels_pay = (
-        dtype != torch.float32
-        and target.tiles != "default"
-        and aligned
-        and (size <= 16 or size % 16 == 0)
-        and size <= WIDEST
-        and rows >= FEWEST_ROWS
-    )
-    return not kernels_pay
 
 
 def tiles(

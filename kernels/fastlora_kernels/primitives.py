@@ -7,13 +7,12 @@ dimension, so one row stride is enough, and row offsets are 64-bit because M·K 
 import triton
 import triton.language as tl
 
-# elements whose keep bits share one int32 of the packed dropout mask
-MASK_WORD_BITS = 32
+from fastlora_kernels.layout import MASK_WORD_BITS as MASK_WORD_BITS
+from fastlora_kernels.layout import TILES_PER_GROUP as TILES_PER_GROUP
+
 # what stands for a dropped bottleneck element: every activation and its slope are exactly 0 there, so no mask
 # has to be kept beside z; float16 can hold it
 DROPPED = -30000.0
-# row tiles that walk the columns together, so that what they share stays in L2
-TILES_PER_GROUP = 8
 
 _WORD_BITS = tl.constexpr(MASK_WORD_BITS)
 _DROPPED = tl.constexpr(DROPPED)
@@ -24,7 +23,14 @@ _PHILOX_ROUNDS = tl.constexpr(7)
 @triton.jit
 def grouped_tile(num_rows, num_cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, GROUP: tl.constexpr):
     """Row and column tile of this program, walking the columns in groups of GROUP row tiles."""
-    pid = tl.program_id(0)
+    return grouped_tile_at(tl.program_id(0), num_rows, num_cols, BLOCK_ROWS, BLOCK_COLS, GROUP)
+
+
+@triton.jit
+def grouped_tile_at(
+    pid, num_rows, num_cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, GROUP: tl.constexpr
+):
+    """:func:`grouped_tile` of the program ``pid``."""
     row_tiles = tl.cdiv(num_rows, BLOCK_ROWS)
     tiles_in_group = GROUP * tl.cdiv(num_cols, BLOCK_COLS)
     first_row_tile = (pid // tiles_in_group) * GROUP

@@ -22,11 +22,12 @@ RANKS = (16, 32, 64)
 BOTTLENECKS = (16, 32, 64, 128, 256)
 ACTIVATIONS = ("gelu", "relu", "silu")
 _TRAINABLE = (
-    "lora_a_ptr", "lora_b_ptr", "down_weight_ptr", "down_bias_ptr", "up_weight_ptr", "up_bias_ptr",
+    "lora_a_ptr", "lora_b_ptr", "lora_right_ptr", "down_weight_ptr", "down_bias_ptr", "up_weight_ptr",
+    "up_bias_ptr",
 )  # fmt: skip
 AnyKernel = Kernel | AdapterKernel
 _WITH_DROPOUT: tuple[AnyKernel, ...] = (
-    "lora_down", "lora_grad_x", "lora_grad_a", "adapter_forward", "adapter_down",
+    "lora_down", "lora_add", "lora_grad_x", "lora_grad_a", "lora_grad_x_a", "adapter_forward", "adapter_down",
 )  # fmt: skip
 _WITH_ACTIVATION: tuple[AnyKernel, ...] = ("adapter_forward", "adapter_down", "adapter_grad_z")
 
@@ -70,20 +71,27 @@ def specs(target_name: str, dtypes: Sequence[str] = tuple(DTYPES)) -> list[Spec]
     return sorted(found, key=repr)
 
 
-def jit_function(kernel: AnyKernel) -> Any:
+def jit_function(kernel: AnyKernel, *, persistent: bool = False) -> Any:
     """The ``@triton.jit`` function behind a kernel's name."""
     from fastlora_kernels import (
         adapter_backward,
         adapter_forward,
         dora,
+        lora_add,
         lora_backward,
         lora_down,
         lora_forward,
+        lora_grad_x_a,
+        lora_persistent,
+        lora_single,
     )
 
-    modules = (lora_down, lora_forward, lora_backward, dora, adapter_forward, adapter_backward)
+    modules = (
+        lora_down, lora_forward, lora_single, lora_add, lora_backward, lora_grad_x_a, lora_persistent, dora,
+        adapter_forward, adapter_backward,
+    )  # fmt: skip
     # DoRA's forward is the same function with a factor
-    name = "lora_forward" if kernel == "dora_forward" else kernel
+    name = ("lora_forward" if kernel == "dora_forward" else kernel) + ("_persistent" if persistent else "")
     for module in modules:
         function = getattr(module, f"_{name}_kernel", None)
         if function is not None:
@@ -100,10 +108,13 @@ def signature(kernel: Any, spec: Spec) -> tuple[dict[str, str], dict[tuple[int, 
         if parameter.is_constexpr:
             types[name] = "constexpr"
             continue
+        if name.endswith("_desc"):
+            types[name] = _descriptor_type(name, spec)
+            continue
         types[name] = _argument_type(name, spec.dtype)
         # ranks that are no multiple of 16 run 16 at a time: see the plan
         narrow = name in ("R", "D") and spec.tile.rank <= 16
-        wide = spec.aligned and name not in ("scale", "drop_threshold") and not narrow
+        wide = spec.aligned and name not in ("scale", "drop_threshold", "da_tiles") and not narrow
         if name.endswith("_ptr") or wide:
             aligned[(index,)] = [["tt.divisibility", 16]]
     return types, aligned
@@ -119,23 +130,37 @@ def constants(spec: Spec) -> dict[str, Any]:
     else:
         values = _LORA_BLOCKS[spec.kernel](tile)
         values |= {"BLOCK_R": tile.rank} if spec.kernel != "dora_grad_product" else {}
-        values |= group if spec.kernel in ("lora_forward", "lora_grad_x", "dora_forward") else {}
+        values |= group if spec.kernel in plan.LARGE or spec.kernel == "lora_add" else {}
+        # y += S·Bᵀ has no mask; dX += mask ⊙ (dS·A) may have one
+        values |= {"TRANSPOSED": not spec.dropout} if spec.kernel == "lora_add" else {}
     return values | ({"HAS_DROPOUT": spec.dropout} if spec.kernel in _WITH_DROPOUT else {})
 
 
 def _forward_constants(tile: Tile, *, dora: bool) -> dict[str, Any]:
     blocks = {"BLOCK_M": tile.rows, "BLOCK_N": tile.cols, "BLOCK_K": tile.depth}
-    return blocks | {"HAS_BIAS": True, "HAS_FACTOR": dora, "KEEP_PRODUCT": dora}
+    factor = {} if tile.persistent else {"HAS_FACTOR": dora, "KEEP_PRODUCT": dora}
+    return blocks | {"HAS_BIAS": True} | factor
+
+
+def _grad_x_a_constants(tile: Tile) -> dict[str, Any]:
+    part = plan.grad_a_part(tile)
+    blocks = {"BLOCK_M": tile.rows, "BLOCK_K": tile.cols, "BLOCK_N": tile.depth}
+    return blocks | {"BLOCK_M_A": part.rows, "BLOCK_K_A": part.cols}
 
 
 # everything that may be absent is there: the case that needs more registers
 _LORA_BLOCKS: dict[str, Callable[[Tile], dict[str, Any]]] = {
     "lora_down": lambda tile: {"BLOCK_M": tile.rows, "BLOCK_K": tile.depth},
     "lora_forward": lambda tile: _forward_constants(tile, dora=False),
+    "lora_forward_single": lambda tile: {
+        "BLOCK_M": tile.rows, "BLOCK_N": tile.cols, "BLOCK_K": tile.depth, "HAS_BIAS": True
+    },
+    "lora_add": lambda tile: {"BLOCK_M": tile.rows, "BLOCK_C": tile.cols},
     "dora_forward": lambda tile: _forward_constants(tile, dora=True),
     "lora_grad_s_b": lambda tile: {"BLOCK_M": tile.rows, "BLOCK_N": tile.cols},
     "lora_grad_x": lambda tile: {"BLOCK_M": tile.rows, "BLOCK_K": tile.cols, "BLOCK_N": tile.depth},
     "lora_grad_a": lambda tile: {"BLOCK_M": tile.rows, "BLOCK_K": tile.cols},
+    "lora_grad_x_a": _grad_x_a_constants,
     "dora_weight_norm": lambda tile: {"BLOCK_N": tile.rows, "BLOCK_K": tile.cols},
     "dora_grad_product": lambda tile: {
         "BLOCK_M": tile.rows, "BLOCK_N": tile.cols, "HAS_PRODUCT": True
@@ -186,6 +211,14 @@ def _activations(kernel: AnyKernel, *, every: bool) -> tuple[str, ...]:
     if kernel not in _WITH_ACTIVATION:
         return ("",)
     return ACTIVATIONS if every else ("gelu",)
+
+
+def _descriptor_type(name: str, spec: Spec) -> str:
+    from fastlora_kernels.lora_persistent import forward_blocks, grad_x_blocks
+
+    blocks = (forward_blocks if spec.kernel == "lora_forward" else grad_x_blocks)(spec.tile)
+    rows, cols = blocks[name]
+    return f"tensordesc<{spec.dtype}[{rows}, {cols}]>"
 
 
 def _argument_type(name: str, dtype: str) -> str:

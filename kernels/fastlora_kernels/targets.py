@@ -42,13 +42,13 @@ class Target:
 
 
 _MIB = 2**20
-# SMs, peaks, bandwidth and L2: the makers' data sheets (dense, without sparsity). Shared memory per block: CUDA
-# programming guide, table "technical specifications per compute capability". Sustained: fitted to published times
-# where there are any (A100: triton#6523; H100: triton#2339, FBGEMM#2766; H100 NVL: lorafusion#8), else assumed
+# SMs, peaks, bandwidth, L2: the makers' data sheets (dense, without sparsity). Shared memory per block: CUDA
+# programming guide, table "technical specifications per compute capability". Sustained: fitted to published
+# times (A100: triton#6523; H100: triton#2339, FBGEMM#2766; H100 NVL: lorafusion#8), else assumed
 CARDS = {
     target.card: target
     for target in (
-        Target("sm_80", "A100", 108, 166_912, "sm_80", 312, 19.5, 2039, 20 * _MIB, 0.85),
+        Target("sm_80", "A100", 108, 166_912, "sm_80", 312, 19.5, 2039, 20 * _MIB, 0.68),
         Target("sm_86", "A10", 72, 101_376, "sm_80", 125, 31.2, 600, 6 * _MIB, 0.6),
         Target("sm_86", "RTX 3090", 82, 101_376, "sm_80", 71, 35.6, 936, 6 * _MIB, 0.9),
         Target("sm_89", "RTX 4090", 128, 101_376, "sm_80", 165, 82.6, 1008, 72 * _MIB, 0.9),
@@ -70,7 +70,7 @@ DEFAULT = Target("default", "unknown", 64, 65_536, "default", 60, 15, 500, 4 * _
 
 
 def find_card(name: str) -> Target:
-    """The target of a card's or an architecture's name, however it is written: ``h100``, ``RTX4090``, ``sm_90``.
+    """The target of a card or an architecture, however it is written: ``h100``, ``RTX4090``, ``sm_90``.
 
     Raises:
         ValueError: No such GPU is known; the message lists those that are.
@@ -85,7 +85,9 @@ def find_card(name: str) -> Target:
     if found is None:
         near = difflib.get_close_matches(_plain(name), known, n=1)
         hint = f"did you mean {known[near[0]].card!r}? " if near else ""
-        raise ValueError(f"{hint}expected a GPU out of {', '.join(CARDS)} or {', '.join(TARGETS)}, got {name!r}")
+        raise ValueError(
+            f"{hint}expected a GPU out of {', '.join(CARDS)} or {', '.join(TARGETS)}, got {name!r}"
+        )
     return found
 
 

@@ -1,0 +1,97 @@
+"""The file of measured choices: one for each GPU in the user's cache folder, written whole or not at all."""
+
+import json
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastlora import _backend
+from fastlora._files import write_report
+from fastlora._version import __version__
+
+if TYPE_CHECKING:
+    from fastlora_kernels.tuned import Record
+
+_SCHEMA = 1
+_ADVICE = "delete it, or run fastlora tune again"
+
+
+class _Unfit(ValueError):
+    """A sound file that is not for here."""
+
+
+def gpu_key(device: torch.device) -> str:
+    """The GPU's name and size, whatever the driver: ``nvidia-h100-80gb-hbm3-132``."""
+    properties = torch.cuda.get_device_properties(device)
+    name = re.sub(r"[^a-z0-9]+", "-", properties.name.lower()).strip("-")
+    return f"{name}-{properties.multi_processor_count}"
+
+
+def path_of(gpu: str) -> Path:
+    """Where the choices for a GPU are kept."""
+    return _backend.cache_folder() / f"tuned-{gpu}.json"
+
+
+def write(path: Path, gpu: str, records: "Iterable[Record]") -> None:
+    """Replace the file in one step.
+
+    Raises:
+        OSError: The folder can't be made or written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"schema": _SCHEMA, "fastlora": __version__, "gpu": gpu}
+    write_report(path, content | {"records": [asdict(record) for record in records]})
+
+
+def read(path: Path, gpu: str) -> "list[Record]":
+    """The records of a file.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged, or was made by another version or for another GPU.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        made = {name: content[name] for name in ("schema", "fastlora", "gpu")}
+        wanted = {"schema": _SCHEMA, "fastlora": __version__, "gpu": gpu}
+        for name, value in wanted.items():
+            if made[name] != value:
+                raise _Unfit(f"expected {name} {value} in {path}, got {made[name]}; {_ADVICE}")
+        return [_record(values) for values in content["records"]]
+    except _Unfit:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"expected measured choices in {path}, got a damaged file ({error!r}); {_ADVICE}"
+        ) from error
+
+
+def read_or_warn(gpu: str) -> "list[Record]":
+    """The records for a GPU; none, with a warning, where the file can't be used."""
+    path = path_of(gpu)
+    try:
+        return read(path, gpu)
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        warnings.warn(f"choices are predicted instead of measured: {error}", stacklevel=2)
+        return []
+
+
+def _record(values: Mapping[str, Any]) -> "Record":
+    from fastlora_kernels.plan import Shape, Tile
+    from fastlora_kernels.tuned import Choice, Record
+
+    def choice(part: str) -> Choice:
+        tile = values[part]["tile"]
+        return Choice(values[part]["path"], None if tile is None else Tile(**tile))
+
+    own = {name: values[name] for name in ("dtype", "dropping", "microseconds")}
+    return Record(
+        shape=Shape(**values["shape"]), forward=choice("forward"), backward=choice("backward"), **own
+    )

@@ -1,0 +1,174 @@
+"""``fastlora plan``: which path a layer call takes on a GPU that need not be here, and why."""
+
+import json
+import re
+from dataclasses import asdict
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from fastlora_kernels.predict.explain import Explanation
+
+
+class Op(str, Enum):
+    """An op with kernels."""
+
+    lora_linear = "lora_linear"
+    dora_linear = "dora_linear"
+    adapter = "adapter"
+
+
+class Dtype(str, Enum):
+    """Of the layer."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+def plan(
+    gpu: Annotated[
+        str, typer.Option(help="A card such as H100 or RTX 4090, or an architecture such as sm_90.")
+    ],
+    shape: Annotated[
+        str, typer.Option(help="rows x inputs x outputs of the layer; rows x hidden size for an adapter.")
+    ],
+    rank: Annotated[int, typer.Option(min=1, help="Of the LoRA update; an adapter's bottleneck.")] = 16,
+    dropout: Annotated[float, typer.Option(help="Probability in [0, 1).")] = 0.0,
+    dtype: Annotated[Dtype, typer.Option(help="Of the layer's input.")] = Dtype.bfloat16,
+    op: Annotated[Op, typer.Option(help="What is computed.")] = Op.lora_linear,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON on stdout.")] = False,
+) -> None:
+    """Show which path a layer call takes on a GPU, what it is predicted to cost, and what was rejected.
+
+    Nothing is measured and no GPU is needed: times are predicted from bytes, products, waves of tiles and
+    launches. The ceiling is the frozen layer alone, forward and the gradient of its input; for an adapter,
+    every large tensor moved once. [bold]fastlora tune[/bold] measures instead, on a GPU.
+
+    [bold]Example[/bold]: fastlora plan --gpu H100 --shape 8192x4096x4096 --rank 16 --dropout 0.1
+    """
+    # torch takes a second to import
+    import torch
+
+    from fastlora_kernels.plan import Shape
+    from fastlora_kernels.predict.explain import explain
+    from fastlora_kernels.targets import find_card
+
+    rows, inputs, outputs = parse_shape(shape, adapter=op is Op.adapter)
+    target = find_card(gpu)
+    sizes = Shape(rows, outputs, inputs, rank, aligned=inputs % 16 == 0 and outputs % 16 == 0)
+    found = explain(op.value, sizes, getattr(torch, dtype.value), target, dropout=dropout)
+    asked: dict[str, Any] = {
+        "op": op.value,
+        "gpu": target.card,
+        "rows": rows,
+        "inputs": inputs,
+        "outputs": outputs,
+    }
+    asked |= {"rank": rank, "dropout": dropout, "dtype": dtype.value}
+    if as_json:
+        typer.echo(json.dumps(asked | _record(found), indent=1))
+    else:
+        _show(found, asked, Console())
+
+
+def parse_shape(text: str, *, adapter: bool = False) -> tuple[int, int, int]:
+    """Rows, inputs and outputs of ``8192x4096x4096``; an adapter's outputs may be left out.
+
+    Raises:
+        ValueError: The text is something else, or a size is 0.
+    """
+    sizes = [int(size) for size in re.split("[x×,]", text)] if re.fullmatch(r"\d+([x×,]\d+)+", text) else []
+    if adapter and len(sizes) == 2:
+        sizes.append(sizes[1])
+    if len(sizes) != 3 or 0 in sizes:
+        expected = (
+            "rows x hidden size, as in 8192x4096"
+            if adapter
+            else "rows x inputs x outputs, as in 8192x4096x4096"
+        )
+        raise ValueError(f"expected --shape {expected}, all at least 1, got {text!r}")
+    if adapter and sizes[1] != sizes[2]:
+        raise ValueError(f"expected as many outputs as inputs for an adapter, got {text!r}")
+    return sizes[0], sizes[1], sizes[2]
+
+
+def _record(found: "Explanation") -> dict[str, Any]:
+    return {
+        "path": found.path,
+        "tile": None if found.tile is None else asdict(found.tile),
+        "predicted_us": found.predicted_us,
+        "ceiling_us": found.ceiling_us,
+        "overhead": found.overhead,
+        "bytes": found.bytes,
+        "flops": found.flops,
+        "forward": [asdict(launch) for launch in found.forward.launches],
+        "backward": [asdict(launch) for launch in found.backward.launches],
+        "rejected": [
+            {"pass": part, "path": each.path, "reason": each.refused or "slower"}
+            | ({} if each.refused else {"predicted_us": each.microseconds})
+            for part, candidates in found.rejected.items()
+            for each in candidates
+        ],
+    }
+
+
+def _show(found: "Explanation", asked: dict[str, Any], console: Console) -> None:
+    sizes = f"{asked['rows']} × {asked['inputs']} × {asked['outputs']}"
+    dropout = f", dropout {asked['dropout']:g}" if asked["dropout"] else ""
+    console.print(
+        f"[bold]{asked['op']}[/bold] on {asked['gpu']}, {sizes} (rows × inputs × outputs), "
+        f"rank {asked['rank']}, {asked['dtype']}{dropout}. Every time below is predicted, not measured."
+    )
+    console.print(_launch_table(found))
+    console.print(
+        f"Predicted {found.predicted_us:,.0f} µs a step, forward and backward; the ceiling is "
+        f"{found.ceiling_us:,.0f} µs: [bold]{found.overhead:.2f}×[/bold].",
+        highlight=False,
+    )
+    if found.tile is not None:
+        tile = found.tile
+        console.print(
+            f"Tile of the large product: {tile.rows} × {tile.cols} × {tile.depth}, "
+            f"{tile.rank} ranks at a time, {tile.warps} warps, {tile.stages} stages"
+            f"{', persistent' if tile.persistent else ''}.",
+            highlight=False,
+        )
+    for part, candidates in found.rejected.items():
+        for each in candidates:
+            console.print(
+                f"Not {each.path} {part}: {_reason(found, part, each)}.", highlight=False, style="dim"
+            )
+
+
+def _launch_table(found: "Explanation") -> Table:
+    table = Table()
+    table.add_column("Pass")
+    table.add_column("Launch")
+    for heading in ("µs", "MiB moved", "GFLOP"):
+        table.add_column(heading, justify="right")
+    table.add_column("Bound by")
+    for part in ("forward", "backward"):
+        candidate = getattr(found, part)
+        for number, launch in enumerate(candidate.launches):
+            title = "" if number else f"{part}, {candidate.path}"
+            name = launch.name + (f" ({launch.count} launches)" if launch.count > 1 else "")
+            amounts = (launch.microseconds, launch.bytes / 2**20, launch.flops / 1e9)
+            table.add_row(title, name, *(f"{value:,.1f}" for value in amounts), launch.bound)
+    table.add_section()
+    table.add_row(
+        "both", "", f"{found.predicted_us:,.1f}", f"{found.bytes / 2**20:,.1f}", f"{found.flops / 1e9:,.1f}",
+        "launches and gaps included",
+    )  # fmt: skip
+    return table
+
+
+def _reason(found: "Explanation", part: str, rejected: Any) -> str:
+    if rejected.refused and not rejected.launches:
+        return str(rejected.refused)
+    best = getattr(found, part).microseconds
+    return f"predicted {rejected.microseconds:,.0f} µs instead of {best:,.0f}"

@@ -1,0 +1,53 @@
+"""Which path and tile a LoRA op takes on its GPU: what was measured there, else what is predicted."""
+
+import functools
+
+import torch
+
+from fastlora import _backend, _tuned_file
+from fastlora_kernels import paths, targets, tuned
+from fastlora_kernels.paths import Pass
+from fastlora_kernels.plan import Shape
+from fastlora_kernels.tuned import Choice, Record
+
+
+def choose(
+    part: Pass, shape: Shape, dtype: torch.dtype, device: torch.device, *, dropping: bool, dora: bool = False
+) -> Choice:
+    """Path and tile of one pass.
+
+    Never the library's path where the kernels were asked for by name, or with dropout, whose mask the library
+    would keep in another form.
+    """
+    record = None if dora else _measured(shape, dtype, device, dropping=dropping)
+    choice = None if record is None else (record.forward if part == "forward" else record.backward)
+    if choice is None or choice.path == tuned.REFERENCE:
+        target = targets.detect(device)
+        choice = Choice(paths.choose_path(part, shape, dtype, target, dropping=dropping, dora=dora))
+    if choice.path == "library" and (dropping or not _backend.is_automatic()):
+        return Choice("split")
+    return choice
+
+
+def has_kernels(shape: Shape, device: torch.device) -> bool:
+    """Whether the kernels are meant for calls like this on its GPU, however many rows there are."""
+    return paths.has_kernels(shape, targets.detect(device))
+
+
+def prefers_eager(shape: Shape, dtype: torch.dtype, device: torch.device, *, dropping: bool) -> bool:
+    """Whether the eager formula was measured to be the fastest for this LoRA call."""
+    record = _measured(shape, dtype, device, dropping=dropping)
+    return record is not None and record.forward.path == tuned.REFERENCE
+
+
+@functools.cache
+def load(device: torch.device) -> None:
+    """Read this GPU's file, once, so that choices don't change within a process."""
+    if not tuned.pinned():
+        tuned.pin(_tuned_file.read_or_warn(_tuned_file.gpu_key(device)))
+
+
+def _measured(shape: Shape, dtype: torch.dtype, device: torch.device, *, dropping: bool) -> Record | None:
+    if device.type == "cuda":
+        load(device)
+    return tuned.find(shape, dtype, dropping=dropping)

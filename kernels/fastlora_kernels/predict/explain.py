@@ -1,0 +1,136 @@
+"""Why a call takes the path it takes: what every path is predicted to cost, and what nothing can beat."""
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+
+from fastlora_kernels import paths, plan
+from fastlora_kernels.paths import Candidate, Pass
+from fastlora_kernels.plan import Kernel, Shape, Tile
+from fastlora_kernels.predict import adapter, peers
+from fastlora_kernels.predict.launches import Launch, total_us
+from fastlora_kernels.predict.lora import Call
+from fastlora_kernels.targets import Target
+
+Op = Literal["lora_linear", "dora_linear", "adapter"]
+OPS: tuple[Op, ...] = get_args(Op)
+_OTHER = "slower in forward and backward together"
+_LARGE: dict[str, Kernel] = {"split": "lora_forward", "single": "lora_forward_single"}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A predicted call, forward and backward. Every number is a prediction.
+
+    Attributes:
+        forward: What the forward pass takes.
+        backward: What the backward pass takes.
+        tile: Of the large product forward; None where a library chooses.
+        ceiling_us: Microseconds of what nothing can beat: the frozen layer alone, forward and dX; for an
+            adapter, every large tensor moved once.
+        rejected: The other paths of both passes: slower ones with their prediction, impossible ones with the
+            reason.
+    """
+
+    forward: Candidate
+    backward: Candidate
+    tile: Tile | None
+    ceiling_us: float
+    rejected: dict[Pass, list[Candidate]]
+
+    @property
+    def path(self) -> str:
+        """Of the forward pass, and of the backward pass where it is another."""
+        names = dict.fromkeys((self.forward.path, self.backward.path))
+        return ", then ".join(names)
+
+    @property
+    def launches(self) -> list[Launch]:
+        """Of both passes."""
+        return [*self.forward.launches, *self.backward.launches]
+
+    @property
+    def predicted_us(self) -> float:
+        """Microseconds of forward and backward."""
+        return self.forward.microseconds + self.backward.microseconds
+
+    @property
+    def overhead(self) -> float:
+        """Predicted time over the ceiling."""
+        return self.predicted_us / self.ceiling_us
+
+    @property
+    def bytes(self) -> float:
+        """Moved from and to memory."""
+        return sum(launch.bytes for launch in self.launches)
+
+    @property
+    def flops(self) -> float:
+        """Of all products."""
+        return sum(launch.flops for launch in self.launches)
+
+
+def explain(op: Op, shape: Shape, dtype: torch.dtype, target: Target, *, dropout: float = 0.0) -> Explanation:
+    """Predict a call of an op on a GPU that need not be here.
+
+    Args:
+        op: ``lora_linear``, ``dora_linear`` or ``adapter``.
+        shape: Of the call; an adapter has n = k = its hidden size and r = its bottleneck.
+        dtype: Of x: float32, float16 or bfloat16.
+        target: The GPU.
+        dropout: Probability.
+
+    Raises:
+        ValueError: A size is below 1, or the op, the dtype or the dropout is none that the kernels serve.
+
+    Example:
+        >>> from fastlora_kernels.targets import find_card
+        >>> shape = Shape(8192, 4096, 4096, 16)
+        >>> explain("lora_linear", shape, torch.bfloat16, find_card("H100"), dropout=0.1).path
+        'split'
+    """
+    _check(op, shape, dtype, dropout)
+    if op == "adapter":
+        both = _adapter_passes(shape, dtype, target, dropping=dropout > 0)
+        ceiling = adapter.least(shape.m, shape.n, dtype, target)
+    else:
+        call = Call(shape, dtype, target, dropout > 0, dora=op == "dora_linear")
+        both = {part: paths.candidates(part, call) for part in get_args(Pass)}
+        ceiling = peers.frozen(shape, dtype.itemsize, target)
+    chosen = {part: paths.fastest(found) for part, found in both.items()}
+    kernel = _LARGE.get(chosen["forward"].path) if op == "lora_linear" else None
+    return Explanation(
+        **chosen,
+        tile=None if kernel is None else plan.choose(kernel, shape, dtype, target).tile,
+        # the passes are two streams of launches, as they are for the candidates
+        ceiling_us=sum(total_us([launch]) for launch in ceiling),
+        rejected={part: [each for each in found if each is not chosen[part]] for part, found in both.items()},
+    )
+
+
+def _adapter_passes(
+    shape: Shape, dtype: torch.dtype, target: Target, *, dropping: bool
+) -> dict[Pass, list[Candidate]]:
+    """Both passes, which take the same path."""
+    path = paths.choose_adapter_path(shape, dtype, target, dropping=dropping)
+    both: dict[Pass, list[Candidate]] = {}
+    for part in get_args(Pass):
+        found = paths.adapter_candidates(part, shape, dtype, target, dropping=dropping)
+        both[part] = [
+            each if each.path == path or each.refused else replace(each, refused=_OTHER) for each in found
+        ]
+    return both
+
+
+def _check(op: str, shape: Shape, dtype: torch.dtype, dropout: float) -> None:
+    if op not in OPS:
+        raise ValueError(f"expected an op out of {', '.join(OPS)}, got {op!r}")
+    sizes = {"rows": shape.m, "outputs": shape.n, "inputs": shape.k, "rank": shape.r}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"expected at least 1 for {name}, got {size}")
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"expected float32, float16 or bfloat16, got {dtype}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"expected a dropout probability in [0, 1), got {dropout}")

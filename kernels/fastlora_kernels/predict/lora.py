@@ -1,0 +1,273 @@
+"""The launches of lora_linear, forward and backward, on each path that can serve it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fastlora_kernels import plan as plans
+from fastlora_kernels.layout import MASK_WORD_BITS, TILES_PER_GROUP
+from fastlora_kernels.plan import Kernel, Path, Plan, Shape
+from fastlora_kernels.predict.launches import (
+    LIBRARY_THIN,
+    Launch,
+    extra_tile_us,
+    kernel_product,
+    library_product,
+    stream,
+)
+from fastlora_kernels.predict.occupancy import programs_at_once
+from fastlora_kernels.targets import Target
+
+# integer operations for every element: drawing its bit by Philox, and taking it out of a packed word
+_DRAW, _UNPACK = 9.0, 3.0
+# bytes for every element that the library path reads and writes to draw its mask, a byte an element, on a GPU
+_LIBRARY_DRAW, _LIBRARY_DRAW_LAUNCHES = 71, 20
+
+
+@dataclass(frozen=True)
+class Call:
+    """One layer call to predict: forward and backward with every gradient but the frozen weight's."""
+
+    shape: Shape
+    dtype: torch.dtype
+    target: Target
+    dropping: bool
+    dora: bool = False
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of x."""
+        return self.dtype.itemsize
+
+    @property
+    def x_bytes(self) -> int:
+        """Of x, and of its gradient."""
+        return self.shape.m * self.shape.k * self.itemsize
+
+    @property
+    def y_bytes(self) -> int:
+        """Of y, and of its gradient."""
+        return self.shape.m * self.shape.n * self.itemsize
+
+    @property
+    def s_bytes(self) -> int:
+        """Of S, and of its gradient."""
+        return self.shape.m * self.shape.r * self.itemsize
+
+    @property
+    def mask_bytes(self) -> int:
+        """Of the packed mask."""
+        return self.shape.m * plans.cdiv(self.shape.k, MASK_WORD_BITS) * 4 if self.dropping else 0
+
+    def elements(self, each: float) -> float:
+        """An amount for every element of x that dropout touches."""
+        return self.shape.m * self.shape.k * each if self.dropping else 0.0
+
+    def plan(self, kernel: Kernel) -> Plan:
+        """The plan of one of its kernels."""
+        return plans.choose(kernel, self.shape, self.dtype, self.target)
+
+    def at_once(self, kernel: Kernel, plan: Plan) -> int:
+        """Programs of a kernel that one multiprocessor holds."""
+        return programs_at_once(kernel, plan.tile, self.dtype, self.target, dropping=self.dropping)
+
+
+def forward(path: Path, call: Call) -> list[Launch]:
+    """The launches of a forward pass."""
+    return _FORWARD[path](call)
+
+
+def backward(path: Path, call: Call) -> list[Launch]:
+    """The launches of a backward pass."""
+    return _BACKWARD[path](call)
+
+
+def _down(call: Call) -> list[Launch]:
+    (m, k, r), plan = (call.shape.m, call.shape.k, call.shape.r), call.plan("lora_down")
+    # a higher rank reads x once for every chunk of it
+    reads = plans.cdiv(r, plan.tile.rank)
+    partial = plan.splits * m * r * 4 if plan.splits > 1 else 0
+    launch = stream(
+        "lora_down",
+        reads * call.x_bytes + call.s_bytes + call.mask_bytes,
+        call.target,
+        flops=2.0 * m * k * r,
+        integers=call.elements(_DRAW + _UNPACK) * reads,
+        cached=partial,
+        programs=plans.cdiv(m, plan.tile.rows) * plan.splits * reads,
+    )
+    return [launch, *([_sum("S", partial, call.s_bytes, call.target)] if partial else [])]
+
+
+def _split_forward(call: Call) -> list[Launch]:
+    n, k = call.shape.n, call.shape.k
+    if not call.dora:
+        return [*_down(call), _own_product(call, "lora_forward", n, k)]
+    norm = stream("dora_weight_norm", n * k * call.itemsize, call.target, flops=2.0 * n * k * call.shape.r)
+    # what the factor multiplies is kept for backward
+    return [norm, *_down(call), _own_product(call, "dora_forward", n, k, extra_bytes=call.y_bytes)]
+
+
+def _single_forward(call: Call) -> list[Launch]:
+    return [_own_product(call, "lora_forward_single", call.shape.n, call.shape.k)]
+
+
+def _epilogue_forward(call: Call) -> list[Launch]:
+    m, n, k = call.shape.m, call.shape.n, call.shape.k
+    base = library_product("x·Wᵀ", m, n, k, call.itemsize, call.target)
+    return [*_down(call), base, _add(call, "lora_add", call.y_bytes, 0)]
+
+
+def _library_forward(call: Call) -> list[Launch]:
+    (m, n, k), b = (call.shape.m, call.shape.n, call.shape.k), call.itemsize
+    base = library_product("x·Wᵀ", m, n, k, b, call.target)
+    launches = [_thin(call, "S", call.x_bytes), base, _thin(call, "y + S·Bᵀ", 2 * call.y_bytes)]
+    if call.dora:
+        weights, y = n * k * call.itemsize, call.y_bytes
+        launches += [
+            stream("‖W + s·B·A‖", 7 * weights, call.target, from_library=True, count=3),
+            stream(
+                "× factor + bias", 2 * y + 8 * y // call.itemsize, call.target, from_library=True, count=3
+            ),
+        ]
+    if not call.dropping:
+        return launches
+    moved, count = m * k * _LIBRARY_DRAW, _LIBRARY_DRAW_LAUNCHES
+    mask = stream("mask", moved, call.target, from_library=True, count=count)
+    return [mask, *_masked(call), *launches]
+
+
+def _grad_s_b(call: Call) -> list[Launch]:
+    m, n, r = call.shape.m, call.shape.n, call.shape.r
+    if r > plans.MOST_RANKS_PER_READ:
+        return [_thin(call, "dS", call.y_bytes), _thin(call, "dB", call.y_bytes)]
+    plan = call.plan("lora_grad_s_b")
+    tiles = plans.cdiv(n, plan.tile.cols)
+    ds, db = tiles * m * r * 4, plan.splits * n * r * 4
+    launch = stream(
+        "lora_grad_s_b",
+        call.y_bytes + call.s_bytes,
+        call.target,
+        flops=4.0 * m * n * r,
+        cached=ds + db,
+        programs=tiles * plan.splits,
+    )
+    return [launch, _sum("dS", ds, call.s_bytes, call.target)]
+
+
+def _split_backward(call: Call) -> list[Launch]:
+    n, k, r, plan = call.shape.n, call.shape.k, call.shape.r, call.plan("lora_grad_x_a")
+    programs = plans.cdiv(k, plan.tile.cols) * plan.splits * plans.cdiv(r, plan.tile.rank)
+    reads = plans.cdiv(r, plan.tile.rank)
+    read = reads * (call.x_bytes + call.mask_bytes)
+    product = _own_product(
+        call, "lora_grad_x_a", k, n, extra_bytes=call.mask_bytes + read,
+        extra_tiles=(extra_tile_us(read / max(programs, 1), call.target),) * programs,
+    )  # fmt: skip
+    factor = [stream("dora_grad_product", 3 * call.y_bytes, call.target)] if call.dora else []
+    return [*factor, *_grad_s_b(call), product, _sum_gradients(call, plan)]
+
+
+def _epilogue_backward(call: Call) -> list[Launch]:
+    (m, n, k, r), b = (call.shape.m, call.shape.n, call.shape.k, call.shape.r), call.itemsize
+    plan = call.plan("lora_grad_a")
+    reads = plans.cdiv(r, plan.tile.rank)
+    grad_a = stream(
+        "lora_grad_a",
+        reads * (call.x_bytes + call.mask_bytes) + call.s_bytes,
+        call.target,
+        flops=2.0 * m * k * r,
+        integers=call.elements(_UNPACK) * reads,
+        cached=plan.splits * r * k * 4,
+        programs=plans.cdiv(k, plan.tile.cols) * plan.splits * reads,
+    )
+    base = library_product("dY·W", m, k, n, b, call.target)
+    add = _add(call, "lora_add", call.x_bytes, call.mask_bytes)
+    return [*_grad_s_b(call), base, add, grad_a, _sum_gradients(call, plan)]
+
+
+def _library_backward(call: Call) -> list[Launch]:
+    m, n, k, x = call.shape.m, call.shape.n, call.shape.k, call.x_bytes
+    thin = [_thin(call, "dB", call.y_bytes), _thin(call, "dS", call.y_bytes), _thin(call, "dA", x)]
+    base = library_product("dY·W", m, k, n, call.itemsize, call.target)
+    if call.dora:
+        thin = [stream("factor's gradient", 5 * call.y_bytes, call.target, from_library=True, count=4), *thin]
+    if not call.dropping:
+        return [*thin, base, _thin(call, "dX + dS·A", 2 * x)]
+    product = [
+        _thin(call, "dS·A", x),
+        *_masked(call),
+        stream("dX + masked", 3 * x, call.target, from_library=True),
+    ]
+    return [*_masked(call), *thin, base, *product]
+
+
+def _own_product(
+    call: Call, kernel: Kernel, cols: int, depth: int, *, extra_bytes: float = 0.0,
+    extra_tiles: tuple[float, ...] = (),
+) -> Launch:  # fmt: skip
+    plan, r = call.plan(kernel), call.shape.r
+    return kernel_product(
+        kernel,
+        call.shape.m,
+        cols,
+        # the single launch multiplies A into every step beside W: as much longer as A is beside a tile
+        round(depth * (1 + r / plan.tile.cols)) if kernel == "lora_forward_single" else depth,
+        call.itemsize,
+        plan.tile,
+        call.target,
+        group=TILES_PER_GROUP,
+        at_once=call.at_once(kernel, plan),
+        low_rank=r,
+        extra_bytes=extra_bytes + call.s_bytes + r * cols * 4,
+        extra_tiles=extra_tiles,
+    )
+
+
+def _add(call: Call, kernel: Kernel, out_bytes: float, mask_bytes: float) -> Launch:
+    return stream(
+        kernel,
+        2 * out_bytes + call.s_bytes + mask_bytes,
+        call.target,
+        flops=2.0 * out_bytes / call.itemsize * call.shape.r,
+        integers=call.elements(_UNPACK) if mask_bytes else 0.0,
+    )
+
+
+def _sum_gradients(call: Call, plan: Plan) -> Launch:
+    n, k, r = call.shape.n, call.shape.k, call.shape.r
+    splits = call.plan("lora_grad_s_b").splits if r <= plans.MOST_RANKS_PER_READ else 0
+    return _sum("dA, dB", (plan.splits * k + splits * n) * r * 4, (n + k) * r * 4, call.target)
+
+
+def _sum(name: str, partial_bytes: float, out_bytes: float, target: Target) -> Launch:
+    return stream(f"sum {name}", out_bytes, target, cached=partial_bytes)
+
+
+def _thin(call: Call, name: str, moved: float) -> Launch:
+    flops = moved / call.itemsize * 2 * call.shape.r
+    return stream(name, moved + call.s_bytes, call.target, flops=flops, share=LIBRARY_THIN, from_library=True)
+
+
+def _masked(call: Call) -> list[Launch]:
+    """The library's way to zero dropped elements: a mask of bytes, widened to bits to AND with."""
+    elements = call.shape.m * call.shape.k
+    return [
+        stream("mask as bits", elements * (1 + call.itemsize), call.target, from_library=True),
+        stream("masked", 3 * elements * call.itemsize, call.target, from_library=True),
+    ]
+
+
+_FORWARD: dict[Path, Callable[[Call], list[Launch]]] = {
+    "split": _split_forward,
+    "single": _single_forward,
+    "epilogue": _epilogue_forward,
+    "library": _library_forward,
+}
+_BACKWARD: dict[Path, Callable[[Call], list[Launch]]] = {
+    "split": _split_backward,
+    "single": _split_backward,
+    "epilogue": _epilogue_backward,
+    "library": _library_backward,
+}

@@ -1,0 +1,43 @@
+"""How many programs of a compiled kernel one multiprocessor holds at a time."""
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastlora_kernels.codegen_table import Row, committed, tile_text
+from fastlora_kernels.targets import Target
+
+if TYPE_CHECKING:
+    from fastlora_kernels.plan import Tile
+
+# per multiprocessor: CUDA programming guide; a block reserves 1 KiB of shared memory beside its own
+_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_REGISTERS, _THREADS, _RESERVED = 65_536, 2048, 1024
+
+
+def programs_at_once(kernel: str, tile: "Tile", dtype: torch.dtype, target: Target, *, dropping: bool) -> int:
+    """From registers and shared memory as compiled; 1 where this tile isn't in the table."""
+    row = _find(kernel, target.name, _NAMES.get(dtype, ""), tile, dropping)
+    if row is None or target.is_amd:
+        return 1
+    threads = 32 * tile.warps
+    by_registers = _REGISTERS // max(row.registers * threads, 1)
+    by_shared = (target.shared_bytes + _RESERVED) // (row.shared_bytes + _RESERVED)
+    return max(1, min(by_registers, by_shared, _THREADS // threads))
+
+
+@functools.lru_cache(maxsize=1024)
+def _find(kernel: str, architecture: str, dtype: str, tile: "Tile", dropping: bool) -> Row | None:
+    settings = (tile_text(tile), tile.warps, tile.stages)
+    fitting = [
+        row for row in _rows(kernel, architecture, dtype) if (row.tile, row.warps, row.stages) == settings
+    ]
+    return next((row for row in fitting if row.dropout == dropping), fitting[0] if fitting else None)
+
+
+@functools.cache
+def _rows(kernel: str, architecture: str, dtype: str) -> list[Row]:
+    """The aligned ones."""
+    what = (kernel, architecture, dtype)
+    return [row for row in committed()[1] if row.aligned and (row.kernel, row.target, row.dtype) == what]

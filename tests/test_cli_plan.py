@@ -1,0 +1,55 @@
+"""``fastlora plan``: what it says, and what it refuses."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from fastlora.cli import app
+
+KEYS = {"path", "tile", "predicted_us", "ceiling_us", "overhead", "bytes", "flops", "rejected"}
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner(env={"COLUMNS": "120"}).invoke(app, ["plan", *arguments])
+
+
+def test_json() -> None:
+    result = run("--gpu", "H100", "--shape", "8192x4096x4096", "--rank", "16", "--dropout", "0.1", "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record.keys() >= KEYS
+    assert record["path"] == "split"
+    assert record["overhead"] == pytest.approx(record["predicted_us"] / record["ceiling_us"])
+    assert {each["path"] for each in record["rejected"]} == {"single", "epilogue", "library"}
+    assert all(each["reason"] for each in record["rejected"])
+
+
+def test_words() -> None:
+    result = run("--gpu", "l4", "--shape", "512x768x3072")
+    assert result.exit_code == 0, result.output
+    for part in ("L4", "predicted, not measured", "the ceiling is", "Not "):
+        assert part in " ".join(result.stdout.split())
+
+
+def test_an_adapter_needs_two_sizes() -> None:
+    result = run("--gpu", "A100", "--shape", "4096x768", "--op", "adapter", "--rank", "64", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["outputs"] == 768
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--gpu", "H10", "--shape", "8x8x8"), "did you mean 'H100'? expected a GPU out of A100, A10"),
+        (("--gpu", "H100", "--shape", "8x8"), "rows x inputs x outputs, as in 8192x4096x4096"),
+        (("--gpu", "H100", "--shape", "8x0x8"), "all at least 1, got '8x0x8'"),
+        (("--gpu", "H100", "--shape", "8x16x32", "--op", "adapter"), "as many outputs as inputs"),
+        (("--gpu", "H100", "--shape", "8x8x8", "--dropout", "1"), "in [0, 1), got 1.0"),
+    ],
+    ids=["gpu", "sizes", "zero", "adapter", "dropout"],
+)
+def test_bad_input(arguments: tuple[str, ...], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
