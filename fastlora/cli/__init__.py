@@ -6,7 +6,7 @@ imported when the command runs, so that ``fastlora --help`` answers at once.
 
 import typer
 
-from fastlora.cli import adapt, bench, demo, diagnose, export, finetune, kernels, params, predict
+from fastlora.cli import adapt, bench, demo, diagnose, export, finetune, kernels, params, plan, predict, tune
 from fastlora.cli._errors import CommandGroup
 
 app = typer.Typer(
@@ -28,6 +28,8 @@ app.command("diagnose")(diagnose.diagnose)
 app.command("kernels")(kernels.kernels)
 app.command("params")(params.params)
 app.add_typer(bench.app)
+app.command("plan")(plan.plan)
+app.command("tune")(tune.tune)
 
 
 def main() -> None:

@@ -1,0 +1,159 @@
+"""``fastlora tune``: measure every candidate on this GPU, and keep the fastest for every later run."""
+
+import json
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fastlora._backend import triton_available
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastlora.tuning.calls import LayerCall
+    from fastlora_kernels.tuned import Record
+
+
+class Dtype(str, Enum):
+    """Of the layers."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+def tune(
+    shapes: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSON list of calls: [{"rows": 8192, "inputs": 4096, "outputs": 4096, "rank": 16}].'
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Instead, a model of torchvision, timm:NAME, or llama-7b.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="Of a model's updates.")] = 16,
+    dropout: Annotated[float, typer.Option(min=0, max=0.99, help="Of a model's updates.")] = 0.0,
+    dtype: Annotated[Dtype, typer.Option(help="Of a model's layers.")] = Dtype.bfloat16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images or texts in a model's batch.")] = 8,
+    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens in a text.")] = 512,
+    show: Annotated[
+        bool, typer.Option("--show", help="Print what was measured earlier, and measure nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the choices as JSON on stdout.")] = False,
+) -> None:
+    """Time every path and tile of LoRA layers on this GPU, eager PyTorch included, and keep the fastest.
+
+    Each candidate is checked against float64 before it is timed, as a CUDA graph with a cold cache. The
+    choices are kept in the user's cache folder (FASTLORA_CACHE moves it), for this GPU and version; from then
+    on calls of these layers, with up to twice or half the rows, take them. What was kept for others stays.
+
+    [bold]Example[/bold]: fastlora tune --model vit_b_16 --batch-size 64 --dropout 0.1
+    """
+    # slow to import
+    import torch
+
+    from fastlora import _tuned_file
+
+    if not torch.cuda.is_available() or not triton_available():
+        raise ImportError(
+            "tuning measures on an NVIDIA or AMD GPU with Triton, and there is none here; "
+            "fastlora plan predicts for GPUs that are elsewhere"
+        )
+    device = torch.device("cuda", torch.cuda.current_device())
+    gpu = _tuned_file.gpu_key(device)
+    if show:
+        _print(_tuned_file.read(_tuned_file.path_of(gpu), gpu), as_json)
+        return
+    calls = _calls(shapes, model, rank, dropout, dtype.value, batch_size, sequence_length)
+    records, left_out = _tune(calls, device, gpu, Console(stderr=True))
+    _print(records, as_json)
+    for line in left_out:
+        typer.echo(f"left out: {line}", err=True)
+    if left_out:
+        raise typer.Exit(1)
+
+
+def _calls(
+    shapes: Path | None,
+    model: str | None,
+    rank: int,
+    dropout: float,
+    dtype: str,
+    batch_size: int,
+    sequence_length: int,
+) -> "list[LayerCall]":
+    from fastlora.parameters.models import ModelSpec
+    from fastlora.tuning.calls import calls_of_model, read_calls
+
+    if (shapes is None) == (model is None):
+        raise ValueError("expected either --shapes FILE or --model NAME; fastlora tune --help shows both")
+    if shapes is not None:
+        return read_calls(shapes)
+    assert model is not None
+    spec = ModelSpec(model, None, dtype, batch_size, sequence_length)
+    return calls_of_model(spec, rank=rank, dropout=dropout, dtype=dtype)
+
+
+def _tune(
+    calls: "list[LayerCall]", device: "torch.device", gpu: str, console: Console
+) -> "tuple[list[Record], list[str]]":
+    from fastlora.tuning.kept import keep
+    from fastlora.tuning.search import tune_call
+    from fastlora.tuning.timing import graph_timer
+
+    timer, records, left_out = graph_timer(device), [], []
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(calls))
+        for call in calls:
+            where = f"{call.rows} × {call.inputs} × {call.outputs}"
+
+            def tell(what: str, where: str = where) -> None:
+                progress.update(task, description=f"{where}: {what}")
+
+            record, problems = tune_call(call, device, timer, tell)
+            # at once, so that a crash later loses nothing
+            keep(record, gpu)
+            records.append(record)
+            left_out += [f"{where}: {problem}" for problem in problems]
+            progress.advance(task)
+    return records, left_out
+
+
+def _print(records: "list[Record]", as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps([asdict(record) for record in records], indent=1))
+        return
+    table = Table(caption="Medians of CUDA graphs with a cold cache. Shape: rows × inputs × outputs.")
+    for heading in ("Shape", "Rank", "Dtype", "Dropout", "Forward", "Backward"):
+        table.add_column(heading)
+    for heading in ("µs", "Eager µs", "Gain"):
+        table.add_column(heading, justify="right")
+    for record in records:
+        table.add_row(*_cells(record))
+    Console().print(table)
+
+
+def _cells(record: "Record") -> list[str]:
+    from fastlora.tuning.search import name_of
+
+    shape, step = record.shape, record.microseconds["step"]
+    best = min(step.values())
+    return [
+        f"{shape.m} × {shape.k} × {shape.n}",
+        str(shape.r),
+        record.dtype,
+        "yes" if record.dropping else "",
+        name_of(record.forward),
+        name_of(record.backward),
+        f"{best:,.0f}",
+        f"{step['eager']:,.0f}",
+        f"{step['eager'] / best:.2f}×",
+    ]

@@ -1,0 +1,134 @@
+"""Every way to compute one pass of a layer call, as choices that the op can be told to take."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastlora import reference
+from fastlora._backend import use_backend
+from fastlora.ops._keep_mask import keep_probability
+from fastlora.ops._lora_library import lora_linear_backward, lora_linear_forward
+from fastlora.tuning.calls import LayerCall
+from fastlora_kernels import paths, targets, tuned
+from fastlora_kernels import plan as plans
+from fastlora_kernels.layout import MASK_WORD_BITS
+from fastlora_kernels.paths import Pass
+from fastlora_kernels.plan import Kernel
+from fastlora_kernels.predict.lora import Call
+from fastlora_kernels.tuned import Choice, Record
+
+SCALING = 2.0
+_KERNELS: dict[tuple[Pass, str], Kernel] = {
+    ("forward", "split"): "lora_forward",
+    ("forward", "single"): "lora_forward_single",
+    ("backward", "split"): "lora_grad_x_a",
+}
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Of one layer call; ``s`` and ``mask`` are what forward leaves for backward."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    dy: Tensor
+    seed: Tensor | None
+    dropout: float
+    s: Tensor | None = None
+    mask: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> "Tensors":
+        """The same in another dtype, adapters too."""
+        names = ("x", "weight", "bias", "lora_A", "lora_B", "dy")
+        return replace(self, **{name: getattr(self, name).to(dtype) for name in names})
+
+
+def draw(call: LayerCall, device: torch.device) -> Tensors:
+    """Random tensors of a layer's usual scale; A and B in float32 beside a 16-bit layer, as by default."""
+
+    def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = call.torch_dtype) -> Tensor:
+        return (torch.randn(*shape, device=device) * scale).to(dtype)
+
+    m, n, k, r = call.rows, call.outputs, call.inputs, call.rank
+    return Tensors(
+        x=normal(m, k),
+        weight=normal(n, k, scale=k**-0.5),
+        bias=normal(n),
+        lora_A=normal(r, k, scale=k**-0.5, dtype=torch.float32),
+        lora_B=normal(n, r, scale=r**-0.5, dtype=torch.float32),
+        dy=normal(m, n),
+        seed=torch.tensor([1234], device=device) if call.dropout else None,
+        dropout=call.dropout,
+    )
+
+
+def choices(part: Pass, call: LayerCall, device: torch.device) -> list[Choice]:
+    """Every path that can serve the pass, with every tile of its large product."""
+    target, dtype = targets.detect(device), call.torch_dtype
+    found = []
+    for candidate in paths.candidates(part, Call(call.shape, dtype, target, call.dropout > 0)):
+        if candidate.refused:
+            continue
+        kernel = _KERNELS.get((part, candidate.path))
+        tiles = (
+            ()
+            if kernel is None
+            else plans.tiles(kernel, call.rank, dtype, target, aligned=call.shape.aligned)
+        )
+        found += [Choice(candidate.path, tile) for tile in dict.fromkeys(tiles)] or [Choice(candidate.path)]
+    return found
+
+
+def run_forward(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+    """y, S and the packed mask, by the op as it is."""
+    t = tensors
+    return lora_linear_forward(
+        t.x, t.weight, t.bias, t.lora_A, t.lora_B, t.seed, SCALING, t.dropout, "triton", None
+    )
+
+
+def run_backward(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+    """dX, dA and dB, by the op as it is."""
+    t = tensors
+    arguments = (t.dy, t.x, t.weight, t.lora_A, t.lora_B, t.s, t.mask)
+    return lora_linear_backward(*arguments, SCALING, t.dropout, True, True, True, "triton", None)
+
+
+def run_eager(tensors: Tensors, *, keep: Tensor | None = None) -> list[Tensor]:
+    """y, dX, dA and dB by the eager formula and autograd; with a mask, that one's elements are dropped."""
+    t = tensors
+    inputs = [each.detach().requires_grad_() for each in (t.x, t.lora_A, t.lora_B)]
+    x, lora_A, lora_B = inputs
+    if keep is None:
+        y = reference.lora_linear(x, t.weight, t.bias, lora_A, lora_B, scaling=SCALING, dropout=t.dropout)
+    else:
+        y = reference.lora_linear_with_mask(
+            x, t.weight, t.bias, lora_A, lora_B, keep, scaling=SCALING,
+            keep_probability=keep_probability(t.dropout),
+        )  # fmt: skip
+    return [y.detach(), *torch.autograd.grad(y, inputs, t.dy)]
+
+
+def unpacked(mask: Tensor, columns: int) -> Tensor:
+    """The packed keep bits as bool ``[rows, columns]``."""
+    bits = mask[:, :, None] >> torch.arange(MASK_WORD_BITS, device=mask.device, dtype=torch.int32)
+    return (bits & 1).bool().flatten(1)[:, :columns]
+
+
+@contextmanager
+def only(part: Pass, call: LayerCall, choice: Choice) -> Iterator[None]:
+    """Let the op take this choice, and nothing else that was measured."""
+    before = tuned.pinned()
+    both = {"forward": Choice("split"), "backward": Choice("split")} | {part: choice}
+    tuned.pin([Record(call.shape, call.dtype, call.dropout > 0, both["forward"], both["backward"])])
+    try:
+        with use_backend("auto"):
+            yield
+    finally:
+        tuned.pin(before)

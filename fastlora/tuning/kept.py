@@ -1,0 +1,30 @@
+"""Measured choices join the file of their GPU, and the running process."""
+
+import contextlib
+
+from fastlora import _tuned_file
+from fastlora_kernels import tuned
+from fastlora_kernels.tuned import Record
+
+
+def keep(record: Record, gpu: str) -> None:
+    """Put a record into this GPU's file, in the place of an earlier one of the same call, and use it.
+
+    Args:
+        record: What was measured.
+        gpu: As :func:`fastlora._tuned_file.gpu_key` names it.
+
+    Raises:
+        OSError: The file can't be written.
+    """
+    path, before = _tuned_file.path_of(gpu), []
+    # a damaged file, or one of another version, is replaced
+    with contextlib.suppress(OSError, ValueError):
+        before = _tuned_file.read(path, gpu)
+    records = [*(each for each in before if _call(each) != _call(record)), record]
+    _tuned_file.write(path, gpu, records)
+    tuned.pin(records)
+
+
+def _call(record: Record) -> tuple[object, ...]:
+    return record.shape, record.dtype, record.dropping

@@ -1,0 +1,28 @@
+"""The same choices on every process: those of the first."""
+
+import torch
+import torch.distributed as dist
+
+from fastlora.ops._choices import load
+from fastlora_kernels import tuned
+
+
+def share() -> None:
+    """Give every process of a distributed run the measured choices of rank 0.
+
+    Call it after ``init_process_group``, on every rank, before the first step; the trainer does. Without it
+    ranks on machines whose caches differ may choose different tiles, whose sums differ in the last bit. Does
+    nothing without a process group.
+
+    Example:
+        >>> import fastlora.tuning
+        >>> fastlora.tuning.share()
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    if torch.cuda.is_available():
+        # first on every rank: read later, a rank's own file would win
+        load(torch.device("cuda", torch.cuda.current_device()))
+    records = [tuned.pinned()]
+    dist.broadcast_object_list(records, src=0)
+    tuned.pin(records[0])

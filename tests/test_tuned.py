@@ -1,0 +1,98 @@
+"""Measured choices: found again, kept on disk, refused when they don't fit, the same on every rank."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastlora import _tuned_file
+from fastlora.tuning.kept import keep
+from fastlora_kernels import tuned
+from fastlora_kernels.plan import Tile
+from tests.launching import in_two_processes
+from tests.tuning_models import CALL, record
+
+GPU = "a-card-7"
+TILE = Tile(64, 64, 64, 16, 4, 3, persistent=True)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuned, "_pinned", {})
+    return tmp_path
+
+
+def find(rows: int, *, dropping: bool = False) -> tuned.Record | None:
+    return tuned.find(replace(CALL.shape, m=rows), torch.float16, dropping=dropping)
+
+
+def test_the_nearest_number_of_rows_within_a_factor_of_two() -> None:
+    near, far = record(), record(replace(CALL, rows=120))
+    tuned.pin([far, near])
+    assert find(40) is find(20) is find(60) is near
+    assert find(100) is find(240) is far
+    assert find(19) is find(241) is find(40, dropping=True) is None
+    assert tuned.find(CALL.shape, torch.bfloat16, dropping=False) is None
+    assert tuned.find(replace(CALL.shape, r=8), torch.float16, dropping=False) is None
+    assert tuned.find(replace(CALL.shape, aligned=False), torch.float16, dropping=False) is None
+
+
+def test_a_file_gives_back_what_was_kept(folder: Path) -> None:
+    first, second = record(), record(replace(CALL, rows=500), path="split", tile=TILE)
+    keep(first, GPU)
+    keep(second, GPU)
+    again = record(path="epilogue")
+    keep(again, GPU)
+    assert _tuned_file.read(_tuned_file.path_of(GPU), GPU) == [second, again]
+    assert tuned.pinned() == [second, again]
+    assert [path.name for path in folder.iterdir()] == [f"tuned-{GPU}.json"]
+
+
+def test_a_crash_while_writing_leaves_the_old_file(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    keep(record(), GPU)
+    before = _tuned_file.path_of(GPU).read_bytes()
+
+    def full(self: Path, content: bytes) -> int:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="no space left"):
+        keep(record(path="split"), GPU)
+    assert _tuned_file.path_of(GPU).read_bytes() == before
+    assert len(list(folder.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[: len(text) // 2], "got a damaged file"),
+        (lambda text: "[]", "got a damaged file"),
+        (lambda text: text.replace('"fastlora": "', '"fastlora": "9.'), r"expected fastlora \d.*got 9\.0"),
+        (lambda text: text.replace(GPU, "another-card-8"), "expected gpu a-card-7.*got another-card-8"),
+        (lambda text: text.replace('"dropping"', '"droping"'), "got a damaged file"),
+    ],
+    ids=["cut", "other JSON", "version", "gpu", "field"],
+)
+def test_a_file_that_does_not_fit_is_ignored_with_a_warning(change, message: str) -> None:  # type: ignore[no-untyped-def]
+    keep(record(), GPU)
+    path = _tuned_file.path_of(GPU)
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ValueError, match=message):
+        _tuned_file.read(path, GPU)
+    with pytest.warns(UserWarning, match=r"predicted instead of measured.*run fastlora tune again"):
+        assert _tuned_file.read_or_warn(GPU) == []
+    # and the next measurement replaces it
+    keep(record(), GPU)
+    assert json.loads(path.read_text())["gpu"] == GPU
+
+
+def test_no_file_is_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    assert _tuned_file.read_or_warn(GPU) == []
+    assert not recwarn.list
+
+
+def test_two_processes_take_what_the_first_has() -> None:
+    in_two_processes("tests.tuning_processes")

@@ -1,0 +1,167 @@
+"""``tune``: which calls, every candidate checked and timed, the fastest taken by the op."""
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+import fastlora
+from fastlora.cli import app
+from fastlora.ops import _choices, _lora_triton
+from fastlora.parameters.models import ModelSpec
+from fastlora.tuning import search
+from fastlora.tuning.calls import LayerCall, calls_of_model, read_calls
+from fastlora.tuning.candidates import choices, draw, only, run_forward
+from fastlora.tuning.search import name_of
+from fastlora_kernels import tuned
+from fastlora_kernels.lora_forward import lora_forward
+from fastlora_kernels.tuned import Choice
+from tests.tuning_models import CALL, device, pretend, record
+
+pytestmark = pytest.mark.usefixtures("kernel_device")
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch)
+
+
+def counting_timer(first: float, step: float) -> Callable[[Callable[[], object]], float]:
+    """Later candidates take longer, or shorter with a negative step; the work is done all the same."""
+    times = itertools.count(first, step)
+
+    def time(work: Callable[[], object]) -> float:
+        work()
+        return next(times)
+
+    return time
+
+
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_every_candidate_is_checked_and_timed(dropout: float) -> None:
+    call = replace(CALL, dropout=dropout)
+    told: list[str] = []
+    found, left_out = search.tune_call(call, device(), counting_timer(1, 1), told.append)
+    assert left_out == []
+    for part in ("forward", "backward"):
+        wanted = [name_of(choice) for choice in choices(part, call, device())]
+        assert list(found.microseconds[part]) == wanted
+        assert len(wanted) >= 4
+    assert told[-1] == "eager"
+    # the first of each pass was the fastest, and both together faster than eager
+    assert found.forward == choices("forward", call, device())[0]
+    assert found.microseconds["step"]["eager"] > found.microseconds["step"]["fused"]
+
+
+@pytest.mark.usefixtures("card")
+def test_eager_wins_where_it_is_faster() -> None:
+    """The last timed is the fastest: eager. The op then runs the eager formula for this call."""
+    found, _ = search.tune_call(CALL, device(), counting_timer(1000, -1), lambda what: None)
+    assert found.forward == found.backward == Choice(tuned.REFERENCE)
+    tuned.pin([found])
+    assert _choices.prefers_eager(CALL.shape, torch.float16, device(), dropping=False)
+
+
+@pytest.mark.usefixtures("card")
+def test_a_wrong_result_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(x: Tensor, *rest: Any, **more: Any) -> None:
+        lora_forward(x * 1.05, *rest, **more)
+
+    monkeypatch.setattr(_lora_triton, "lora_forward", wrong)
+    found, left_out = search.tune_call(CALL, device(), counting_timer(1, 1), lambda what: None)
+    assert all(line.startswith("forward split") and "where eager errs by" in line for line in left_out)
+    assert left_out
+    assert found.forward.path != "split"
+
+
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("path", ["single", "epilogue", "library"])
+def test_the_op_takes_what_is_pinned(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = draw(CALL, device())
+    taken = []
+
+    def note(*arguments: Any, **more: Any) -> Choice:
+        choice = _choices.choose(*arguments, **more)
+        taken.append(choice.path)
+        return choice
+
+    monkeypatch.setattr(_lora_triton, "choose", note)
+    with only("forward", CALL, Choice(path)):
+        run_forward(tensors)
+    assert taken == [path]
+    assert tuned.pinned() == []
+
+
+def test_the_kernels_asked_for_by_name_never_leave_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuned, "_pinned", {})
+    tuned.pin([record(path="library")])
+    arguments = ("forward", CALL.shape, torch.float16, device())
+    with fastlora.use_backend("triton"):
+        assert _choices.choose(*arguments, dropping=False).path == "split"  # type: ignore[arg-type]
+    with fastlora.use_backend("auto"):
+        assert _choices.choose(*arguments, dropping=False).path == "library"  # type: ignore[arg-type]
+
+
+def test_calls_of_a_model_include_its_attention() -> None:
+    spec = ModelSpec("vit_b_16", None, "bfloat16", batch_size=2)
+    calls = calls_of_model(spec, rank=8, dropout=0.1, dtype="bfloat16")
+    rows = 2 * 197
+    sizes = {(call.rows, call.inputs, call.outputs) for call in calls}
+    assert sizes == {
+        (rows, 768, 2304),
+        (rows, 768, 768),
+        (rows, 768, 3072),
+        (rows, 3072, 768),
+        (2, 768, 1000),
+    }
+    assert {(call.rank, call.dropout, call.dtype) for call in calls} == {(8, 0.1, "bfloat16")}
+
+
+def test_calls_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "shapes.json"
+    path.write_text(json.dumps([{"rows": 8, "inputs": 16, "outputs": 32, "dropout": 0.1}]))
+    assert read_calls(path) == [LayerCall(8, 16, 32, dropout=0.1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "expected a JSON list such as .*got no JSON"),
+        ("{}", "got dict"),
+        ("[]", "expected a JSON list"),
+        ('[{"rows": 8, "inputs": 16}]', "expected outputs in entry 1"),
+        ('[{"row": 8}]', "did you mean 'rows'.* in entry 1"),
+        (
+            '[{"rows": 0, "inputs": 16, "outputs": 32}]',
+            "entry 1 .*rows to be a whole number of at least 1, got 0",
+        ),
+        ('[{"rows": 8, "inputs": 16, "outputs": 32, "dtype": "int8"}]', "dtype out of bfloat16.*got 'int8'"),
+        ('[{"rows": 8, "inputs": 16, "outputs": 32, "dropout": 1}]', r"in \[0, 1\), got 1"),
+        ("[8]", "expected an object as entry 1"),
+    ],
+)
+def test_bad_files(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "shapes.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_calls(path)
+
+
+@pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_the_command_needs_a_gpu() -> None:
+    result = CliRunner().invoke(app, ["tune", "--model", "vit_b_16"])
+    assert result.exit_code == 1
+    assert "there is none here; fastlora plan predicts" in result.stderr

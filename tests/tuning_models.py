@@ -1,0 +1,30 @@
+"""What the tuning tests share: records, and a card that the interpreter can stand in for."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastlora.tuning.calls import LayerCall
+from fastlora_kernels import targets, tuned
+from fastlora_kernels.plan import Tile
+from fastlora_kernels.tuned import Choice, Record
+
+CALL = LayerCall(rows=40, inputs=32, outputs=48, rank=16, dtype="float16")
+# few large tiles, so that the interpreter is done soon
+SMALL_CARD = replace(targets.TARGETS["sm_80"], multiprocessors=2)
+
+
+def record(call: LayerCall = CALL, path: str = "single", tile: Tile | None = None) -> Record:
+    choice = Choice(path, tile)
+    return Record(call.shape, call.dtype, call.dropout > 0, choice, Choice("split"), {"step": {"eager": 2.0}})
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, target: targets.Target = SMALL_CARD) -> None:
+    """Let the CPU pass for a GPU with tiles of its own; what was pinned before comes back."""
+    monkeypatch.setattr(targets, "detect", lambda device: target)
+    monkeypatch.setattr(tuned, "_pinned", {})
+
+
+def device() -> torch.device:
+    return torch.device("cpu")
