@@ -12,7 +12,8 @@ pytest.importorskip("triton", reason="compiling kernels needs Triton")
 
 from fastlora.cli import app
 from fastlora_kernels import codegen
-from fastlora_kernels.codegen import Row, Spec
+from fastlora_kernels.codegen import Spec
+from fastlora_kernels.codegen_table import Row
 
 KEYS = {"kernel", "target", "dtype", "tile", "warps", "stages", "registers", "spills", "shared_bytes"}
 

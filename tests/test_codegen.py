@@ -1,13 +1,18 @@
 """Every kernel of every plan, compiled for five GPU targets without a GPU: a gate on what it takes."""
 
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="compiling kernels needs Triton")
 
-from fastlora_kernels import codegen, plan, plan_adapter, targets
-from fastlora_kernels.codegen import Row
+import triton
+
+from fastlora_kernels import codegen, codegen_table, plan, plan_adapter, targets
+from fastlora_kernels.codegen_table import Row
 
 # DoRA's norm is a float32 product of float32 matrices, the gradient of its product no product at all
 _NO_UNITS = ("dora_weight_norm", "dora_grad_product")
@@ -55,6 +60,48 @@ def test_every_kernel_is_there_for_every_target(rows: list[Row]) -> None:
     kernels = {*plan.KERNELS, *plan_adapter.KERNELS}
     assert {kernel for kernel, _ in counts} == kernels
     assert len(counts) == 5 * len(kernels)
+
+
+def test_no_figure_is_worse_than_the_committed_one(rows: list[Row]) -> None:
+    """Registers, spills, shared memory, matrix instructions. A new table is a decision:
+
+    fastlora kernels --target sm_80 --target sm_86 --target sm_90 --target sm_100 --target gfx942 \\
+        --write-table kernels/fastlora_kernels/codegen.csv
+    """
+    made_with, before = codegen_table.committed()
+    assert before
+    if made_with != triton.__version__:
+        pytest.skip(f"the committed figures are Triton {made_with}'s, not {triton.__version__}'s")
+    assert codegen_table.worse_than_committed(rows) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"registers": 256}, "registers 256, committed"),
+        ({"spills": 4}, "spilled bytes 4, committed 0"),
+        ({"shared_bytes": 10**6}, "shared bytes 1000000, committed"),
+        ({"matrix_instructions": {}}, "instructions lost 1, committed 0"),
+        ({"serialized": True}, "serialised True, committed False"),
+        ({"warps": 16}, "is not in codegen.csv"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_the_gate_notices(change: dict[str, Any], told: str) -> None:
+    row = next(
+        row
+        for row in codegen_table.committed()[1]
+        if row.kernel == "lora_forward" and row.matrix_instructions
+    )
+    assert codegen_table.worse_than_committed([row]) == []
+    (line,) = codegen_table.worse_than_committed([replace(row, **change)])
+    assert told in line
+
+
+def test_a_table_reads_back_as_it_was_written() -> None:
+    version, before = codegen_table.committed.__wrapped__()
+    text = codegen_table.table_text(reversed(before), version)
+    assert text == Path(codegen_table.__file__).with_name(codegen_table.FILE).read_text("utf-8")
 
 
 def test_unknown_target() -> None:

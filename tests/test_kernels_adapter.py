@@ -47,7 +47,7 @@ WIDE = [replace(BASE, d=100), replace(BASE, d=256, h=31)]
 
 def choose(kernel: AdapterKernel, size: Size, dtype: torch.dtype, splits: int = 1) -> Plan:
     chosen = plans.choose(kernel, size.m, size.h, size.d, dtype, targets.DEFAULT)
-    return Plan("split", chosen.tile, splits)
+    return Plan(chosen.tile, splits)
 
 
 @dataclass

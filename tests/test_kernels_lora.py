@@ -31,7 +31,7 @@ def shape_id(shape: Shape) -> str:
 
 
 def choose(kernel: Kernel, shape: Shape, dtype: torch.dtype, splits: int = 1) -> Plan:
-    return Plan("split", plans.choose(kernel, shape, dtype, targets.DEFAULT).tile, splits)
+    return Plan(plans.choose(kernel, shape, dtype, targets.DEFAULT).tile, splits)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -204,11 +204,11 @@ def test_pinned_tiles_compute_the_same(target: str, kernel_device: torch.device)
     tiles = plans.tiles("lora_forward", shape.r, harness.dtype, targets.TARGETS[target])
     for tile in (tile for tile in tiles if not tile.persistent):
         y = harness.output(shape.m, shape.n)
-        lora_forward(x, weight, None, s, b, y, plan=Plan("split", tile))
+        lora_forward(x, weight, None, s, b, y, plan=Plan(tile))
         assert_exact(y, lambda x, w, s, b: x @ w.t() + s @ b.t(), x, weight, s, b)
         dx = harness.output(shape.m, shape.k)
         da = harness.output(2, shape.r, shape.k, dtype=torch.float32)
-        lora_grad_x_a(dy, weight, ds, a, mask, x, dx, da, plan=Plan("split", tile, splits=2))
+        lora_grad_x_a(dy, weight, ds, a, mask, x, dx, da, plan=Plan(tile, splits=2))
         assert_exact(dx, lambda dy, w, ds, a: dy @ w + (ds @ a) * keep, dy, weight, ds, a)
         assert_exact(da.sum(0), lambda x, ds: ds.t() @ (x * keep), x, ds)
     harness.assert_margins_untouched()

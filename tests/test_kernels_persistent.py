@@ -124,7 +124,7 @@ def _check_forward(harness: Harness, shape: Shape, tile: Tile, programs: int, *,
     offset = harness.random(1, shape.n)
     y = harness.output(shape.m, shape.n)
     lora_forward_persistent(
-        x, weight, offset[0] if bias else None, s, b, y, plan=Plan("split", tile), multiprocessors=programs
+        x, weight, offset[0] if bias else None, s, b, y, plan=Plan(tile), multiprocessors=programs
     )
     assert_exact(y, lambda x, w, s, b, o: x @ w.t() + s @ b.t() + (o if bias else 0), x, weight, s, b, offset)
 
@@ -140,7 +140,7 @@ def _check_grad_x_a(harness: Harness, shape: Shape, tile: Tile, programs: int, *
     da = harness.output(2, shape.r, shape.k, dtype=torch.float32)
     lora_grad_x_a_persistent(
         dy, weight, ds, a, mask if dropout else None, x, dx, da,
-        plan=Plan("split", tile, splits=2), multiprocessors=programs,
+        plan=Plan(tile, splits=2), multiprocessors=programs,
     )  # fmt: skip
     assert_exact(dx, lambda dy, w, ds, a: dy @ w + (ds @ a) * keep, dy, weight, ds, a)
     assert_exact(da.sum(0), lambda x, ds: ds.t() @ (x * keep), x, ds)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,9 +11,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fastlora._backend import triton_available
+from fastlora._files import write_file
 
 if TYPE_CHECKING:
-    from fastlora_kernels.codegen import Row
+    from fastlora_kernels.codegen_table import Row
 
 
 def kernels(
@@ -21,6 +23,10 @@ def kernels(
         typer.Option(help="GPU to compile for, for instance sm_90; repeat it for several. Default: four."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
+    write_table: Annotated[
+        Path | None,
+        typer.Option(help="Also write the rows to this file, as codegen.csv in the repository is."),
+    ] = None,
 ) -> None:
     """Compile every kernel of every launch plan and show what it takes on the GPU. No GPU is needed.
 
@@ -30,6 +36,8 @@ def kernels(
     [bold]Example[/bold]: fastlora kernels --target sm_90
     """
     rows = _compile(target, Console(stderr=True))
+    if write_table is not None:
+        _write_table(rows, write_table)
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in rows], indent=1))
     else:
@@ -49,6 +57,14 @@ def _compile(targets: list[str] | None, console: Console) -> "list[Row]":
     with Progress(*columns, console=console) as progress:
         rows = list(progress.track(codegen.compile_rows(specs), total=len(specs)))
     return sorted(rows, key=lambda row: (row.target, row.kernel, row.dtype, row.tile, row.dropout))
+
+
+def _write_table(rows: "list[Row]", path: Path) -> None:
+    import triton
+
+    from fastlora_kernels.codegen_table import table_text
+
+    write_file(path, table_text(rows, triton.__version__).encode())
 
 
 def _fits(row: "Row") -> bool:

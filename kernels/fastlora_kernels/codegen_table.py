@@ -75,7 +75,7 @@ def table_text(rows: Iterable[Row], triton_version: str) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, [field.name for field in fields(Row)], lineterminator="\n")
     writer.writeheader()
-    for row in sorted(rows, key=lambda row: (row.key, row.registers)):
+    for row in sorted(rows, key=repr):
         kinds = " ".join(f"{kind}:{count}" for kind, count in sorted(row.matrix_instructions.items()))
         values = {**asdict(row), "matrix_instructions": kinds}
         writer.writerow(

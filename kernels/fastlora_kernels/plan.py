@@ -1,7 +1,8 @@
-"""Which path and tile a shape gets on a GPU. Nothing is timed: the same answer on every run and every rank.
+"""Which tile a kernel gets for a shape on a GPU. Nothing is timed: every run and every rank gets the same.
 
-Tiles are pinned per architecture, largest first; the plan takes the first that fills the card and shrinks its
-pipeline until it fits shared memory. ``codegen`` compiles every tile that can come out of here.
+Tiles are pinned per architecture, their pipelines shrunk until they fit shared memory; the plan takes the one
+with the lowest predicted time. ``codegen`` compiles every tile that can come out of here; ``paths`` decides
+which kernels a call runs at all.
 """
 
 import functools
@@ -71,13 +72,12 @@ class Tile:
 
 @dataclass(frozen=True)
 class Plan:
-    """The choice for one kernel: ``path`` "split" runs it, "library" leaves the whole op to library products.
+    """The choice for one kernel.
 
     ``splits`` is into how many parts the reduction over a long axis is cut; their fp32 partial results are
     summed in a second, deterministic step.
     """
 
-    path: Path
     tile: Tile
     splits: int = 1
 
@@ -124,7 +124,7 @@ def choose(
     """
     if tile is None:
         tile = _fitted(_choose_tile(kernel, shape, dtype, target), kernel, dtype, target)
-    return Plan("split", tile, _choose_splits(kernel, shape, tile, target))
+    return Plan(tile, _choose_splits(kernel, shape, tile, target))
 
 
 def tiles(

@@ -52,7 +52,7 @@ def choose(
 ) -> Plan:
     """Tile and splits of one kernel for h ``[rows, hidden]`` and a bottleneck of ``size``. Deterministic."""
     tile = _tile(kernel, size, dtype, target, aligned)
-    return Plan("split", tile, _splits(kernel, rows, hidden, tile, target))
+    return Plan(tile, _splits(kernel, rows, hidden, tile, target))
 
 
 def one_launch(size: int) -> bool:

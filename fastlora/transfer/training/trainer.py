@@ -32,6 +32,7 @@ from fastlora.transfer.training.records import EpochRecord, TrainResult, scores
 from fastlora.transfer.training.settings import TrainSettings
 from fastlora.transfer.training.stage_switch import StageSwitch
 from fastlora.transfer.unfreezing import GradualUnfreezing
+from fastlora.tuning import share
 
 CHECKPOINTS = "checkpoints"
 
@@ -94,6 +95,8 @@ class Trainer:
         plan = {} if unfreezing is None else {"unfreezing": [list(unfreezing.at), unfreezing.unit]}
         self._configuration = {**(configuration or {}), **plan}
         self.accelerator = make_accelerator(settings.precision) if accelerator is None else accelerator
+        # ranks that sum in different orders drift apart
+        share()
         check_processes(self.accelerator.num_processes, len(train), settings, unfreezing)
         self.total_steps = settings.total_steps(len(train))
         self._steps_per_epoch = settings.steps_per_epoch(len(train))

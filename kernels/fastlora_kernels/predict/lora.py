@@ -158,8 +158,10 @@ def _grad_s_b(call: Call) -> list[Launch]:
 
 def _split_backward(call: Call) -> list[Launch]:
     n, k, r, plan = call.shape.n, call.shape.k, call.shape.r, call.plan("lora_grad_x_a")
-    programs = plans.cdiv(k, plan.tile.cols) * plan.splits * plans.cdiv(r, plan.tile.rank)
-    reads = plans.cdiv(r, plan.tile.rank)
+    part = plans.grad_a_part(plan.tile)
+    # a higher rank reads x once for every chunk of it
+    reads = plans.cdiv(r, part.rank)
+    programs = plans.cdiv(k, part.cols) * plan.splits * reads
     read = reads * (call.x_bytes + call.mask_bytes)
     product = _own_product(
         call, "lora_grad_x_a", k, n, extra_bytes=call.mask_bytes + read,

@@ -12,13 +12,15 @@ if TYPE_CHECKING:
     from fastlora_kernels.plan import Tile
 
 # per multiprocessor: CUDA programming guide; a block reserves 1 KiB of shared memory beside its own
-_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+# what the table leaves out differs little from what it holds
+_NAMES = {torch.float32: "fp32", torch.float16: "bf16", torch.bfloat16: "bf16"}
+_LIKE = {"sm_89": "sm_86"}
 _REGISTERS, _THREADS, _RESERVED = 65_536, 2048, 1024
 
 
 def programs_at_once(kernel: str, tile: "Tile", dtype: torch.dtype, target: Target, *, dropping: bool) -> int:
     """From registers and shared memory as compiled; 1 where this tile isn't in the table."""
-    row = _find(kernel, target.name, _NAMES.get(dtype, ""), tile, dropping)
+    row = _find(kernel, _LIKE.get(target.name, target.name), _NAMES.get(dtype, ""), tile, dropping)
     if row is None or target.is_amd:
         return 1
     threads = 32 * tile.warps
