@@ -98,6 +98,7 @@ def test_results_are_named_for_the_device_and_the_day(ran: tuple[str, Path]) -> 
     assert ran[1].stem.endswith(content["environment"]["date"])
     assert ran[1].stem == ran[1].stem.lower()
     assert f"results: {ran[1]}" in ran[0]
+    assert (ran[1].with_suffix("") / "report.html").exists()
 
 
 def test_every_case_has_an_id_of_its_own() -> None:

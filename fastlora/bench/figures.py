@@ -27,7 +27,7 @@ from fastlora.bench.style import (
 _BAR_INCHES, _PANEL_INCHES = 0.24, 0.75
 _MIB = 2**20
 _FINE_TICKS = [0.5, 0.7, 1, 1.2, 1.5, 2, 3, 4, 6]
-_COARSE_TICKS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]
+_COARSE_TICKS = [0.2, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 50, 100]
 
 
 def measured_figures(results: Results) -> dict[str, Figure]:

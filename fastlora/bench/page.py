@@ -22,7 +22,7 @@ PAGE, _TEMPLATE = "report.html", "bench/report.html.jinja"
 # what the first paragraph calls a suite's cases, and what nobody can beat
 _SENTENCES = {
     ("layers", "forward_backward"): ("A LoRA layer's forward and backward pass", "frozen layer alone"),
-    ("adapters", "forward_backward"): ("A bottleneck adapter's", "six bare products"),
+    ("adapters", "forward_backward"): ("That of a bottleneck adapter", "six bare products"),
     ("steps", "step"): ("A whole training step", "frozen model"),
 }
 # sharp enough on a screen, small enough for a repository
