@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import fastlora
+from tests.launching import leave
 
 STEPS, BATCH = 3, 8
 
@@ -57,8 +58,7 @@ def main(how: str, path: Path) -> None:
     found = train(model, called, rank, processes)
     if rank == 0:
         torch.save(found, path)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

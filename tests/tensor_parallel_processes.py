@@ -13,6 +13,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 import fastlora
 from fastlora.distributed import LoRAColwiseParallel, LoRARowwiseParallel
 from fastlora.nn import LoRAModule
+from tests.launching import leave
 
 STEPS = 3
 
@@ -64,8 +65,7 @@ def main(folder: Path) -> None:
     fastlora.save_adapter(model, folder / f"adapter-{dist.get_rank()}")
     if dist.get_rank() == 0:
         torch.save(found, folder / "found.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastlora.transfer.training import Trainer
-from fastlora.transfer.training.processes import leave_processes
+from tests.launching import leave
 from tests.training_runs import SETTINGS, Killer, Noise, make_net, pictures
 
 # without what depends on who computes what: batch statistics, dropout (drawn in each process), 16 bits
@@ -21,8 +21,8 @@ def main(output: Path, sharding: Any, kill_at: int | None = None) -> None:
     settings = replace(SETTINGS, sharding=sharding)
     trainer = Trainer(net, pictures(Noise()), pictures(), settings, output=output, reporter=Killer(kill_at))
     trainer.fit(resume=True)
-    leave_processes()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))
+    leave()

@@ -4,17 +4,16 @@ import torch.distributed as dist
 
 import fastlora.tuning
 from fastlora_kernels import tuned
+from tests.launching import leave
 from tests.tuning_models import record
 
 
 def main() -> None:
     dist.init_process_group("gloo")
-    try:
-        tuned.pin([record(path="single" if dist.get_rank() == 0 else "library")])
-        fastlora.tuning.share()
-        assert [each.forward.path for each in tuned.pinned()] == ["single"]
-    finally:
-        dist.destroy_process_group()
+    tuned.pin([record(path="single" if dist.get_rank() == 0 else "library")])
+    fastlora.tuning.share()
+    assert [each.forward.path for each in tuned.pinned()] == ["single"]
+    leave()
 
 
 if __name__ == "__main__":
