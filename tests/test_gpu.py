@@ -28,6 +28,20 @@ def test_large_layers_are_as_exact_as_eager(backend: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_every_candidate_of_tune_is_right(dropout: float) -> None:
+    """Every path and every tile that this GPU's plans can choose, the persistent ones among them."""
+    from fastlora.tuning.calls import LayerCall
+    from fastlora.tuning.search import tune_call
+    from fastlora.tuning.timing import graph_timer
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    call = LayerCall(rows=1029, inputs=1024, outputs=2048, dropout=dropout)
+    found, left_out = tune_call(call, device, graph_timer(device), lambda what: None)
+    assert left_out == []
+    assert found.microseconds["step"]["fused"] > 0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_a_cuda_graph_repeats_a_training_step(dora: bool, dropout: float) -> None:
     """No launch waits for the host; the replayed mask is a new one each time."""

@@ -13,10 +13,11 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import fastlora
-from fastlora.cli import app
+from fastlora import _tuned_file
+from fastlora.cli import app, tune
 from fastlora.ops import _choices, _lora_triton
 from fastlora.parameters.models import ModelSpec
-from fastlora.tuning import search
+from fastlora.tuning import search, timing
 from fastlora.tuning.calls import LayerCall, calls_of_model, read_calls
 from fastlora.tuning.candidates import choices, draw, only, run_forward
 from fastlora.tuning.search import name_of
@@ -165,3 +166,32 @@ def test_the_command_needs_a_gpu() -> None:
     result = CliRunner().invoke(app, ["tune", "--model", "vit_b_16"])
     assert result.exit_code == 1
     assert "there is none here; fastlora plan predicts" in result.stderr
+
+
+@pytest.mark.usefixtures("card")
+def test_the_command_measures_keeps_and_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole command on the interpreter: one call that kernels serve, one whose sizes they don't."""
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tune, "_device", device)
+    monkeypatch.setattr(_tuned_file, "gpu_key", lambda device: "a-card-7")
+    monkeypatch.setattr(timing, "graph_timer", lambda device: counting_timer(1, 1))
+    calls = [
+        {"rows": 20, "inputs": 32, "outputs": 48, "dtype": "float16"},
+        {"rows": 4, "inputs": 5, "outputs": 6},
+    ]
+    shapes = tmp_path / "shapes.json"
+    shapes.write_text(json.dumps(calls))
+    runner = CliRunner(env={"COLUMNS": "200"})
+    measured = runner.invoke(app, ["tune", "--shapes", str(shapes), "--json"])
+    assert measured.exit_code == 0, measured.output
+    assert "4 × 5 × 6, rank 16: always takes library products, not tuned" in measured.stderr
+    (record,) = json.loads(measured.stdout)
+    assert record["shape"]["m"] == 20
+    shown = runner.invoke(app, ["tune", "--show"])
+    assert shown.exit_code == 0, shown.output
+    assert "20 × 32 × 48" in shown.stdout
+    assert record["forward"]["path"] in shown.stdout
+    shapes.write_text(json.dumps(calls[1:]))
+    refused = runner.invoke(app, ["tune", "--shapes", str(shapes)])
+    assert refused.exit_code == 2
+    assert "multiples of 16" in refused.stderr

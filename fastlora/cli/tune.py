@@ -57,27 +57,33 @@ def tune(
     [bold]Example[/bold]: fastlora tune --model vit_b_16 --batch-size 64 --dropout 0.1
     """
     # slow to import
-    import torch
-
     from fastlora import _tuned_file
+
+    device = _device()
+    gpu = _tuned_file.gpu_key(device)
+    if show:
+        _print(_tuned_file.read(_tuned_file.path_of(gpu), gpu), as_json)
+        return
+    console = Console(stderr=True)
+    asked = _calls(shapes, model, rank, dropout, dtype.value, batch_size, sequence_length)
+    calls = _with_kernels(asked, device, console)
+    records, left_out = _tune(calls, device, gpu, console)
+    _print(records, as_json)
+    for line in left_out:
+        typer.echo(f"left out: {line}", err=True)
+    if left_out:
+        raise typer.Exit(1)
+
+
+def _device() -> "torch.device":
+    import torch
 
     if not torch.cuda.is_available() or not triton_available():
         raise ImportError(
             "tuning measures on an NVIDIA or AMD GPU with Triton, and there is none here; "
             "fastlora plan predicts for GPUs that are elsewhere"
         )
-    device = torch.device("cuda", torch.cuda.current_device())
-    gpu = _tuned_file.gpu_key(device)
-    if show:
-        _print(_tuned_file.read(_tuned_file.path_of(gpu), gpu), as_json)
-        return
-    calls = _calls(shapes, model, rank, dropout, dtype.value, batch_size, sequence_length)
-    records, left_out = _tune(calls, device, gpu, Console(stderr=True))
-    _print(records, as_json)
-    for line in left_out:
-        typer.echo(f"left out: {line}", err=True)
-    if left_out:
-        raise typer.Exit(1)
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _calls(
@@ -101,6 +107,27 @@ def _calls(
     return calls_of_model(spec, rank=rank, dropout=dropout, dtype=dtype)
 
 
+def _with_kernels(calls: "list[LayerCall]", device: "torch.device", console: Console) -> "list[LayerCall]":
+    from fastlora_kernels import paths, targets
+
+    target = targets.detect(device)
+    kept = [call for call in calls if paths.has_kernels(call.shape, target)]
+    for call in calls:
+        if call not in kept:
+            why = "always takes library products"
+            console.print(f"{_sizes(call)}, rank {call.rank}: {why}, not tuned", highlight=False)
+    if not kept:
+        raise ValueError(
+            f"expected a call that the kernels serve on this GPU ({target.name}), got none of {len(calls)}; "
+            "sizes have to be multiples of 16, ranks above 16 as well"
+        )
+    return kept
+
+
+def _sizes(call: "LayerCall") -> str:
+    return f"{call.rows} × {call.inputs} × {call.outputs}"
+
+
 def _tune(
     calls: "list[LayerCall]", device: "torch.device", gpu: str, console: Console
 ) -> "tuple[list[Record], list[str]]":
@@ -113,7 +140,7 @@ def _tune(
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(calls))
         for call in calls:
-            where = f"{call.rows} × {call.inputs} × {call.outputs}"
+            where = _sizes(call)
 
             def tell(what: str, where: str = where) -> None:
                 progress.update(task, description=f"{where}: {what}")
