@@ -23,7 +23,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import fastlora
-from benchmarks.turns import environment, geometric_mean, peak_bytes, take_turns
+from benchmarks.turns import environment, peak_bytes, take_turns
+from fastlora.bench.results import geometric_mean
 from fastlora.transfer._extras import package_folder, require
 from fastlora.transfer.report import write_file, write_report
 
@@ -226,8 +227,8 @@ One training step (forward, backward, AdamW) with LoRA r = 16 on every linear la
 model's, whose backward passes on dX alone; medians of {rounds} turns that alternate between the candidates.
 Kept is what forward leaves for backward, peak the most that a step's tensors hold, in MiB, PEFT and fastlora.
 AdapterHub has no LoRA on the attention's output projection and knows no DINOv2.
-LoRA's own products, r = 16 on layers 384 wide, are 8 % of the frozen ones: nothing that trains it can get much below
-1.07, where PEFT over it would be 1.1 to 1.2 in fp32 and 1.3 to 1.4 in bf16, without dropout.
+LoRA's own products, r = 16 on layers 384 wide, are 8 % of the frozen ones: nothing that trains it can get
+much below 1.07, where PEFT over it would be 1.1 to 1.2 in fp32 and 1.3 to 1.4 in bf16, without dropout.
 `python -m benchmarks.peft_steps` regenerates the page.
 """
 

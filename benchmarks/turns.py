@@ -1,6 +1,5 @@
 """What all benchmarks share: candidates that take turns, the check before it, and a note of the machine."""
 
-import math
 import os
 import platform
 import statistics
@@ -92,11 +91,6 @@ def check_equal(name: str, got: Iterable[Tensor], expected: Iterable[Tensor], to
             raise RuntimeError(
                 f"{name}: result {index} differs from the reference by {error:.1e}; not timing it"
             )
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    """The mean of ratios."""
-    return math.exp(statistics.mean(map(math.log, values)))
 
 
 def environment(*packages: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from fastlora._files import write_report
 from fastlora._version import __version__
 
 if TYPE_CHECKING:
+    from fastlora_kernels.targets import Target
     from fastlora_kernels.tuned import Record
 
 _SCHEMA = 1
@@ -44,8 +46,7 @@ def write(path: Path, gpu: str, records: "Iterable[Record]") -> None:
         OSError: The folder can't be made or written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"schema": _SCHEMA, "fastlora": __version__, "gpu": gpu}
-    write_report(path, content | {"records": [asdict(record) for record in records]})
+    write_report(path, _made_by(gpu) | {"records": [asdict(record) for record in records]})
 
 
 def read(path: Path, gpu: str) -> "list[Record]":
@@ -57,11 +58,9 @@ def read(path: Path, gpu: str) -> "list[Record]":
     """
     try:
         content = json.loads(path.read_text("utf-8"))
-        made = {name: content[name] for name in ("schema", "fastlora", "gpu")}
-        wanted = {"schema": _SCHEMA, "fastlora": __version__, "gpu": gpu}
-        for name, value in wanted.items():
-            if made[name] != value:
-                raise _Unfit(f"expected {name} {value} in {path}, got {made[name]}; {_ADVICE}")
+        for name, value in _made_by(gpu).items():
+            if content[name] != value:
+                raise _Unfit(f"expected {name} {value} in {path}, got {content[name]}; {_ADVICE}")
         return [_record(values) for values in content["records"]]
     except _Unfit:
         raise
@@ -71,16 +70,30 @@ def read(path: Path, gpu: str) -> "list[Record]":
         ) from error
 
 
-def read_or_warn(gpu: str) -> "list[Record]":
-    """The records for a GPU; none, with a warning, where the file can't be used."""
+def read_or_warn(gpu: str, target: "Target") -> "list[Record]":
+    """The records for a GPU; with a warning, without those that can't be used."""
+    from fastlora_kernels import tuned
+
     path = path_of(gpu)
     try:
-        return read(path, gpu)
+        records = read(path, gpu)
+        fitting = [record for record in records if tuned.fits(record, target)]
+        if len(fitting) < len(records):
+            raise _Unfit(
+                f"{len(records) - len(fitting)} of {len(records)} choices in {path} name paths or tiles that "
+                f"the plans for {target.name} don't have; {_ADVICE}"
+            )
+        return fitting
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
         warnings.warn(f"choices are predicted instead of measured: {error}", stacklevel=2)
         return []
+
+
+def _made_by(gpu: str) -> dict[str, Any]:
+    """What has to be the same for records to be of use: another Triton makes other code of a kernel."""
+    return {"schema": _SCHEMA, "fastlora": __version__, "triton": version("triton"), "gpu": gpu}
 
 
 def _record(values: Mapping[str, Any]) -> "Record":

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ from typer.testing import CliRunner
 
 pytest.importorskip("triton", reason="compiling kernels needs Triton")
 
+import triton
+
 from fastlora.cli import app
-from fastlora_kernels import codegen
+from fastlora_kernels import codegen, codegen_table
 from fastlora_kernels.codegen import Spec
 from fastlora_kernels.codegen_table import Row
 
@@ -80,3 +83,18 @@ def test_unknown_target_is_bad_input() -> None:
     result = CliRunner().invoke(app, ["kernels", "--target", "sm_1"])
     assert result.exit_code == 2
     assert "expected a target out of sm_80" in result.stderr
+
+
+def test_a_table_is_written_of_what_the_gate_compiles(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    row = codegen_table.committed()[1][0]
+    monkeypatch.setattr(codegen, "gate_specs", lambda: ["a spec"])
+    monkeypatch.setattr(codegen, "compile_rows", lambda specs: iter([row] * len(specs)))
+    table = tmp_path / "table.csv"
+    result = CliRunner().invoke(app, ["kernels", "--write-table", str(table)])
+    assert result.exit_code == 0, result.output
+    assert table.read_text() == codegen_table.table_text([row], triton.__version__)
+    both = CliRunner().invoke(app, ["kernels", "--write-table", str(table), "--target", "sm_90"])
+    assert both.exit_code == 2
+    assert "either --target or --write-table" in both.stderr

@@ -13,6 +13,7 @@ from torchvision.models import VisionTransformer
 
 import fastlora
 from fastlora.nn import LoRAModule
+from tests.tuning_models import pretend
 
 
 @pytest.fixture(autouse=True)
@@ -132,3 +133,33 @@ def test_channels_last() -> None:
         y = call(images)
         assert y.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["lora", "adapter"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_kernels_in_one_graph_for_any_number_of_rows(
+    dropout: float, adapter: bool, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path is chosen inside the op, by the rows of each call: the graph knows nothing of it."""
+    pretend(monkeypatch)
+    monkeypatch.setattr("fastlora._backend._automatic", lambda device, dtype: "triton")
+    model: Any = fastlora.AdapterLayer(32, 16, dropout=dropout) if adapter else fastlora.LoRALinear(
+        32, 48, rank=16, dropout=dropout
+    )  # fmt: skip
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    model = model.to(kernel_device, torch.float16)
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for rows in (24, 40, 72):
+        x = torch.randn(rows, 32, device=kernel_device, dtype=torch.float16)
+        results = []
+        for call in (model, compiled):
+            torch.manual_seed(0)
+            model.zero_grad()
+            call(x).float().square().mean().backward()
+            results.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        assert len(results[0]) == (4 if adapter else 2)
+        for one, other in zip(*results, strict=True):
+            assert torch.equal(one, other)
+    assert counter.frame_count == 1

@@ -83,7 +83,7 @@ def test_interpreter_and_cpu_get_the_default() -> None:
 @pytest.mark.parametrize(
     ("capability", "name"), [((8, 0), "sm_80"), ((9, 0), "sm_90"), ((10, 0), "sm_100"), ((12, 0), "default")]
 )
-def test_detect(capability: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_detect_architecture(capability: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Properties:
         major, minor = capability
         name = "a card"
@@ -95,3 +95,31 @@ def test_detect(capability: tuple[int, int], name: str, monkeypatch: pytest.Monk
     assert (target.name, target.multiprocessors) == (name, 17)
     if name == "default":
         assert target.shared_bytes == 99_000
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "count", "card"),
+    [
+        ("NVIDIA H100 80GB HBM3", (9, 0), 132, "H100"),
+        ("NVIDIA H100 NVL", (9, 0), 132, "H100 NVL"),
+        ("NVIDIA H100 PCIe", (9, 0), 114, "H100 PCIe"),
+        ("NVIDIA A100-SXM4-80GB", (8, 0), 108, "A100"),
+        ("NVIDIA A30", (8, 0), 56, "A100"),
+        ("NVIDIA L40S", (8, 9), 142, "L40S"),
+        ("NVIDIA L40", (8, 9), 142, "RTX 4090"),
+        ("NVIDIA GeForce RTX 3090", (8, 6), 82, "RTX 3090"),
+    ],
+)
+def test_detect_card(
+    name: str, capability: tuple[int, int], count: int, card: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Properties:
+        major, minor = capability
+        multi_processor_count = count
+
+    Properties.name = name  # type: ignore[attr-defined]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
+    target = targets.detect.__wrapped__(torch.device("cuda"))
+    known = targets.CARDS[card]
+    assert (target.card, target.multiprocessors) == (card, count)
+    assert target.tensor_tflops / count == pytest.approx(known.tensor_tflops / known.multiprocessors)

@@ -5,7 +5,7 @@ import torch
 
 from fastlora_kernels import paths, plan, targets
 from fastlora_kernels.plan import Shape, Tile
-from fastlora_kernels.predict import peers
+from fastlora_kernels.predict import lora, peers
 from fastlora_kernels.predict.explain import OPS, Explanation, explain
 from fastlora_kernels.predict.launches import Launch, library_product, total_us
 from fastlora_kernels.predict.lora import Call
@@ -63,6 +63,50 @@ def test_lorafusions_gain_over_eager_is_the_published_one() -> None:
         total_us(launches_of("eager", side)) / total_us(launches_of("lorafusion", side)) for side in SIDES
     ]
     assert all(1.15 <= gain <= 1.39 for gain in gains), gains
+
+
+def flops_of(shape: Shape) -> float:
+    """Of the layer and its low-rank path, forward and backward without the frozen weight's gradient."""
+    m, n, k, r = shape.m, shape.n, shape.k, shape.r
+    return 4.0 * m * n * k + 6.0 * m * r * (n + k)
+
+
+@pytest.mark.parametrize("path", ["split", "single", "epilogue", "library"])
+def test_every_path_has_the_flops_of_the_formula(path: plan.Path) -> None:
+    shape = Shape(512, 768, 1024, 16)
+    call = Call(shape, torch.bfloat16, H100, dropping=False)
+    launches = lora.forward(path, call) + lora.backward("split" if path == "single" else path, call)
+    assert sum(launch.flops for launch in launches) == pytest.approx(flops_of(shape))
+
+
+def test_bytes_of_a_call_that_the_cache_holds() -> None:
+    """x three times (S, y, dA), dY and W twice, y, dX, S and dS; adapters and their gradients in fp32."""
+    m, n, k, r = 512, 768, 1024, 16
+    call = Call(Shape(m, n, k, r), torch.bfloat16, H100, dropping=False)
+    moved = sum(launch.bytes for launch in lora.forward("split", call) + lora.backward("split", call))
+    large = 2 * (3 * m * k + 2 * m * n + 2 * n * k + m * n + m * k)
+    small = 2 * 5 * m * r + 4 * r * (n + k) * 2
+    assert moved == pytest.approx(large + small, rel=0.01)
+
+
+def test_the_single_launch_reads_no_more_than_it_has_to() -> None:
+    """One row: W, and little beside it; A is there once, not once for every tile of columns."""
+    call = Call(Shape(1, 4096, 4096, 16), torch.bfloat16, H100, dropping=False)
+    (launch,) = lora.forward("single", call)
+    assert launch.bytes == pytest.approx(4096 * 4096 * 2, rel=0.1)
+
+
+@pytest.mark.parametrize("card", targets.CARDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dropping", [False, True])
+def test_dora_goes_backward_as_lora_does(dropping: bool, dtype: torch.dtype, card: str) -> None:
+    """The op's backward pass doesn't know which of the two it belongs to."""
+    for shape in (square(4096), Shape(64, 768, 3072, 8)):
+        chosen = [
+            paths.choose_path("backward", shape, dtype, targets.CARDS[card], dropping=dropping, dora=dora)
+            for dora in (False, True)
+        ]
+        assert chosen[0] == chosen[1]
 
 
 def predicted(side: int) -> Explanation:

@@ -12,9 +12,8 @@ from fastlora.tuning.kept import keep
 from fastlora_kernels import tuned
 from fastlora_kernels.plan import Tile
 from tests.launching import in_two_processes
-from tests.tuning_models import CALL, record
+from tests.tuning_models import CALL, GPU, SMALL_CARD, record
 
-GPU = "a-card-7"
 TILE = Tile(64, 64, 64, 16, 4, 3, persistent=True)
 
 
@@ -26,18 +25,19 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def find(rows: int, *, dropping: bool = False) -> tuned.Record | None:
-    return tuned.find(replace(CALL.shape, m=rows), torch.float16, dropping=dropping)
+    return tuned.find(GPU, replace(CALL.shape, m=rows), torch.float16, dropping=dropping)
 
 
 def test_the_nearest_number_of_rows_within_a_factor_of_two() -> None:
     near, far = record(), record(replace(CALL, rows=120))
-    tuned.pin([far, near])
+    tuned.pin(GPU, [far, near])
     assert find(40) is find(20) is find(60) is near
     assert find(100) is find(240) is far
     assert find(19) is find(241) is find(40, dropping=True) is None
-    assert tuned.find(CALL.shape, torch.bfloat16, dropping=False) is None
-    assert tuned.find(replace(CALL.shape, r=8), torch.float16, dropping=False) is None
-    assert tuned.find(replace(CALL.shape, aligned=False), torch.float16, dropping=False) is None
+    assert tuned.find(GPU, CALL.shape, torch.bfloat16, dropping=False) is None
+    assert tuned.find(GPU, replace(CALL.shape, r=8), torch.float16, dropping=False) is None
+    assert tuned.find(GPU, replace(CALL.shape, aligned=False), torch.float16, dropping=False) is None
+    assert tuned.find("another-card-8", CALL.shape, torch.float16, dropping=False) is None
 
 
 def test_a_file_gives_back_what_was_kept(folder: Path) -> None:
@@ -47,7 +47,7 @@ def test_a_file_gives_back_what_was_kept(folder: Path) -> None:
     again = record(path="epilogue")
     keep(again, GPU)
     assert _tuned_file.read(_tuned_file.path_of(GPU), GPU) == [second, again]
-    assert tuned.pinned() == [second, again]
+    assert tuned.pinned(GPU) == [second, again]
     assert [path.name for path in folder.iterdir()] == [f"tuned-{GPU}.json"]
 
 
@@ -83,14 +83,33 @@ def test_a_file_that_does_not_fit_is_ignored_with_a_warning(change, message: str
     with pytest.raises(ValueError, match=message):
         _tuned_file.read(path, GPU)
     with pytest.warns(UserWarning, match=r"predicted instead of measured.*run fastlora tune again"):
-        assert _tuned_file.read_or_warn(GPU) == []
+        assert _tuned_file.read_or_warn(GPU, SMALL_CARD) == []
     # and the next measurement replaces it
     keep(record(), GPU)
     assert json.loads(path.read_text())["gpu"] == GPU
 
 
+@pytest.mark.parametrize(
+    "stale",
+    [
+        record(path="folded"),
+        record(path="split", tile=TILE),
+        record(replace(CALL, dropout=0.1), path="single"),
+    ],
+    ids=["path", "tile", "no dropout in it"],
+)
+def test_a_choice_that_the_plans_do_not_offer_is_not_taken(stale: tuned.Record) -> None:
+    keep(record(), GPU)
+    keep(stale, GPU)
+    with pytest.warns(
+        UserWarning, match=r"1 of \d choices.*name paths or tiles that the plans for sm_80 don't have"
+    ):
+        taken = _tuned_file.read_or_warn(GPU, SMALL_CARD)
+    assert taken == []
+
+
 def test_no_file_is_no_warning(recwarn: pytest.WarningsRecorder) -> None:
-    assert _tuned_file.read_or_warn(GPU) == []
+    assert _tuned_file.read_or_warn(GPU, SMALL_CARD) == []
     assert not recwarn.list
 
 

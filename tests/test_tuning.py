@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import fastlora
 from fastlora import _tuned_file
 from fastlora.cli import app, tune
-from fastlora.ops import _choices, _lora_triton
+from fastlora.ops import _choices, _lora_torch, _lora_triton
 from fastlora.parameters.models import ModelSpec
 from fastlora.tuning import search, timing
 from fastlora.tuning.calls import LayerCall, calls_of_model, read_calls
@@ -24,7 +24,7 @@ from fastlora.tuning.search import name_of
 from fastlora_kernels import tuned
 from fastlora_kernels.lora_forward import lora_forward
 from fastlora_kernels.tuned import Choice
-from tests.tuning_models import CALL, device, pretend, record
+from tests.tuning_models import CALL, GPU, device, pretend, record
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
 
@@ -67,7 +67,7 @@ def test_eager_wins_where_it_is_faster() -> None:
     """The last timed is the fastest: eager. The op then runs the eager formula for this call."""
     found, _ = search.tune_call(CALL, device(), counting_timer(1000, -1), lambda what: None)
     assert found.forward == found.backward == Choice(tuned.REFERENCE)
-    tuned.pin([found])
+    tuned.pin(GPU, [found])
     assert _choices.prefers_eager(CALL.shape, torch.float16, device(), dropping=False)
 
 
@@ -78,32 +78,36 @@ def test_a_wrong_result_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(_lora_triton, "lora_forward", wrong)
     found, left_out = search.tune_call(CALL, device(), counting_timer(1, 1), lambda what: None)
-    assert all(line.startswith("forward split") and "where eager errs by" in line for line in left_out)
-    assert left_out
+    assert all(each.wrong and "where eager errs by" in each.reason for each in left_out)
+    assert {each.candidate.split()[1] for each in left_out} == {"split"}
     assert found.forward.path != "split"
+
+
+def noting(function: Callable[..., Any], name: str, ran: list[str]) -> Callable[..., Any]:
+    def run(*arguments: Any, **more: Any) -> Any:
+        ran.append(name)
+        return function(*arguments, **more)
+
+    return run
 
 
 @pytest.mark.usefixtures("card")
 @pytest.mark.parametrize("path", ["single", "epilogue", "library"])
 def test_the_op_takes_what_is_pinned(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = draw(CALL, device())
-    taken = []
-
-    def note(*arguments: Any, **more: Any) -> Choice:
-        choice = _choices.choose(*arguments, **more)
-        taken.append(choice.path)
-        return choice
-
-    monkeypatch.setattr(_lora_triton, "choose", note)
-    with only("forward", CALL, Choice(path)):
+    ran: list[str] = []
+    modules = {"single_forward": _lora_triton, "epilogue_forward": _lora_triton, "forward": _lora_torch}
+    for name, module in modules.items():
+        monkeypatch.setattr(module, name, noting(getattr(module, name), name, ran))
+    with only("forward", CALL, Choice(path), device()):
         run_forward(tensors)
-    assert taken == [path]
-    assert tuned.pinned() == []
+    assert ran == [{"library": "forward"}.get(path, f"{path}_forward")]
+    assert tuned.pinned(GPU) == []
 
 
-def test_the_kernels_asked_for_by_name_never_leave_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuned, "_pinned", {})
-    tuned.pin([record(path="library")])
+@pytest.mark.usefixtures("card")
+def test_the_kernels_asked_for_by_name_never_leave_to_the_library() -> None:
+    tuned.pin(GPU, [record(path="library")])
     arguments = ("forward", CALL.shape, torch.float16, device())
     with fastlora.use_backend("triton"):
         assert _choices.choose(*arguments, dropping=False).path == "split"  # type: ignore[arg-type]
@@ -173,7 +177,7 @@ def test_the_command_measures_keeps_and_shows(tmp_path: Path, monkeypatch: pytes
     """The whole command on the interpreter: one call that kernels serve, one whose sizes they don't."""
     monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tune, "_device", device)
-    monkeypatch.setattr(_tuned_file, "gpu_key", lambda device: "a-card-7")
+    monkeypatch.setattr(_tuned_file, "gpu_key", lambda device: GPU)
     monkeypatch.setattr(timing, "graph_timer", lambda device: counting_timer(1, 1))
     calls = [
         {"rows": 20, "inputs": 32, "outputs": 48, "dtype": "float16"},

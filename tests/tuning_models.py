@@ -5,11 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fastlora.ops import _choices
+from fastlora.tuning import candidates
 from fastlora.tuning.calls import LayerCall
 from fastlora_kernels import targets, tuned
 from fastlora_kernels.plan import Tile
 from fastlora_kernels.tuned import Choice, Record
 
+GPU = "a-card-7"
 CALL = LayerCall(rows=40, inputs=32, outputs=48, rank=16, dtype="float16")
 # few large tiles, so that the interpreter is done soon
 SMALL_CARD = replace(targets.TARGETS["sm_80"], multiprocessors=2)
@@ -21,10 +24,13 @@ def record(call: LayerCall = CALL, path: str = "single", tile: Tile | None = Non
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, target: targets.Target = SMALL_CARD) -> None:
-    """Let the CPU pass for a GPU with tiles of its own; what was pinned before comes back."""
+    """Let whatever is here pass for a GPU with tiles of its own; what was pinned before comes back."""
     monkeypatch.setattr(targets, "detect", lambda device: target)
     monkeypatch.setattr(tuned, "_pinned", {})
+    monkeypatch.setattr(_choices, "gpu_of", lambda device: GPU)
+    monkeypatch.setattr(candidates, "gpu_of", lambda device: GPU)
 
 
 def device() -> torch.device:
-    return torch.device("cpu")
+    """Where the kernels run: through the interpreter where there is no GPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

@@ -5,14 +5,18 @@ import torch.distributed as dist
 import fastlora.tuning
 from fastlora_kernels import tuned
 from tests.launching import leave
-from tests.tuning_models import record
+from tests.tuning_models import GPU, record
 
 
 def main() -> None:
     dist.init_process_group("gloo")
-    tuned.pin([record(path="single" if dist.get_rank() == 0 else "library")])
+    first = dist.get_rank() == 0
+    tuned.pin(GPU, [record(path="single" if first else "library")])
+    if not first:
+        tuned.pin("another-card-8", [record()])
     fastlora.tuning.share()
-    assert [each.forward.path for each in tuned.pinned()] == ["single"]
+    assert [each.forward.path for each in tuned.pinned(GPU)] == ["single"]
+    assert tuned.pinned("another-card-8") == []
     leave()
 
 

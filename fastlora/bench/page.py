@@ -148,16 +148,10 @@ def _table(results: Results, suite: str) -> tuple[list[str], list[Row]]:
 
 def _card_of(results: Results) -> str:
     """The card that predictions know by the device's name, or H100."""
-    from fastlora._backend import triton_available
+    from fastlora_kernels.targets import card_named
 
-    if results.kind != "gpu" or not triton_available():
-        return "H100"
-    from fastlora_kernels.targets import CARDS
-
-    device = results.device.replace(" ", "").lower()
-    fitting = [card for card in CARDS if card.replace(" ", "").lower() in device]
-    # an H100 NVL is no H100
-    return max(fitting, key=len, default="H100")
+    known = card_named(results.device) if results.kind == "gpu" else None
+    return "H100" if known is None else known.card
 
 
 def _words(value: Any) -> str:

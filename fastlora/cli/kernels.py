@@ -25,7 +25,7 @@ def kernels(
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
     write_table: Annotated[
         Path | None,
-        typer.Option(help="Also write the rows to this file, as codegen.csv in the repository is."),
+        typer.Option(help="Compile what the tests' gate compiles, and write it to this file: codegen.csv."),
     ] = None,
 ) -> None:
     """Compile every kernel of every launch plan and show what it takes on the GPU. No GPU is needed.
@@ -35,7 +35,9 @@ def kernels(
 
     [bold]Example[/bold]: fastlora kernels --target sm_90
     """
-    rows = _compile(target, Console(stderr=True))
+    if write_table is not None and target:
+        raise ValueError("expected either --target or --write-table, got both: a table holds every target")
+    rows = _compile(target, write_table is not None, Console(stderr=True))
     if write_table is not None:
         _write_table(rows, write_table)
     if as_json:
@@ -46,13 +48,14 @@ def kernels(
         raise typer.Exit(1)
 
 
-def _compile(targets: list[str] | None, console: Console) -> "list[Row]":
+def _compile(targets: list[str] | None, for_table: bool, console: Console) -> "list[Row]":
     if not triton_available():
         raise ImportError("compiling kernels needs the package triton: pip install triton")
     # slow to import
     from fastlora_kernels import codegen
 
-    specs = [spec for name in targets or codegen.DEFAULT_TARGETS for spec in codegen.specs(name)]
+    named = targets or codegen.DEFAULT_TARGETS
+    specs = codegen.gate_specs() if for_table else [spec for name in named for spec in codegen.specs(name)]
     columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         rows = list(progress.track(codegen.compile_rows(specs), total=len(specs)))

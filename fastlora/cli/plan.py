@@ -23,7 +23,7 @@ class Op(str, Enum):
 
 
 class Dtype(str, Enum):
-    """Of the layer."""
+    """Of a layer."""
 
     bfloat16 = "bfloat16"
     float16 = "float16"

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,20 +11,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fastlora._backend import triton_available
+from fastlora.cli.plan import Dtype
 
 if TYPE_CHECKING:
     import torch
 
     from fastlora.tuning.calls import LayerCall
+    from fastlora.tuning.search import LeftOut
     from fastlora_kernels.tuned import Record
-
-
-class Dtype(str, Enum):
-    """Of the layers."""
-
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
 
 
 def tune(
@@ -62,17 +55,28 @@ def tune(
     device = _device()
     gpu = _tuned_file.gpu_key(device)
     if show:
-        _print(_tuned_file.read(_tuned_file.path_of(gpu), gpu), as_json)
+        _print(_kept(gpu), as_json)
         return
     console = Console(stderr=True)
     asked = _calls(shapes, model, rank, dropout, dtype.value, batch_size, sequence_length)
     calls = _with_kernels(asked, device, console)
     records, left_out = _tune(calls, device, gpu, console)
     _print(records, as_json)
-    for line in left_out:
-        typer.echo(f"left out: {line}", err=True)
-    if left_out:
+    for where, each in left_out:
+        typer.echo(f"left out: {where}: {each.candidate}: {each.reason}", err=True)
+    # what doesn't fit this GPU is no failure, a kernel that computes something else is
+    if any(each.wrong for _, each in left_out):
         raise typer.Exit(1)
+
+
+def _kept(gpu: str) -> "list[Record]":
+    from fastlora import _tuned_file
+
+    path = _tuned_file.path_of(gpu)
+    try:
+        return _tuned_file.read(path, gpu)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"nothing was measured for {gpu} so far: there is no {path}") from error
 
 
 def _device() -> "torch.device":
@@ -130,12 +134,13 @@ def _sizes(call: "LayerCall") -> str:
 
 def _tune(
     calls: "list[LayerCall]", device: "torch.device", gpu: str, console: Console
-) -> "tuple[list[Record], list[str]]":
+) -> "tuple[list[Record], list[tuple[str, LeftOut]]]":
     from fastlora.tuning.kept import keep
     from fastlora.tuning.search import tune_call
     from fastlora.tuning.timing import graph_timer
 
-    timer, records, left_out = graph_timer(device), [], []
+    timer, records = graph_timer(device), []
+    left_out: list[tuple[str, LeftOut]] = []
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(calls))
@@ -149,7 +154,7 @@ def _tune(
             # at once, so that a crash later loses nothing
             keep(record, gpu)
             records.append(record)
-            left_out += [f"{where}: {problem}" for problem in problems]
+            left_out += [(where, each) for each in problems]
             progress.advance(task)
     return records, left_out
 

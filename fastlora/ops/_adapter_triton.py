@@ -1,5 +1,7 @@
 """The ``triton`` backend of adapter: allocates, asks the plan for tiles, launches the kernels."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -10,21 +12,23 @@ from fastlora_kernels import targets
 from fastlora_kernels.adapter_backward import adapter_grad_h_weights, adapter_grad_z
 from fastlora_kernels.adapter_forward import adapter_down, adapter_forward, adapter_up
 from fastlora_kernels.partials import sum_four_partials
-from fastlora_kernels.paths import choose_adapter_path
+from fastlora_kernels.paths import choose_adapter_path, has_adapter_kernels
 from fastlora_kernels.plan import Plan, Shape
 from fastlora_kernels.plan_adapter import WIDEST as WIDEST
 from fastlora_kernels.plan_adapter import AdapterKernel
 
-_MANY_ROWS = 4096
-
 
 def plans_library(h: Tensor, size: int, dtype: torch.dtype, *, dropping: bool) -> bool:
     """Whether library products are predicted to be faster for h ``[..., H]`` and a bottleneck of ``size``."""
-    hidden = h.shape[-1]
-    # a compiled graph has to serve any number of rows: it is planned for many
-    rows = _MANY_ROWS if torch.compiler.is_compiling() else h.shape[:-1].numel()
-    shape = Shape(m=rows, n=hidden, k=hidden, r=size, aligned=hidden % 16 == 0)
-    return choose_adapter_path(shape, dtype, targets.detect(h.device), dropping=dropping) == "library"
+    hidden, target = h.shape[-1], targets.detect(h.device)
+    shape = Shape(m=1, n=hidden, k=hidden, r=size, aligned=hidden % 16 == 0)
+    if not has_adapter_kernels(shape, dtype, target):
+        return True
+    # a compiled graph has to serve any number of rows
+    if torch.compiler.is_compiling():
+        return False
+    call = replace(shape, m=h.shape[:-1].numel())
+    return choose_adapter_path(call, dtype, target, dropping=dropping) == "library"
 
 
 def forward(

@@ -41,13 +41,15 @@ def prefers_eager(shape: Shape, dtype: torch.dtype, device: torch.device, *, dro
 
 
 @functools.cache
-def load(device: torch.device) -> None:
-    """Read this GPU's file, once, so that choices don't change within a process."""
-    if not tuned.pinned():
-        tuned.pin(_tuned_file.read_or_warn(_tuned_file.gpu_key(device)))
+def gpu_of(device: torch.device) -> str:
+    """The name under which a device's records go; its file is read once, so that nothing changes later."""
+    if device.type != "cuda":
+        return device.type
+    gpu = _tuned_file.gpu_key(device)
+    if gpu not in tuned.gpus():
+        tuned.pin(gpu, _tuned_file.read_or_warn(gpu, targets.detect(device)))
+    return gpu
 
 
 def _measured(shape: Shape, dtype: torch.dtype, device: torch.device, *, dropping: bool) -> Record | None:
-    if device.type == "cuda":
-        load(device)
-    return tuned.find(shape, dtype, dropping=dropping)
+    return tuned.find(gpu_of(device), shape, dtype, dropping=dropping)

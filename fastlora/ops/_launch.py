@@ -13,8 +13,13 @@ def is_aligned(*matrices: Tensor) -> bool:
 
 
 def row_major(matrix: Tensor) -> Tensor:
-    """The matrix itself where its last dimension is contiguous, else a contiguous copy."""
-    return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] == 0 else matrix.contiguous()
+    """The matrix itself where its rows are contiguous and apart from each other, else a contiguous copy.
+
+    A broadcast or overlapping row is a stride that tensor descriptors don't take.
+    """
+    rows, cols = matrix.shape
+    apart = rows < 2 or matrix.stride(0) >= cols
+    return matrix if cols == 0 or (matrix.stride(1) == 1 and apart) else matrix.contiguous()
 
 
 def current_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastlora import reference
 from fastlora._backend import use_backend
+from fastlora.ops._choices import gpu_of
 from fastlora.ops._keep_mask import keep_probability
 from fastlora.ops._lora_library import lora_linear_backward, lora_linear_forward
 from fastlora.tuning.calls import LayerCall
@@ -16,16 +17,10 @@ from fastlora_kernels import paths, targets, tuned
 from fastlora_kernels import plan as plans
 from fastlora_kernels.layout import MASK_WORD_BITS
 from fastlora_kernels.paths import Pass
-from fastlora_kernels.plan import Kernel
 from fastlora_kernels.predict.lora import Call
-from fastlora_kernels.tuned import Choice, Record
+from fastlora_kernels.tuned import LARGE_KERNELS, Choice, Record
 
 SCALING = 2.0
-_KERNELS: dict[tuple[Pass, str], Kernel] = {
-    ("forward", "split"): "lora_forward",
-    ("forward", "single"): "lora_forward_single",
-    ("backward", "split"): "lora_grad_x_a",
-}
 
 
 @dataclass(frozen=True)
@@ -75,7 +70,7 @@ def choices(part: Pass, call: LayerCall, device: torch.device) -> list[Choice]:
     for candidate in paths.candidates(part, Call(call.shape, dtype, target, call.dropout > 0)):
         if candidate.refused:
             continue
-        kernel = _KERNELS.get((part, candidate.path))
+        kernel = LARGE_KERNELS.get((part, candidate.path))
         tiles = (
             ()
             if kernel is None
@@ -122,13 +117,14 @@ def unpacked(mask: Tensor, columns: int) -> Tensor:
 
 
 @contextmanager
-def only(part: Pass, call: LayerCall, choice: Choice) -> Iterator[None]:
+def only(part: Pass, call: LayerCall, choice: Choice, device: torch.device) -> Iterator[None]:
     """Let the op take this choice, and nothing else that was measured."""
-    before = tuned.pinned()
+    gpu = gpu_of(device)
+    before = tuned.pinned(gpu)
     both = {"forward": Choice("split"), "backward": Choice("split")} | {part: choice}
-    tuned.pin([Record(call.shape, call.dtype, call.dropout > 0, both["forward"], both["backward"])])
+    tuned.pin(gpu, [Record(call.shape, call.dtype, call.dropout > 0, both["forward"], both["backward"])])
     try:
         with use_backend("auto"):
             yield
     finally:
-        tuned.pin(before)
+        tuned.pin(gpu, before)

@@ -23,7 +23,7 @@ def keep(record: Record, gpu: str) -> None:
         before = _tuned_file.read(path, gpu)
     records = [*(each for each in before if _call(each) != _call(record)), record]
     _tuned_file.write(path, gpu, records)
-    tuned.pin(records)
+    tuned.pin(gpu, records)
 
 
 def _call(record: Record) -> tuple[object, ...]:

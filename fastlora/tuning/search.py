@@ -1,7 +1,8 @@
 """Check and time every candidate of a layer call, and keep the fastest."""
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,13 +30,31 @@ _FACTOR = 2.0
 Progress = Callable[[str], None]
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """A candidate that was not timed.
+
+    Attributes:
+        candidate: Its pass, path and tile.
+        reason: What went wrong.
+        wrong: Whether its result is wrong, rather than the GPU too small for it.
+    """
+
+    candidate: str
+    reason: str
+    wrong: bool
+
+
 class WrongResult(RuntimeError):
     """A candidate computes something else than the eager formula."""
 
 
+_LEFT_OUT = (WrongResult, OutOfResources, torch.OutOfMemoryError)
+
+
 def tune_call(
     call: LayerCall, device: torch.device, timer: Timer, progress: Progress
-) -> tuple[Record, list[str]]:
+) -> tuple[Record, list[LeftOut]]:
     """Time every candidate for one call, each checked first.
 
     Eager competes with its whole step, forward and backward: what one pass of it keeps, only the other reads.
@@ -47,11 +66,10 @@ def tune_call(
         progress: Told of every candidate.
 
     Returns:
-        The winners, with every candidate's time; and a line for every candidate that was left out because its
-        result is wrong or the GPU has no room for it.
+        The winners, with every candidate's time; and the candidates that were left out.
     """
     tensors = draw(call, device)
-    with only("forward", call, Choice("split")):
+    with only("forward", call, Choice("split"), device):
         _, s, mask = run_forward(tensors)
     tensors = replace(tensors, s=s, mask=mask if call.dropout else None)
     keep = unpacked(mask, call.inputs) if call.dropout else None
@@ -65,11 +83,12 @@ def tune_call(
         for choice in choices(part, call, device):
             progress(f"{part} {name_of(choice)}")
             try:
-                with only(part, call, choice):
+                with only(part, call, choice, device):
                     _check(work(), eager[slices], exact[slices])
                     found[choice] = timer(work)
-            except (WrongResult, OutOfResources) as error:
-                left_out.append(f"{part} {name_of(choice)}: {error}")
+            except _LEFT_OUT as error:
+                wrong = isinstance(error, WrongResult)
+                left_out.append(LeftOut(f"{part} {name_of(choice)}", str(error), wrong))
     progress("eager")
     step = timer(lambda: run_eager(tensors))
     return _record(call, times, step), left_out
@@ -95,10 +114,11 @@ def _check(got: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tenso
 
 
 def _record(call: LayerCall, times: dict[Pass, dict[Choice, float]], step: float) -> Record:
-    best = {part: min(found, key=lambda choice: found[choice]) for part, found in times.items()}
-    fused = sum(times[part][choice] for part, choice in best.items())
+    best = {part: min(found, key=lambda each: found[each]) for part, found in times.items() if found}
+    complete = best.keys() == times.keys()
+    fused = sum(times[part][choice] for part, choice in best.items()) if complete else math.inf
     if step < fused:
-        best = dict.fromkeys(best, Choice(REFERENCE))
+        best = dict.fromkeys(times, Choice(REFERENCE))
     named: dict[str, dict[str, float]] = {
         part: {name_of(choice): time for choice, time in found.items()} for part, found in times.items()
     }

@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from fastlora.ops._choices import load
+from fastlora.ops._choices import gpu_of
 from fastlora_kernels import tuned
 
 
@@ -22,7 +22,8 @@ def share() -> None:
         return
     if torch.cuda.is_available():
         # first on every rank: read later, a rank's own file would win
-        load(torch.device("cuda", torch.cuda.current_device()))
-    records = [tuned.pinned()]
-    dist.broadcast_object_list(records, src=0)
-    tuned.pin(records[0])
+        gpu_of(torch.device("cuda", torch.cuda.current_device()))
+    shared = [{gpu: tuned.pinned(gpu) for gpu in tuned.gpus()}]
+    dist.broadcast_object_list(shared, src=0)
+    for gpu in {*tuned.gpus(), *shared[0]}:
+        tuned.pin(gpu, shared[0].get(gpu, ()))

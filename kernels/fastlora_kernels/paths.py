@@ -8,7 +8,7 @@ from typing import Literal, cast, get_args
 import torch
 
 from fastlora_kernels import plan_adapter
-from fastlora_kernels.plan import Path, Shape
+from fastlora_kernels.plan import MOST_RANKS_IN_ONE_LAUNCH, Path, Shape
 from fastlora_kernels.predict import adapter, lora
 from fastlora_kernels.predict.adapter import AdapterPath
 from fastlora_kernels.predict.launches import Launch, total_us
@@ -17,7 +17,6 @@ from fastlora_kernels.targets import Target
 
 Pass = Literal["forward", "backward"]
 
-WIDEST_SINGLE = 64
 PATHS: tuple[Path, ...] = ("split", "single", "epilogue", "library")
 ADAPTER_PATHS: tuple[AdapterPath, ...] = ("single", "split", "library")
 _IEEE = "float32 products in IEEE precision have no matrix units"
@@ -119,6 +118,11 @@ def adapter_candidates(
     ]
 
 
+def has_adapter_kernels(shape: Shape, dtype: torch.dtype, target: Target) -> bool:
+    """Whether the adapter's kernels are meant for calls like this at all, however many rows there are."""
+    return len(_adapter_refused(shape.r, _no_kernels(shape, target), dtype)) < len(ADAPTER_PATHS) - 1
+
+
 def has_kernels(shape: Shape, target: Target) -> bool:
     """Whether the kernels are meant for calls like this at all, however many rows there are."""
     return not _no_kernels(shape, target)
@@ -132,13 +136,13 @@ def _refused(part: Pass, call: Call) -> Mapping[Path, str]:
     if call.dropping:
         found["library"] = "its mask takes a byte an element and several passes"
         found["single"] = "dropout inside the main loop would stall it"
-    elif call.shape.r > WIDEST_SINGLE:
-        found["single"] = f"its registers hold ranks up to {WIDEST_SINGLE}"
+    elif call.shape.r > MOST_RANKS_IN_ONE_LAUNCH:
+        found["single"] = f"its registers hold ranks up to {MOST_RANKS_IN_ONE_LAUNCH}"
     if part == "backward":
         found["single"] = "it is a forward pass"
     if call.dtype == torch.float32:
         found |= dict.fromkeys(PATHS[:2], _IEEE)
-    if call.dora:
+    if call.dora and part == "forward":
         found |= dict.fromkeys(PATHS[1:3], "it has no factor for every output")
         # a float32 call with dropout would be left with nothing
         found.pop("split", None)

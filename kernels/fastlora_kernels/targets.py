@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,6 +56,7 @@ CARDS = {
         Target("sm_89", "L4", 58, 101_376, "sm_80", 121, 30.3, 300, 48 * _MIB, 0.55),
         Target("sm_89", "L40S", 142, 101_376, "sm_80", 362, 91.6, 864, 96 * _MIB, 0.75),
         Target("sm_90", "H100", 132, 232_448, "sm_90", 989, 67, 3350, 25 * _MIB, 0.9),
+        Target("sm_90", "H100 PCIe", 114, 232_448, "sm_90", 756, 51, 2000, 25 * _MIB, 0.75),
         Target("sm_90", "H100 NVL", 132, 232_448, "sm_90", 835, 60, 3938, 25 * _MIB, 0.75),
         Target("sm_90", "H200", 132, 232_448, "sm_90", 989, 67, 4800, 25 * _MIB, 0.9),
         Target("sm_100", "B200", 148, 232_448, "sm_100", 2250, 75, 8000, 63 * _MIB, 0.8),
@@ -91,21 +93,45 @@ def find_card(name: str) -> Target:
     return found
 
 
+def card_named(device: str) -> Target | None:
+    """The card that a driver's name means, if it is a known one.
+
+    Example:
+        >>> card_named("NVIDIA H100 NVL").card
+        'H100 NVL'
+    """
+    words = _words(device)
+    # the longest name that fits: an H100 NVL is no H100, and an L40 no L4
+    fitting = [card for card in CARDS if _words(card) <= words]
+    return CARDS[max(fitting, key=len)] if fitting else None
+
+
 @functools.cache
 def detect(device: torch.device) -> Target:
     """The target of a tensor's device; :data:`DEFAULT` for an unknown GPU and for Triton's interpreter."""
     if device.type != "cuda":
         return DEFAULT
     properties = torch.cuda.get_device_properties(device)
-    architecture, name = _architecture(properties), _plain(properties.name)
+    architecture = _architecture(properties)
     known = TARGETS.get(architecture)
     if known is None:
         shared_bytes = getattr(properties, "shared_memory_per_block_optin", DEFAULT.shared_bytes)
         known = replace(DEFAULT, shared_bytes=shared_bytes)
-    # the longest name that fits: an H100 NVL is no H100
-    fitting = [card for card in CARDS if CARDS[card].name == architecture and _plain(card) in name]
-    known = CARDS[max(fitting, key=len)] if fitting else known
-    return replace(known, multiprocessors=properties.multi_processor_count)
+    named = card_named(properties.name)
+    known = named if named is not None and named.name == architecture else known
+    count = properties.multi_processor_count
+    # a part of a card, or a relative of it
+    scale = count / known.multiprocessors
+    return replace(
+        known,
+        multiprocessors=count,
+        tensor_tflops=known.tensor_tflops * scale,
+        fp32_tflops=known.fp32_tflops * scale,
+    )
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9]+", name.lower()))
 
 
 def _plain(name: str) -> str:

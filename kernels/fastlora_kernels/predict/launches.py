@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from fastlora_kernels.predict.traffic import Wave, grouped_wave, product_bytes, square_wave
+from fastlora_kernels.predict.traffic import Wave, grouped_wave, lost, product_bytes, square_wave
 from fastlora_kernels.targets import Target
 
 if TYPE_CHECKING:
@@ -85,13 +85,14 @@ def stream(
         target: The GPU.
         flops: Of its products.
         integers: Integer operations, such as drawing random numbers takes.
-        cached: Bytes that stay in the cache until they are read again.
+        cached: Bytes that stay in the cache until they are read again, as far as it holds them.
         programs: Blocks of the launch; too few don't reach the full bandwidth.
         share: Of the bandwidth.
         from_library: Whether torch launches it.
         count: Launches that it stands for.
     """
     reached = min(1.0, programs / target.multiprocessors)
+    moved += cached * lost(cached, target)
     memory = (moved + cached / CACHE_SPEED) / (target.bandwidth * 1e3 * share * reached)
     # a quarter of the lanes that add and multiply floats do so with integers
     times: dict[Bound, float] = {
@@ -115,7 +116,9 @@ def kernel_product(
     group: int,
     at_once: int = 1,
     low_rank: int = 0,
+    beside: int = 0,
     extra_bytes: float = 0.0,
+    extra_flops: float = 0.0,
     extra_tiles: Sequence[float] = (),
 ) -> Launch:
     """Our own ``[m, k]·[k, n]`` with a low-rank product in the same launch.
@@ -131,7 +134,9 @@ def kernel_product(
         group: Row tiles that walk the columns together.
         at_once: Programs that one multiprocessor holds.
         low_rank: Ranks of the second product, which every tile adds.
+        beside: Ranks of a product that every tile computes beside the first, over the same sum.
         extra_bytes: Read or written beside the operands and the output.
+        extra_flops: Of other products in the same launch.
         extra_tiles: Microseconds of each program that the same launch runs after the product's tiles.
     """
     loop = (_DESCRIPTOR_LOOP if tile.persistent else _POINTER_LOOP).get(target.tiles, _OTHER_LOOP)
@@ -139,7 +144,8 @@ def kernel_product(
     rate *= _tile_speed(tile.rows, tile.cols)
     if not target.is_amd:
         rate *= _SHORT_PIPELINE.get(tile.stages, 1.0)
-    main = _tile_us(tile.rows, tile.cols, _padded(k, tile.depth) + _padded(low_rank, 16), rate, target)
+    depth = _padded(k, tile.depth) * (1 + _padded(beside, 16) / tile.cols) + _padded(low_rank, 16)
+    main = _tile_us(tile.rows, tile.cols, depth, rate, target)
     # S and B arrive after the main loop, where nothing hides the way from memory
     late = 0.7 * math.ceil(low_rank / max(tile.rank, 1))
     tiles = math.ceil(m / tile.rows) * math.ceil(n / tile.cols)
@@ -149,7 +155,7 @@ def kernel_product(
     products += max(0.0, sum(extra_tiles) - idle) / places
     wave = grouped_wave(tile.rows, tile.cols, group, places)
     moved = product_bytes(m, n, k, itemsize, wave, target) + extra_bytes
-    return _product(name, products, moved, 2.0 * m * n * (k + low_rank), target)
+    return _product(name, products, moved, 2.0 * m * n * (k + low_rank) + extra_flops, target)
 
 
 def library_product(name: str, m: int, n: int, k: int, itemsize: int, target: Target) -> Launch:
@@ -196,7 +202,7 @@ def _peak(target: Target, itemsize: int) -> float:
     return target.tensor_tflops if itemsize < 4 else target.fp32_tflops
 
 
-def _tile_us(rows: int, cols: int, k: int, tflops: float, target: Target) -> float:
+def _tile_us(rows: int, cols: int, k: float, tflops: float, target: Target) -> float:
     return 2.0 * rows * cols * k / (tflops * 1e6 / target.multiprocessors)
 
 

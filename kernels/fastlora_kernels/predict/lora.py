@@ -19,6 +19,7 @@ from fastlora_kernels.predict.launches import (
 from fastlora_kernels.predict.occupancy import programs_at_once
 from fastlora_kernels.targets import Target
 
+_WITH_A = ("lora_forward_single", "lora_grad_x_a")
 # integer operations for every element: drawing its bit by Philox, and taking it out of a packed word
 _DRAW, _UNPACK = 9.0, 3.0
 # bytes for every element that the library path reads and writes to draw its mask, a byte an element, on a GPU
@@ -90,7 +91,7 @@ def _down(call: Call) -> list[Launch]:
     partial = plan.splits * m * r * 4 if plan.splits > 1 else 0
     launch = stream(
         "lora_down",
-        reads * call.x_bytes + call.s_bytes + call.mask_bytes,
+        reads * call.x_bytes + call.mask_bytes + (0 if partial else call.s_bytes),
         call.target,
         flops=2.0 * m * k * r,
         integers=call.elements(_DRAW + _UNPACK) * reads,
@@ -104,9 +105,9 @@ def _split_forward(call: Call) -> list[Launch]:
     n, k = call.shape.n, call.shape.k
     if not call.dora:
         return [*_down(call), _own_product(call, "lora_forward", n, k)]
-    norm = stream("dora_weight_norm", n * k * call.itemsize, call.target, flops=2.0 * n * k * call.shape.r)
     # what the factor multiplies is kept for backward
-    return [norm, *_down(call), _own_product(call, "dora_forward", n, k, extra_bytes=call.y_bytes)]
+    product = _own_product(call, "dora_forward", n, k, extra_bytes=call.y_bytes)
+    return [_weight_norm(call), *_down(call), product]
 
 
 def _single_forward(call: Call) -> list[Launch]:
@@ -116,21 +117,17 @@ def _single_forward(call: Call) -> list[Launch]:
 def _epilogue_forward(call: Call) -> list[Launch]:
     m, n, k = call.shape.m, call.shape.n, call.shape.k
     base = library_product("x·Wᵀ", m, n, k, call.itemsize, call.target)
-    return [*_down(call), base, _add(call, "lora_add", call.y_bytes, 0)]
+    return [*_down(call), base, _add(call, call.y_bytes, 0)]
 
 
 def _library_forward(call: Call) -> list[Launch]:
     (m, n, k), b = (call.shape.m, call.shape.n, call.shape.k), call.itemsize
     base = library_product("x·Wᵀ", m, n, k, b, call.target)
-    launches = [_thin(call, "S", call.x_bytes), base, _thin(call, "y + S·Bᵀ", 2 * call.y_bytes)]
+    launches = [_thin(call, "S", call.x_bytes), base, _thin(call, "y + S·Bᵀ", 2 * call.y_bytes, passes=2)]
     if call.dora:
-        weights, y = n * k * call.itemsize, call.y_bytes
-        launches += [
-            stream("‖W + s·B·A‖", 7 * weights, call.target, from_library=True, count=3),
-            stream(
-                "× factor + bias", 2 * y + 8 * y // call.itemsize, call.target, from_library=True, count=3
-            ),
-        ]
+        moved = 2 * call.y_bytes + 8 * m * n
+        scaled = stream("× factor + bias", moved, call.target, from_library=True, count=3)
+        launches = [_weight_norm(call), *launches, scaled]
     if not call.dropping:
         return launches
     moved, count = m * k * _LIBRARY_DRAW, _LIBRARY_DRAW_LAUNCHES
@@ -138,20 +135,30 @@ def _library_forward(call: Call) -> list[Launch]:
     return [mask, *_masked(call), *launches]
 
 
+def _weight_norm(call: Call) -> Launch:
+    n, k = call.shape.n, call.shape.k
+    return stream("dora_weight_norm", n * k * call.itemsize, call.target, flops=2.0 * n * k * call.shape.r)
+
+
+def _grad_product(call: Call) -> list[Launch]:
+    """DoRA's factor in backward, on every path."""
+    return [stream("dora_grad_product", 3 * call.y_bytes, call.target)] if call.dora else []
+
+
 def _grad_s_b(call: Call) -> list[Launch]:
     m, n, r = call.shape.m, call.shape.n, call.shape.r
     if r > plans.MOST_RANKS_PER_READ:
         return [_thin(call, "dS", call.y_bytes), _thin(call, "dB", call.y_bytes)]
     plan = call.plan("lora_grad_s_b")
-    tiles = plans.cdiv(n, plan.tile.cols)
+    tiles, reads = plans.cdiv(n, plan.tile.cols), plans.cdiv(r, plan.tile.rank)
     ds, db = tiles * m * r * 4, plan.splits * n * r * 4
     launch = stream(
         "lora_grad_s_b",
-        call.y_bytes + call.s_bytes,
+        reads * call.y_bytes + call.s_bytes,
         call.target,
         flops=4.0 * m * n * r,
         cached=ds + db,
-        programs=tiles * plan.splits,
+        programs=tiles * plan.splits * reads,
     )
     return [launch, _sum("dS", ds, call.s_bytes, call.target)]
 
@@ -167,8 +174,7 @@ def _split_backward(call: Call) -> list[Launch]:
         call, "lora_grad_x_a", k, n, extra_bytes=call.mask_bytes + read,
         extra_tiles=(extra_tile_us(read / max(programs, 1), call.target),) * programs,
     )  # fmt: skip
-    factor = [stream("dora_grad_product", 3 * call.y_bytes, call.target)] if call.dora else []
-    return [*factor, *_grad_s_b(call), product, _sum_gradients(call, plan)]
+    return [*_grad_product(call), *_grad_s_b(call), product, _sum_gradients(call, plan)]
 
 
 def _epilogue_backward(call: Call) -> list[Launch]:
@@ -185,18 +191,17 @@ def _epilogue_backward(call: Call) -> list[Launch]:
         programs=plans.cdiv(k, plan.tile.cols) * plan.splits * reads,
     )
     base = library_product("dY·W", m, k, n, b, call.target)
-    add = _add(call, "lora_add", call.x_bytes, call.mask_bytes)
-    return [*_grad_s_b(call), base, add, grad_a, _sum_gradients(call, plan)]
+    add = _add(call, call.x_bytes, call.mask_bytes)
+    return [*_grad_product(call), *_grad_s_b(call), base, add, grad_a, _sum_gradients(call, plan)]
 
 
 def _library_backward(call: Call) -> list[Launch]:
     m, n, k, x = call.shape.m, call.shape.n, call.shape.k, call.x_bytes
     thin = [_thin(call, "dB", call.y_bytes), _thin(call, "dS", call.y_bytes), _thin(call, "dA", x)]
     base = library_product("dY·W", m, k, n, call.itemsize, call.target)
-    if call.dora:
-        thin = [stream("factor's gradient", 5 * call.y_bytes, call.target, from_library=True, count=4), *thin]
+    thin = [*_grad_product(call), *thin]
     if not call.dropping:
-        return [*thin, base, _thin(call, "dX + dS·A", 2 * x)]
+        return [*thin, base, _thin(call, "dX + dS·A", 2 * x, passes=2)]
     product = [
         _thin(call, "dS·A", x),
         *_masked(call),
@@ -209,27 +214,30 @@ def _own_product(
     call: Call, kernel: Kernel, cols: int, depth: int, *, extra_bytes: float = 0.0,
     extra_tiles: tuple[float, ...] = (),
 ) -> Launch:  # fmt: skip
-    plan, r = call.plan(kernel), call.shape.r
+    plan, m, r = call.plan(kernel), call.shape.m, call.shape.r
+    single = kernel == "lora_forward_single"
     return kernel_product(
         kernel,
-        call.shape.m,
+        m,
         cols,
-        # the single launch multiplies A into every step beside W: as much longer as A is beside a tile
-        round(depth * (1 + r / plan.tile.cols)) if kernel == "lora_forward_single" else depth,
+        depth,
         call.itemsize,
         plan.tile,
         call.target,
         group=TILES_PER_GROUP,
         at_once=call.at_once(kernel, plan),
         low_rank=r,
-        extra_bytes=extra_bytes + call.s_bytes + r * cols * 4,
+        beside=r if single else 0,
+        extra_bytes=extra_bytes + call.s_bytes + r * (cols + (depth if single else 0)) * 4,
+        # x·Aᵀ, or dSᵀ·x
+        extra_flops=2.0 * m * r * (depth if single else cols) if kernel in _WITH_A else 0.0,
         extra_tiles=extra_tiles,
     )
 
 
-def _add(call: Call, kernel: Kernel, out_bytes: float, mask_bytes: float) -> Launch:
+def _add(call: Call, out_bytes: float, mask_bytes: float) -> Launch:
     return stream(
-        kernel,
+        "lora_add",
         2 * out_bytes + call.s_bytes + mask_bytes,
         call.target,
         flops=2.0 * out_bytes / call.itemsize * call.shape.r,
@@ -247,8 +255,9 @@ def _sum(name: str, partial_bytes: float, out_bytes: float, target: Target) -> L
     return stream(f"sum {name}", out_bytes, target, cached=partial_bytes)
 
 
-def _thin(call: Call, name: str, moved: float) -> Launch:
-    flops = moved / call.itemsize * 2 * call.shape.r
+def _thin(call: Call, name: str, moved: float, *, passes: int = 1) -> Launch:
+    """A library product with a side as short as the rank; its large tensor is moved ``passes`` times."""
+    flops = moved / passes / call.itemsize * 2 * call.shape.r
     return stream(name, moved + call.s_bytes, call.target, flops=flops, share=LIBRARY_THIN, from_library=True)
 
 
@@ -269,7 +278,6 @@ _FORWARD: dict[Path, Callable[[Call], list[Launch]]] = {
 }
 _BACKWARD: dict[Path, Callable[[Call], list[Launch]]] = {
     "split": _split_backward,
-    "single": _split_backward,
     "epilogue": _epilogue_backward,
     "library": _library_backward,
 }

@@ -49,12 +49,17 @@ def product_bytes(m: int, n: int, k: int, itemsize: int, wave: Wave, target: Tar
     height, width = min(wave.rows, m) or 1, min(wave.cols, n) or 1
     left_slab, right_slab = height * k * itemsize, width * k * itemsize
     # what passes the cache until an operand is needed again
-    lost_right = _lost(right + left_slab + height * n * itemsize, target)
-    lost_left = _lost(left_slab + right_slab, target)
+    lost_right = lost(right + left_slab + height * n * itemsize, target)
+    lost_left = lost(left_slab + right_slab, target)
     read = left * (1 + (n / width - 1) * lost_left) + right * (1 + (m / height - 1) * lost_right)
     return read * (1 + DRIFT * max(lost_left, lost_right)) + out
 
 
-def _lost(between_uses: float, target: Target) -> float:
-    """Share of an operand that is gone from the cache when it is needed again."""
+def lost(between_uses: float, target: Target) -> float:
+    """Share of what was read or written that is gone from the cache when it is needed again.
+
+    Args:
+        between_uses: Bytes that pass the cache in the meantime.
+        target: The GPU.
+    """
     return min(max(between_uses / target.l2_bytes - 1, 0.0), 1.0)
