@@ -1,6 +1,9 @@
-"""Where the parts of an update stand beside each kind of layer: PEFT's names and shapes."""
+"""The parts of an update beside each kind of layer: PEFT's names and shapes, dtypes and first values."""
 
-from torch import nn
+import math
+
+import torch
+from torch import Tensor, nn
 
 Shape = tuple[int, ...]
 
@@ -26,6 +29,21 @@ def lora_parts(layer: nn.Module, rank: int, *, dora: bool = False) -> dict[str, 
     """
     parts = _factor_parts(layer, rank)
     return parts | {MAGNITUDE: magnitude_shape(layer)} if dora else parts
+
+
+def adapter_dtype(weight_dtype: torch.dtype) -> torch.dtype:
+    """What A and B have where nobody says: float32 beside a 16-bit weight."""
+    return torch.float32 if weight_dtype.itemsize < 4 else weight_dtype
+
+
+def draw_update(lora_A: Tensor, lora_B: Tensor, *, embedding: bool) -> None:
+    """First values of A and B, whose product is zero; of an embedding it is A that is zero."""
+    if embedding:
+        nn.init.zeros_(lora_A)
+        nn.init.normal_(lora_B)
+    else:
+        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+        nn.init.zeros_(lora_B)
 
 
 def magnitude_shape(layer: nn.Module) -> Shape:

@@ -12,10 +12,10 @@ from typing_extensions import Self
 
 from fastlora.functional import dora_linear, lora_linear
 from fastlora.nn._folding import fold
-from fastlora.nn._layout import lora_parts
+from fastlora.nn._layout import adapter_dtype, draw_update, lora_parts
 from fastlora.nn._norm_cache import NormCache
 from fastlora.nn._settings import LoRASettings
-from fastlora.nn.start import START_A, START_B, factors, put_start, take_start
+from fastlora.nn.start import factors, follow_start, take_start
 from fastlora.nn.tuner import TunerModule
 from fastlora.ops._scalars import Scalars
 from fastlora.ops.lora_linear import lora_linear_by_scalars
@@ -154,7 +154,7 @@ class LoRAModule(TunerModule):
     def _new_update(self, settings: LoRASettings) -> None:
         self._apply_settings(settings)
         weight = self._weight()
-        dtype = settings.adapter_dtype or _adapter_dtype(weight.dtype)
+        dtype = settings.adapter_dtype or adapter_dtype(weight.dtype)
         parts = lora_parts(self._weight_owner(), self.rank, dora=self.dora)
         for name, shape in parts.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype)))
@@ -162,13 +162,7 @@ class LoRAModule(TunerModule):
 
     def _reset_own(self) -> None:
         take_start(self)
-        lora_A, lora_B = self._pair()
-        if self._is_embedding:
-            nn.init.zeros_(lora_A)
-            nn.init.normal_(lora_B)
-        else:
-            nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
-            nn.init.zeros_(lora_B)
+        draw_update(*self._pair(), embedding=self._is_embedding)
         self._reset_magnitude()
 
     def _pair(self) -> tuple[Tensor, Tensor]:
@@ -278,14 +272,6 @@ class LoRAModule(TunerModule):
             self._set_weight(nn.Parameter(fn(self._weight().data), requires_grad=False))
         return self
 
-    def _follow_start(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Have a start to subtract where a state dict with an adapter has one."""
-        given = [state_dict.get(prefix + name) for name in (START_A, START_B)]
-        if isinstance(given[0], Tensor) and isinstance(given[1], Tensor):
-            put_start(self, torch.empty_like(self.lora_A.data), torch.empty_like(self.lora_B.data))
-        elif f"{prefix}lora_A" in state_dict:
-            take_start(self)
-
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -297,7 +283,7 @@ class LoRAModule(TunerModule):
         error_msgs: list[str],
     ) -> None:
         self.unmerge()
-        self._follow_start(state_dict, prefix)
+        follow_start(self, state_dict, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -311,7 +297,3 @@ class LoRAModule(TunerModule):
             if self.dora and fresh:
                 # the output stays the frozen layer's, also with another weight
                 self._reset_magnitude()
-
-
-def _adapter_dtype(weight_dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if weight_dtype.itemsize < 4 else weight_dtype

@@ -6,6 +6,7 @@ adapter is a plain one of twice the rank for the weight that everybody has.
 """
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,6 +40,15 @@ def take_start(layer: "LoRAModule") -> tuple[Tensor, Tensor] | None:
     """Take off what is subtracted, if anything is."""
     lora_A, lora_B = layer._buffers.pop(START_A, None), layer._buffers.pop(START_B, None)
     return None if lora_A is None or lora_B is None else (lora_A, lora_B)
+
+
+def follow_start(layer: "LoRAModule", state_dict: Mapping[str, object], prefix: str) -> None:
+    """Have something to subtract where a state dict with an adapter has it."""
+    given = [state_dict.get(prefix + name) for name in (START_A, START_B)]
+    if isinstance(given[0], Tensor) and isinstance(given[1], Tensor):
+        put_start(layer, torch.empty_like(layer.lora_A.data), torch.empty_like(layer.lora_B.data))
+    elif f"{prefix}lora_A" in state_dict:
+        take_start(layer)
 
 
 def has_start(layer: "LoRAModule") -> bool:
