@@ -86,6 +86,11 @@ def resolve(device: torch.device, dtype: torch.dtype) -> Backend:
     return cast(Backend, name)
 
 
+def selected() -> str:
+    """The backend that was asked for."""
+    return _selected
+
+
 def is_automatic() -> bool:
     """Whether fastlora chooses, so that a plan may prefer library products to the kernels."""
     return _selected == "auto"

@@ -6,7 +6,20 @@ imported when the command runs, so that ``fastlora --help`` answers at once.
 
 import typer
 
-from fastlora.cli import adapt, bench, demo, diagnose, export, finetune, kernels, params, plan, predict, tune
+from fastlora.cli import (
+    adapt,
+    bench,
+    demo,
+    diagnose,
+    doctor,
+    export,
+    finetune,
+    kernels,
+    params,
+    plan,
+    predict,
+    tune,
+)
 from fastlora.cli._errors import CommandGroup
 
 app = typer.Typer(
@@ -30,6 +43,7 @@ app.command("params")(params.params)
 app.add_typer(bench.app)
 app.command("plan")(plan.plan)
 app.command("tune")(tune.tune)
+app.command("doctor")(doctor.doctor)
 
 
 def main() -> None:

@@ -1,0 +1,159 @@
+"""``fastlora doctor``: what is installed and usable here, what is missing, and how to get it."""
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fastlora import _backend, _tuned_file
+from fastlora._version import __version__
+
+_DISTRIBUTION = "fastlora-triton"
+_CORE = (
+    "torch", "torchvision", "triton", "numpy", "safetensors", "peft", "transformers", "timm", "accelerate",
+)  # fmt: skip
+    "torch",
+    "torchvision",
+    "triton",
+    "numpy",
+    "safetensors",
+    "peft",
+    "transformers",
+    "timm",
+    "accelerate",
+)
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON on stdout.")] = False,
+) -> None:
+    """Show versions, devices, backends and measured choices, and which extras lack packages.
+
+    Exit code 1 when the backend that is asked for can't run here. Put the output into bug reports.
+
+    [bold]Example[/bold]: fastlora doctor
+    """
+    found = findings()
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        _show(found, Console())
+    if found["problem"]:
+        typer.echo(f"error: {found['problem']}", err=True)
+        raise typer.Exit(1)
+
+
+def findings() -> dict[str, Any]:
+    """Everything that is shown."""
+    return {
+        "versions": {"fastlora": __version__, "python": platform.python_version()} | _versions(),
+        "platform": platform.platform(),
+        "devices": _devices(),
+        "backend": _backend.selected(),
+        "problem": _problem(),
+        "cache": str(_backend.cache_folder()),
+        "missing": _missing(),
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    return {name: _installed(name) for name in _CORE}
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[dict[str, Any]]:
+    import torch
+
+    found: list[dict[str, Any]] = [{"device": "cpu", "auto": "torch", "threads": torch.get_num_threads()}]
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        found.append(_gpu(torch.device("cuda", index)))
+    return found
+
+
+def _gpu(device: Any) -> dict[str, Any]:
+    import torch
+
+    from fastlora_kernels import targets
+
+    target, gpu = targets.detect(device), _tuned_file.gpu_key(device)
+    pinned = target.tiles != "default" and _backend.triton_available()
+    return {
+        "device": str(device),
+        "name": torch.cuda.get_device_name(device),
+        "target": target.name,
+        "plans": f"as {target.card}" if pinned else "none: library products",
+        "auto": "triton" if pinned else "torch",
+        "measured": len(_tuned_file.read_or_warn(gpu, target)),
+    }
+
+
+def _problem() -> str:
+    """Why the backend that is asked for can't run; empty where it can."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        _backend.resolve(device, torch.float32)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _missing() -> dict[str, list[str]]:
+    """For each extra that lacks something, the requirements that are not met."""
+    from packaging.requirements import Requirement
+
+    lacking: dict[str, list[str]] = {}
+    try:
+        texts = requires(_DISTRIBUTION) or ()
+    except PackageNotFoundError:
+        # run from a checkout that is not installed
+        return lacking
+    for text in texts:
+        requirement = Requirement(text)
+        extra = _extra_of(requirement)
+        if extra is None or requirement.name == _DISTRIBUTION:
+            continue
+        installed = _installed(requirement.name)
+        if installed is None or not requirement.specifier.contains(installed, prereleases=True):
+            lacking.setdefault(extra, []).append(f"{requirement.name}{requirement.specifier}")
+    return lacking
+
+
+def _extra_of(requirement: Any) -> str | None:
+    """The extra that a requirement belongs to; None for the package's own, or where it isn't needed here."""
+    if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+        return None
+    names = [name for name in str(requirement.marker).split('"') if name and " " not in name]
+    return next((name for name in names if requirement.marker.evaluate({"extra": name})), None)
+
+
+def _show(found: dict[str, Any], console: Console) -> None:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in found["versions"].items():
+        table.add_row(name, value or "[dim]not installed[/dim]")
+    table.add_row("platform", found["platform"])
+    table.add_row("backend", found["backend"])
+    for device in found["devices"]:
+        facts = ", ".join(f"{name} {value}" for name, value in device.items() if name != "device")
+        table.add_row(device["device"], facts)
+    if len(found["devices"]) == 1:
+        table.add_row("GPU", "none: fastlora plan predicts for GPUs that are elsewhere")
+    table.add_row("cache", found["cache"])
+    console.print(table)
+    for extra, requirements in found["missing"].items():
+        console.print(
+            f'extra {extra} lacks {", ".join(requirements)}: pip install "{_DISTRIBUTION}[{extra}]"',
+            highlight=False,
+            markup=False,
+        )

@@ -1,0 +1,63 @@
+"""``fastlora doctor``: what it finds, and how it ends."""
+
+import json
+from importlib import metadata
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import fastlora
+from fastlora.cli import app, doctor
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner(env={"COLUMNS": "120"}).invoke(app, ["doctor", *arguments])
+
+
+def test_json() -> None:
+    result = run("--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["versions"]["torch"] == metadata.version("torch")
+    assert found["devices"][0]["device"] == "cpu"
+    assert len(found["devices"]) == 1 + torch.cuda.device_count()
+    assert found["problem"] == ""
+
+
+def test_words_name_what_an_extra_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = metadata.version
+
+    def without(name: str) -> str:
+        if name == "timm":
+            raise metadata.PackageNotFoundError(name)
+        return "0.1" if name == "peft" else installed(name)
+
+    monkeypatch.setattr(doctor, "version", without)
+    result = run()
+    assert result.exit_code == 0, result.output
+    assert 'pip install "fastlora-triton[timm]"' in result.stdout
+    assert "extra peft lacks peft<1,>=0.17" in result.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernels run")
+def test_a_backend_that_cannot_run_here_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastlora._backend.interpreter_enabled", lambda: False)
+    with fastlora.use_backend("triton"):
+        result = run()
+    assert result.exit_code == 1
+    assert "serves CUDA tensors, got a tensor on cpu" in result.stderr
+
+
+def test_a_gpu_with_plans_and_one_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    class Properties:
+        name, major, minor, multi_processor_count = "NVIDIA H100 NVL", 9, 0, 132
+
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: Properties.name)
+    found = doctor._gpu(torch.device("cuda", 6))
+    assert (found["plans"], found["auto"], found["measured"]) == ("as H100 NVL", "triton", 0)
+    Properties.major = 7
+    assert doctor._gpu(torch.device("cuda", 7))["auto"] == "torch"
