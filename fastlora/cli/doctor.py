@@ -14,8 +14,6 @@ from fastlora._version import __version__
 
 _DISTRIBUTION = "fastlora-triton"
 _CORE = (
-    "torch", "torchvision", "triton", "numpy", "safetensors", "peft", "transformers", "timm", "accelerate",
-)  # fmt: skip
     "torch",
     "torchvision",
     "triton",
