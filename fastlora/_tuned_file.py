@@ -86,7 +86,8 @@ def read_or_warn(gpu: str, target: "Target") -> "list[Record]":
         return fitting
     except FileNotFoundError:
         return []
-    except (OSError, ValueError) as error:
+    # a file that was edited by hand may hold anything
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         warnings.warn(f"choices are predicted instead of measured: {error}", stacklevel=2)
         return []
 

@@ -108,6 +108,15 @@ def test_a_choice_that_the_plans_do_not_offer_is_not_taken(stale: tuned.Record) 
     assert taken == []
 
 
+@pytest.mark.parametrize("wrong", ['"dtype": "float17"', '"dtype": 16'])
+def test_an_edited_record_is_ignored_with_a_warning(wrong: str) -> None:
+    keep(record(), GPU)
+    path = _tuned_file.path_of(GPU)
+    path.write_text(path.read_text().replace('"dtype": "float16"', wrong))
+    with pytest.warns(UserWarning, match="predicted instead of measured"):
+        assert _tuned_file.read_or_warn(GPU, SMALL_CARD) == []
+
+
 def test_no_file_is_no_warning(recwarn: pytest.WarningsRecorder) -> None:
     assert _tuned_file.read_or_warn(GPU, SMALL_CARD) == []
     assert not recwarn.list

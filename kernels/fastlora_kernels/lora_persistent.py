@@ -244,6 +244,9 @@ def _descriptors(
 ) -> dict[str, TensorDescriptor]:
     """Made on the host and passed by value: no memory on the GPU is taken for them."""
     return {
-        name: TensorDescriptor(matrix, [*matrix.shape], [*matrix.stride()], [*blocks[name]])
+        # a single row may have any stride, which a descriptor would refuse
+        name: TensorDescriptor(
+            matrix, [*matrix.shape], [max(matrix.stride(0), matrix.shape[1]), 1], [*blocks[name]]
+        )
         for name, matrix in matrices.items()
     }

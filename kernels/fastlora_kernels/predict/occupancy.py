@@ -11,10 +11,10 @@ from fastlora_kernels.targets import Target
 if TYPE_CHECKING:
     from fastlora_kernels.plan import Tile
 
-# per multiprocessor: CUDA programming guide; a block reserves 1 KiB of shared memory beside its own
 # what the table leaves out differs little from what it holds
 _NAMES = {torch.float32: "fp32", torch.float16: "bf16", torch.bfloat16: "bf16"}
 _LIKE = {"sm_89": "sm_86"}
+# per multiprocessor: CUDA programming guide; a block reserves 1 KiB of shared memory beside its own
 _REGISTERS, _THREADS, _RESERVED = 65_536, 2048, 1024
 
 
