@@ -8,11 +8,11 @@ import contextlib
 import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, cast
 
-import platformdirs
 import torch
 
 Backend = Literal["triton", "torch", "reference"]
@@ -20,13 +20,18 @@ Backend = Literal["triton", "torch", "reference"]
 BACKENDS = ("auto", "triton", "torch", "reference")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+# looked up once: torch.compile can't trace the question
+_TRITON_FOUND = importlib.util.find_spec("triton") is not None
 _selected = os.environ.get("FASTLORA_BACKEND", "auto")
 
 
 def cache_folder() -> Path:
     """Where choices measured on this machine are kept: ``FASTLORA_CACHE``, or the user's cache folder."""
     given = os.environ.get("FASTLORA_CACHE")
-    return Path(given) if given else Path(platformdirs.user_cache_dir("fastlora"))
+    if given:
+        return Path(given)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "fastlora"
 
 
 def launched_rank() -> int:
@@ -98,7 +103,36 @@ def is_automatic() -> bool:
 
 def triton_available() -> bool:
     """Whether the kernels can be imported."""
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON_FOUND
+
+
+@functools.cache
+def launch_failure() -> str:
+    """Why Triton can't launch kernels on this machine's GPU; empty where it can, and where there is none.
+
+    Triton builds its launcher with a C compiler and Python's headers at run time; slim images have neither.
+    """
+    if not torch.cuda.is_available():
+        return ""
+    try:
+        import triton
+
+        _ = triton.runtime.driver.active.utils
+    except Exception as error:
+        # Triton raises plain RuntimeErrors here, and whatever its build steps raise
+        return (
+            f"Triton can't launch kernels here ({type(error).__name__}: {error}); it needs a C compiler, "
+            "gcc for instance, and Python's headers"
+        )
+    return ""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _launches() -> bool:
+    failure = launch_failure()
+    if failure:
+        warnings.warn(f"{failure}; fastlora uses library products instead", stacklevel=2)
+    return not failure
 
 
 @functools.cache
@@ -124,7 +158,7 @@ def _automatic(device: torch.device, dtype: torch.dtype) -> Backend:
     # torch.func needs operations that it can transform: per-example gradients, vmap
     if dtype not in KERNEL_DTYPES or torch._C._are_functorch_transforms_active():
         return "reference"
-    return "triton" if device.type == "cuda" and triton_available() else "torch"
+    return "triton" if device.type == "cuda" and triton_available() and _launches() else "torch"
 
 
 def _require_triton(device: torch.device, dtype: torch.dtype) -> None:
@@ -137,6 +171,11 @@ def _require_triton(device: torch.device, dtype: torch.dtype) -> None:
         raise ValueError(
             f"backend 'triton' serves CUDA tensors, got a tensor on {device}; move it to the GPU, "
             "use fastlora.set_backend('torch'), or start Python with TRITON_INTERPRET=1 to debug on CPU"
+        )
+    if device.type == "cuda" and launch_failure():
+        raise ValueError(
+            f"backend 'triton' was asked for, but {launch_failure()}; install them or use "
+            "fastlora.set_backend('torch')"
         )
     if dtype not in KERNEL_DTYPES:
         raise ValueError(

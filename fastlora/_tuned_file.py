@@ -5,7 +5,6 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +93,10 @@ def read_or_warn(gpu: str, target: "Target") -> "list[Record]":
 
 def _made_by(gpu: str) -> dict[str, Any]:
     """What has to be the same for records to be of use: another Triton makes other code of a kernel."""
-    return {"schema": _SCHEMA, "fastlora": __version__, "triton": version("triton"), "gpu": gpu}
+    # not the distribution's version: nightlies and vendors' images call it by other names
+    import triton
+
+    return {"schema": _SCHEMA, "fastlora": __version__, "triton": triton.__version__, "gpu": gpu}
 
 
 def _record(values: Mapping[str, Any]) -> "Record":

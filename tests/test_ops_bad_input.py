@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import fastlora
+from fastlora import _backend
 from fastlora.functional import lora_linear
 
 M, N, K, R = 4, 5, 6, 2
@@ -124,3 +125,24 @@ def test_triton_by_name_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("fastlora._backend.triton_available", lambda: False)
     with fastlora.use_backend("triton"), pytest.raises(ValueError, match="triton is not installed"):
         lora_linear(**arguments())
+
+
+def test_without_a_compiler_auto_takes_the_library_and_a_name_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton builds its launcher with a C compiler at run time, which slim images lack."""
+
+    class NoCompiler:
+        @property
+        def active(self) -> Any:
+            raise RuntimeError("Failed to find C compiler")
+
+    gpu = torch.device("cuda")
+    monkeypatch.setattr("triton.runtime.driver", NoCompiler())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    _backend.launch_failure.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="Failed to find C compiler.*uses library products instead"):
+            assert _backend.resolve(gpu, torch.float16) == "torch"
+        with fastlora.use_backend("triton"), pytest.raises(ValueError, match="it needs a C compiler"):
+            _backend.resolve(gpu, torch.float16)
+    finally:
+        _backend.launch_failure.cache_clear()

@@ -84,7 +84,10 @@ def _gpu(device: Any) -> dict[str, Any]:
     from fastlora_kernels import targets
 
     target, gpu = targets.detect(device), _tuned_file.gpu_key(device)
-    pinned = target.tiles != "default" and _backend.triton_available()
+    failure = (
+        _backend.launch_failure() if _backend.triton_available() else "the package triton is not installed"
+    )
+    pinned = target.tiles != "default" and not failure
     return {
         "device": str(device),
         "name": torch.cuda.get_device_name(device),
@@ -92,7 +95,7 @@ def _gpu(device: Any) -> dict[str, Any]:
         "plans": f"as {target.card}" if pinned else "none: library products",
         "auto": "triton" if pinned else "torch",
         "measured": len(_tuned_file.read_or_warn(gpu, target)),
-    }
+    } | ({"kernels": failure} if failure else {})
 
 
 def _problem() -> str:

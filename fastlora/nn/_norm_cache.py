@@ -39,7 +39,10 @@ class NormCache:
             scaling: s.
             training: Whether A and B are about to change, so that the norm is not kept.
         """
-        if training or torch.compiler.is_compiling() or not all(map(_counts_changes, sources)):
+        # nothing is kept or forgotten while tracing: under checkpointing that would be a side effect
+        if torch.compiler.is_compiling():
+            return dora_weight_norm(*rows, scaling)
+        if training or not all(map(_counts_changes, sources)):
             self._kept = None
             return dora_weight_norm(*rows, scaling)
         # the tensors themselves, so that none that takes a freed one's place is mistaken for it

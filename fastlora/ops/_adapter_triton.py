@@ -18,17 +18,23 @@ from fastlora_kernels.plan_adapter import WIDEST as WIDEST
 from fastlora_kernels.plan_adapter import AdapterKernel
 
 
-def plans_library(h: Tensor, size: int, dtype: torch.dtype, *, dropping: bool) -> bool:
+def plans_library(h: Tensor, hidden: int, size: int, dtype: torch.dtype, *, dropping: bool) -> bool:
     """Whether library products are predicted to be faster for h ``[..., H]`` and a bottleneck of ``size``."""
-    hidden, target = h.shape[-1], targets.detect(h.device)
-    shape = Shape(m=1, n=hidden, k=hidden, r=size, aligned=hidden % 16 == 0)
-    if not has_adapter_kernels(shape, dtype, target):
+    if not _has_kernels(hidden, size, dtype, h.device):
         return True
     # a compiled graph has to serve any number of rows
     if torch.compiler.is_compiling():
         return False
+    target = targets.detect(h.device)
+    shape = Shape(m=1, n=hidden, k=hidden, r=size, aligned=hidden % 16 == 0)
     call = replace(shape, m=h.shape[:-1].numel())
     return choose_adapter_path(call, dtype, target, dropping=dropping) == "library"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_kernels(hidden: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    shape = Shape(m=1, n=hidden, k=hidden, r=size, aligned=hidden % 16 == 0)
+    return has_adapter_kernels(shape, dtype, targets.detect(device))
 
 
 def forward(

@@ -11,7 +11,7 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype autocast would compute in for this tensor; None where it does not apply."""
     device_type = tensor.device.type
     # asking about a device that knows no autocast, meta for one, is an error in torch
-    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+    if tensor.dtype == torch.float64 or device_type == "meta":
         return None
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 

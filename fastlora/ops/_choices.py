@@ -29,9 +29,10 @@ def choose(
     return choice
 
 
-def has_kernels(shape: Shape, device: torch.device) -> bool:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def has_kernels(n: int, k: int, r: int, aligned: bool, device: torch.device) -> bool:
     """Whether the kernels are meant for calls like this on its GPU, however many rows there are."""
-    return paths.has_kernels(shape, targets.detect(device))
+    return paths.has_kernels(Shape(m=1, n=n, k=k, r=r, aligned=aligned), targets.detect(device))
 
 
 def prefers_eager(shape: Shape, dtype: torch.dtype, device: torch.device, *, dropping: bool) -> bool:

@@ -69,7 +69,7 @@ def adapter(
     )
     compute_dtype = autocast_dtype(h) or h.dtype
     dropping = training and dropout > 0
-    backend = _choose_backend(h, down_weight.shape[0], compute_dtype, dropping=dropping)
+    backend = _choose_backend(h, down_weight.shape[1], down_weight.shape[0], compute_dtype, dropping=dropping)
     if backend == "reference":
         return reference.adapter(
             h,
@@ -180,7 +180,9 @@ def _wanted_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(g if n else None for g, n in zip((*gradients, dout), needed, strict=True))
 
 
-def _choose_backend(h: Tensor, size: int, compute_dtype: torch.dtype, *, dropping: bool) -> _backend.Backend:
+def _choose_backend(
+    h: Tensor, hidden: int, size: int, compute_dtype: torch.dtype, *, dropping: bool
+) -> _backend.Backend:
     backend = _backend.resolve(h.device, compute_dtype)
     if backend != "triton":
         return backend
@@ -188,6 +190,6 @@ def _choose_backend(h: Tensor, size: int, compute_dtype: torch.dtype, *, droppin
     from fastlora.ops._adapter_triton import WIDEST, plans_library
 
     if _backend.is_automatic():
-        return "torch" if plans_library(h, size, compute_dtype, dropping=dropping) else "triton"
+        return "torch" if plans_library(h, hidden, size, compute_dtype, dropping=dropping) else "triton"
     check_adapter_size(size, WIDEST)
     return backend

@@ -244,11 +244,11 @@ def choose_backend(
 
     n, k = weight.shape
     aligned = n % 16 == 0 and k % 16 == 0 and weight.stride(-1) == 1
-    layer = Shape(m=1, n=n, k=k, r=lora_A.shape[0], aligned=aligned)
-    if not has_kernels(layer, x.device):
+    if not has_kernels(n, k, lora_A.shape[0], aligned, x.device):
         return "torch"
     # a compiled graph has to serve any number of rows
     if dora or torch.compiler.is_compiling():
         return backend
+    layer = Shape(m=1, n=n, k=k, r=lora_A.shape[0], aligned=aligned)
     call = replace(layer, m=x.shape[:-1].numel())
     return "reference" if prefers_eager(call, compute_dtype, x.device, dropping=dropping) else backend

@@ -17,7 +17,8 @@ from fastlora_kernels.primitives import (
 _WORD_BITS = tl.constexpr(MASK_WORD_BITS)
 
 
-@triton.jit
+# a threshold of 1 would arrive as a constant, which has no type to shift
+@triton.jit(do_not_specialize=["drop_threshold"])
 def _lora_down_kernel(
     x_ptr,  # (M, K)
     lora_a_ptr,  # (R, K)

@@ -95,14 +95,12 @@ def draw_keep_words(seed, rows, words, words_per_row, drop_threshold):
     instruction for 32 elements.
     """
     first_call = (rows.to(tl.int64)[:, None] * words_per_row + words[None, :]) * 4
-    # a scalar of 1 arrives as a constant, which has no type of its own
-    threshold = tl.to_tensor(drop_threshold)
     keep = (first_call * 0 - 1).to(tl.uint32)
     for call in tl.static_range(4):
         digits = random_words(seed, first_call + call)
         for i in tl.static_range(4):
             # all ones where the threshold's digit is 0
-            not_digit = (((threshold >> (call * 4 + i)) & 1) - 1).to(tl.uint32, bitcast=True)
+            not_digit = (((drop_threshold >> (call * 4 + i)) & 1) - 1).to(tl.uint32, bitcast=True)
             keep = (digits[i] & keep) | (not_digit & (digits[i] | keep))
     # the sum over an axis of one changes nothing, but without it the compiler draws every word again in each
     # thread that unpacks a part of it, instead of passing 4 bytes on
