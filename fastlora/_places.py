@@ -2,10 +2,10 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
+from typing import Self
 
 import torch
 from torch import nn
-from typing_extensions import Self
 
 from fastlora._blocks import find_blocks, output_sizes
 from fastlora._modules import adapted_modules, lora_layers, named_modules, replace_modules

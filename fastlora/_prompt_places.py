@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from fastlora._modules import named_modules, prompt_modules
 from fastlora.nn._prompt_hosts import Host, VisualHost, as_host, find_host

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-import sys
+import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields
 from enum import Enum
@@ -12,11 +12,6 @@ from typing import Annotated, Any, Literal, Optional, get_args, get_origin, get_
 import typer
 
 from fastlora._suggestions import did_you_mean
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 def options_of(

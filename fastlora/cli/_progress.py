@@ -1,6 +1,7 @@
 """A live progress bar per task: steps, rate, time left and loss."""
 
 from types import TracebackType
+from typing import Self
 
 from rich.console import Console
 from rich.progress import (
@@ -14,7 +15,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
-from typing_extensions import Self
 
 
 class LiveReporter:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ from rich.table import Table
 from fastlora.cli._progress import LiveReporter
 
 
-class Data(str, Enum):
+class Data(StrEnum):
     """The demo's data sets."""
 
     elpv = "elpv"

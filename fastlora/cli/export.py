@@ -1,6 +1,6 @@
 """``fastlora export``: a fine-tuned model in another format, checked."""
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 
-class Format(str, Enum):
+class Format(StrEnum):
     """What to write."""
 
     state_dict = "state_dict"

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,7 +20,7 @@ _FROM_HERE_GIB = 25 * 2**30
 _PIPE_WIDTH = 120
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """Of the weights."""
 
     float32 = "float32"

@@ -3,7 +3,7 @@
 import json
 import re
 from dataclasses import asdict
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fastlora_kernels.predict.explain import Explanation
 
 
-class Op(str, Enum):
+class Op(StrEnum):
     """An op with kernels."""
 
     lora_linear = "lora_linear"
@@ -22,7 +22,7 @@ class Op(str, Enum):
     adapter = "adapter"
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """Of a layer."""
 
     bfloat16 = "bfloat16"

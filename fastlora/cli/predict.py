@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import sys
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 
-class Output(str, Enum):
+class Output(StrEnum):
     """How answers are printed."""
 
     table = "table"

@@ -1,12 +1,11 @@
 """LoRA for ``nn.MultiheadAttention``, whose projections are no modules that could be replaced one by one."""
 
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from typing_extensions import Self
 
 from fastlora.nn._attend import attend, attention_mask, check_shapes
 from fastlora.nn._settings import LoRASettings, check_linear, check_parameter

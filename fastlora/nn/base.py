@@ -3,12 +3,11 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from typing_extensions import Self
 
 from fastlora.functional import dora_linear, lora_linear
 from fastlora.nn._folding import fold

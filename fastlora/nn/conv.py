@@ -1,11 +1,10 @@
 """LoRA for ``nn.Conv2d``: a drop-in layer in PEFT's layout."""
 
-from typing import Literal, TypeVar
+from typing import Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from typing_extensions import Self
 
 from fastlora.nn._layout import check_fit
 from fastlora.nn._settings import LoRASettings, check_conv

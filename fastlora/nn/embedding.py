@@ -1,11 +1,10 @@
 """LoRA for ``nn.Embedding``: a drop-in layer in PEFT's layout."""
 
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from typing_extensions import Self
 
 from fastlora.nn._settings import LoRASettings, check_embedding
 from fastlora.nn.base import LoRAModule

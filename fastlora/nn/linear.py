@@ -1,10 +1,9 @@
 """LoRA for ``nn.Linear``: a drop-in layer, and a wrapper around a layer that stays as it is."""
 
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from fastlora.nn._settings import LoRASettings, check_linear
 from fastlora.nn.base import LoRAModule

@@ -1,10 +1,9 @@
 """Freezing done right: what is frozen neither trains nor moves its running statistics."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 from torch import nn
-from typing_extensions import Self
 
 from fastlora._stages import Stage, stages
 

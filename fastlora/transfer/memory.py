@@ -4,9 +4,9 @@ import os
 import threading
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import torch
-from typing_extensions import Self
 
 _STATM = Path("/proc/self/statm")
 _SAMPLE_SECONDS = 0.01

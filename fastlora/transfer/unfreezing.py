@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 from torch import nn
-from typing_extensions import Self
 
 from fastlora._stages import Stage
 from fastlora.transfer.freezing import freeze_stages

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from typing_extensions import Self
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from typing_extensions import Self
 
 from fastlora.transfer.data import LabelledImages
 from fastlora.transfer.training.randomness import derived_seed, seeded

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from typing_extensions import Self
 
 from fastlora.transfer.data import LabelledImages, class_weights
 from fastlora.transfer.training.randomness import derived_seed

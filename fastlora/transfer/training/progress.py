@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
-from typing_extensions import Self
 
 from fastlora.transfer.training.records import EpochRecord, TrainResult
 from fastlora.transfer.training.settings import TrainSettings
