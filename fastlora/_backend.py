@@ -127,8 +127,10 @@ def launch_failure() -> str:
     return ""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _launches() -> bool:
+    # torch.compile could not trace the question, and needs the same compiler itself
+    if torch.compiler.is_compiling():
+        return True
     failure = launch_failure()
     if failure:
         warnings.warn(f"{failure}; fastlora uses library products instead", stacklevel=2)
