@@ -1,6 +1,6 @@
 """Does an adapter's content fit a model? Everything is compared before anything is changed."""
 
-import re
+import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from fastlora._adapter_config import AdapterConfig
+from fastlora._base_copies import BaseCopies
 from fastlora._blocks import output_sizes
-from fastlora._modules import clean_name, named_modules, plain_tensor
+from fastlora._file_keys import LORA_KEY, OUT_PROJ, PREFIX
+from fastlora._modules import clean_name, named_modules
 from fastlora._places import Place, cannot_adapt
 from fastlora._prompt_places import PromptPlace, host_name
+from fastlora._tied import Holder, is_inside, shared_parameters, to_untie, without_parents
 from fastlora.inject import cannot_carry
 from fastlora.nn import AdaptedModule, LoRALayer, LoRAModule
 from fastlora.nn._layout import lora_parts, misfit
@@ -20,10 +23,6 @@ from fastlora.nn.adapted import ADAPTER
 from fastlora.nn.prompts import PromptModule
 from fastlora.nn.start import file_settings
 
-PREFIX = "base_model.model."
-# PEFT wraps nn.MultiheadAttention and leaves the output projection inside the wrapped layer
-_OUT_PROJ = ".base_layer.out_proj"
-_LORA_KEY = re.compile(re.escape(PREFIX) + r"(.+)\.(?:lora_[AB]\.weight|lora_embedding_[AB])")
 _LISTED = 5
 
 
@@ -38,16 +37,22 @@ class AdapterCheck:
         self._explained: set[str] = set()
         self._problems: list[str] = []
 
-    def targets(self) -> dict[str, nn.Module]:
+    def targets(self, *, by_peft: bool) -> dict[str, nn.Module]:
         """The modules of a model without LoRA that the tensors belong to."""
-        found = (_LORA_KEY.fullmatch(key) for key in self._tensors)
+        found = (LORA_KEY.fullmatch(key) for key in self._tensors)
         names = dict.fromkeys(match[1] for match in found if match)
         targets: dict[str, nn.Module] = {}
         for name in names:
-            if name.removesuffix(_OUT_PROJ) in names and name.endswith(_OUT_PROJ):
+            if name.removesuffix(OUT_PROJ) in names and name.endswith(OUT_PROJ):
                 continue
             module = self._names.get(name)
             problem = "no module of this name in the model" if module is None else cannot_carry(module)
+            if module is not None and problem is None and by_peft:
+                # PEFT adapts one of several names, we the module under all of them
+                twins = [
+                    other for other, same in self._names.items() if same is module and other not in names
+                ]
+                problem = f"one module with {twins[0]!r}, which the file leaves alone" if twins else None
             if module is not None and problem is None:
                 targets[name] = module
             else:
@@ -56,11 +61,10 @@ class AdapterCheck:
 
     def layers(self, targets: Mapping[str, nn.Module], config: AdapterConfig) -> None:
         """Compare the A and B of every layer, adapted or about to be."""
-        if not any(_LORA_KEY.fullmatch(key) for key in self._tensors):
+        if not any(LORA_KEY.fullmatch(key) for key in self._tensors):
             self._problems.insert(0, f"no LoRA tensors ({PREFIX}<module>.lora_A.weight) in the file")
         for name, module in targets.items():
             rank, dora = config.settings(name).rank, config.dora
-            self._base_copies(name, module)
             problem = _lora_difference(module, rank, dora=dora)
             if problem is not None:
                 self._misfit(name, problem)
@@ -108,19 +112,64 @@ class AdapterCheck:
                 self._prompt(name, None, "no prompts of this name in the model")
         self.no_layers((name for name in modules if name not in places), "prompts")
 
-    def whole_modules(self, entries: Iterable[str]) -> dict[str, nn.Module]:
-        """The modules that ``modules_to_save`` means, their tensors compared."""
+    def whole_modules(self, entries: Iterable[str], *, by_peft: bool) -> dict[str, nn.Module]:
+        """The modules that ``modules_to_save`` means, their tensors compared.
+
+        Entries that neither the model nor the file has are passed over: PEFT lists every name that a task's
+        classifier may have.
+        """
         whole: dict[str, nn.Module] = {}
         for entry in entries:
-            # PEFT means every module whose name ends so, dot or not; the file says which ones those were
-            named = [n for n in self._names if n.endswith(entry) and self._holds(f"{PREFIX}{n}.")]
-            if not named:
-                self._problems.append(f"modules_to_save {entry!r}: no such module in both model and file")
-            whole |= {name: self._names[name] for name in named}
+            # PEFT means every module whose name ends so, dot or not; ours are whole names
+            meant = [n for n in self._names if (n.endswith(entry) if by_peft else n == entry)]
+            held = [n for n in meant if any(key.startswith(f"{PREFIX}{n}.") for key in self._tensors)]
+            filed = {id(self._names[n]) for n in held}
+            whole |= {name: self._names[name] for name in held}
+            for name in meant:
+                module = self._names[name]
+                if (
+                    module.state_dict()
+                    and id(module) not in filed
+                    and not any(is_inside(name, h) for h in held)
+                ):
+                    self._problems.append(
+                        f"modules_to_save {entry!r}: {name!r} is in the model, but not in the file"
+                    )
         for name, module in whole.items():
             for key, tensor in module.state_dict().items():
                 self._compare(f"{PREFIX}{name}.{clean_name(key)}", tuple(tensor.shape), like=tensor)
         return whole
+
+    def untied(
+        self, model: nn.Module, whole: Iterable[str], config: AdapterConfig | None, *, fresh: bool
+    ) -> list[Holder]:
+        """Parameters of whole modules that the model shares with others, where the file has them apart."""
+        filed = {key.removeprefix(PREFIX): tensor for key, tensor in self._tensors.items()}
+        filed = {key: tensor for key, tensor in filed.items() if any(is_inside(key, name) for name in whole)}
+        groups = shared_parameters(model)
+        # PEFT trains its own copy of every module, unless it was told otherwise; we train what is tied as one
+        by_peft = config is not None and config.by_peft
+        if not by_peft:
+            groups = [without_parents(group) for group in groups]
+        together = not by_peft or (config is not None and config.weight_tying)
+        holders, problems = to_untie(groups, filed, together=together)
+        self._problems += problems
+        if not fresh:
+            self._problems += [
+                f"{holder.key}: this model trains it as one with another module, the file has them apart; "
+                "load it into a model without adapters"
+                for holder in holders
+                if holder.parameter.requires_grad
+            ]
+        return holders
+
+    def base_copies(self, model: nn.Module, *, fresh: bool) -> list[tuple[Tensor, Tensor]]:
+        """Frozen weights in the file that differ from the model's; a model without adapters takes them."""
+        copies = BaseCopies(model, self._tensors, fresh=fresh)
+        rest = [key for key in self._tensors if key not in self._explained]
+        self._explained |= copies.read(rest)
+        self._problems += copies.problems
+        return copies.found
 
     def finish(self, folder: Path) -> None:
         """Report what was found.
@@ -138,25 +187,14 @@ class AdapterCheck:
                 + "\n  ".join(problems[:_LISTED] + more)
             )
 
+    def _place_of(self, name: str) -> tuple[int, str]:
+        outer, _, last = name.rpartition(".")
+        return id(self._all[outer]), last
+
     def _misfit(self, name: str, problem: str) -> None:
         """One difference for a whole layer, in place of one for each of its tensors."""
         self._problems.append(f"{name}: {problem}")
         self._explained |= {key for key in self._tensors if key.startswith(f"{PREFIX}{name}.")}
-
-    def _base_copies(self, name: str, module: nn.Module) -> None:
-        # PEFT puts the frozen weight of an adapted input or output embedding into the file too
-        for part, frozen in module.state_dict().items():
-            key = f"{PREFIX}{name}.base_layer.{part}"
-            tensor = self._tensors.get(key)
-            if tensor is None or isinstance(module, nn.MultiheadAttention):
-                continue
-            self._explained.add(key)
-            if tuple(tensor.shape) != tuple(frozen.shape) or not torch.equal(
-                tensor.to(frozen.dtype), plain_tensor(frozen)
-            ):
-                self._problems.append(
-                    f"{key}: not the {part} that the model has; load it into the model first"
-                )
 
     def _place(self, name: str, place: Place, problem: str | None) -> None:
         if problem is not None:
@@ -174,9 +212,6 @@ class AdapterCheck:
         else:
             self._problems.append(f"{name}: {problem}")
             self._explained.add(prompt_key(name))
-
-    def _holds(self, prefix: str) -> bool:
-        return any(key.startswith(prefix) for key in self._tensors)
 
     def _compare(self, key: str, shape: tuple[int, ...], like: Tensor | None = None) -> None:
         self._explained.add(key)
@@ -202,12 +237,17 @@ def tensor_slots(name: str, layer: nn.Module, *, dora: bool) -> list[tuple[str, 
     """File key, owner and attribute of every A, B and magnitude of one layer, adapted or about to be."""
     pairs = [(name, layer)]
     if isinstance(layer, nn.MultiheadAttention):
-        pairs.append((name + _OUT_PROJ, layer.out_proj))
+        pairs.append((name + OUT_PROJ, layer.out_proj))
     return [
         (f"{PREFIX}{key}.{part}" + (".weight" if part in ("lora_A", "lora_B") else ""), owner, part)
         for key, owner in pairs
         for part in lora_parts(_plain(owner), rank=1, dora=dora)
     ]
+
+
+def file_dtype(tensors: Mapping[str, Tensor], keys: Iterable[str]) -> torch.dtype:
+    """What these tensors of a file have in common: a loaded adapter keeps its dtype."""
+    return functools.reduce(torch.promote_types, (tensors[key].dtype for key in keys))
 
 
 def adapter_key(name: str, part: str) -> str:

@@ -16,10 +16,25 @@ _UNDERSTOOD = {
 }  # fmt: skip
 # say where an adapter came from or where it sits, which its tensors' names say too
 _NEUTRAL = {
-    "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "inference_mode",
-    "layers_pattern", "layers_to_transform", "megatron_core", "peft_version", "qalora_group_size", "revision",
-    "target_modules", "task_type",
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules",
+    "inference_mode", "layers_pattern", "layers_to_transform", "megatron_core", "peft_version",
+    "qalora_group_size", "revision", "target_modules", "task_type",
+    # of transformers' Conv1D, which is refused by its type; PEFT ignores it elsewhere
+    "fan_in_fan_out",
 }  # fmt: skip
+# what else PEFT's LoRA may come with, and why it is no LoRA as we compute it
+_REASONS = {
+    "alora_invocation_tokens": "acts on some tokens only",
+    "arrow_config": "chooses among several adapters",
+    "bias": "trains biases of the frozen layers",
+    "init_lora_weights": "changes the frozen weights",
+    "layer_replication": "is for a model with repeated layers",
+    "lora_bias": "adds a bias to the update",
+    "megatron_config": "is for Megatron's layers",
+    "target_parameters": "adapts parameters that are no layer's",
+    "trainable_token_indices": "trains rows of an embedding",
+    "use_qalora": "pools the update's input",
+}
 # initialisations that leave the frozen weights alone; the others (PiSSA, OLoRA, LoftQ, …) change them
 _HARMLESS_INIT = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -42,6 +57,10 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
     by_peft: bool = False
+    target_modules: str | tuple[str, ...] = ()
+    weight_tying: bool = False
+    # what patterns and targets call a layer, where the model has another name for it
+    file_names: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check every value through the settings it leads to."""
@@ -61,9 +80,16 @@ class AdapterConfig:
 
     def settings(self, name: str) -> LoRASettings:
         """What the module of this name gets; the first pattern that matches its end decides, as in PEFT."""
-        rank = _first_match(self.rank_pattern, name, self.rank)
-        alpha = _first_match(self.alpha_pattern, name, self.alpha)
+        filed = self.file_names.get(name, name)
+        rank = _first_match(self.rank_pattern, filed, self.rank)
+        alpha = _first_match(self.alpha_pattern, filed, self.alpha)
         return LoRASettings(rank, alpha, self.dropout, self.rslora, dora=self.dora)
+
+    def targets(self, name: str) -> bool:
+        """Whether ``target_modules`` means this module: as a regular expression, or the end of its name."""
+        if isinstance(self.target_modules, str):
+            return re.fullmatch(self.target_modules, name) is not None
+        return any(name == target or name.endswith(f".{target}") for target in self.target_modules)
 
 
 def parse_config(raw: object) -> AdapterConfig:
@@ -75,19 +101,22 @@ def parse_config(raw: object) -> AdapterConfig:
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
         kind = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
         raise ValueError(f"expected peft_type 'LORA', got {kind!r}")
-    unsupported = [
-        f"{name}={value!r}"
+    unsupported = {
+        name: value
         for name, value in raw.items()
         if value and name not in _UNDERSTOOD and name not in _NEUTRAL
-    ]
+    }
     if raw.get("bias", "none") != "none":
-        unsupported.append(f"bias={raw['bias']!r}")
+        unsupported["bias"] = raw["bias"]
     if raw.get("init_lora_weights", True) not in _HARMLESS_INIT:
-        unsupported.append(f"init_lora_weights={raw['init_lora_weights']!r} (changes the frozen weights)")
+        unsupported["init_lora_weights"] = raw["init_lora_weights"]
     if unsupported:
-        raise ValueError(
-            f"expected plain LoRA, got {', '.join(unsupported)}; convert the adapter with PEFT first"
-        )
+        told = [
+            f"{name}={value!r}" + (f" ({_REASONS[name]})" if name in _REASONS else "")
+            for name, value in unsupported.items()
+        ]
+        raise ValueError(f"expected plain LoRA, got {', '.join(told)}; convert the adapter with PEFT first")
+    targets = raw.get("target_modules") or ()
     try:
         return AdapterConfig(
             rank=raw["r"],
@@ -100,6 +129,8 @@ def parse_config(raw: object) -> AdapterConfig:
             modules_to_save=tuple(map(str, raw.get("modules_to_save") or ())),
             # PEFT always writes this field, we never do
             by_peft="auto_mapping" in raw,
+            target_modules=targets if isinstance(targets, str) else tuple(map(str, targets)),
+            weight_tying=bool(raw.get("ensure_weight_tying")),
         )
     except KeyError as error:
         raise ValueError(f"expected the field {error}, got none") from error

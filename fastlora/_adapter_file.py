@@ -40,9 +40,10 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], FileConfig]:
         )
     for name in (CONFIG, TENSORS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"expected {CONFIG} and {TENSORS} in {folder}, found no {name}; save it again"
-            )
+            # PEFT gives adapters that are not called "default" a folder of their own inside
+            inner = sorted(str(path.parent) for path in folder.glob(f"*/{CONFIG}"))
+            advice = f"did you mean {inner[0]}?" if inner else "save it again"
+            raise FileNotFoundError(f"expected {CONFIG} and {TENSORS} in {folder}, found no {name}; {advice}")
     try:
         raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:

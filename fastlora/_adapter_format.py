@@ -30,6 +30,11 @@ class FileConfig:
     prompts: Mapping[str, PromptPlace] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
 
+    @property
+    def by_peft(self) -> bool:
+        """Whether PEFT wrote it."""
+        return self.lora is not None and self.lora.by_peft
+
 
 def parse_file_config(raw: object) -> FileConfig:
     """Read our format or PEFT's, refusing what would compute something else here.

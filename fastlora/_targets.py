@@ -8,6 +8,7 @@ from torch import nn
 
 from fastlora._bypassed import bypassed
 from fastlora._modules import adaptable_modules, named_modules
+from fastlora._tied import check_tied_targets, tell_of_ties
 from fastlora._tuning import logger
 
 ALL_LINEAR = "all-linear"
@@ -36,6 +37,7 @@ def select_targets(
     left_out_ids = {id(names[name]) for name in left_out}
     chosen = {name: names[name] for name in names if name in targeted and id(names[name]) not in left_out_ids}
     chosen = _absorb_out_proj(names, chosen, left_out)
+    check_tied_targets(chosen, whole)
     uncalled = bypassed(named_modules(model), chosen.values())
     if uncalled and target_modules == ALL_LINEAR:
         logger.warning(
@@ -73,7 +75,9 @@ def left_out_names(
         raise TypeError(f"expected modules_to_save to be a list of names, got the string {modules_to_save!r}")
     saved = set() if modules_to_save is None else _matches("modules_to_save", modules_to_save, names)
     kept_whole = {name for name in names if any(name == top or name.startswith(top + ".") for top in saved)}
-    return excluded | kept_whole, [names[name] for name in sorted(saved)]
+    whole = [names[name] for name in sorted(saved)]
+    tell_of_ties(model, whole)
+    return excluded | kept_whole, whole
 
 
 def _all_linear(model: nn.Module, names: dict[str, nn.Module]) -> set[str]:

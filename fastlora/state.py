@@ -2,17 +2,19 @@
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastlora._adapter_check import PREFIX, AdapterCheck, adapter_key, prompt_key, tensor_slots
+from fastlora._adapter_check import AdapterCheck, adapter_key, file_dtype, prompt_key, tensor_slots
 from fastlora._adapter_config import AdapterConfig, build_config
 from fastlora._adapter_file import read_adapter, write_adapter
 from fastlora._adapter_format import FileConfig, build_file_config
 from fastlora._bypassed import bypassed
+from fastlora._file_keys import PREFIX, in_model_names
 from fastlora._modules import (
     adapted_modules,
     clean_name,
@@ -21,15 +23,17 @@ from fastlora._modules import (
     plain_tensor,
     prompt_modules,
     require_lora_layers,
-    tuner_parameters,
     unwrap,
 )
 from fastlora._places import Place, add_adapters
 from fastlora._prompt_places import PromptPlace, add_prompts
 from fastlora._targets import why_uncalled
+from fastlora._tied import any_tied, untie
 from fastlora._tuning import logger, train_only_tuners
+from fastlora._whole_modules import trained_whole
 from fastlora.inject import Model, add_lora, check_unadapted
 from fastlora.nn import AdaptedModule, LoRALayer, LoRAModule
+from fastlora.nn._settings import LoRASettings
 from fastlora.nn.start import file_part, fill_alpha, fill_part
 
 _PEFT_APPLIES_TWICE = (
@@ -41,6 +45,10 @@ _PEFT_CONVOLVES_OTHERWISE = (
     "This adapter was saved by PEFT and covers %s, an nn.Conv2d with dilation=%s and padding_mode=%r. PEFT's "
     "own forward pass knows neither (its merged weights do); fastlora uses the frozen layer's."
 )
+_TRAINS_APART = (
+    "The adapters of tied layers in %s are equal, as PEFT trained them with ensure_weight_tying; here each "
+    "trains by itself from now on."
+)
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
@@ -49,7 +57,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     LoRA alone is written in PEFT's format, which ``PeftModel.from_pretrained(base_model, path)`` reads too;
     with bottleneck adapters or prompts the config is our own, and only :func:`fastlora.load_adapter` reads
     it. Of several named adapters the active one is written. Modules that train whole go into
-    ``modules_to_save``. Both files are written completely before an older adapter is
+    ``modules_to_save``, with all that share a parameter with them, so that PEFT, which unties them, computes
+    the same. Both files are written completely before an older adapter is
     replaced. A merged model is saved like an unmerged one. In an ``nn.MultiheadAttention``, PEFT applies no
     dropout, and up to 0.21.2 it adds ``out_proj``'s update twice (huggingface/peft#3774). Beside an
     ``nn.Conv2d`` it ignores dilation and ``padding_mode`` unless merged; only these convolutions differ.
@@ -83,7 +92,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
             f"expected a model around its layers, got a bare {type(root).__name__}; "
             "put it into nn.Sequential, say, so that it has a name"
         )
-    whole = _whole_modules(root)
+    whole = trained_whole(root)
     tensors = _tensors(root, layers, places, whole)
     config = _config(root, layers, places, whole)
     folder = Path(path)
@@ -95,15 +104,15 @@ def load_into_active(model: Model, path: str | os.PathLike[str]) -> Model:
     """Load an adapter folder into a model, or into its active adapter; see :func:`fastlora.load_adapter`."""
     root = unwrap(model)
     folder = Path(path)
-    tensors, config = read_adapter(folder)
+    tensors, config = in_model_names(root, *read_adapter(folder))
     targets: Mapping[str, nn.Module] = lora_layers(root)
     places, prompts = adapted_modules(root), prompt_modules(root)
     fresh = not targets and not places and not prompts
-    check = AdapterCheck(root, tensors)
+    check, by_peft = AdapterCheck(root, tensors), config.by_peft
     if fresh:
         check_unadapted(root)
     if config.lora is not None:
-        targets = check.targets() if fresh else targets
+        targets = check.targets(by_peft=by_peft) if fresh else targets
         check.layers(targets, config.lora)
     else:
         check.no_layers(targets, "LoRA")
@@ -113,13 +122,24 @@ def load_into_active(model: Model, path: str | os.PathLike[str]) -> Model:
     else:
         check.adapted(config.bottleneck, places)
         check.prompted(config.prompts, prompts)
-    whole = check.whole_modules(config.modules_to_save)
+    whole = check.whole_modules(config.modules_to_save, by_peft=by_peft)
+    apart = check.untied(root, whole, config.lora, fresh=fresh)
+    copies = check.base_copies(root, fresh=fresh)
     check.finish(folder)
     _warn_of_uncalled(root, targets, folder)
+    if config.lora is not None and config.lora.weight_tying and any_tied(targets.values()):
+        logger.warning(_TRAINS_APART, folder)
+    _take_base(copies, folder)
+    untie(root, apart)
     if fresh:
-        _build(root, targets, config, list(whole.values()))
+        _build(root, targets, tensors, config, list(whole.values()))
     _fill(root, targets, whole, tensors, config)
     return model
+
+
+def holds_whole(model: nn.Module, tensors: Mapping[str, Tensor], config: FileConfig) -> bool:
+    """Whether the file has modules that train whole, not only names of them."""
+    return bool(AdapterCheck(model, tensors).whole_modules(config.modules_to_save, by_peft=config.by_peft))
 
 
 def _warn_of_uncalled(model: nn.Module, targets: Mapping[str, nn.Module], folder: Path) -> None:
@@ -133,6 +153,15 @@ def _warn_of_uncalled(model: nn.Module, targets: Mapping[str, nn.Module], folder
             folder,
             why_uncalled(uncalled),
         )
+
+
+@torch.no_grad()
+def _take_base(copies: list[tuple[Tensor, Tensor]], folder: Path) -> None:
+    """Set frozen weights to those that the adapter was trained on."""
+    for tensor, values in copies:
+        tensor.copy_(values)
+    if copies:
+        logger.warning("%d frozen tensors of the model were replaced by those in %s", len(copies), folder)
 
 
 def _tensors(
@@ -178,13 +207,30 @@ def _config(
 
 
 def _build(
-    model: nn.Module, targets: Mapping[str, nn.Module], config: FileConfig, whole: list[nn.Module]
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    tensors: Mapping[str, Tensor],
+    config: FileConfig,
+    whole: list[nn.Module],
 ) -> None:
     if config.lora is not None:
-        add_lora(model, {module: config.lora.settings(name) for name, module in targets.items()})
+        plan = {module: file_layer(name, module, tensors, config.lora) for name, module in targets.items()}
+        add_lora(model, plan)
     add_adapters(model, config.bottleneck, adapter_dtype=None)
+    for name, place in adapted_modules(model).items():
+        keys = [adapter_key(name, part) for part in place.adapter.adapter_params()]
+        place.adapter.to(file_dtype(tensors, keys))
     add_prompts(named_modules(model), config.prompts)
     train_only_tuners(model, whole)
+
+
+def file_layer(
+    name: str, layer: nn.Module, tensors: Mapping[str, Tensor], config: AdapterConfig
+) -> LoRASettings:
+    """What a file says of one layer, in the dtype that its tensors have there."""
+    settings = config.settings(name)
+    keys = [key for key, _, _ in tensor_slots(name, layer, dora=settings.dora) if key in tensors]
+    return replace(settings, adapter_dtype=file_dtype(tensors, keys) if keys else None)
 
 
 @torch.no_grad()
@@ -227,25 +273,3 @@ def _fill_lora(layers: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], c
         if config.by_peft and odd:
             logger.warning(_PEFT_CONVOLVES_OTHERWISE, name, conv.dilation, conv.padding_mode)
             break
-
-
-def _whole_modules(model: nn.Module) -> list[str]:
-    """Names of the modules that own trainable parameters that are not filed under a kind of adapter."""
-    layers, places, prompts = lora_layers(model), adapted_modules(model), prompt_modules(model)
-    tuners = [*layers.values(), *(place.adapter for place in places.values()), *prompts.values()]
-    ours = {id(parameter) for tuner in tuners for parameter in tuner_parameters(tuner)}
-    owners = {
-        clean_name(name).rpartition(".")[0]: clean_name(name)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and id(parameter) not in ours
-    }
-    # the module at an adapter's own place has a state dict without the adapter
-    inside = [f"{name}." for name in layers] + list(places) + list(prompts)
-    for owner, parameter_name in owners.items():
-        if any(name.startswith(f"{owner}." if owner else "") for name in inside):
-            raise ValueError(
-                "expected trainable parameters in modules without LoRA layers, adapters or prompts, got "
-                f"{parameter_name!r}; PEFT's format saves whole modules only, so does ours: freeze it, or "
-                "move it into a module of its own"
-            )
-    return [o for o in owners if not any(o.startswith(f"{other}.") for other in owners)]

@@ -92,9 +92,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "pattern-rank": (edit_config(rank_pattern={"x": 0}), ValueError, "expected rank >= 1, got 0"),
     "other-rank": (edit_config(r=3), ValueError, r"head.lora_A.weight: expected \[3, 8\], got \[2, 8\]"),
     "whole-module": (
-        edit_config(modules_to_save=["tail"]),
+        edit_config(modules_to_save=["2"]),
         ValueError,
-        "modules_to_save 'tail': no such module",
+        r"base_model\.model\.2\.weight: missing",
     ),
     "missing": (edit_tensors(lambda t: t.pop(KEY)), ValueError, f"differences: 1.*{KEY}: missing"),
     "unexpected": (
@@ -133,6 +133,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
 
 # where a model that has its layers already sees the same damage differently
 SEEN_BY_ADAPTED = {
+    "whole-module": r"base_model\.model\.2\..*: missing",
     "other-rank": "0: expected rank 2 as in the model, got 3",
     "foreign-name": f"{KEY}: missing",
     "wrong-kind": f"{KEY}: missing",

@@ -24,7 +24,16 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora.nn import LoRAModule, LoRAMultiheadAttention
-from tests.lora_models import TextNet, conv_net, mlp, randomize_adapters, same_bits, text_net, tiny_vit
+from tests.lora_models import (
+    Snapshot,
+    TextNet,
+    conv_net,
+    mlp,
+    randomize_adapters,
+    same_bits,
+    text_net,
+    tiny_vit,
+)
 
 peft = pytest.importorskip("peft", reason="compares with PEFT, an optional package")
 
@@ -194,8 +203,7 @@ def test_a_half_precision_adapter_from_peft(tmp_path: Path) -> None:
     assert isinstance(loaded, LoRAModule)
     theirs_a = theirs.base_model.model[0].lora_A["default"].weight
     assert theirs_a.dtype == torch.bfloat16
-    assert loaded.lora_A.dtype == torch.float32
-    assert torch.equal(loaded.lora_A, theirs_a.float())
+    assert same_bits(loaded.lora_A, theirs_a)
 
 
 @pytest.mark.parametrize(
@@ -270,13 +278,23 @@ class Embedded(nn.Module):
 
 
 @torch.no_grad()
-def test_a_frozen_embedding_in_a_peft_file_has_to_be_the_models(tmp_path: Path) -> None:
+def test_a_frozen_embedding_in_a_peft_file_is_taken_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     base = Embedded()
     theirs = peft_model(base, {"target_modules": ["embed_tokens"]})
     theirs.save_pretrained(tmp_path, save_embedding_layers=True)
     loaded = fastlora.load_adapter(copy.deepcopy(base), tmp_path)
     assert isinstance(loaded.embed_tokens, fastlora.LoRAEmbedding)
+    assert not caplog.records
     other = copy.deepcopy(base)
     other.embed_tokens.weight.add_(1.0)
-    with pytest.raises(ValueError, match="not the weight that the model has; load it into the model first"):
-        fastlora.load_adapter(other, tmp_path)
+    adapted = fastlora.apply_lora(copy.deepcopy(other), target_modules=["embed_tokens"], rank=2)
+    fastlora.load_adapter(other, tmp_path)
+    assert torch.equal(other.embed_tokens.weight, base.embed_tokens.weight)
+    assert "1 frozen tensors of the model were replaced" in caplog.text
+    # whose other adapters belong to the weights that it has
+    before = Snapshot(adapted)
+    with pytest.raises(ValueError, match="not what the model has; load it into a model without adapters"):
+        fastlora.load_adapter(adapted, tmp_path)
+    before.assert_unchanged()

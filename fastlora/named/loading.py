@@ -6,7 +6,9 @@ from pathlib import Path
 from torch import nn
 
 from fastlora._adapter_file import read_adapter
+from fastlora._file_keys import in_model_names
 from fastlora._modules import lora_layers, unwrap
+from fastlora._whole_modules import trained_whole
 from fastlora.inject import Model
 from fastlora.named.switching import (
     adapter_names,
@@ -18,18 +20,22 @@ from fastlora.named.switching import (
 )
 from fastlora.nn import LoRAModule, shelf
 from fastlora.nn._settings import LoRASettings
-from fastlora.state import load_into_active
+from fastlora.state import file_layer, holds_whole, load_into_active
 
 
 def load_adapter(model: Model, path: str | os.PathLike[str], *, adapter_name: str | None = None) -> Model:
     """Load a PEFT or fastlora adapter folder into a model, in place.
 
-    A model without LoRA, adapters or prompts gets them as the files describe them, trainable, the rest
-    frozen; they become float32 beside 16-bit weights, else the weights' dtype. In an adapted model the files
-    must hold exactly its layers and prompts, which are unmerged, take alpha, rslora and fixed scales from the
-    file and keep their dropout. Nothing is unpickled, and every key, shape, dtype and setting is checked
-    before anything changes. A PEFT adapter for ``nn.MultiheadAttention`` is logged as a warning: PEFT up to
-    0.21.2 adds ``out_proj``'s update twice (huggingface/peft#3774), we add it once.
+    A model without LoRA, adapters or prompts gets them as the files describe them, trainable and in their
+    dtype, the rest frozen. In an adapted model the files must hold exactly its layers and prompts, which are
+    unmerged, take alpha, rslora and fixed scales from the file and keep their dropout and dtype. Nothing is
+    unpickled, and every key, shape, dtype and setting is checked before anything changes.
+
+    Of PEFT's files, frozen embeddings (of a vocabulary that was resized) are taken over, and modules that it
+    trained apart from those that they are tied to are untied, with ``tie_word_embeddings`` in the model's
+    config. Kinds of LoRA that we do not have (PiSSA, trained biases or tokens, …) are refused. An adapter for
+    ``nn.MultiheadAttention`` is logged as a warning: PEFT up to 0.21.2 adds ``out_proj``'s update twice
+    (huggingface/peft#3774), we add it once.
 
     Args:
         model: The frozen model the adapter was trained on, or an adapted one.
@@ -80,14 +86,20 @@ def load_adapter(model: Model, path: str | os.PathLike[str], *, adapter_name: st
 
 def _settings(model: nn.Module, folder: Path) -> dict[LoRAModule, LoRASettings]:
     """What the file says of every LoRA layer; an attention's counts for its ``out_proj`` too."""
-    _, config = read_adapter(folder)
-    if config.lora is None or config.bottleneck or config.prompts or config.modules_to_save:
+    tensors, config = in_model_names(model, *read_adapter(folder))
+    if config.lora is None or config.bottleneck or config.prompts or holds_whole(model, tensors, config):
         raise ValueError(
             f"expected LoRA alone for a further adapter, got {folder} with bottleneck adapters, prompts or "
             "modules_to_save, of which a model has one set; load it into a model of its own"
         )
+    whole = trained_whole(model) if config.lora.by_peft else []
+    if whole:
+        raise ValueError(
+            f"expected a model whose modules are as {folder} was trained with, got one that trains "
+            f"{whole[0]!r} whole, which PEFT would switch with the adapter; load it into a model of its own"
+        )
     return {
-        inner: config.lora.settings(name)
+        inner: file_layer(name, layer, tensors, config.lora)
         for name, layer in lora_layers(model).items()
         for inner in layer.modules()
         if isinstance(inner, LoRAModule)
