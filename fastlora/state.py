@@ -28,7 +28,7 @@ from fastlora._modules import (
 from fastlora._places import Place, add_adapters
 from fastlora._prompt_places import PromptPlace, add_prompts
 from fastlora._targets import why_uncalled
-from fastlora._tied import any_tied, untie
+from fastlora._tied import any_tied, shared_parameters, untie
 from fastlora._tuning import logger, train_only_tuners
 from fastlora._whole_modules import trained_whole
 from fastlora.inject import Model, add_lora, check_unadapted
@@ -122,7 +122,9 @@ def load_into_active(model: Model, path: str | os.PathLike[str]) -> Model:
     else:
         check.adapted(config.bottleneck, places)
         check.prompted(config.prompts, prompts)
-    whole = check.whole_modules(config.modules_to_save, by_peft=by_peft)
+    whole = check.whole_modules(
+        [*config.modules_to_save, *_kept_tied(root, tensors, config)], by_peft=by_peft
+    )
     apart = check.untied(root, whole, config.lora, fresh=fresh)
     copies = check.base_copies(root, fresh=fresh)
     check.finish(folder)
@@ -135,6 +137,16 @@ def load_into_active(model: Model, path: str | os.PathLike[str]) -> Model:
         _build(root, targets, tensors, config, list(whole.values()))
     _fill(root, targets, whole, tensors, config)
     return model
+
+
+def _kept_tied(model: nn.Module, tensors: Mapping[str, Tensor], config: FileConfig) -> set[str]:
+    """Modules that PEFT trained as one with those in modules_to_save, which its config does not name."""
+    if config.lora is None or not config.lora.weight_tying:
+        return set()
+    named = config.modules_to_save
+    groups = [{holder.owner for holder in holders} for holders in shared_parameters(model)]
+    tied = [owners for owners in groups if any(owner.endswith(named) for owner in owners)]
+    return {owner for owner in set().union(*tied) if f"{PREFIX}{owner}.weight" in tensors}
 
 
 def holds_whole(model: nn.Module, tensors: Mapping[str, Tensor], config: FileConfig) -> bool:
