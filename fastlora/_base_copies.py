@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora._file_keys import PREFIX
-from fastlora._modules import clean_name, plain_tensor
+from fastlora._modules import clean_name, plain_tensor, tuner_parameters
 
 # names that PEFT's layers have for the module that they are around
 _BASE, _ORIGINAL, _TRAINED = ".base_layer.", ".original_module.", ".modules_to_save."
@@ -28,9 +28,11 @@ class BaseCopies:
             tensors: Of the file.
             fresh: Whether the model has no adapters yet, which its frozen weights may belong to.
         """
+        added = {id(parameter) for parameter in tuner_parameters(model)}
         self._state: dict[str, Tensor] = {
             clean_name(key).replace(".original_layer.", "."): tensor
             for key, tensor in model.state_dict(keep_vars=True).items()
+            if id(tensor) not in added and ".lora_" not in key
         }
         self._tensors, self._fresh = tensors, fresh
         self._wanted: dict[int, tuple[str, Tensor]] = {}
