@@ -1,5 +1,6 @@
 """Parameters that several modules share, such as a language model's tied embeddings."""
 
+import copy
 import logging
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -139,13 +140,19 @@ def untie(model: nn.Module, holders: Iterable[Holder]) -> None:
 
 
 def _forget_tie(model: nn.Module) -> None:
-    """Else a later ``tie_weights`` or ``from_pretrained`` would tie the embeddings again."""
+    """Else a later ``tie_weights`` would tie the embeddings again."""
     ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
     weights = [getattr(end, "weight", None) for end in ends]
     config = getattr(model, "config", None)
-    # encoder-decoder models such as T5 scale their outputs by this setting
-    if None in weights or weights[0] is weights[1] or getattr(config, "is_encoder_decoder", False):
+    # encoder-decoder models such as T5 may scale their outputs by this setting
+    if None in weights or weights[0] is weights[1] or getattr(config, "is_encoder_decoder", True):
         return
-    for part in (config, getattr(config, "text_config", None)):
+    # other models may have been made from the same object
+    new = copy.deepcopy(config)
+    pairs = [(config, new), (getattr(config, "text_config", None), getattr(new, "text_config", None))]
+    for old, part in pairs:
         if part is not None and getattr(part, "tie_word_embeddings", False):
             part.tie_word_embeddings = False
+        for module in model.modules():
+            if old is not None and vars(module).get("config") is old:
+                module.config = part

@@ -23,12 +23,13 @@ from fastlora._modules import (
     plain_tensor,
     prompt_modules,
     require_lora_layers,
+    tuner_parameters,
     unwrap,
 )
 from fastlora._places import Place, add_adapters
 from fastlora._prompt_places import PromptPlace, add_prompts
 from fastlora._targets import why_uncalled
-from fastlora._tied import any_tied, shared_parameters, untie
+from fastlora._tied import any_tied, is_inside, shared_parameters, untie
 from fastlora._tuning import logger, train_only_tuners
 from fastlora._whole_modules import trained_whole
 from fastlora.inject import Model, add_lora, check_unadapted
@@ -55,13 +56,13 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write a model's LoRA layers, adapters and prompts, and what else of it trains, as an adapter folder.
 
     LoRA alone is written in PEFT's format, which ``PeftModel.from_pretrained(base_model, path)`` reads too;
-    with bottleneck adapters or prompts the config is our own, and only :func:`fastlora.load_adapter` reads
-    it. Of several named adapters the active one is written. Modules that train whole go into
-    ``modules_to_save``, with all that share a parameter with them, so that PEFT, which unties them, computes
-    the same. Both files are written completely before an older adapter is
-    replaced. A merged model is saved like an unmerged one. In an ``nn.MultiheadAttention``, PEFT applies no
-    dropout, and up to 0.21.2 it adds ``out_proj``'s update twice (huggingface/peft#3774). Beside an
-    ``nn.Conv2d`` it ignores dilation and ``padding_mode`` unless merged; only these convolutions differ.
+    with bottleneck adapters or prompts, or LoRA on a layer that the model has under several names, the config
+    is our own, and only :func:`fastlora.load_adapter` reads it. Of several named adapters the active one is
+    written. Modules that train whole go into ``modules_to_save``, with all that share a parameter with them,
+    so that PEFT, which unties them, computes the same. Both files are written completely before an older
+    adapter is replaced. A merged model is saved like an unmerged one. In an ``nn.MultiheadAttention``, PEFT
+    applies no dropout, and up to 0.21.2 it adds ``out_proj``'s update twice (huggingface/peft#3774). Beside
+    an ``nn.Conv2d`` it ignores dilation and ``padding_mode`` unless merged; only these convolutions differ.
 
     Args:
         model: An adapted model; not changed. Sharded (FSDP2) parameters are gathered, on every rank.
@@ -180,7 +181,7 @@ def _tensors(
     model: nn.Module,
     layers: Mapping[str, LoRAModule],
     places: Mapping[str, AdaptedModule],
-    whole: Iterable[str],
+    whole: list[str],
 ) -> dict[str, Tensor]:
     names = named_modules(model)
     tensors = {
@@ -191,9 +192,14 @@ def _tensors(
     for name, place in places.items():
         for part in place.adapter.adapter_params():
             tensors[adapter_key(name, part)] = plain_tensor(place.adapter.get_parameter(part))
-    for name, prompts in prompt_modules(model).items():
-        tensors[prompt_key(name)] = plain_tensor(prompts.tokens)
-    for name in whole:
+    prompts = prompt_modules(model)
+    for name, module in prompts.items():
+        tensors[prompt_key(name)] = plain_tensor(module.tokens)
+    # PEFT takes every module whose name ends like one of the whole ones for another, and wants its tensors
+    adapted = [*layers, *places, *prompts]
+    alike = [name for name in names if name.endswith(tuple(whole))]
+    taken = [name for name in alike if not any(a == name or is_inside(a, name) for a in adapted)]
+    for name in dict.fromkeys([*whole, *taken]):
         for key, tensor in names[name].state_dict().items():
             tensors[f"{PREFIX}{name}.{clean_name(key)}"] = plain_tensor(tensor)
     return tensors
@@ -208,7 +214,10 @@ def _config(
     origin = getattr(model, "name_or_path", None)
     base_model = origin if isinstance(origin, str) else None
     names, prompts = named_modules(model), prompt_modules(model)
-    if not places and not prompts:
+    ours = {id(parameter) for layer in layers.values() for parameter in tuner_parameters(layer)}
+    # PEFT would adapt a layer with several names under the first alone
+    several = any(id(holders[0].parameter) in ours for holders in shared_parameters(model))
+    if not places and not prompts and not several:
         return build_config(layers, names, whole, base_model)
     return build_file_config(
         lora=build_config(layers, names, [], base_model) if layers else None,

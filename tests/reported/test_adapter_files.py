@@ -70,6 +70,22 @@ def test_nested_names(tmp_path: Path) -> None:
     assert torch.equal(fastlora.load_adapter(copy.deepcopy(base), tmp_path / "theirs")(x), ours(x))
 
 
+def test_names_that_end_like_a_whole_modules(tmp_path: Path) -> None:
+    """PEFT takes them for whole modules too: it misses their tensors if they are not in the file."""
+    base = nn.Sequential(nn.Linear(6, 6))
+    base.add_module("overhead", nn.Linear(6, 6))
+    base.add_module("head", nn.Linear(6, 3))
+    ours = fastlora.apply_lora(copy.deepcopy(base), target_modules=["0"], rank=2)
+    ours.get_submodule("head").requires_grad_(True)
+    as_trained(ours)
+    fastlora.save_adapter(ours, tmp_path)
+    x = torch.randn(3, 6)
+    assert_same(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()(x), ours(x))
+    again = fastlora.load_adapter(copy.deepcopy(base), tmp_path)
+    assert torch.equal(again(x), ours(x))
+    assert trained_names(again) == trained_names(ours)
+
+
 def test_whole_modules_of_several_adapters(tmp_path: Path) -> None:
     """huggingface/peft#2422, #899: PEFT switches them with the adapter, we have one set and say so."""
     peft_trained(mlp(), target_modules=["0"], modules_to_save=["head"]).save_pretrained(tmp_path / "head")
