@@ -1,44 +1,45 @@
 """Parameter-efficient fine-tuning with fused kernels: exact, lean and fast on GPU and CPU."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fastlora import functional, init, reference
-from fastlora._backend import set_backend, use_backend
+from fastlora._lazy import shown_lazily
 from fastlora._version import __version__ as __version__
-from fastlora.adapters import apply_adapters
-from fastlora.domain.model import DomainAdaptationModel
-from fastlora.inject import apply_lora, merge_adapters, remove_adapters, unmerge_adapters
-from fastlora.interop.peft import accelerate, restore
-from fastlora.named import (
-    adapter_names,
-    add_adapter,
-    add_weighted_adapter,
-    delete_adapter,
-    load_adapter,
-    set_adapter,
-)
-from fastlora.nn import (
-    AdaptedModule,
-    AdapterLayer,
-    GradientReversalLayer,
-    LoRAConv2d,
-    LoRAEmbedding,
-    LoRALayer,
-    LoRALinear,
-    LoRAMultiheadAttention,
-    ReversalSchedule,
-    SoftPrompts,
-    VisualPrompts,
-)
-from fastlora.ops.gradient_reversal import GradientReversal, gradient_reversal
-from fastlora.parameters import ParameterReport, parameter_report
-from fastlora.prompting import apply_prompts, remove_prompts
-from fastlora.state import save_adapter
-from fastlora.summary import AdapterSummary, adapter_summary
-from fastlora.transfer.model import TransferLearningModel
 
 if TYPE_CHECKING:
+    from fastlora import functional, init, reference
+    from fastlora._backend import set_backend, use_backend
+    from fastlora.adapters import apply_adapters
+    from fastlora.domain.model import DomainAdaptationModel
+    from fastlora.inject import apply_lora, merge_adapters, remove_adapters, unmerge_adapters
+    from fastlora.interop.peft import accelerate, restore
+    from fastlora.named import (
+        adapter_names,
+        add_adapter,
+        add_weighted_adapter,
+        delete_adapter,
+        load_adapter,
+        set_adapter,
+    )
+    from fastlora.nn import (
+        AdaptedModule,
+        AdapterLayer,
+        GradientReversalLayer,
+        LoRAConv2d,
+        LoRAEmbedding,
+        LoRALayer,
+        LoRALinear,
+        LoRAMultiheadAttention,
+        ReversalSchedule,
+        SoftPrompts,
+        VisualPrompts,
+    )
+    from fastlora.ops.gradient_reversal import GradientReversal, gradient_reversal
+    from fastlora.parameters import ParameterReport, parameter_report
+    from fastlora.prompting import apply_prompts, remove_prompts
+    from fastlora.state import save_adapter
+    from fastlora.summary import AdapterSummary, adapter_summary
     from fastlora.transfer.create import create_transfer_model
+    from fastlora.transfer.model import TransferLearningModel
 
 __all__ = [
     "AdaptedModule",
@@ -84,15 +85,46 @@ __all__ = [
     "use_backend",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    # torchvision takes as long to import as all of the above, and only this needs it
-    if name == "create_transfer_model":
-        from fastlora.transfer.create import create_transfer_model
-
-        return create_transfer_model
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+if not TYPE_CHECKING:
+    # torch takes seconds to import, which a command's --help and a mistyped path needn't wait for
+    __getattr__, __dir__ = shown_lazily(
+        __name__,
+        {
+            "_backend": ("set_backend", "use_backend"),
+            "adapters": ("apply_adapters",),
+            "domain.model": ("DomainAdaptationModel",),
+            "functional": (),
+            "init": (),
+            "inject": ("apply_lora", "merge_adapters", "remove_adapters", "unmerge_adapters"),
+            "interop.peft": ("accelerate", "restore"),
+            "named": (
+                "adapter_names",
+                "add_adapter",
+                "add_weighted_adapter",
+                "delete_adapter",
+                "load_adapter",
+                "set_adapter",
+            ),
+            "nn": (
+                "AdaptedModule",
+                "AdapterLayer",
+                "GradientReversalLayer",
+                "LoRAConv2d",
+                "LoRAEmbedding",
+                "LoRALayer",
+                "LoRALinear",
+                "LoRAMultiheadAttention",
+                "ReversalSchedule",
+                "SoftPrompts",
+                "VisualPrompts",
+            ),
+            "ops.gradient_reversal": ("GradientReversal", "gradient_reversal"),
+            "parameters": ("ParameterReport", "parameter_report"),
+            "prompting": ("apply_prompts", "remove_prompts"),
+            "reference": (),
+            "state": ("save_adapter",),
+            "summary": ("AdapterSummary", "adapter_summary"),
+            "transfer.create": ("create_transfer_model",),
+            "transfer.model": ("TransferLearningModel",),
+        },
+    )

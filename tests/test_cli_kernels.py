@@ -34,7 +34,7 @@ def one_spec(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("one_spec")
 def test_json_is_all_there_is_on_stdout() -> None:
-    result = CliRunner().invoke(app, ["kernels", "--target", "sm_90", "--target", "gfx942", "--json"])
+    result = CliRunner().invoke(app, ["kernels", "--gpu", "sm_90", "--gpu", "gfx942", "--json"])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)
     assert [row["target"] for row in rows] == ["gfx942", "sm_90"]
@@ -97,4 +97,4 @@ def test_a_table_is_written_of_what_the_gate_compiles(
     assert table.read_text() == codegen_table.table_text([row], triton.__version__)
     both = CliRunner().invoke(app, ["kernels", "--write-table", str(table), "--target", "sm_90"])
     assert both.exit_code == 2
-    assert "either --target or --write-table" in both.stderr
+    assert "either --gpu or --write-table" in both.stderr

@@ -1,8 +1,12 @@
 """The command line: ``fastlora COMMAND``. One file per command.
 
-A command's file imports at its top only what its options need; what is slow to import (models, plots) is
-imported when the command runs, so that ``fastlora --help`` answers at once.
+A command's file imports at its top only what its options need; what is slow to import (torch, models, plots)
+is imported when the command runs and its paths are there, so that ``--help`` and a mistyped path answer at
+once.
 """
+
+import io
+import sys
 
 import typer
 
@@ -48,4 +52,8 @@ app.command("doctor")(doctor.doctor)
 
 def main() -> None:
     """Run the command line and leave with exit code 0 (done), 1 (failed) or 2 (bad usage or input)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # a terminal that can't show a class's name is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     app()

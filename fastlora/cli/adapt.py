@@ -1,11 +1,13 @@
 """``fastlora adapt``: from labelled pictures to a model for another domain, which has no labels."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from fastlora.cli._console import make_console
 from fastlora.cli._options import (
     ConfigOption,
     JsonOption,
@@ -14,7 +16,7 @@ from fastlora.cli._options import (
     settings_of,
     with_options,
 )
-from fastlora.cli._processes import conclude, make_console
+from fastlora.cli._processes import conclude
 from fastlora.cli._progress import LiveReporter
 
 
@@ -35,11 +37,15 @@ def adapt(
 
     fastlora adapt --source photos --target drawings --method dann --strategy lora --epochs 5 --output drawn
     """
+    from fastlora.transfer.places import check_labelled, check_pictures
+
+    domain, settings, training = settings_of(_kinds(), values, data=values["source"])
+    check_labelled(Path(domain.source))
+    check_pictures(Path(domain.target))
     # models are slow to import
     from fastlora.domain.training.run import adapt as run
 
-    domain, settings, training = settings_of(_kinds(), values, data=values["source"])
-    console = make_console(as_json)
+    console = make_console(to_stderr=as_json)
     with LiveReporter(console) as reporter:
         report = run(domain, settings, training, reporter, resume=resume)
     conclude(report, lambda: _show(report, settings.output, console), as_json=as_json)
@@ -79,6 +85,5 @@ def _show(report: dict[str, Any], output: str, console: Console) -> None:
     console.print(
         f"Epoch {report['best_epoch']} of {len(report['epochs'])} was kept by {report['config']['select']}. "
         f"Wrote {', '.join(report['files'])}, report.html, report.json, embedding.png, config.toml and logs "
-        f"to {output}.",
-        highlight=False,
+        f"to {output}."
     )

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from fastlora.cli._console import make_console
 
 app = typer.Typer(
     name="bench", no_args_is_help=True, help="Show what `make bench` and `make bench-gpu` measured."
@@ -34,8 +35,11 @@ def report(
 
     [bold]Example[/bold]: fastlora bench report benchmarks/results/amd-epyc-2026-11-26.json --gpu H100
     """
+    from fastlora.bench.results import load_results
+
+    load_results(results)
     # figures are slow to import
     from fastlora.bench.page import write_report
 
     page, *pictures = write_report(results, output, gpu)
-    Console().print(f"Wrote {page} and {len(pictures)} figures beside it.", highlight=False, soft_wrap=True)
+    make_console().print(f"Wrote {page} and {len(pictures)} figures beside it.", soft_wrap=True)

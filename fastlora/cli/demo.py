@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from fastlora.cli._console import make_console
 from fastlora.cli._progress import LiveReporter
 
 
@@ -58,7 +59,7 @@ def demo(
     from fastlora.transfer.demo import run_demo
 
     chosen = None if methods is None else [name.strip() for name in methods.split(",")]
-    console = Console(stderr=as_json)
+    console = make_console(to_stderr=as_json)
     with LiveReporter(console) as reporter:
         report = run_demo(
             data.value, output, reporter, methods=chosen, epochs=epochs, max_steps=max_steps, seed=seed
@@ -67,24 +68,26 @@ def demo(
         typer.echo(json.dumps(report, indent=2))
         return
     console.print(_table(report))
-    console.print(_closing_words(report, output))
+    for line in _closing_words(report, output):
+        console.print(line)
 
 
-def _closing_words(report: dict[str, Any], output: Path) -> str:
+def _closing_words(report: dict[str, Any], output: Path) -> list[str]:
     folders = [f"{m['adapter_folder']}/" for m in report["methods"] if m["adapter_folder"] is not None]
     written = ", ".join(["report.json", "curves.png", "accuracy.png", "confusion.png", *folders])
     closing = f"Wrote {written} to {output} after {report['total_seconds']:.0f} s in all."
     eager = report["eager_reference"]
     if eager is None:
-        return closing
+        return [closing]
     pairs = zip(eager["epochs"], report["methods"][-1]["epochs"], strict=False)
     difference = max(abs(theirs["loss"] - ours["loss"]) for theirs, ours in pairs)
-    return (
+    compared = (
         f"Eager layers take {eager['eager_step_seconds']:.3f} s a step, fused ones "
         f"{eager['fused_step_seconds']:.3f} s: {eager['eager_over_fused']:.2f}x, the medians of "
         f"{eager['steps_measured']} steps of each, in turns. The eager seconds are projected from them. "
-        f"The mean losses of these epochs differ by at most {difference:.1g}.\n{closing}"
+        f"The mean losses of these epochs differ by at most {difference:.1g}."
     )
+    return [compared, closing]
 
 
 def _table(report: dict[str, Any]) -> Table:
@@ -99,9 +102,9 @@ def _table(report: dict[str, Any]) -> Table:
     methods = report["methods"]
     for method in methods:
         # Rich would rather cut a long word than wrap a cell elsewhere
-        table.add_column(method["title"].replace(" ", "\n"), justify="right")
+        table.add_column(Text(method["title"].replace(" ", "\n")), justify="right")
     for heading, show in _ROWS.items():
-        table.add_row(heading, *map(show, methods))
+        table.add_row(heading, *(Text(show(method)) for method in methods))
     eager = report["eager_reference"]
     if eager is not None:
         table.add_row("Seconds with eager layers", "-", f"{eager['projected_seconds']:.1f} (projected)")

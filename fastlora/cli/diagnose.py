@@ -7,7 +7,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from fastlora.cli._console import make_console
 from fastlora.cli._progress import LiveReporter
 
 
@@ -35,10 +37,14 @@ def diagnose(
 
     [bold]Example[/bold]: fastlora diagnose --source photos --target drawings --image-size 112
     """
+    from fastlora.transfer.places import check_labelled, check_pictures
+
+    check_labelled(source)
+    check_pictures(target)
     # models are slow to import
     from fastlora.domain.pictures import diagnose_pictures
 
-    console = Console(stderr=as_json)
+    console = make_console(to_stderr=as_json)
     with LiveReporter(console) as reporter:
         found = diagnose_pictures(
             source,
@@ -75,7 +81,8 @@ def _show(found: dict[str, Any], console: Console) -> None:
             row["class"], f"{row['source']:.1%}", f"{row['target']:.1%}", f"{low:.1%} to {high:.1%}"
         )
     console.print(shares)
-    console.print(found["bound"]["text"], highlight=False, markup=False)
-    console.print(f"\n{found['remedy']}", highlight=False)
+    console.print(Text(found["bound"]["text"]))
+    console.print()
+    console.print(found["remedy"])
     advice = found["recommendation"]
-    console.print(f"Strategy: {advice['strategy']}. {advice['reason']}", highlight=False)
+    console.print(f"Strategy: {advice['strategy']}. {advice['reason']}")

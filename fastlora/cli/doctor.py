@@ -8,9 +8,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from fastlora import _backend, _tuned_file
 from fastlora._version import __version__
+from fastlora._words import visible
+from fastlora.cli._console import make_console
 
 _DISTRIBUTION = "fastlora-triton"
 _CORE = (
@@ -39,14 +41,17 @@ def doctor(
     if as_json:
         typer.echo(json.dumps(found, indent=1))
     else:
-        _show(found, Console())
+        _show(found, make_console())
     if found["problem"]:
-        typer.echo(f"error: {found['problem']}", err=True)
+        typer.echo(f"error: {visible(found['problem'])}", err=True)
         raise typer.Exit(1)
 
 
 def findings() -> dict[str, Any]:
     """Everything that is shown."""
+    # slow to import
+    from fastlora import _backend
+
     return {
         "versions": {"fastlora": __version__, "python": platform.python_version()} | _versions(),
         "platform": platform.platform(),
@@ -81,6 +86,7 @@ def _devices() -> list[dict[str, Any]]:
 def _gpu(device: Any) -> dict[str, Any]:
     import torch
 
+    from fastlora import _backend, _tuned_file
     from fastlora_kernels import targets
 
     target, gpu = targets.detect(device), _tuned_file.gpu_key(device)
@@ -101,6 +107,8 @@ def _gpu(device: Any) -> dict[str, Any]:
 def _problem() -> str:
     """Why the backend that is asked for can't run; empty where it can."""
     import torch
+
+    from fastlora import _backend
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -142,7 +150,7 @@ def _extra_of(requirement: Any) -> str | None:
 def _show(found: dict[str, Any], console: Console) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in found["versions"].items():
-        table.add_row(name, value or "[dim]not installed[/dim]")
+        table.add_row(name, value or Text("not installed", style="dim"))
     table.add_row("platform", found["platform"])
     table.add_row("backend", found["backend"])
     for device in found["devices"]:
@@ -154,7 +162,5 @@ def _show(found: dict[str, Any], console: Console) -> None:
     console.print(table)
     for extra, requirements in found["missing"].items():
         console.print(
-            f'extra {extra} lacks {", ".join(requirements)}: pip install "{_DISTRIBUTION}[{extra}]"',
-            highlight=False,
-            markup=False,
+            f'extra {extra} lacks {", ".join(requirements)}: pip install "{_DISTRIBUTION}[{extra}]"'
         )

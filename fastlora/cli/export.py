@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from fastlora.cli._console import make_console
 
 
 class Format(StrEnum):
@@ -30,14 +31,16 @@ def export(
 
     [bold]Example[/bold]: fastlora export flowers-lora --format onnx --output flowers.onnx
     """
+    from fastlora.transfer.places import check_run
+
+    check_run(run)
     # models are slow to import
     from fastlora.transfer.finetune.export import export_run
 
     agreement = export_run(run, format.value, output)
-    Console().print(
+    make_console().print(
         f"Wrote {agreement.path}. Its logits are {agreement.error:.1e} of the largest off from float64, the "
         f"model's own {agreement.eager_error:.1e}; "
         f"{'both name the same classes.' if agreement.same_answers else 'near ties are named otherwise.'}",
-        highlight=False,
         soft_wrap=True,
     )

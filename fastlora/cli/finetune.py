@@ -1,12 +1,15 @@
 """``fastlora finetune``: from labelled pictures to a fine-tuned model and its report."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from fastlora.cli._console import make_console
 from fastlora.cli._options import (
     ConfigOption,
     JsonOption,
@@ -15,7 +18,7 @@ from fastlora.cli._options import (
     settings_of,
     with_options,
 )
-from fastlora.cli._processes import conclude, make_console
+from fastlora.cli._processes import conclude
 from fastlora.cli._progress import LiveReporter
 
 if TYPE_CHECKING:
@@ -43,16 +46,20 @@ def finetune(
 
     fastlora finetune --config flowers-lora/config.toml --resume
     """
-    # models are slow to import
-    from fastlora.transfer.finetune.run import finetune as run
     from fastlora.transfer.finetune.settings import FinetuneSettings
-    from fastlora.transfer.training import TrainSettings
+    from fastlora.transfer.places import check_labelled
+    from fastlora.transfer.training.settings import TrainSettings
 
     settings, training = settings_of((FinetuneSettings, TrainSettings), values)
-    console = make_console(as_json)
+    for place in filter(None, (settings.data, settings.validation, settings.test)):
+        check_labelled(Path(place))
+    console = make_console(to_stderr=as_json)
     if dry_run:
         _plan(settings, training, console)
         return
+    # models are slow to import
+    from fastlora.transfer.finetune.run import finetune as run
+
     with LiveReporter(console) as reporter:
         report = run(settings, training, reporter, resume=resume)
     conclude(report, lambda: _show(report, settings.output, console), as_json=as_json)
@@ -76,11 +83,10 @@ def _plan(settings: Any, training: Any, console: Console) -> None:
     for heading, text in _plan_rows(job, settings.output).items():
         table.add_row(heading, text)
     console.print(table)
-    console.print(str(report), highlight=False, markup=False, soft_wrap=True)
+    console.print(Text(str(report)), soft_wrap=True)
     console.print(
         f"Advice for these data: {job.recommendation.strategy}. {job.recommendation.reason} "
-        f"Sources: {'; '.join(job.recommendation.sources)}",
-        highlight=False,
+        f"Sources: {'; '.join(job.recommendation.sources)}"
     )
 
 
@@ -115,6 +121,5 @@ def _show(report: dict[str, Any], output: str, console: Console) -> None:
     table.add_row("Best epoch", f"{report['best_epoch']} of {len(report['epochs'])}")
     console.print(table)
     console.print(
-        f"Wrote {', '.join(report['files'])}, report.html, report.json, config.toml and logs to {output}.",
-        highlight=False,
+        f"Wrote {', '.join(report['files'])}, report.html, report.json, config.toml and logs to {output}."
     )

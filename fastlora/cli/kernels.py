@@ -7,21 +7,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fastlora._backend import triton_available
 from fastlora._files import write_file
+from fastlora.cli._console import make_console
+from fastlora.cli._progress import LiveReporter
 
 if TYPE_CHECKING:
     from fastlora_kernels.codegen_table import Row
 
 
 def kernels(
-    target: Annotated[
+    gpu: Annotated[
         list[str] | None,
         typer.Option(help="GPU to compile for, for instance sm_90; repeat it for several. Default: four."),
     ] = None,
+    # as it was called before plan and bench had --gpu
+    target: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
     write_table: Annotated[
         Path | None,
@@ -33,32 +35,37 @@ def kernels(
     Registers and spills (bytes written to memory for want of registers) are per thread, shared memory is per
     program. Exit code 1 when a kernel spills or its shared memory does not fit.
 
-    [bold]Example[/bold]: fastlora kernels --target sm_90
+    [bold]Example[/bold]: fastlora kernels --gpu sm_90
     """
-    if write_table is not None and target:
-        raise ValueError("expected either --target or --write-table, got both: a table holds every target")
-    rows = _compile(target, write_table is not None, Console(stderr=True))
+    targets = [*(gpu or ()), *(target or ())]
+    if write_table is not None and targets:
+        raise ValueError("expected either --gpu or --write-table, got both: a table holds every GPU")
+    rows = _compile(targets, write_table is not None, make_console(to_stderr=True))
     if write_table is not None:
         _write_table(rows, write_table)
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in rows], indent=1))
     else:
-        Console().print(_table(rows))
+        make_console().print(_table(rows))
     if not all(_fits(row) for row in rows):
         raise typer.Exit(1)
 
 
-def _compile(targets: list[str] | None, for_table: bool, console: Console) -> "list[Row]":
+def _compile(targets: list[str], for_table: bool, console: Console) -> "list[Row]":
+    # slow to import
+    from fastlora._backend import triton_available
+
     if not triton_available():
         raise ImportError("compiling kernels needs the package triton: pip install triton")
-    # slow to import
     from fastlora_kernels import codegen
 
     named = targets or codegen.DEFAULT_TARGETS
     specs = codegen.gate_specs() if for_table else [spec for name in named for spec in codegen.specs(name)]
-    columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        rows = list(progress.track(codegen.compile_rows(specs), total=len(specs)))
+    rows = []
+    with LiveReporter(console) as reporter:
+        for row in codegen.compile_rows(specs):
+            rows.append(row)
+            reporter.show("compiling", len(rows), len(specs))
     return sorted(rows, key=lambda row: (row.target, row.kernel, row.dtype, row.tile, row.dropout))
 
 

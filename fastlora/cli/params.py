@@ -11,13 +11,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from fastlora.cli._console import make_console
+from fastlora.cli._progress import LiveReporter
+
 if TYPE_CHECKING:
     from fastlora.parameters.models import ModelSpec
     from fastlora.parameters.strategies import StrategyCost, TuningSettings
 
 
 _FROM_HERE_GIB = 25 * 2**30
-_PIPE_WIDTH = 120
 
 
 class Dtype(StrEnum):
@@ -35,7 +37,7 @@ def params(
     ],
     rank: Annotated[int, typer.Option(min=1, help="Of every LoRA update.")] = 16,
     adapter_size: Annotated[int, typer.Option(min=1, help="Width of every adapter's bottleneck.")] = 64,
-    prompts: Annotated[int, typer.Option(min=1, help="Number of prompt tokens.")] = 10,
+    num_tokens: Annotated[int, typer.Option(min=1, help="Number of prompt tokens.")] = 10,
     batch_size: Annotated[int, typer.Option(min=1, help="Images or texts in a batch.")] = 8,
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens in a text.")] = 512,
     num_classes: Annotated[
@@ -65,18 +67,16 @@ def params(
     from fastlora.parameters.models import ModelSpec
     from fastlora.parameters.strategies import TuningSettings
 
-    console = Console(stderr=True)
+    console = make_console(to_stderr=True)
     spec = ModelSpec(model, num_classes, None if dtype is None else dtype.value, batch_size, sequence_length)
-    settings = TuningSettings(rank, adapter_size, prompts)
+    settings = TuningSettings(rank, adapter_size, num_tokens)
     costs = _costs(spec, settings, details, console)
     if measure:
         costs = _measured(costs, spec, settings, console)
     if as_json:
         typer.echo(json.dumps(_record(costs, spec, settings), indent=1))
     else:
-        console = Console()
-        # a pipe has no width of its own to fit into
-        _show(costs, spec, details, console if console.is_terminal else Console(width=_PIPE_WIDTH))
+        _show(costs, spec, details, make_console())
 
 
 def _costs(
@@ -86,11 +86,11 @@ def _costs(
 
     if details is not None:
         check_strategy(details)
-    with console.status(f"counting {spec.name}") as status:
-        costs = []
+    costs = []
+    with LiveReporter(console) as reporter:
         for cost in compare(spec, settings):
             costs.append(cost)
-            status.update(f"counting {spec.name}: {len(costs)} of {len(STRATEGIES)} strategies")
+            reporter.show(f"counting {spec.name}", len(costs), len(STRATEGIES))
     return costs
 
 
@@ -102,12 +102,12 @@ def _measured(
     done = []
     for cost in costs:
         if cost.report is not None:
-            console.print(f"training two steps: {cost.title}", highlight=False)
+            console.print(f"training two steps: {cost.title}")
             try:
                 peak = measured_peak(spec, cost.strategy, settings, expected_bytes=cost.report.training_bytes)
                 cost = replace(cost, measured_bytes=peak)
             except Unmeasured as error:
-                console.print(f"  {error}", highlight=False)
+                console.print(f"  {error}")
         done.append(cost)
     return done
 
@@ -130,7 +130,7 @@ def _show(costs: "Sequence[StrategyCost]", spec: "ModelSpec", details: str | Non
     console.print(_table(costs, spec))
     lines = [*_notes(costs), *sentences(verdicts(costs))]
     for line in lines:
-        console.print(line, highlight=False, markup=False)
+        console.print(line)
     for cost in costs:
         if cost.strategy == details:
             # as wide as it is: a folded name can't be searched for

@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fastlora.cli._console import make_console
+
 if TYPE_CHECKING:
     from fastlora_kernels.predict.explain import Explanation
 
@@ -73,7 +75,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(asked | _record(found), indent=1))
     else:
-        _show(found, asked, Console())
+        _show(found, asked, make_console())
 
 
 def parse_shape(text: str, *, adapter: bool = False) -> tuple[int, int, int]:
@@ -121,28 +123,24 @@ def _show(found: "Explanation", asked: dict[str, Any], console: Console) -> None
     sizes = f"{asked['rows']} × {asked['inputs']} × {asked['outputs']}"
     dropout = f", dropout {asked['dropout']:g}" if asked["dropout"] else ""
     console.print(
-        f"[bold]{asked['op']}[/bold] on {asked['gpu']}, {sizes} (rows × inputs × outputs), "
+        f"{asked['op']} on {asked['gpu']}, {sizes} (rows × inputs × outputs), "
         f"rank {asked['rank']}, {asked['dtype']}{dropout}. Every time below is predicted, not measured."
     )
     console.print(_launch_table(found))
     console.print(
         f"Predicted {found.predicted_us:,.0f} µs a step, forward and backward; the ceiling is "
-        f"{found.ceiling_us:,.0f} µs: [bold]{found.overhead:.2f}×[/bold].",
-        highlight=False,
+        f"{found.ceiling_us:,.0f} µs: {found.overhead:.2f}×."
     )
     if found.tile is not None:
         tile = found.tile
         console.print(
             f"Tile of the large product: {tile.rows} × {tile.cols} × {tile.depth}, "
             f"{tile.rank} ranks at a time, {tile.warps} warps, {tile.stages} stages"
-            f"{', persistent' if tile.persistent else ''}.",
-            highlight=False,
+            f"{', persistent' if tile.persistent else ''}."
         )
     for part, candidates in found.rejected.items():
         for each in candidates:
-            console.print(
-                f"Not {each.path} {part}: {_reason(found, part, each)}.", highlight=False, style="dim"
-            )
+            console.print(f"Not {each.path} {part}: {_reason(found, part, each)}.", style="dim")
 
 
 def _launch_table(found: "Explanation") -> Table:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from fastlora.cli._console import make_console
 
 
 class Output(StrEnum):
@@ -26,21 +27,28 @@ def predict(
     pictures: Annotated[list[Path], typer.Argument(help="Pictures, or folders that are searched for them.")],
     top: Annotated[int, typer.Option(min=1, help="Classes to name for each picture.")] = 1,
     output: Annotated[Output, typer.Option("--format", help="How to print the answers.")] = Output.table,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 32,
 ) -> None:
     """Name the class of pictures with a fine-tuned model.
 
     [bold]Example[/bold]: fastlora predict flowers-lora unknown/*.jpg --top 3
     """
+    from fastlora.transfer.places import check_pictures, check_run
+
+    check_run(run)
+    for place in pictures:
+        check_pictures(place)
     # models are slow to import
     from fastlora.transfer.finetune.predict import predict_files
     from fastlora.transfer.finetune.saved import load_run
 
     answers = predict_files(load_run(run), pictures, top=top, batch_size=batch_size)
-    if output is Output.json:
+    if as_json or output is Output.json:
         typer.echo(json.dumps(answers, indent=2))
     elif output is Output.csv:
-        typer.echo(_as_csv(answers), nl=False)
+        # typer would take a colour out of a name
+        sys.stdout.write(_as_csv(answers))
     else:
         _show(answers)
 
@@ -57,9 +65,9 @@ def _as_csv(answers: list[dict[str, Any]]) -> str:
 def _show(answers: list[dict[str, Any]]) -> None:
     table = Table()
     table.add_column("Picture", overflow="fold")
-    table.add_column("Class")
+    table.add_column("Class", overflow="fold")
     table.add_column("Probability", justify="right")
     for answer in answers:
         for place, (name, share) in enumerate(answer["classes"]):
             table.add_row("" if place else answer["path"], name, f"{share:.1%}")
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    make_console().print(table)

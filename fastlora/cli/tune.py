@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fastlora._backend import triton_available
+from fastlora._words import visible
+from fastlora.cli._console import make_console
+from fastlora.cli._progress import LiveReporter
 from fastlora.cli.plan import Dtype
 
 if TYPE_CHECKING:
@@ -57,13 +58,13 @@ def tune(
     if show:
         _print(_kept(gpu), as_json)
         return
-    console = Console(stderr=True)
+    console = make_console(to_stderr=True)
     asked = _calls(shapes, model, rank, dropout, dtype.value, batch_size, sequence_length)
     calls = _with_kernels(asked, device, console)
     records, left_out = _tune(calls, device, gpu, console)
     _print(records, as_json)
     for where, each in left_out:
-        typer.echo(f"left out: {where}: {each.candidate}: {each.reason}", err=True)
+        typer.echo(f"left out: {where}: {each.candidate}: {visible(each.reason)}", err=True)
     # what doesn't fit this GPU is no failure, a kernel that computes something else is
     if any(each.wrong for _, each in left_out):
         raise typer.Exit(1)
@@ -81,6 +82,8 @@ def _kept(gpu: str) -> "list[Record]":
 
 def _device() -> "torch.device":
     import torch
+
+    from fastlora._backend import triton_available
 
     if not torch.cuda.is_available() or not triton_available():
         raise ImportError(
@@ -119,7 +122,7 @@ def _with_kernels(calls: "list[LayerCall]", device: "torch.device", console: Con
     for call in calls:
         if call not in kept:
             why = "always takes library products"
-            console.print(f"{_sizes(call)}, rank {call.rank}: {why}, not tuned", highlight=False)
+            console.print(f"{_sizes(call)}, rank {call.rank}: {why}, not tuned")
     if not kept:
         raise ValueError(
             f"expected a call that the kernels serve on this GPU ({target.name}), got none of {len(calls)}; "
@@ -141,21 +144,19 @@ def _tune(
 
     timer, records = graph_timer(device), []
     left_out: list[tuple[str, LeftOut]] = []
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=len(calls))
-        for call in calls:
+    with LiveReporter(console) as reporter:
+        for done, call in enumerate(calls):
             where = _sizes(call)
 
-            def tell(what: str, where: str = where) -> None:
-                progress.update(task, description=f"{where}: {what}")
+            def tell(what: str, done: int = done, where: str = where) -> None:
+                reporter.show("tuning", done, len(calls), f"{where}: {what}")
 
             record, problems = tune_call(call, device, timer, tell)
             # at once, so that a crash later loses nothing
             keep(record, gpu)
             records.append(record)
             left_out += [(where, each) for each in problems]
-            progress.advance(task)
+            reporter.show("tuning", done + 1, len(calls))
     return records, left_out
 
 
@@ -170,7 +171,7 @@ def _print(records: "list[Record]", as_json: bool) -> None:
         table.add_column(heading, justify="right")
     for record in records:
         table.add_row(*_cells(record))
-    Console().print(table)
+    make_console().print(table)
 
 
 def _cells(record: "Record") -> list[str]:

@@ -1,17 +1,16 @@
 """Weights that make the source look like the target: by density ratio, or by class priors."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from fastlora.domain._features import Array, as_labels, both, logistic, standardise
 from fastlora.domain.divergence import balanced_weights
+from fastlora.domain.names import Weighting as Weighting
 from fastlora.domain.shift import estimate_label_shift
 
 LIMIT = 10.0
-
-Weighting = Literal["none", "importance", "label_shift"]
 
 
 @dataclass(frozen=True)

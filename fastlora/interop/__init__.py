@@ -1,1 +1,8 @@
 """Other libraries' models on our kernels: only glue."""
+
+from typing import TYPE_CHECKING
+
+from fastlora._lazy import shown_lazily
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = shown_lazily(__name__)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from fastlora.domain.weighting import Weighting
+from fastlora.domain.names import Weighting
 
 Select = Literal[
     "information_maximisation",

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastlora.transfer.data.images import LabelledImages
+from fastlora.transfer.places import check_labelled, check_pictures
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _IMAGE_COLUMNS = ("path", "image", "file", "filename", "img", "image_path")
@@ -83,13 +84,10 @@ class _Items:
 
 
 def _from_path(path: Path, image_column: str | None, label_column: str | None) -> LabelledImages:
+    check_labelled(path)
     if path.is_dir():
         return _from_folder(path)
-    if path.is_file() and path.suffix == ".csv":
-        return _from_csv(path, image_column, label_column)
-    if path.is_file():
-        raise ValueError(f"expected a folder of class folders or a .csv file, got the file {path}")
-    raise FileNotFoundError(f"expected a folder of class folders or a .csv file, found nothing at {path}")
+    return _from_csv(path, image_column, label_column)
 
 
 def _from_folder(folder: Path) -> LabelledImages:
@@ -113,10 +111,9 @@ def find_pictures(place: Path) -> list[Path]:
     Raises:
         FileNotFoundError: There is nothing, or no pictures in it.
     """
+    check_pictures(place)
     if place.is_file():
         return [place]
-    if not place.is_dir():
-        raise FileNotFoundError(f"expected a picture or a folder of pictures, found nothing at {place}")
     paths = _pictures(place)
     if not paths:
         raise FileNotFoundError(f"expected pictures ({', '.join(SUFFIXES)}) in {place}, found none")

@@ -1,7 +1,8 @@
 """From labelled pictures to a fine-tuned model, its report and its export, in one call each."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fastlora._lazy import shown_lazily
 
 if TYPE_CHECKING:
     from fastlora.transfer.finetune.export import Agreement, export_run
@@ -11,18 +12,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Agreement", "FinetuneSettings", "SavedRun", "export_run", "finetune", "load_run"]
 
-_PLACES = {
-    "Agreement": "export",
-    "FinetuneSettings": "settings",
-    "SavedRun": "saved",
-    "export_run": "export",
-    "finetune": "run",
-    "load_run": "saved",
-}
-
-
-def __getattr__(name: str) -> Any:
+if not TYPE_CHECKING:
     # the command line needs the settings alone, and the rest takes seconds to import
-    if name in _PLACES:
-        return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    __getattr__, __dir__ = shown_lazily(
+        __name__,
+        {
+            "export": ("Agreement", "export_run"),
+            "run": ("finetune",),
+            "saved": ("SavedRun", "load_run"),
+            "settings": ("FinetuneSettings",),
+        },
+    )

@@ -18,11 +18,13 @@ from fastlora.transfer.data.transforms import Transform
 from fastlora.transfer.finetune.settings import FinetuneSettings
 from fastlora.transfer.heads import deepen_head
 from fastlora.transfer.names import DINOV2, EFFICIENTNET_LITE0
+from fastlora.transfer.places import MODEL as MODEL
+from fastlora.transfer.places import check_run
 from fastlora.transfer.report import write_file, write_report
 from fastlora.transfer.strategies import Strategy, find_strategy
 from fastlora.transfer.training.whole import whole
 
-MODEL, WEIGHTS, ADAPTER = "model.json", "model.safetensors", "adapter"
+WEIGHTS, ADAPTER = "model.safetensors", "adapter"
 _FORMAT = 1
 # their weights come with a package, always
 _PACKAGED = (DINOV2, EFFICIENTNET_LITE0)
@@ -113,12 +115,8 @@ def load_run(folder: str | Path) -> SavedRun:
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
+    check_run(folder)
     path = folder / MODEL
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"expected the folder of a finished run, found no {MODEL} in {folder}; "
-            "fastlora finetune writes it at its end"
-        )
     try:
         described: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:

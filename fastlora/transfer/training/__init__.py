@@ -1,7 +1,8 @@
 """Train a model by a strategy: deterministic, resumable to the bit, alone or in several processes."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fastlora._lazy import shown_lazily
 
 if TYPE_CHECKING:
     from fastlora.transfer.training.records import EpochRecord, TrainResult
@@ -10,16 +11,13 @@ if TYPE_CHECKING:
 
 __all__ = ["EpochRecord", "TrainResult", "TrainSettings", "Trainer"]
 
-_PLACES = {
-    "EpochRecord": "records",
-    "TrainResult": "records",
-    "TrainSettings": "settings",
-    "Trainer": "trainer",
-}
-
-
-def __getattr__(name: str) -> Any:
+if not TYPE_CHECKING:
     # the command line needs the settings alone, and the rest takes seconds to import
-    if name in _PLACES:
-        return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    __getattr__, __dir__ = shown_lazily(
+        __name__,
+        {
+            "records": ("EpochRecord", "TrainResult"),
+            "settings": ("TrainSettings",),
+            "trainer": ("Trainer",),
+        },
+    )
