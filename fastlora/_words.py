@@ -15,11 +15,14 @@ def visible(text: object) -> str:
         >>> print(visible("a\x1b[31m\n\u202eb"))
         a\x1b[31m\n\u202eb
     """
+    whole = str(text)
+    if whole.isprintable():
+        return whole
     return "".join(
         character.encode("unicode_escape").decode()
         if unicodedata.category(character) in _HIDDEN and character not in _JOINERS
         else character
-        for character in str(text)
+        for character in whole
     )
 
 

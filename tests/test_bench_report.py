@@ -8,9 +8,11 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fastlora.bench import page, predictions
+from fastlora.bench.figures import speed_up_figure
 from fastlora.bench.results import load_results
 from fastlora.bench.work import lora_flops, lora_least_bytes
 from fastlora.cli import app
+from fastlora.transfer.plots import png
 
 ROW: dict[str, Any] = {
     "suite": "layers",
@@ -200,3 +202,15 @@ def test_work_by_hand() -> None:
     # dY, x, dX, W, A, B, S, dA, dB
     again = 4 * (5 * 7 + 2 * 5 * 3 + 3 * 7 + 2 * (2 * 3 + 7 * 2) + 5 * 2)
     assert lora_least_bytes(5, 3, 7, 2, itemsize=4, dropout=False, backward=True) == once + again
+
+
+def test_names_of_cases_are_drawn_as_they_are_and_of_hundreds_not_all(tmp_path: Path) -> None:
+    rows = [ROW | {"name": f"_$5^$ {number}"} for number in range(130)]
+    whole, one = (load_results(write(tmp_path, content(*some))) for some in (rows, rows[:1]))
+    figure = speed_up_figure(whole, "layers", "forward_backward")
+    assert figure is not None
+    assert "the first 120 of 130 cases" in figure.get_suptitle()
+    assert len(figure.axes[0].get_yticks()) == 120
+    figure = speed_up_figure(one, "layers", "forward_backward")
+    assert figure is not None
+    assert png(figure)

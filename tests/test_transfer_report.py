@@ -12,6 +12,7 @@ from fastlora.transfer.fit import EpochResult
 from fastlora.transfer.memory import PeakMemory
 from fastlora.transfer.metrics import (
     accuracy,
+    accuracy_interval,
     accuracy_standard_error,
     balanced_accuracy,
     confusion_matrix,
@@ -133,12 +134,12 @@ def test_accuracy_plot_has_a_point_and_a_readable_label_for_each(places: list[tu
     figure.draw_without_rendering()
     for result, bar, label in zip(methods, axes.containers, axes.texts, strict=True):
         right = 100 * accuracy(result.confusion)
-        error = 100 * accuracy_standard_error(result.confusion)
+        low, high = (100 * limit for limit in accuracy_interval(result.confusion))
         point, _, (line,) = bar
         assert point.get_xydata().tolist() == [[result.parameters[0], pytest.approx(right)]]
         ends = line.get_segments()[0][:, 1].tolist()
-        assert ends == pytest.approx([right - error, right + error])
-        assert label.get_text() == f"{result.title}\n{right:.1f} ± {error:.1f}%"
+        assert ends == pytest.approx([low, high])
+        assert label.get_text() == f"{result.title}\n{right:.1f} % ({low:.1f} to {high:.1f})"
     boxes = [label.get_window_extent() for label in axes.texts]
     for n, box in enumerate(boxes):
         assert not box.count_overlaps(boxes[:n])

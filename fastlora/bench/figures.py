@@ -23,9 +23,12 @@ from fastlora.bench.style import (
     plain,
     title,
 )
+from fastlora.transfer.plots import drawn
 
 _BAR_INCHES, _PANEL_INCHES = 0.24, 0.75
 _MIB = 2**20
+# of a figure; the page has a table with all of them
+_MOST_CASES, _LONGEST = 120, 48
 _FINE_TICKS = [0.5, 0.7, 1, 1.2, 1.5, 2, 3, 4, 6]
 _COARSE_TICKS = [0.2, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 50, 100]
 
@@ -50,6 +53,7 @@ def measured_figures(results: Results) -> dict[str, Figure]:
 def speed_up_figure(results: Results, suite: str, passes: str) -> Figure | None:
     """Bars: how many times faster fastlora is than PEFT and than the eager formula, by case."""
     rows = [row for row in results.timed if (row.suite, row.passes) == (suite, passes)]
+    rows, left_out = rows[:_MOST_CASES], _left_out(rows)
     rivals = [name for name in (PEFT, EAGER) if any(row.speed_up(name) for row in rows)]
     if not rivals:
         return None
@@ -69,10 +73,14 @@ def speed_up_figure(results: Results, suite: str, passes: str) -> Figure | None:
         largest = max(value for row in rows if (value := row.speed_up(rival)))
         axes.set_xlim(0, 1.16 * max(largest, 1.0))
     names = " and ".join(_over(rival) for rival in rivals)
-    figure.suptitle(f"{SUITES[suite]}: fastlora's speed-up over {names}", color=INK, fontsize=13)
+    figure.suptitle(f"{SUITES[suite]}: fastlora's speed-up over {names}{left_out}", color=INK, fontsize=13)
     faster, slower = Patch(color=colour(OURS)), _slower_patch()
     legend_below(figure, {"fastlora is faster": faster, "fastlora is slower": slower})
     return figure
+
+
+def _left_out(rows: Sequence[Row]) -> str:
+    return f" (the first {_MOST_CASES} of {len(rows)} cases)" if len(rows) > _MOST_CASES else ""
 
 
 def _over(rival: str) -> str:
@@ -105,7 +113,7 @@ def _speed_up_bars(axes: Axes, rows: Sequence[Row], rival: str) -> None:
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
         )
     axes.axvline(1, color=INK, linewidth=1)
-    axes.set_yticks(range(len(rows)), [title(row) for row in rows])
+    axes.set_yticks(range(len(rows)), [drawn(title(row), _LONGEST) for row in rows])
     # sharing an axis, both panels turn when one is turned
     axes.set_ylim(len(rows) - 0.4, -0.6)
     plain(axes)
@@ -160,7 +168,7 @@ def _overhead_dots(axes: Axes, rows: Sequence[Row], names: Sequence[str]) -> Non
         )
     axes.axvline(1, color=INK, linewidth=1)
     axes.set_xscale("log")
-    axes.set_yticks(range(len(names)), [label(name) for name in names])
+    axes.set_yticks(range(len(names)), [drawn(label(name)) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     _plain_log_ticks(axes)
     plain(axes)
@@ -179,6 +187,7 @@ def _plain_log_ticks(axes: Axes) -> None:
 def memory_figure(results: Results, suite: str) -> Figure | None:
     """Bars: what each candidate keeps for backward, and the most that its step holds."""
     rows = [row for row in results.rows if row.suite == suite and OURS in row.kept_bytes]
+    rows, left_out = rows[:_MOST_CASES], _left_out(rows)
     if not rows:
         return None
     names = ordered({name for row in rows for name in (*row.kept_bytes, *row.peak_bytes)})
@@ -198,8 +207,8 @@ def memory_figure(results: Results, suite: str) -> Figure | None:
     text = "Memory beside input, dY and weights (numbers: MiB)"
     if suite == "steps":
         text = "Memory of training steps beside inputs and weights"
-    figure.suptitle(text, color=INK, fontsize=13)
-    legend_below(figure, {label(name): Patch(color=colour(name)) for name in names})
+    figure.suptitle(text + left_out, color=INK, fontsize=13)
+    legend_below(figure, {drawn(label(name)): Patch(color=colour(name)) for name in names})
     return figure
 
 
@@ -222,7 +231,7 @@ def _memory_bars(
                 va="center",
                 fontsize=7,
             )
-    axes.set_yticks(range(len(rows)), [title(row) for row in rows])
+    axes.set_yticks(range(len(rows)), [drawn(title(row), _LONGEST) for row in rows])
     axes.set_ylim(len(rows) - 0.45, -0.55)
     plain(axes)
 

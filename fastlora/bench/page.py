@@ -1,13 +1,10 @@
 """The report: one HTML page that needs no other file, and its figures as PNGs beside it."""
 
-import base64
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -16,6 +13,8 @@ from fastlora.bench.predictions import Predictions, predict
 from fastlora.bench.results import CEILINGS, EAGER, OURS, PEFT, Results, Row, geometric_mean, load_results
 from fastlora.bench.roofline import measured_rows, roofline_figure
 from fastlora.bench.style import SUITES, conditions, label, ordered, title
+from fastlora.transfer.html import inline, page
+from fastlora.transfer.plots import png
 from fastlora.transfer.report import check_output_folder, write_file
 
 PAGE, _TEMPLATE = "report.html", "bench/report.html.jinja"
@@ -68,22 +67,15 @@ def render(results: Results, predictions: Predictions | None, pictures: Mapping[
         predictions: What is predicted, or None.
         pictures: PNGs by name.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(
-            lambda path: resources.files("fastlora").joinpath(path).read_text("utf-8")
-        ),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"label": label, "title": title, "conditions": conditions, "words": _words}
-    inline = {
-        name: f"data:image/png;base64,{base64.b64encode(data).decode()}" for name, data in pictures.items()
-    }
-    return environment.get_template(_TEMPLATE).render(
+    return page(
+        _TEMPLATE,
+        label=label,
+        title=title,
+        conditions=conditions,
+        words=_words,
         results=results,
         predictions=predictions,
-        pictures=inline,
+        pictures={name: inline(data) for name, data in pictures.items()},
         suites=SUITES,
         gains=gains(results),
         summary=summary(results),
@@ -163,9 +155,7 @@ def _words(value: Any) -> str:
 
 def _png(figure: Figure) -> bytes:
     """A PNG of few colours, a third as large as one of millions."""
-    drawn, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=_DPI)
-    Image.open(drawn).convert("RGB").quantize(_COLOURS, dither=Image.Dither.NONE).save(
-        small, format="PNG", optimize=True
-    )
+    small = io.BytesIO()
+    drawn = Image.open(io.BytesIO(png(figure, _DPI))).convert("RGB")
+    drawn.quantize(_COLOURS, dither=Image.Dither.NONE).save(small, format="PNG", optimize=True)
     return small.getvalue()

@@ -104,7 +104,7 @@ def _table(report: dict[str, Any]) -> Table:
         # Rich would rather cut a long word than wrap a cell elsewhere
         table.add_column(Text(method["title"].replace(" ", "\n")), justify="right")
     for heading, show in _ROWS.items():
-        table.add_row(heading, *(Text(show(method)) for method in methods))
+        table.add_row(Text(heading), *(Text(show(method)) for method in methods))
     eager = report["eager_reference"]
     if eager is not None:
         table.add_row("Seconds with eager layers", "-", f"{eager['projected_seconds']:.1f} (projected)")
@@ -117,6 +117,11 @@ def _parameters(method: dict[str, Any]) -> str:
     return f"{method['trainable_parameters']:,}\n({percent:{'.0f' if percent >= 10 else '.2g'}}%)"
 
 
+def _accuracy(method: dict[str, Any]) -> str:
+    low, high = method["accuracy_interval"]
+    return f"{method['accuracy']:.1%}\n({low:.1%} to {high:.1%})"
+
+
 def _bytes(size: int | None) -> str:
     if size is None:
         return "-"
@@ -125,7 +130,7 @@ def _bytes(size: int | None) -> str:
 
 _ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "Trainable parameters": _parameters,
-    "Test accuracy": lambda method: f"{method['accuracy']:.1%}",
+    "Test accuracy\n(95 % interval)": _accuracy,
     "Balanced accuracy": lambda method: f"{method['balanced_accuracy']:.1%}",
     "Training seconds": lambda method: f"{method['seconds']:.1f}",
     "Peak memory": lambda method: _bytes(method["peak_memory_bytes"]),

@@ -113,7 +113,8 @@ def _show(report: dict[str, Any], output: str, console: Console) -> None:
     table.add_column()
     table.add_column(justify="right")
     table.add_row("Pictures", f"{scores['pictures']:,} of {report['evaluated_on']}")
-    table.add_row("Accuracy", f"{scores['accuracy']:.1%} ± {scores['accuracy_standard_error']:.1%}")
+    low, high = scores["accuracy_interval"]
+    table.add_row("Accuracy (95 % interval)", f"{scores['accuracy']:.1%} ({low:.1%} to {high:.1%})")
     table.add_row("Balanced accuracy", f"{scores['balanced_accuracy']:.1%}")
     trained, percent = parameters["trainable_parameters"], parameters["trainable_percent"]
     table.add_row("Trainable parameters", f"{trained:,} ({percent:.3g} %)")

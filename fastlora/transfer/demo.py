@@ -18,6 +18,7 @@ from fastlora.transfer.report import (
     MethodResult,
     check_output_folder,
     environment,
+    reporting,
     write_file,
     write_report,
 )
@@ -60,6 +61,7 @@ def run_demo(
         ImportError: A package of the extra ``demo`` is missing.
         NotADirectoryError: ``output`` is a file, or lies under one.
         PermissionError: ``output`` can't be written to.
+        ReportError: The report can't be written; the adapters are saved.
     """
     started = time.perf_counter()
     if data not in RECIPES:
@@ -127,7 +129,8 @@ def _prepare(data: str, recipe: Recipe, seed: int, reporter: Reporter) -> tuple[
 def _write(output: Path, report: dict[str, Any], shown: Sequence[MethodResult]) -> None:
     title = f"{_MODEL} on {report['dataset']}"
     tested = f"{title}: {report['pictures']['test']:,} test pictures"
-    write_file(output / "curves.png", draw_curves(shown, title))
-    write_file(output / "accuracy.png", draw_accuracies(shown, tested))
-    write_file(output / "confusion.png", draw_confusions(shown, report["classes"], tested))
-    write_report(output / "report.json", report)
+    with reporting(output):
+        write_report(output / "report.json", report)
+        write_file(output / "curves.png", draw_curves(shown, title))
+        write_file(output / "accuracy.png", draw_accuracies(shown, tested))
+        write_file(output / "confusion.png", draw_confusions(shown, report["classes"], tested))

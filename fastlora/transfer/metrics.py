@@ -46,6 +46,27 @@ def accuracy_standard_error(confusion: Tensor) -> float:
     return error
 
 
+def accuracy_interval(confusion: Tensor, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of the accuracy: within 0 and 1, and not empty where all or none are right.
+
+    Wilson 1927, J. Am. Stat. Assoc. 22, 209; see Brown, Cai & DasGupta 2001, Statistical Science 16, 101.
+
+    Args:
+        confusion: See :func:`confusion_matrix`.
+        z: Quantile of the normal distribution; this one gives 95 %.
+
+    Example:
+        >>> [round(limit, 3) for limit in accuracy_interval(torch.tensor([[9, 0], [0, 9]]))]
+        [0.824, 1.0]
+    """
+    n, p = int(confusion.sum()), accuracy(confusion)
+    middle = p + z**2 / (2 * n)
+    half = z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
+    low, high = ((middle + sign * half) / (1 + z**2 / n) for sign in (-1, 1))
+    # rounding may carry them a little over
+    return max(low, 0.0), min(high, 1.0)
+
+
 def balanced_accuracy(confusion: Tensor) -> float:
     """Mean over the classes of the share labelled right; classes without pictures don't count.
 

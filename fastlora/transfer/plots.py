@@ -2,6 +2,7 @@
 
 import io
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -13,7 +14,8 @@ from matplotlib.ticker import EngFormatter
 from matplotlib.transforms import Bbox
 from torch import Tensor
 
-from fastlora.transfer.metrics import accuracy, accuracy_standard_error, balanced_accuracy
+from fastlora._words import shortened
+from fastlora.transfer.metrics import accuracy, accuracy_interval, balanced_accuracy
 from fastlora.transfer.report import MethodResult
 
 # Okabe and Ito's palette: told apart with any colour vision; markers and line styles differ as well
@@ -28,6 +30,11 @@ _Horizontal = Literal["left", "center", "right"]
 _Vertical = Literal["bottom", "center", "top"]
 
 _SMALL_MATRIX, _MATRICES_PER_ROW = 4, 3
+# from here on a cell is too small for its number, and a matrix keeps its size
+_LARGE_MATRIX, _LARGE_SIDE, _NAMED_ROWS = 20, 10.0, 40
+_LONGEST_NAME = 24
+# pixels of a figure, whatever it shows
+_LARGEST = 24e6
 # pixels around a point's error bar that its marker may cover
 _MARKER_RADIUS = 8
 
@@ -82,9 +89,9 @@ def draw_curves(results: Sequence[MethodResult], title: str) -> bytes:
             "marker": marker,
             "linestyle": line,
             "markersize": 4,
-            "markevery": max(1, epochs // 10),
+            "markevery": marked(epochs),
         }
-        label = f"{result.title}: {epochs} epoch{'s' * (epochs > 1)}, {result.seconds:.0f} s"
+        label = drawn(f"{result.title}: {epochs} epoch{'s' * (epochs > 1)}, {result.seconds:.0f} s", 60)
         loss.plot(progress, [epoch.loss for epoch in result.history], label=label, **marks)
         right = [100 * epoch.validation_accuracy for epoch in result.history]
         validation.plot(progress, right, label=label, **marks)
@@ -96,7 +103,7 @@ def draw_curves(results: Sequence[MethodResult], title: str) -> bytes:
     for axes in (loss, validation):
         axes.set(xlabel="Share of the method's training (%)", xlim=(0, 103))
         axes.grid(alpha=0.3)
-    figure.suptitle(title)
+    figure.suptitle(drawn(title, 90))
     return png(figure)
 
 
@@ -106,7 +113,7 @@ def draw_accuracies(results: Sequence[MethodResult], title: str) -> bytes:
 
 
 def accuracy_figure(results: Sequence[MethodResult], title: str) -> Figure:
-    """Test accuracy with its standard error against trainable parameters, each method labelled.
+    """Test accuracy with its 95 % interval against trainable parameters, each method labelled.
 
     Args:
         results: Up to five methods.
@@ -116,20 +123,19 @@ def accuracy_figure(results: Sequence[MethodResult], title: str) -> Figure:
     axes = figure.subplots()
     points = [_scored(result) for result in results]
     for point, (colour, marker, _) in zip(points, _STYLES, strict=False):
-        axes.errorbar(
-            point.x, point.y, yerr=point.error, color=colour, marker=marker, markersize=8, capsize=4
-        )
-    lowest, highest = (min(p.y - p.error for p in points), max(p.y + p.error for p in points))
+        bar = [[point.y - point.low], [point.high - point.y]]
+        axes.errorbar(point.x, point.y, yerr=bar, color=colour, marker=marker, markersize=8, capsize=4)
+    lowest, highest = min(p.low for p in points), max(p.high for p in points)
     # labels need room above and below the bars, and at least some scale where no accuracy differs
-    margin = 0.25 * max(highest - lowest, 2.0)
+    margin = 0.4 * max(highest - lowest, 2.0)
     axes.set_ylim(lowest - margin, highest + margin)
     axes.set_xscale("log")
     axes.set_xlim(min(p.x for p in points) / 4, max(p.x for p in points) * 4)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set(xlabel="Trainable parameters (logarithmic)", ylabel="Test pictures labelled right (%)")
-    axes.set_title("Bars: one binomial standard error each way", fontsize=10)
+    axes.set_title("Bars: 95 % intervals (Wilson)", fontsize=10)
     axes.grid(alpha=0.3)
-    figure.suptitle(title)
+    figure.suptitle(drawn(title, 90))
     _label_points(figure, axes, points)
     return figure
 
@@ -137,13 +143,16 @@ def accuracy_figure(results: Sequence[MethodResult], title: str) -> Figure:
 class _Point(NamedTuple):
     x: float
     y: float
-    error: float
+    low: float
+    high: float
     label: str
 
 
 def _scored(result: MethodResult) -> _Point:
-    right, error = (100 * score(result.confusion) for score in (accuracy, accuracy_standard_error))
-    return _Point(result.parameters[0], right, error, f"{result.title}\n{right:.1f} ± {error:.1f}%")
+    right = 100 * accuracy(result.confusion)
+    low, high = (100 * limit for limit in accuracy_interval(result.confusion))
+    label = f"{drawn(result.title)}\n{right:.1f} % ({low:.1f} to {high:.1f})"
+    return _Point(result.parameters[0], right, low, high, label)
 
 
 def _label_points(figure: Figure, axes: Axes, points: Sequence[_Point]) -> None:
@@ -163,7 +172,7 @@ def _label_points(figure: Figure, axes: Axes, points: Sequence[_Point]) -> None:
 def _label(axes: Axes, point: _Point, place: _Place) -> Annotation:
     label = axes.annotate(
         point.label,
-        (point.x, point.y + place.end * point.error),
+        (point.x, (point.low, point.y, point.high)[place.end + 1]),
         xytext=(place.right, place.up),
         textcoords="offset points",
         ha=place.horizontal,
@@ -176,7 +185,7 @@ def _label(axes: Axes, point: _Point, place: _Place) -> Annotation:
 
 
 def _bar_box(axes: Axes, point: _Point) -> Bbox:
-    ends = [(point.x, point.y - point.error), (point.x, point.y + point.error)]
+    ends = [(point.x, point.low), (point.x, point.high)]
     return Bbox(axes.transData.transform(ends)).padded(_MARKER_RADIUS)
 
 
@@ -192,14 +201,14 @@ def _area(box: Bbox) -> float:
 
 
 def draw_confusions(results: Sequence[MethodResult], classes: Sequence[str], title: str) -> bytes:
-    """Confusion matrices, three in a row, as a PNG: counts, coloured by the share of the true class.
+    """Confusion matrices, three in a row, as a PNG; see :func:`draw_matrix`.
 
     Args:
         results: The methods.
         classes: Name of each label.
         title: Model and data.
     """
-    side = max(4.0, 0.62 * len(classes) + 1.2)
+    side = matrix_side(len(classes))
     columns = min(len(results), _MATRICES_PER_ROW)
     rows = math.ceil(len(results) / columns)
     figure = Figure(figsize=(side * columns + 1, (side + 0.6) * rows), layout="constrained")
@@ -212,31 +221,73 @@ def draw_confusions(results: Sequence[MethodResult], classes: Sequence[str], tit
         scores = (
             f"accuracy {accuracy(result.confusion):.1%}, balanced {balanced_accuracy(result.confusion):.1%}"
         )
-        axes.set_title(f"{result.title}\n{scores}", fontsize=11)
+        axes.set_title(f"{drawn(result.title, 40)}\n{scores}", fontsize=11)
     figure.colorbar(image, ax=list(panels), label="Share of the true class (%)", shrink=0.8)
-    figure.suptitle(title)
+    figure.suptitle(drawn(title, 90))
     return png(figure)
 
 
 def draw_matrix(axes: Axes, confusion: Tensor, classes: Sequence[str]) -> AxesImage:
-    """One matrix ``[classes, classes]``: counts, coloured by the share of the true class."""
+    """One matrix ``[classes, classes]``: counts, coloured by the share of the true class.
+
+    Of many classes the counts are left out, and of very many some names.
+    """
+    count = len(classes)
     percent = 100 * confusion / confusion.sum(dim=1, keepdim=True).clamp_min(1)
     image = axes.imshow(percent.numpy(), cmap="Blues", vmin=0, vmax=100)
-    small = len(classes) <= _SMALL_MATRIX
-    for row in range(len(classes)):
-        for column in range(len(classes)):
-            count, share = int(confusion[row, column]), float(percent[row, column])
-            text = f"{count}\n{share:.1f}%" if small else (f"{count}\n{share:.0f}%" if count else "")
-            colour = "white" if share > 55 else "black"
-            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=12 if small else 7)
+    small = count <= _SMALL_MATRIX
+    if shows_counts(count):
+        _write_counts(axes, confusion, percent, small=small)
     axes.set(xlabel="Predicted class", ylabel="True class")
-    axes.set_xticks(range(len(classes)), classes)
-    axes.set_yticks(range(len(classes)), classes, rotation=90 if small else 0, va="center")
+    places = range(0, count, math.ceil(count / _NAMED_ROWS))
+    names, size = [drawn(classes[place]) for place in places], 10 if shows_counts(count) else 7
+    upright = sum(map(len, names)) > (20 if small else 40)
+    axes.set_xticks(places, names, rotation=90 if upright else 0, fontsize=size)
+    lying = small and not upright
+    axes.set_yticks(places, names, rotation=90 if lying else 0, va="center", fontsize=size)
     return image
 
 
-def png(figure: Figure) -> bytes:
-    """A figure as a PNG."""
+def _write_counts(axes: Axes, confusion: Tensor, percent: Tensor, *, small: bool) -> None:
+    for row, (counts, shares) in enumerate(zip(confusion.tolist(), percent.tolist(), strict=True)):
+        for column, (count, share) in enumerate(zip(counts, shares, strict=True)):
+            text = f"{count}\n{share:.1f}%" if small else (f"{count}\n{share:.0f}%" if count else "")
+            colour = "white" if share > 55 else "black"
+            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=12 if small else 7)
+
+
+def matrix_side(count: int) -> float:
+    """Height in inches that a matrix of so many classes takes."""
+    return max(4.0, 0.62 * count + 1.2) if shows_counts(count) else _LARGE_SIDE
+
+
+def shows_counts(count: int) -> bool:
+    """Whether a matrix of so many classes has its counts written into it."""
+    return count <= _LARGE_MATRIX
+
+
+def marked(epochs: int) -> int:
+    """Every how many epochs a line has a marker: a single one has its own, of many not all do."""
+    return max(1, epochs // 10)
+
+
+def drawn(name: str, length: int = _LONGEST_NAME) -> str:
+    r"""A name as a figure's text: not too long, a dollar no formula, no underscore that hides it in legends.
+
+    Example:
+        >>> drawn("_$5^$"), drawn("a name that is longer than most", 15)
+        (' _\\$5^\\$', 'a name … most')
+    """
+    text = shortened(name, length).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
+def png(figure: Figure, dpi: float = 150) -> bytes:
+    """A figure as a PNG; of a very large one each inch has fewer pixels."""
+    width, height = figure.get_size_inches()
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    with warnings.catch_warnings():
+        # of what the font lacks boxes are drawn; the page beside has the names
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(buffer, format="png", dpi=min(dpi, math.sqrt(_LARGEST / (width * height))))
     return buffer.getvalue()

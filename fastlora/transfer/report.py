@@ -1,8 +1,9 @@
 """What a run gave: one record per method, written as JSON."""
 
+import contextlib
 import platform
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,12 +17,33 @@ from fastlora._files import write_report as write_report
 from fastlora.transfer.fit import EpochResult
 from fastlora.transfer.metrics import (
     accuracy,
+    accuracy_interval,
     accuracy_standard_error,
     balanced_accuracy,
     confusion_matrix,
 )
 
 _PACKAGES = ("fastlora-triton", "torch", "torchvision", "triton", "accelerate")
+
+
+class ReportError(OSError):
+    """What a run trained is saved, but not all that is told about it could be written."""
+
+
+@contextlib.contextmanager
+def reporting(output: Path) -> Iterator[None]:
+    """Where the report of a finished run is written.
+
+    Raises:
+        ReportError: Something failed inside; it says that the model is not lost.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ReportError(
+            f"the trained model is saved in {output}, but its report can't be written: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -77,6 +99,7 @@ class MethodResult:
             "trainable_percent": 100 * trainable / total,
             "accuracy": accuracy(self.confusion),
             "accuracy_standard_error": accuracy_standard_error(self.confusion),
+            "accuracy_interval": list(accuracy_interval(self.confusion)),
             "balanced_accuracy": balanced_accuracy(self.confusion),
             "validation_accuracy": self.history[-1].validation_accuracy,
             "seconds": self.seconds,

@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from fastlora.transfer._extras import require
+from fastlora.transfer.plots import drawn
 
 _DRAWN = 400
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -96,9 +97,13 @@ def _legend(names: Sequence[str], target_note: str) -> list[Line2D]:
         Line2D([], [], color="grey", linestyle="", marker=marker, label=label)
         for marker, label in (("o", "source"), ("x", f"target ({target_note})"))
     ]
-    shown = names[: len(_COLOURS)]
-    classes = [
-        Line2D([], [], color=colour, linestyle="", marker="s", label=name)
-        for colour, name in zip(_COLOURS, shown, strict=False)
+    if len(names) > len(_COLOURS):
+        # a colour that stands for several classes has no name
+        return [
+            *domains,
+            Line2D([], [], linestyle="", label=f"{len(names)} classes in {len(_COLOURS)} colours"),
+        ]
+    return domains + [
+        Line2D([], [], color=colour, linestyle="", marker="s", label=drawn(name))
+        for colour, name in zip(_COLOURS, names, strict=False)
     ]
-    return domains + classes

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from fastlora.transfer.data import LabelledImages
 from fastlora.transfer.finetune.page import PAGE, render
+from fastlora.transfer.plots import marked
 from fastlora.transfer.report import write_file
 
 TEMPLATE = "domain/training/report.html.jinja"
@@ -66,4 +67,13 @@ def _draw(axes: Axes, epochs: Sequence[dict[str, Any]], lines: dict[str, str], f
     for (label, name), (colour, marker, line) in zip(lines.items(), _STYLES, strict=False):
         if epochs[0][name] is not None:
             values = [factor * epoch[name] for epoch in epochs]
-            axes.plot(numbers, values, label=label, color=colour, marker=marker, linestyle=line, markersize=4)
+            axes.plot(
+                numbers,
+                values,
+                label=label,
+                color=colour,
+                marker=marker,
+                linestyle=line,
+                markersize=4,
+                markevery=marked(len(numbers)),
+            )

@@ -33,7 +33,7 @@ from fastlora.transfer.finetune.view import frozen_features
 from fastlora.transfer.fit import make_accelerator
 from fastlora.transfer.heads import BottleneckHead
 from fastlora.transfer.plots import png
-from fastlora.transfer.report import check_output_folder, environment, write_file, write_report
+from fastlora.transfer.report import check_output_folder, environment, reporting, write_file, write_report
 from fastlora.transfer.study import Reporter
 from fastlora.transfer.training import TrainResult, TrainSettings
 from fastlora.transfer.training.randomness import derived_seed, seeded
@@ -71,6 +71,7 @@ def adapt(
         FloatingPointError: The loss is no longer finite.
         ImportError: scikit-learn or accelerate is not installed.
         OSError: The disk is full; the checkpoints before stay.
+        ReportError: The report can't be written; the model is saved.
     """
     started, output = time.perf_counter(), Path(settings.output)
     check_output_folder(output)
@@ -100,11 +101,12 @@ def adapt(
         "total_seconds": time.perf_counter() - started,
     }
     if trainer.is_main:
-        write_file(output / CONFIG, tomli_w.dumps(report["config"]).encode())
-        write_report(output / REPORT, report)
-        figure = run.embedding(before, readings)
-        write_file(output / EMBEDDING, png(figure))
-        write_page(output, report, judged, figure)
+        with reporting(output):
+            write_file(output / CONFIG, tomli_w.dumps(report["config"]).encode())
+            write_report(output / REPORT, report)
+            figure = run.embedding(before, readings)
+            write_file(output / EMBEDDING, png(figure))
+            write_page(output, report, judged, figure)
     return report
 
 

@@ -7,7 +7,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastlora.transfer.data import LabelledImages
-from fastlora.transfer.metrics import accuracy, accuracy_standard_error, balanced_accuracy, confusion_matrix
+from fastlora.transfer.metrics import (
+    accuracy,
+    accuracy_interval,
+    accuracy_standard_error,
+    balanced_accuracy,
+    confusion_matrix,
+)
 
 _WORST = 12
 
@@ -24,6 +30,7 @@ def evaluate(logits: Tensor, images: LabelledImages) -> dict[str, Any]:
         "pictures": len(images),
         "accuracy": accuracy(confusion),
         "accuracy_standard_error": accuracy_standard_error(confusion),
+        "accuracy_interval": list(accuracy_interval(confusion)),
         "balanced_accuracy": balanced_accuracy(confusion),
         "loss": float(F.cross_entropy(logits.double(), labels)),
         "classes": per_class(confusion, images.classes),

@@ -1,13 +1,11 @@
 """``report.html``: one page with everything in it, for people."""
 
-import base64
+import heapq
 import io
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
@@ -15,11 +13,12 @@ from torch import Tensor
 
 from fastlora.parameters.report import ModuleRow, folded
 from fastlora.transfer.data import LabelledImages
-from fastlora.transfer.plots import draw_matrix, png
+from fastlora.transfer.html import inline, page
+from fastlora.transfer.plots import draw_matrix, marked, matrix_side, png, shows_counts
 from fastlora.transfer.report import write_file
 
 PAGE, TEMPLATE = "report.html", "transfer/finetune/report.html.jinja"
-_THUMBNAIL = 160
+_THUMBNAIL, _CONFUSED = 160, 20
 
 
 def write_page(folder: Path, report: dict[str, Any], images: LabelledImages) -> None:
@@ -45,23 +44,17 @@ def render(
         images: Those that were evaluated.
         figures: By the names that the template gives them.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_template), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["percent"] = lambda value: "–" if value is None else f"{100 * value:.1f} %"
-    environment.filters["mib"] = lambda value: "–" if value is None else f"{value / 2**20:,.1f} MiB"
     modules = [ModuleRow(**row) for row in report["parameters"]["modules"]]
-    return environment.get_template(template).render(
+    confusion, classes = report["evaluation"]["confusion"], report["classes"]
+    return page(
+        template,
         report=report,
-        confusion=_inline(png(_matrix(report["evaluation"]["confusion"], report["classes"]))),
+        confusion=inline(png(_matrix(confusion, classes))),
+        confused=[] if shows_counts(len(classes)) else confused(confusion, classes),
         worst=[(row, _thumbnail(images, row["index"])) for row in report["evaluation"]["worst"]],
         modules=folded([row for row in modules if row.trainable_parameters]),
-        **{name: _inline(png(figure)) for name, figure in figures.items()},
+        **{name: inline(png(figure)) for name, figure in figures.items()},
     )
-
-
-def _template(path: str) -> str:
-    return resources.files("fastlora").joinpath(path).read_text("utf-8")
 
 
 def curves(epochs: Sequence[dict[str, Any]], best: int) -> Figure:
@@ -82,7 +75,16 @@ def curves(epochs: Sequence[dict[str, Any]], best: int) -> Figure:
         styles = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"))
         for (label, name), (colour, marker, line) in zip(lines.items(), styles, strict=True):
             values = [factor * epoch[name] for epoch in epochs]
-            axes.plot(numbers, values, label=label, color=colour, marker=marker, linestyle=line, markersize=4)
+            axes.plot(
+                numbers,
+                values,
+                label=label,
+                color=colour,
+                marker=marker,
+                linestyle=line,
+                markersize=4,
+                markevery=marked(len(numbers)),
+            )
         axes.axvline(best, color="grey", linestyle=":", label=f"best epoch ({best})")
         axes.set(xlabel="Epoch", xlim=(min(numbers) - 0.5, max(numbers) + 0.5))
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -93,14 +95,36 @@ def curves(epochs: Sequence[dict[str, Any]], best: int) -> Figure:
     return figure
 
 
+def confused(confusion: list[list[int]], classes: Sequence[str]) -> list[dict[str, Any]]:
+    """The pairs of classes that are most often confused.
+
+    Example:
+        >>> confused([[3, 1], [2, 4]], ["cat", "dog"])[0]
+        {'true': 'dog', 'predicted': 'cat', 'count': 2, 'share': 0.3333333333333333}
+    """
+    pairs = (
+        (count, true, predicted)
+        for true, row in enumerate(confusion)
+        for predicted, count in enumerate(row)
+        if count and true != predicted
+    )
+    return [
+        {
+            "true": classes[true],
+            "predicted": classes[predicted],
+            "count": count,
+            "share": count / sum(confusion[true]),
+        }
+        for count, true, predicted in heapq.nsmallest(_CONFUSED, pairs, key=lambda pair: (-pair[0], pair[1:]))
+    ]
+
+
 def _matrix(confusion: list[list[int]], classes: Sequence[str]) -> Figure:
-    side = max(4.0, 0.62 * len(classes) + 1.2)
+    side = matrix_side(len(classes))
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
     image = draw_matrix(axes, torch.tensor(confusion), classes)
     figure.colorbar(image, ax=axes, label="Share of the true class (%)", shrink=0.8)
-    if max(map(len, classes)) * len(classes) > 40:
-        axes.tick_params(axis="x", labelrotation=90)
     return figure
 
 
@@ -110,14 +134,10 @@ def _thumbnail(images: LabelledImages, index: int) -> str:
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
     buffer = io.BytesIO()
     picture.convert("RGB").save(buffer, "PNG")
-    return _inline(buffer.getvalue())
+    return inline(buffer.getvalue())
 
 
 def _as_picture(pixels: Tensor) -> Image.Image:
     levels = pixels if pixels.dtype == torch.uint8 else (pixels.clamp(0, 1) * 255).to(torch.uint8)
     channels = levels[:3].expand(3, *levels.shape[1:])
     return Image.fromarray(channels.permute(1, 2, 0).numpy())
-
-
-def _inline(content: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(content).decode()

@@ -16,7 +16,7 @@ from fastlora.transfer.finetune.saved import save_run
 from fastlora.transfer.finetune.settings import FinetuneSettings, as_config
 from fastlora.transfer.finetune.view import View, view_of
 from fastlora.transfer.fit import make_accelerator
-from fastlora.transfer.report import check_output_folder, environment, write_file, write_report
+from fastlora.transfer.report import check_output_folder, environment, reporting, write_file, write_report
 from fastlora.transfer.study import Reporter
 from fastlora.transfer.training import Trainer, TrainSettings
 
@@ -54,6 +54,7 @@ def finetune(
         FileNotFoundError: There are no such pictures or weights.
         FloatingPointError: The loss is no longer finite.
         OSError: The disk is full; the checkpoints before stay.
+        ReportError: The report can't be written; the model is saved.
     """
     started, output = time.perf_counter(), Path(settings.output)
     check_output_folder(output)
@@ -66,9 +67,10 @@ def finetune(
     trainer = _trainer(job, settings, view, output, reporter, accelerator)
     result = trainer.fit(resume=resume)
     judged = job.validation if job.test is None else job.test
-    scores = evaluate(trainer.predict(view(judged)), judged)
     is_main, size = trainer.is_main, int(judged[0][0].shape[-1])
+    # before anything is made of it that may fail
     files = save_run(output, job.model, job.strategy, settings, judged.classes, size, is_main=is_main)
+    scores = evaluate(trainer.predict(view(judged)), judged)
     report = {
         "model": settings.model,
         "dataset": settings.data,
@@ -88,9 +90,10 @@ def finetune(
         "total_seconds": time.perf_counter() - started,
     }
     if is_main:
-        write_file(output / CONFIG, tomli_w.dumps(report["config"]).encode())
-        write_report(output / REPORT, report)
-        write_page(output, report, judged)
+        with reporting(output):
+            write_file(output / CONFIG, tomli_w.dumps(report["config"]).encode())
+            write_report(output / REPORT, report)
+            write_page(output, report, judged)
     return report
 
 

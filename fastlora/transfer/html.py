@@ -1,0 +1,56 @@
+"""Pages that need no other file: templates, their numbers and their pictures."""
+
+import base64
+from importlib import resources
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from fastlora._words import visible
+
+
+def page(template: str, **values: Any) -> str:
+    """A page; strings are escaped and their control characters shown.
+
+    Args:
+        template: Path of a template inside this package.
+        values: What it shows.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_source),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_shown,
+    )
+    environment.filters |= {"percent": percent, "mib": _mib}
+    return environment.get_template(template).render(values)
+
+
+def percent(share: float | None) -> str:
+    """A share of 1 for people; a dash where there is none.
+
+    Example:
+        >>> percent(0.8241), percent(float("nan"))
+        ('82.4 %', '–')
+    """
+    return "–" if share is None or share != share else f"{100 * share:.1f} %"
+
+
+def inline(picture: bytes) -> str:
+    """A PNG as an address that holds it."""
+    return "data:image/png;base64," + base64.b64encode(picture).decode()
+
+
+def _source(path: str) -> str:
+    return resources.files("fastlora").joinpath(path).read_text("utf-8")
+
+
+def _shown(value: Any) -> Any:
+    # what is markup already holds our own lines
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _mib(size: int | None) -> str:
+    return "–" if size is None else f"{size / 2**20:,.1f} MiB"
