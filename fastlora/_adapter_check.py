@@ -49,9 +49,7 @@ class AdapterCheck:
             problem = "no module of this name in the model" if module is None else cannot_carry(module)
             if module is not None and problem is None and by_peft:
                 # PEFT adapts one of several names, we the module under all of them
-                twins = [
-                    other for other, same in self._names.items() if same is module and other not in names
-                ]
+                twins = [other for other in self._twins(name) if other not in names]
                 problem = f"one module with {twins[0]!r}, which the file leaves alone" if twins else None
             if module is not None and problem is None:
                 targets[name] = module
@@ -127,11 +125,8 @@ class AdapterCheck:
             whole |= {name: self._names[name] for name in held}
             for name in meant:
                 module = self._names[name]
-                if (
-                    module.state_dict()
-                    and id(module) not in filed
-                    and not any(is_inside(name, h) for h in held)
-                ):
+                there = id(module) in filed or any(is_inside(name, h) for h in held)
+                if module.state_dict() and not there:
                     self._problems.append(
                         f"modules_to_save {entry!r}: {name!r} is in the model, but not in the file"
                     )
@@ -187,9 +182,15 @@ class AdapterCheck:
                 + "\n  ".join(problems[:_LISTED] + more)
             )
 
-    def _place_of(self, name: str) -> tuple[int, str]:
-        outer, _, last = name.rpartition(".")
-        return id(self._all[outer]), last
+    def _twins(self, name: str) -> list[str]:
+        """Other places of the same module; that of a module inside one with several names is the same."""
+        module, (outer, _, last) = self._names[name], name.rpartition(".")
+        places = {other: other.rpartition(".") for other, same in self._names.items() if same is module}
+        return [
+            other
+            for other, (around, _, end) in places.items()
+            if self._all[around] is not self._all[outer] or end != last
+        ]
 
     def _misfit(self, name: str, problem: str) -> None:
         """One difference for a whole layer, in place of one for each of its tensors."""

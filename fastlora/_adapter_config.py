@@ -104,7 +104,7 @@ def parse_config(raw: object) -> AdapterConfig:
     unsupported = {
         name: value
         for name, value in raw.items()
-        if value and name not in _UNDERSTOOD and name not in _NEUTRAL
+        if value and name not in _UNDERSTOOD | _NEUTRAL and not _is_pefts_default(name, value)
     }
     if raw.get("bias", "none") != "none":
         unsupported["bias"] = raw["bias"]
@@ -136,6 +136,16 @@ def parse_config(raw: object) -> AdapterConfig:
         raise ValueError(f"expected the field {error}, got none") from error
     except TypeError as error:
         raise ValueError(str(error)) from error
+
+
+def _is_pefts_default(name: str, value: object) -> bool:
+    """Whether the PEFT that is installed, if one is, knows this field and has this value for it."""
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        return False
+    known = LoraConfig.__dataclass_fields__.get(name)
+    return known is not None and known.default == value
 
 
 def build_config(

@@ -145,7 +145,8 @@ def _forget_tie(model: nn.Module) -> None:
     weights = [getattr(end, "weight", None) for end in ends]
     config = getattr(model, "config", None)
     # encoder-decoder models such as T5 may scale their outputs by this setting
-    if None in weights or weights[0] is weights[1] or getattr(config, "is_encoder_decoder", True):
+    tied = weights[0] is weights[1]
+    if tied or getattr(config, "is_encoder_decoder", True) or any(weight is None for weight in weights):
         return
     # other models may have been made from the same object
     new = copy.deepcopy(config)
@@ -155,4 +156,4 @@ def _forget_tie(model: nn.Module) -> None:
             part.tie_word_embeddings = False
         for module in model.modules():
             if old is not None and vars(module).get("config") is old:
-                module.config = part
+                vars(module)["config"] = part

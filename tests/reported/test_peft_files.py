@@ -3,10 +3,12 @@
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import safetensors.torch
 import torch
@@ -200,8 +202,15 @@ def test_refused_with_the_reason(tmp_path: Path, settings: dict[str, Any], reaso
     before.assert_unchanged()
 
 
-def test_configs_of_other_versions(tmp_path: Path) -> None:
-    """Fields that are missing or unknown are harmless while they are off."""
+@dataclass
+class LaterConfig(LoraConfig):
+    """Of a PEFT to come."""
+
+    from_the_future: int = 16
+
+
+def test_configs_of_other_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fields that are missing or unknown are harmless while they are off, or as PEFT has them by default."""
     theirs = peft_trained(llama())
     theirs.save_pretrained(tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())
@@ -210,6 +219,11 @@ def test_configs_of_other_versions(tmp_path: Path) -> None:
     for changed in (old, old | {"from_the_future": None, "off": False, "none": [], "empty": {}}):
         (tmp_path / CONFIG).write_text(json.dumps(changed))
         assert_same(logits(fastlora.load_adapter(llama(), tmp_path).eval()), logits(theirs))
+    (tmp_path / CONFIG).write_text(json.dumps(old | {"from_the_future": 16}))
+    with pytest.raises(ValueError, match="expected plain LoRA, got from_the_future=16"):
+        fastlora.load_adapter(llama(), tmp_path)
+    monkeypatch.setattr(peft, "LoraConfig", LaterConfig)
+    fastlora.load_adapter(llama(), tmp_path)
     (tmp_path / CONFIG).write_text(json.dumps(old | {"from_the_future": 7}))
     with pytest.raises(ValueError, match="expected plain LoRA, got from_the_future=7"):
         fastlora.load_adapter(llama(), tmp_path)

@@ -5,10 +5,12 @@ what is tied trains as one. Each file has to compute the same in both, and after
 (huggingface/transformers#45127, unslothai/unsloth#9331).
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 
@@ -22,6 +24,7 @@ from tests.hf_models import (
     logits,
     masked_bert,
     peft_trained,
+    plain,
     qwen2,
     t5,
     tied_llama,
@@ -169,6 +172,21 @@ def test_one_module_under_two_names(tmp_path: Path, settings: dict[str, Any]) ->
     with pytest.raises(ValueError, match=r"(?s)'?first'?.* one module .*'second'"):
         fastlora.load_adapter(model, tmp_path)
     before.assert_unchanged()
+
+
+def test_a_layer_inside_a_module_with_two_names(tmp_path: Path) -> None:
+    """PEFT's layer is seen under both."""
+    base = nn.ModuleDict({"a": nn.ModuleDict({"fc": nn.Linear(4, 4)})})
+    base["b"] = base["a"]
+    theirs = peft_trained(copy.deepcopy(base), target_modules=["fc"])
+    theirs.save_pretrained(tmp_path / "theirs")
+    x = torch.randn(2, 4)
+    ours = fastlora.load_adapter(copy.deepcopy(base), tmp_path / "theirs")
+    expected = plain(theirs)["b"]["fc"](x)
+    assert_same(ours.get_submodule("b.fc")(x), expected)
+    fastlora.save_adapter(ours, tmp_path / "ours")
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+    assert_same(plain(again)["b"]["fc"](x), expected)
 
 
 def test_lora_under_two_names_is_not_for_peft(tmp_path: Path) -> None:
