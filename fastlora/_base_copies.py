@@ -28,6 +28,7 @@ class BaseCopies:
             tensors: Of the file.
             fresh: Whether the model has no adapters yet, which its frozen weights may belong to.
         """
+        # without what is added, and under the names that a model without adapters has
         added = {id(parameter) for parameter in tuner_parameters(model)}
         self._state: dict[str, Tensor] = {
             clean_name(key).replace(".original_layer.", "."): tensor

@@ -30,9 +30,12 @@ def in_model_names(
     """
     own = {name.partition(".")[0] for name in named_modules(model)}
     keys = {key: _model_key(key, own) for key in tensors}
-    if len(set(keys.values())) < len(keys):
-        again = next(key for key in keys if key != keys[key] and keys[key] in keys)
-        raise ValueError(f"expected one tensor for {keys[again]}, got {again} too; save the adapter again")
+    first: dict[str, str] = {}
+    for key, model_key in keys.items():
+        if first.setdefault(model_key, key) != key:
+            raise ValueError(
+                f"expected one tensor for {model_key}, got {first[model_key]} and {key}; save it again"
+            )
     renamed = {keys[key]: tensor for key, tensor in tensors.items()}
     if config.lora is None:
         return renamed, config

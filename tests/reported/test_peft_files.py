@@ -137,6 +137,17 @@ def test_one_peft_model_around_another(tmp_path: Path) -> None:
     assert_same(logits(fastlora.load_adapter(model, tmp_path).eval()), logits(theirs))
 
 
+def test_two_names_of_one_tensor(tmp_path: Path) -> None:
+    peft_trained(llama()).save_pretrained(tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / TENSORS)
+    again = {
+        key.replace("base_model.model.", "base_model.model._orig_mod."): t + 0 for key, t in tensors.items()
+    }
+    safetensors.torch.save_file(tensors | again, tmp_path / TENSORS)
+    with pytest.raises(ValueError, match=r"expected one tensor for base_model\.model\.model\.layers"):
+        fastlora.load_adapter(llama(), tmp_path)
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(
     "settings",
