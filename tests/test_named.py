@@ -1,10 +1,12 @@
 """Several named adapters in one model: switching, files, combining as PEFT does."""
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -177,6 +179,8 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("weights", [[0.7, 0.4], [1.5, -0.5]], ids=str)
 @pytest.mark.parametrize("kind", COMBINATIONS)
 def test_combining_is_pefts(kind: Any, weights: list[float], tmp_path: Path) -> None:
+    if "svd" in kind and Version(version("peft")) < Version("0.21"):
+        pytest.skip("until 0.21 PEFT applied the scaling twice in a combination by SVD")
     base = Model()
     peft = get_peft_model(
         base, LoraConfig(r=2, lora_alpha=6, target_modules=TARGETS, init_lora_weights=False)

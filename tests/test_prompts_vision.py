@@ -1,6 +1,7 @@
 """Visual prompts: what they compute in every library's vision transformer, and what they leave alone."""
 
 import copy
+import inspect
 import math
 from typing import Any
 
@@ -123,6 +124,8 @@ def test_dropout_scales_what_it_keeps() -> None:
 @DEEP
 def test_compiles_without_graph_break(kind: str, deep: bool) -> None:
     torch.compiler.reset()
+    if kind.startswith("hf") and _takes_compiling_for_exporting():
+        pytest.skip("this torch takes every graph for an export, for which transformers makes a mask")
     model = apply_prompts(vision_model(kind), num_tokens=TOKENS, deep=deep).eval()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(main_output(compiled(IMAGES)), main_output(model(IMAGES)))
@@ -130,6 +133,13 @@ def test_compiles_without_graph_break(kind: str, deep: bool) -> None:
     expected = torch.autograd.grad(main_output(model(IMAGES)).square().sum(), tokens)
     actual = torch.autograd.grad(main_output(compiled(IMAGES)).square().sum(), tokens)
     torch.testing.assert_close(actual, expected)
+
+
+def _takes_compiling_for_exporting() -> bool:
+    def exporting(x: Tensor) -> Tensor:
+        return x + int(torch.compiler.is_exporting())
+
+    return bool(torch.compile(exporting, backend="eager")(torch.zeros(())))
 
 
 def enable_checkpointing(kind: str, model: Any) -> None:
@@ -225,8 +235,10 @@ def test_attention_masks_are_refused() -> None:
     model: Any = apply_prompts(vision_model("timm"), num_tokens=TOKENS)
     with pytest.raises(ValueError, match="expected no attention mask, got one"):
         model(IMAGES, attn_mask=torch.ones(5, 5, dtype=torch.bool))
-    with pytest.raises(ValueError, match="expected no attention mask, got one"):
-        model(IMAGES, is_causal=True)
+    # a later argument of timm's
+    if "is_causal" in inspect.signature(model.forward).parameters:
+        with pytest.raises(ValueError, match="expected no attention mask, got one"):
+            model(IMAGES, is_causal=True)
 
 
 def test_a_model_around_a_vision_transformer() -> None:
