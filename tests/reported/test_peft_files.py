@@ -113,6 +113,13 @@ def test_read_exactly(tmp_path: Path, make: Make, settings: dict[str, Any]) -> N
         assert_same(logits(fastlora.load_adapter(base, tmp_path).eval()), logits(theirs))
 
 
+def test_the_state_dict_of_a_data_parallel_model(tmp_path: Path) -> None:
+    theirs = peft_trained(llama(), modules_to_save=["lm_head"])
+    theirs.save_pretrained(tmp_path)
+    edit(tmp_path, "module.{}".format)
+    assert_same(logits(fastlora.load_adapter(llama(), tmp_path).eval()), logits(theirs))
+
+
 def test_saved_merged_or_by_another_name(tmp_path: Path) -> None:
     theirs = as_trained(get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]), adapter_name="mine"))
     theirs.merge_adapter()
