@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastlora.ops._keep_mask import draw_keep_mask, keep_probability
+from fastlora.ops._packing import packed
 from fastlora.reference import ACTIVATIONS
 
 # where dropout strikes, z is set to a value at which every activation and its slope are exactly 0
@@ -57,18 +58,19 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """dz = (dOut·W_u) ⊙ act'(z), dW_u = dOutᵀ·act(z), dW_d = dzᵀ·h, dh = dz·W_d, plus dOut."""
     dh = d_down_weight = d_down_bias = d_up_weight = d_up_bias = None
+    dout = packed(dout)
     if need_up:
         d_up_weight = (dout.t() @ _active(z, activation, dropout)).to(up_weight.dtype)
         d_up_bias = dout.sum(0).to(up_weight.dtype)
     if need_h or need_down:
-        dz = _SLOPES[activation](dout @ up_weight.to(dout.dtype), z)
+        dz = _SLOPES[activation](dout @ packed(up_weight.to(dout.dtype)), z)
         if dropout > 0:
             dz.mul_(1 / keep_probability(dropout))
         if need_down and h is not None:
-            d_down_weight = (dz.t() @ h).to(down_weight.dtype)
+            d_down_weight = (dz.t() @ packed(h)).to(down_weight.dtype)
             d_down_bias = dz.sum(0).to(down_weight.dtype)
         if need_h:
-            dh = torch.mm(dz, down_weight.to(dout.dtype))
+            dh = torch.mm(dz, packed(down_weight.to(dout.dtype)))
             if add_input:
                 dh.add_(dout)
     return dh, d_down_weight, d_down_bias, d_up_weight, d_up_bias
@@ -76,7 +78,7 @@ def backward(
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # faster than a product into a given tensor: the library fuses the bias
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return F.linear(packed(x), packed(weight.to(x.dtype)), None if bias is None else bias.to(x.dtype))
 
 
 def _active(z: Tensor, activation: str, dropout: float) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlora.ops._keep_mask import KEEP_MASK_DTYPE, draw_keep_mask, keep_probability, masked
+from fastlora.ops._packing import packed
 
 _ELEMENTS_PER_BLOCK = 1 << 18
 
@@ -34,7 +35,8 @@ def forward(
     product: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """y = x·Wᵀ + bias + S·Bᵀ, S = scaling/(1 - p) · dropout(x)·Aᵀ; see :mod:`fastlora.ops._lora_library`."""
-    a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    x, weight = packed(x), packed(weight)
+    a, b = packed(lora_A.to(x.dtype)), packed(lora_B.to(x.dtype))
     mask = None if seed is None else draw_keep_mask((x.shape[0], x.shape[1]), dropout, seed)
     s = x.new_empty(x.shape[0], a.shape[0])
     for rows, block in _dropped_blocks(x, mask):
@@ -98,17 +100,18 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dS = scaling / (1 - p) · dY·B, dB = dYᵀ·S, dA = dSᵀ·dropped x, dX = dY·W + mask ⊙ (dS·A)."""
     dx = da = db = None
+    dy = packed(dy)
     if need_B and s is not None:
         db = (dy.t() @ s).to(lora_B.dtype)
     if lora_A is None or not (need_x or need_A):
         return dx, da, db
     ds = dy.new_empty(dy.shape[0], lora_B.shape[1])
-    _scaled_product(dy, lora_B.to(dy.dtype), scaling / keep_probability(dropout), out=ds)
+    _scaled_product(dy, packed(lora_B.to(dy.dtype)), scaling / keep_probability(dropout), out=ds)
     if need_A and x is not None:
-        da = _grad_a(ds, x, mask).to(lora_A.dtype)
+        da = _grad_a(ds, packed(x), mask).to(lora_A.dtype)
     if need_x and weight is not None:
-        dx = torch.mm(dy, weight)
-        _add_low_rank(dx, ds, lora_A.to(dy.dtype), mask)
+        dx = torch.mm(dy, packed(weight))
+        _add_low_rank(dx, ds, packed(lora_A.to(dy.dtype)), mask)
     return dx, da, db
 
 

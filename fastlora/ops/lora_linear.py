@@ -11,6 +11,7 @@ from fastlora._checks import check_compute_dtype, check_lora_linear
 from fastlora.ops import _lora_library
 from fastlora.ops._autocast import autocast_dtype, without_autocast
 from fastlora.ops._autograd import draw_seed, refuse_second_derivative
+from fastlora.ops._packing import packed
 from fastlora.ops._registration import rows_of
 from fastlora.ops._scalars import Scalars
 
@@ -213,7 +214,7 @@ def layer_gradients(
     # the base layer is frozen as a rule; whoever trains it all the same gets its gradient, never silence
     with without_autocast(dy):
         if need_weight and x is not None:
-            dweight = rows_of(dproduct).t() @ rows_of(x)
+            dweight = packed(rows_of(dproduct)).t() @ packed(rows_of(x))
         if need_bias:
             dbias = rows_of(dy).sum(0)
     return (
