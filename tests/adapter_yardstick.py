@@ -1,4 +1,4 @@
-"""The yardstick of the adapter op: float64 is the truth, eager's error at the same dtype the tolerance."""
+"""Cases of the adapter op, and eager's results and gradients for them."""
 
 import functools
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlora import reference
-from tests.lora_yardstick import assert_close
+from tests.exactness import assert_as_exact
 
 NAMES = ("out", "dh", "dW_d", "db_d", "dW_u", "db_u", "d residual")
 
@@ -26,18 +26,16 @@ class Case:
     keep: Tensor | None = None
     keep_probability: float = 1.0
 
-    def to(self, dtype: torch.dtype) -> "Case":
-        """The same case in another dtype, parameters too."""
-        residual = None if self.residual is None else self.residual.to(dtype)
-        parameters = [p.to(dtype) for p in self.parameters]
-        return replace(
-            self, h=self.h.to(dtype), parameters=parameters, dout=self.dout.to(dtype), residual=residual
-        )
-
     @property
     def inputs(self) -> list[Tensor]:
         """Everything that gets a gradient."""
         return [self.h, *self.parameters, *([] if self.residual is None else [self.residual])]
+
+    def holding(self, tensors: list[Tensor]) -> "Case":
+        """The same case with other :attr:`inputs`, and another ``dout`` as the last one."""
+        h, *parameters, dout = tensors
+        residual = None if self.residual is None else parameters.pop()
+        return replace(self, h=h, parameters=parameters, dout=dout, residual=residual)
 
 
 def make_case(
@@ -90,19 +88,7 @@ def outputs_and_gradients(forward: Callable[..., Tensor], case: Case) -> list[Te
     return [out.detach(), *torch.autograd.grad(out, inputs, case.dout)]
 
 
-def assert_as_exact_as_eager(run: Callable[[Case], list[Tensor]], *cases: Case) -> None:
-    """Each result's error against float64, over all cases together, is within the factor of eager's own.
-
-    A result of one number wants several cases of one shape: eager's single error may be zero by luck.
-    """
-    got = _stacked([run(case) for case in cases])
-    exact, theirs = (_stacked([eager(c) for c in of]) for of in ([c.to(torch.float64) for c in cases], cases))
-    assert len(got) == len(exact)
-    for name, value, truth, expected in zip(NAMES, got, exact, theirs, strict=False):
-        assert value.shape == truth.shape, name
-        assert value.dtype == expected.dtype, name
-        assert_close(name, value, expected, truth)
-
-
-def _stacked(runs: list[list[Tensor]]) -> list[Tensor]:
-    return [torch.stack(results) for results in zip(*runs, strict=True)]
+def assert_as_exact_as_eager(run: Callable[[Case], list[Tensor]], case: Case) -> None:
+    """Each result's error against float64 is within the factor of eager's own."""
+    got = run(case)
+    assert_as_exact(NAMES, got, lambda tensors: eager(case.holding(tensors)), [*case.inputs, case.dout])

@@ -1,14 +1,14 @@
 """What the kernel tests share: inputs between NaN, outputs between canaries, and the float64 comparison."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from tests.lora_yardstick import FACTOR, unpack_mask
+from tests.exactness import assert_as_exact
+from tests.lora_yardstick import unpack_mask
 
 CANARY = 12345.0
-_FEW, _SHUFFLES = 32, 8
 
 
 class Harness:
@@ -62,29 +62,4 @@ def assert_exact(value: Tensor, compute: Callable[..., Tensor], *operands: Tenso
 
     Partial results are fp32 whatever the operands are, and held to an fp32 product of them.
     """
-    exact = compute(*(t.double() for t in operands))
-    error = (value.double() - exact).norm()
-    rounding = torch.finfo(value.dtype).eps / 2 * exact.norm()
-    draws = _SHUFFLES if value.numel() < _FEW else 0
-    assert error <= FACTOR * _eager_error(compute, operands, value.dtype, draws) + rounding
-
-
-def _eager_error(
-    compute: Callable[..., Tensor], operands: Sequence[Tensor], dtype: torch.dtype, draws: int
-) -> Tensor:
-    """Torch's own error. Of a few numbers it is chance: the largest of some shuffles counts as well."""
-
-    def error(tensors: Sequence[Tensor]) -> Tensor:
-        exact = compute(*(t.double() for t in tensors))
-        difference: Tensor = compute(*(t.to(dtype) for t in tensors)).double() - exact
-        norm: Tensor = difference.norm()
-        return norm
-
-    generator = torch.Generator().manual_seed(0)
-    shuffles = [[_shuffled(t, generator) for t in operands] for _ in range(draws)]
-    return torch.stack([error(operands), *map(error, shuffles)]).max()
-
-
-def _shuffled(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
-    return tensor.flatten()[order].view(tensor.shape)
+    assert_as_exact(["result"], [value], lambda tensors: [compute(*tensors)], operands, dtype=value.dtype)

@@ -19,7 +19,6 @@ def in_two_processes(module: str, *arguments: str) -> None:
         [sys.executable, *command, *arguments],
         cwd=ROOT,
         env=environment,
-        timeout=120,
         capture_output=True,
         text=True,
     )

@@ -1,16 +1,16 @@
-"""The yardstick of the LoRA ops: float64 is the truth, eager's error at the same dtype the tolerance."""
+"""Cases of the LoRA ops, and eager's results and gradients for them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fastlora import reference
+from tests.exactness import assert_as_exact
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 NAMES = ("y", "dX", "dA", "dB")
-FACTOR = 2.0
 
 
 @dataclass
@@ -27,13 +27,18 @@ class Case:
     keep_probability: float = 1.0
     scaling: float = 1.7
 
-    def to(self, dtype: torch.dtype) -> "Case":
-        """The same case in another dtype, adapters too."""
-        x, weight, lora_a, lora_b, dy = (
-            t.to(dtype) for t in (self.x, self.weight, self.lora_a, self.lora_b, self.dy)
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every number that the results depend on."""
+        bias = [] if self.bias is None else [self.bias]
+        return [self.x, self.weight, self.lora_a, self.lora_b, self.dy, *bias]
+
+    def holding(self, tensors: list[Tensor]) -> "Case":
+        """The same case with other :attr:`tensors`."""
+        x, weight, lora_a, lora_b, dy, *bias = tensors
+        return replace(
+            self, x=x, weight=weight, lora_a=lora_a, lora_b=lora_b, dy=dy, bias=bias[0] if bias else None
         )
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return Case(x, weight, bias, lora_a, lora_b, dy, self.keep, self.keep_probability, self.scaling)
 
 
 def make_case(
@@ -91,24 +96,7 @@ def outputs_and_gradients(forward: Callable[[Tensor, Tensor, Tensor], Tensor], c
 
 def assert_as_exact_as_eager(got: list[Tensor], case: Case) -> dict[str, float]:
     """Each result's error against float64 is at most FACTOR times eager's own; returns the ratios."""
-    exact = eager(case.to(torch.float64))
-    ratios: dict[str, float] = {}
-    for name, value, ours, theirs in zip(NAMES, got, exact, eager(case), strict=True):
-        assert value.shape == ours.shape, name
-        assert value.dtype == theirs.dtype, name
-        ratios[name] = assert_close(name, value, theirs, ours)
-    return ratios
-
-
-def assert_close(name: str, value: Tensor, eager_value: Tensor, exact: Tensor) -> float:
-    """The value's error is at most FACTOR times eager's; returns their ratio."""
-    if exact.numel() == 0:
-        return 0.0
-    # an axis of length one leaves eager without any error: one rounding of the result is always allowed
-    rounding = torch.finfo(value.dtype).eps / 2 * exact.norm()
-    error, eager_error = ((t.double() - exact).norm() for t in (value, eager_value))
-    assert error <= FACTOR * eager_error + rounding, f"{name}: error {error:.2e}, eager's {eager_error:.2e}"
-    return float(error / eager_error) if eager_error > 0 else 0.0
+    return assert_as_exact(NAMES, got, lambda tensors: eager(case.holding(tensors)), case.tensors)
 
 
 def unpack_mask(mask: Tensor, columns: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Methods against NumPy in float64, and a shift where DANN has to win and one where it must not."""
+"""Methods against NumPy in float64, and a shift where DANN has to win and one that misleads it."""
 
 from typing import Any
 
@@ -121,15 +121,17 @@ def test_methods_are_finite_on_tiny_and_equal_batches(method: Alignment) -> None
 def network(seed: int) -> tuple[nn.Module, nn.Module, nn.Module]:
     torch.manual_seed(seed)
     body = nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU())
-    return body, nn.Linear(32, 2), nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))
+    domain_classifier = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))
+    # in float64 the rounding of one CPU or another doesn't grow into another result
+    return body.double(), nn.Linear(32, 2).double(), domain_classifier.double()
 
 
-def target_accuracy(source: Any, target: Any, adapt: bool, seed: int, high: float = 1.0) -> float:
+def target_accuracy(source: Any, target: Any, adapt: bool, seed: int) -> float:
     (x, y), (z, truth) = source, target
     body, classifier, domain_classifier = network(seed)
     method, steps = None if adapt else SourceOnly(), 600
     model = DomainAdaptationModel(
-        body, classifier, domain_classifier, ReversalSchedule(steps, high=high), alignment=method
+        body, classifier, domain_classifier, ReversalSchedule(steps), alignment=method
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(steps):
@@ -144,7 +146,7 @@ def moons(angle: float, seed: int) -> tuple[Tensor, Tensor]:
     points, labels = make_moons(300, noise=0.06, random_state=seed)
     turn = np.deg2rad(angle)
     points = (points - [0.5, 0.25]) @ np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
-    return torch.from_numpy(points).float(), torch.from_numpy(labels)
+    return torch.from_numpy(points), torch.from_numpy(labels)
 
 
 def test_dann_wins_on_turned_moons() -> None:
@@ -157,23 +159,26 @@ def test_dann_wins_on_turned_moons() -> None:
     assert adapted > plain + 0.05
 
 
-def blobs(share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Two overlapping classes, ``share`` of the points in the first."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = (torch.arange(300) >= 300 * share).long()
-    return torch.randn(300, 2, generator=generator) * 0.6 + 2.0 * labels[:, None] - 1.0, labels
+def test_dann_rewards_mixed_classes_where_only_their_shares_differ() -> None:
+    """Features that tell the classes apart then tell the domains apart: the reversed gradient works on them.
 
-
-def test_dann_must_not_win_where_only_the_class_shares_differ() -> None:
-    torch.set_num_threads(1)
-    pairs = [(blobs(0.5, seed), blobs(0.95, seed + 10)) for seed in range(3)]
-    adapted, plain = (
-        np.mean([target_accuracy(*pair, adapt, seed, high=6.0) for seed, pair in enumerate(pairs)])
-        for adapt in (True, False)
-    )
-    assert plain > 0.95
-    # features that are made alike mix the classes, which are not in the same shares
-    assert adapted < plain - 0.02
+    At the best domain classifier the loss, which features are to raise, is log 2 less the Jensen-Shannon
+    divergence of the shares (Zhao et al. 2019, https://arxiv.org/abs/1901.09453), and log 2 once all classes
+    look alike.
+    """
+    shares = torch.tensor([[0.2, 0.8], [0.98, 0.02]], dtype=torch.float64)
+    labels = [torch.arange(2).repeat_interleave((100 * share).round().long()) for share in shares]
+    apart = [torch.nn.functional.one_hot(each, 2).double() for each in labels]
+    classifier = nn.Linear(2, 1, bias=False).double()
+    with torch.no_grad():
+        classifier.weight.copy_((shares[1] / shares[0]).log())
+    method = DANN(classifier, alpha=1.0)
+    told_apart = method(Domains(*apart, *apart)).item()
+    mixed = method(Domains(*(torch.zeros_like(each) for each in apart), *apart)).item()
+    divergence = (shares * (shares / shares.mean(0)).log()).sum(1).mean().item()
+    assert mixed == pytest.approx(np.log(2))
+    assert told_apart == pytest.approx(np.log(2) - divergence)
+    assert told_apart < mixed - 0.3
 
 
 def test_a_distance_is_0_for_one_distribution_and_2_for_separable_ones(caplog: Any) -> None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import fastlora
 from fastlora import LoRAConv2d, LoRALayer
 from fastlora.nn import conv as conv_module
+from tests.exactness import assert_as_exact
 from tests.lora_models import randomize_adapters
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -75,10 +76,9 @@ def test_it_errs_no_more_than_twice_the_eager_formula(name: str, dtype: torch.dt
         x = x.to(memory_format=torch.channels_last)
     elif layout == "strided":
         x = x.repeat_interleave(2, dim=3)[..., ::2]
-    expected = formula(copy.deepcopy(layer).double(), x.double())
-    eager = (formula(layer, x).double() - expected).abs().max()
-    error = (layer(x).double() - expected).abs().max()
-    assert error <= 2 * eager + torch.finfo(dtype).eps * expected.abs().max()
+    assert_as_exact(
+        ["y"], [layer(x)], lambda operands: [formula(copy.deepcopy(layer).to(operands[0]), *operands)], [x]
+    )
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -11,7 +11,8 @@ import fastlora
 from fastlora import reference
 from fastlora.functional import adapter
 from fastlora.ops import _adapter_library
-from tests.lora_yardstick import FACTOR
+from tests.adapter_yardstick import NAMES
+from tests.exactness import assert_as_exact
 from tests.test_ops_autograd import kept_bytes
 
 M, H, D = 6, 7, 3
@@ -150,20 +151,20 @@ def test_output_can_be_changed_in_place() -> None:
 def test_autocast(input_dtype: torch.dtype) -> None:
     """As exact as the eager formula under autocast; a float32 residual stream stays float32."""
     h, *parameters = (t.detach() for t in make())
-    inputs = [t.requires_grad_() for t in (h.to(input_dtype), *parameters)]
-    dout = torch.randn(M, H).to(input_dtype)
-    results = {}
-    for name in ("reference", "torch"):
-        with fastlora.use_backend(name), torch.autocast("cpu", torch.bfloat16):
+
+    def compute(operands: list[Tensor]) -> list[Tensor]:
+        *inputs, dout = (t.detach().requires_grad_() for t in operands)
+        # which leaves float64 as it is
+        with torch.autocast("cpu", torch.bfloat16):
             out = adapter(*inputs)
-        assert out.dtype == input_dtype
-        results[name] = (out, *torch.autograd.grad(out, inputs, dout))
-    wide = [t.detach().double().requires_grad_() for t in inputs]
-    out = reference.adapter(*wide)
-    exact = (out, *torch.autograd.grad(out, wide, dout.double()))
-    for eager, fused, truth in zip(results["reference"], results["torch"], exact, strict=True):
-        assert fused.dtype == eager.dtype
-        assert (fused.double() - truth).norm() <= FACTOR * (eager.double() - truth).norm()
+        assert out.dtype == inputs[0].dtype
+        return [out, *torch.autograd.grad(out, inputs, dout)]
+
+    operands = [h.to(input_dtype), *parameters, torch.randn(M, H).to(input_dtype)]
+    with fastlora.use_backend("torch"):
+        got = compute(operands)
+    with fastlora.use_backend("reference"):
+        assert_as_exact(NAMES, got, compute, operands)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

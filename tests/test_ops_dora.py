@@ -13,7 +13,8 @@ from fastlora.functional import dora_linear, dora_weight_norm
 from fastlora.ops._dora_library import dora_linear_forward
 from fastlora.ops._keep_mask import keep_probability
 from fastlora.ops.dora_linear import DoRALinearFunction
-from tests.lora_yardstick import DTYPES, Case, assert_close, make_case, unpack_mask
+from tests.exactness import assert_as_exact
+from tests.lora_yardstick import DTYPES, Case, make_case, unpack_mask
 
 NAMES = ("y", "dX", "dA", "dB", "dm")
 SIZES = [(33, 37, 41, 5), (1, 64, 32, 16), (65, 48, 7, 3), (130, 96, 160, 16)]
@@ -55,11 +56,10 @@ def eager(case: Case, magnitude: Tensor, norm: Tensor | None) -> list[Tensor]:
 
 
 def assert_as_exact_as_eager(got: list[Tensor], case: Case, magnitude: Tensor) -> None:
-    exact = eager(case.to(torch.float64), magnitude.double(), None)
-    for name, value, truth, theirs in zip(NAMES, got, exact, eager(case, magnitude, None), strict=True):
-        assert value.shape == truth.shape, name
-        assert value.dtype == theirs.dtype, name
-        assert_close(name, value, theirs, truth)
+    def compute(tensors: list[Tensor]) -> list[Tensor]:
+        return eager(case.holding(tensors[:-1]), tensors[-1], None)
+
+    assert_as_exact(NAMES, got, compute, [*case.tensors, magnitude])
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["no-dropout", "dropout"])
@@ -167,10 +167,13 @@ def test_norm(backend: str, device: torch.device) -> None:
     """As exact as forming W + s·B·A at once."""
     for dtype in DTYPES.values():
         case = make_case(1, 96, 160, 8, dtype, device=device)
-        arguments = (case.weight, case.lora_a, case.lora_b)
-        truth = (case.weight.double() + 1.7 * case.lora_b.double() @ case.lora_a.double()).norm(dim=1)
-        formed = torch.linalg.vector_norm(case.weight + 1.7 * (case.lora_b @ case.lora_a), dim=1)
-        assert_close("norm", dora_weight_norm(*arguments, 1.7), formed, truth)
+        operands = (case.weight, case.lora_a, case.lora_b)
+
+        def formed(tensors: list[Tensor]) -> list[Tensor]:
+            weight, a, b = tensors
+            return [torch.linalg.vector_norm(weight + 1.7 * (b @ a), dim=1)]
+
+        assert_as_exact(["norm"], [dora_weight_norm(*operands, 1.7)], formed, operands, dtype=torch.float32)
 
 
 def test_compiled() -> None:
