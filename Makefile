@@ -4,15 +4,21 @@ VENV := .venv
 RUN := $(VENV)/bin/python -m
 # for instance BENCH_FLAGS='--beside "a browser"' or '-k ViT'
 BENCH_FLAGS :=
+TESTS = $(RUN) pytest --numprocesses auto --dist worksteal
 SUITE = $(RUN) pytest benchmarks --results benchmarks/results $(BENCH_FLAGS)
 
-.PHONY: demo test lint bench bench-gpu results results-adapt results-digits
+.PHONY: demo test test-all lint bench bench-gpu results results-adapt results-digits
 
 demo: $(VENV)/.installed-demo
 	$(VENV)/bin/fastlora demo
 
+# every feature, in a few cases each
 test: $(VENV)/.installed-dev
-	$(RUN) pytest --numprocesses auto --dist loadfile
+	$(TESTS)
+
+# every case, and every kernel compiled for every target
+test-all: $(VENV)/.installed-dev
+	$(TESTS) -m ""
 
 lint: $(VENV)/.installed-dev
 	$(RUN) ruff format --check

@@ -16,6 +16,7 @@ import fastlora
 from fastlora._modules import adapted_modules
 from fastlora.nn import AdapterLayer
 from tests.adapter_models import CASES, PLACED, Case, adapted, place, randomize_bottlenecks
+from tests.cases import cases
 from tests.lora_models import same_bits
 
 ALL = pytest.mark.parametrize(("case", "placement"), PLACED)
@@ -140,7 +141,17 @@ def test_copies_and_pickles_compute_the_same(case: Case) -> None:
         fastlora.remove_adapters(other)
 
 
-@ALL
+# each model in one placement, by turns
+TURNS = [
+    f"{name}-{('houlsby', 'pfeiffer', 'parallel')[index % (2 if case.beside is None else 3)]}"
+    for index, (name, case) in enumerate(CASES.items())
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "placement"),
+    cases([each for each in PLACED if each.id in TURNS], [each for each in PLACED if each.id not in TURNS]),
+)
 def test_models_compile_whole(case: Case, placement: Any) -> None:
     torch.compiler.reset()
     model = adapted(case.make(), placement=placement, scale="learned")

@@ -1,6 +1,5 @@
 """Every kernel of every plan, compiled for five GPU targets without a GPU: a gate on what it takes."""
 
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,31 @@ import triton
 
 from fastlora_kernels import codegen, codegen_table, plan, plan_adapter, targets
 from fastlora_kernels.codegen_table import Row
+from fastlora_kernels.specs import Spec
 
 # DoRA's norm is a float32 product of float32 matrices, the gradient of its product no product at all
 _NO_UNITS = ("dora_weight_norm", "dora_grad_product")
 MATRIX_INSTRUCTION = {"sm_80": "mma", "sm_86": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 
 
-@pytest.fixture(scope="module")
-def rows() -> list[Row]:
-    wanted = codegen.gate_specs()
-    compiled = list(codegen.compile_rows(wanted))
+def few_specs() -> list[Spec]:
+    """Every kernel once, all on Hopper, a quarter of them on each other target, too."""
+    found: dict[tuple[str, str], Spec] = {}
+    for spec in codegen.gate_specs():
+        if spec.dtype == "bf16" and spec.aligned:
+            found.setdefault((spec.kernel, spec.target), spec)
+    kernels, others = sorted({kernel for kernel, _ in found}), ("sm_80", "sm_100", "gfx942", "sm_86")
+    return [found[kernel, "sm_90"] for kernel in kernels] + [
+        found[kernel, others[index % len(others)]] for index, kernel in enumerate(kernels)
+    ]
+
+
+@pytest.fixture(scope="module", params=["few", pytest.param("every", marks=pytest.mark.full)])
+def rows(request: pytest.FixtureRequest) -> list[Row]:
+    wanted = few_specs() if request.param == "few" else codegen.gate_specs()
+    # absent where pytest's cache is switched off
+    cache = getattr(request.config, "cache", None)
+    compiled = list(codegen.compile_rows(wanted, cache=cache.mkdir("codegen") if cache else None))
     assert len(compiled) == len(wanted)
     return compiled
 
@@ -52,11 +66,28 @@ def test_the_large_products_keep_their_pipeline(rows: list[Row]) -> None:
     assert [row for row in rows if row.serialized] == []
 
 
-def test_every_kernel_is_there_for_every_target(rows: list[Row]) -> None:
-    counts = Counter((row.kernel, row.target) for row in rows)
+def test_every_kernel_is_there_for_every_target() -> None:
+    wanted = {(spec.kernel, spec.target) for spec in codegen.gate_specs()}
     kernels = {*plan.KERNELS, *plan_adapter.KERNELS}
-    assert {kernel for kernel, _ in counts} == kernels
-    assert len(counts) == 5 * len(kernels)
+    assert {kernel for kernel, _ in wanted} == kernels == {spec.kernel for spec in few_specs()}
+    assert len(wanted) == 5 * len(kernels)
+    assert {spec.target for spec in few_specs()} == {*codegen.DEFAULT_TARGETS, "sm_86"}
+
+
+def test_a_row_is_kept_until_its_fingerprint_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, compiled = codegen_table.committed()[1], list[Spec]()
+
+    def compile_spec(spec: Spec) -> Row:
+        compiled.append(spec)
+        return before[len(compiled)]
+
+    monkeypatch.setattr(codegen, "compile_spec", compile_spec)
+    monkeypatch.setattr(codegen, "_fingerprint", lambda spec: f"{spec.kernel}-{spec.target}")
+    spec, other = (spec for spec in few_specs() if spec.kernel == "dora_grad_product")
+    rows = [codegen._cached_row(each, tmp_path) for each in (spec, other, spec, other)]
+    assert (compiled, rows) == ([spec, other], [before[1], before[2]] * 2)
+    (tmp_path / f"{spec.kernel}-{spec.target}.json").write_text("{", "utf-8")
+    assert codegen._cached_row(spec, tmp_path) == before[3]
 
 
 def test_no_figure_is_worse_than_the_committed_one(rows: list[Row]) -> None:

@@ -27,6 +27,7 @@ from fastlora.transfer.methods import FUSED, lora_tuning
 from fastlora.transfer.recipes import RECIPES, Recipe
 from fastlora.transfer.report import MethodResult
 from fastlora.transfer.study import Study
+from tests.cases import cases
 
 SIZE, STEPS, SEED = 28, 3, 5
 PICTURES = {"curves.png", "accuracy.png", "confusion.png"}
@@ -66,9 +67,10 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", params=[("elpv", False), ("mnist5k", True)], ids=["elpv", "mnist5k-json"])
+# what is printed for elpv is told by test_demo_methods, too
+@pytest.fixture(scope="module", params=cases(["mnist5k"], ["elpv"]))
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    data, as_json = request.param
+    data, as_json = request.param, request.param == "mnist5k"
     folder = tmp_path_factory.mktemp(data) / "new" / "folder"
     arguments = ["demo", "--data", data, "--output", str(folder), "--max-steps", str(STEPS)]
     arguments += ["--seed", str(SEED), *(["--json"] if as_json else [])]

@@ -26,6 +26,7 @@ from fastlora.transfer.recipes import RECIPES
 from fastlora.transfer.report import MethodResult
 from fastlora.transfer.study import Study
 from fastlora.transfer.tuning import Tuning, TuningRun, _speed_up_attention, tune
+from tests.cases import cases
 
 SIZE, STEPS, SEED = 28, 3, 5
 HEAD = 385 * 2
@@ -173,12 +174,10 @@ def test_no_model_outlives_its_method(everything: Run) -> None:
 
 
 def test_subset_gives_the_numbers_of_the_whole(everything: Run, tmp_path: Path) -> None:
-    subset = run_demo("prompts, full,probe", tmp_path)
+    subset = run_demo("prompts, probe", tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", *PICTURES, "prompts"}
     measured = ("seconds", "peak_memory_bytes", "epochs")
-    for method, strategy in zip(
-        subset.report["methods"], ["linear_probe", "deep_prompts", "full"], strict=True
-    ):
+    for method, strategy in zip(subset.report["methods"], ["linear_probe", "deep_prompts"], strict=True):
         same = everything.method(strategy)
         assert [m["loss"] for m in method["epochs"]] == [m["loss"] for m in same["epochs"]]
         for key in same.keys() - measured:
@@ -200,7 +199,7 @@ def should_train(method: str, name: str) -> bool:
     return method == "full" or name.startswith("heads.") or any(mark in name for mark in marks[method])
 
 
-@pytest.mark.parametrize("method", RECIPES["elpv"].tunings)
+@pytest.mark.parametrize("method", cases(["lora", "prompts"], ["adapter", "full"]))
 def test_what_should_train_does_and_nothing_else(method: str) -> None:
     tuning = RECIPES["elpv"].tunings[method]
     # with neither weight decay nor warm-up, only what gets a gradient moves

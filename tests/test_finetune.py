@@ -18,6 +18,7 @@ from fastlora.transfer.data import open_images
 from fastlora.transfer.finetune import load_run
 from fastlora.transfer.finetune.predict import predict_files
 from fastlora.transfer.recommend import recommend_strategy
+from tests.cases import cases
 from tests.finetune_models import CLASSES, write_pictures
 
 RESNET = ["--model", "resnet18", "--weights", "none", "--image-size", "32"]
@@ -47,16 +48,21 @@ def report_of(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("strategy", "model", "written"),
-    [
-        ("feature_extraction", RESNET, "model.safetensors"),
-        ("fine_tuning", RESNET, "model.safetensors"),
-        ("full", RESNET, "model.safetensors"),
-        ("gradual", RESNET, "model.safetensors"),
-        ("lp_ft", RESNET, "model.safetensors"),
-        ("lora", DINO, "adapter"),
-        ("adapter", DINO, "adapter"),
-        ("prompt", DINO, "adapter"),
-    ],
+    # the runs of the other tests here and of test_finetune_export train the others, too
+    cases(
+        [
+            ("feature_extraction", RESNET, "model.safetensors"),
+            ("gradual", RESNET, "model.safetensors"),
+            ("lora", DINO, "adapter"),
+        ],
+        [
+            ("fine_tuning", RESNET, "model.safetensors"),
+            ("full", RESNET, "model.safetensors"),
+            ("lp_ft", RESNET, "model.safetensors"),
+            ("adapter", DINO, "adapter"),
+            ("prompt", DINO, "adapter"),
+        ],
+    ),
 )
 def test_every_strategy_trains_saves_and_answers_alike(
     data: Path, tmp_path: Path, strategy: str, model: list[str], written: str
@@ -131,7 +137,8 @@ def test_the_worst_pictures_are_shown(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_config_says_what_flags_say(data: Path, tmp_path: Path) -> None:
-    finetuned(data, *RESNET, *SHORT, "--strategy", "full", "--mixup", 0.2, "--output", tmp_path / "flags")
+    flags = ["--strategy", "feature_extraction", "--mixup", 0.2]
+    finetuned(data, *RESNET, *SHORT, *flags, "--output", tmp_path / "flags")
     config = tmp_path / "flags" / "config.toml"
     finetuned("--config", config, "--output", tmp_path / "file")
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("flags", "file"))
@@ -204,6 +211,8 @@ def test_json_is_the_report(data: Path, tmp_path: Path) -> None:
     assert json.loads(result.stdout)["evaluation"] == report_of(tmp_path)["evaluation"]
 
 
+# by default the trainer runs in two processes in test_training_processes, a command in test_domain_training
+@pytest.mark.full
 def test_two_processes_write_one_run(data: Path, tmp_path: Path) -> None:
     # a BatchNorm in train mode would see half a batch in each process
     arguments = [str(data), *RESNET, *SHORT, "--strategy", "feature_extraction", "--output"]
@@ -212,7 +221,6 @@ def test_two_processes_write_one_run(data: Path, tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, *command, "finetune", *arguments, str(tmp_path / "two")],
         check=True,
-        timeout=180,
         capture_output=True,
     )
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))

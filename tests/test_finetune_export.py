@@ -16,6 +16,7 @@ from fastlora.cli import app
 from fastlora.transfer.backbones import dinov2_vits14
 from fastlora.transfer.data import open_images
 from fastlora.transfer.finetune import export, export_run, load_run
+from tests.cases import cases
 from tests.finetune_models import CLASSES, write_pictures
 
 SETTINGS = ["--image-size", "28", "--epochs", "2", "--batch-size", "8", "--precision", "no"]
@@ -50,11 +51,11 @@ def test_merged_weights_are_the_plain_models(runs: dict[str, Path], tmp_path: Pa
     plain.load_state_dict(load_file(agreement.path))
     images, expected = logits_of(runs["lora"])
     torch.testing.assert_close(plain.eval()(images), expected, rtol=1e-4, atol=1e-4)
-    assert agreement.error <= 8 * agreement.eager_error
+    assert agreement.error <= max(8 * agreement.eager_error, 1e-5)
     assert agreement.same_answers
 
 
-@pytest.mark.parametrize("strategy", ["lora", "adapter", "prompt", "feature_extraction"])
+@pytest.mark.parametrize("strategy", cases(["lora", "prompt"], ["adapter", "feature_extraction"]))
 def test_a_program_answers_the_same_for_any_batch(
     runs: dict[str, Path], tmp_path: Path, strategy: str
 ) -> None:
@@ -64,7 +65,7 @@ def test_a_program_answers_the_same_for_any_batch(
     torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("strategy", ["lora", "adapter"])
+@pytest.mark.parametrize("strategy", cases(["adapter"], ["lora"]))
 def test_onnx_answers_the_same_for_any_batch(runs: dict[str, Path], tmp_path: Path, strategy: str) -> None:
     import onnxruntime
 

@@ -2,9 +2,11 @@
 
 Triton's cross-compiler makes the machine code; registers, spills and shared memory come from the assembler's
 own report, so they are exact. The compiler and the interpreter can't share a process, so the work runs in
-subprocesses: ``python -m fastlora_kernels.codegen`` reads specs from standard input and prints rows, as JSON.
+subprocesses: ``python -m fastlora_kernels.codegen`` reads specs from standard input and prints rows, as JSON;
+given a folder, it keeps there what it found, and compiles again only what has changed since.
 """
 
+import hashlib
 import json
 import os
 import queue
@@ -40,15 +42,25 @@ def gate_specs() -> list[Spec]:
     return wanted + specs("sm_86", ("bf16",))
 
 
-def compile_rows(all_specs: Sequence[Spec], *, jobs: int | None = None) -> Iterator[Row]:
+def compile_rows(
+    all_specs: Sequence[Spec], *, jobs: int | None = None, cache: Path | None = None
+) -> Iterator[Row]:
     """Compile in as many subprocesses as the machine has cores and yield the rows as they come.
+
+    Args:
+        all_specs: What to compile.
+        jobs: Number of subprocesses; without it, as many as the machine has cores.
+        cache: A folder that keeps the rows; one is made again when its kernel, what that calls, the spec or
+            Triton has changed.
 
     Raises:
         RuntimeError: A kernel does not compile; the message holds the compiler's.
     """
     batches = _batches(all_specs, jobs or os.cpu_count() or 1)
     results: queue.Queue[Row | Exception | None] = queue.Queue()
-    workers = [threading.Thread(target=_run_batch, args=(batch, results), daemon=True) for batch in batches]
+    workers = [
+        threading.Thread(target=_run_batch, args=(batch, cache, results), daemon=True) for batch in batches
+    ]
     for worker in workers:
         worker.start()
     running = len(workers)
@@ -104,13 +116,15 @@ def _batches(all_specs: Sequence[Spec], jobs: int) -> list[Sequence[Spec]]:
     return [batch for batch in (all_specs[i::jobs] for i in range(jobs)) if batch]
 
 
-def _run_batch(batch: Sequence[Spec], results: "queue.Queue[Row | Exception | None]") -> None:
+def _run_batch(
+    batch: Sequence[Spec], cache: Path | None, results: "queue.Queue[Row | Exception | None]"
+) -> None:
     """Compile a batch in one subprocess and put its rows, an error if any, then None into the queue."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
-    command = [sys.executable, "-m", "fastlora_kernels.codegen"]
+    command = [sys.executable, "-m", "fastlora_kernels.codegen", *([] if cache is None else [str(cache)])]
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
@@ -164,11 +178,37 @@ def _matrix_instructions(assembly: str) -> dict[str, int]:
     return {kind: count for kind, count in counts.items() if count}
 
 
+def _cached_row(spec: Spec, folder: Path) -> Row:
+    """:func:`compile_spec`, or what it made of the same code before."""
+    file = folder / f"{_fingerprint(spec)}.json"
+    try:
+        return Row(**json.loads(file.read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        row = compile_spec(spec)
+    # renamed into place: several processes may share the folder
+    part = file.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(asdict(row)), "utf-8")
+    part.replace(file)
+    return row
+
+
+def _fingerprint(spec: Spec) -> str:
+    """Of everything that a row hangs on: the kernel and what it calls, the spec, the compiler, this code."""
+    import triton
+
+    kernel = jit_function(spec.kernel, persistent=spec.tile.persistent)
+    own = [Path(__file__).with_name(name).read_text("utf-8") for name in ("codegen.py", "specs.py")]
+    parts = [triton.__version__, kernel.cache_key, repr(spec), *own]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
 def main() -> None:
     """Read specs as JSON from standard input, print one row as JSON for each."""
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     for fields in json.load(sys.stdin):
         spec = Spec(**{**fields, "tile": Tile(**fields["tile"])})
-        print(json.dumps(asdict(compile_spec(spec))), flush=True)
+        row = compile_spec(spec) if folder is None else _cached_row(spec, folder)
+        print(json.dumps(asdict(row)), flush=True)
 
 
 if __name__ == "__main__":
