@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Literal, cast
 
 import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Backend = Literal["triton", "torch", "reference"]
 
@@ -77,13 +79,26 @@ def use_backend(name: str) -> Iterator[None]:
         _selected = before
 
 
-def resolve(device: torch.device, dtype: torch.dtype) -> Backend:
+def resolve(device: torch.device, dtype: torch.dtype, *tensors: Tensor) -> Backend:
     """The backend that serves tensors of this device and dtype.
+
+    Args:
+        device: Where it computes.
+        dtype: What it computes in.
+        tensors: Those that may be nested, quantised or sharded, which the eager formula alone takes.
 
     Raises:
         ValueError: The selected backend can't serve them.
     """
     name = _known(_selected)
+    composite = next(filter(_is_composite, tensors), None)
+    if composite is not None and name in ("auto", "reference"):
+        return "reference"
+    if composite is not None:
+        raise ValueError(
+            f"backend {name!r} serves plain tensors, got a {type(composite).__name__} "
+            f"({composite.layout}); use fastlora.set_backend('auto'), which takes the eager formula for it"
+        )
     if name == "auto":
         return _automatic(device, dtype)
     if name == "triton":
@@ -147,6 +162,13 @@ def interpreter_enabled() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def _is_composite(tensor: Tensor) -> bool:
+    kind = type(tensor)
+    if kind is Tensor or kind is nn.Parameter:
+        return tensor.is_nested
+    return tensor.is_nested or is_traceable_wrapper_subclass(tensor)
+
+
 def _known(name: str) -> str:
     if name not in BACKENDS:
         raise ValueError(
@@ -157,10 +179,18 @@ def _known(name: str) -> str:
 
 
 def _automatic(device: torch.device, dtype: torch.dtype) -> Backend:
-    # torch.func needs operations that it can transform: per-example gradients, vmap
-    if dtype not in KERNEL_DTYPES or torch._C._are_functorch_transforms_active():
+    if dtype not in KERNEL_DTYPES or _is_transforming():
         return "reference"
     return "triton" if device.type == "cuda" and triton_available() and _launches() else "torch"
+
+
+def _is_transforming() -> bool:
+    """Whether torch.func, forward-mode differentiation or TorchScript want operations that they know."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def _require_triton(device: torch.device, dtype: torch.dtype) -> None:

@@ -112,10 +112,10 @@ def check_compute_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """Refuse anything but a dense float64, float32, float16 or bfloat16 tensor."""
+    """Refuse anything but a dense or nested float64, float32, float16 or bfloat16 tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"expected {name} to be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided:
+    if tensor.layout not in (torch.strided, torch.jagged):
         raise TypeError(f"expected {name} to be dense, got layout {tensor.layout}; use .to_dense()")
     if tensor.dtype in FLOATING_DTYPES:
         return
@@ -142,10 +142,10 @@ def check_same_device(tensors: dict[str, Tensor]) -> None:
 
 
 def check_dropout(dropout: float) -> None:
-    """Refuse a dropout probability outside [0, 1)."""
+    """Refuse a dropout probability outside [0, 1]."""
     _check_number("dropout", dropout)
-    if not 0 <= dropout < 1:
-        raise ValueError(f"expected a dropout probability in [0, 1), got {dropout!r}")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"expected a dropout probability in [0, 1], got {dropout!r}")
 
 
 def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> None:
@@ -154,7 +154,8 @@ def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor
             raise ValueError(f"expected {name} with 2 dimensions, got shape {tuple(tensor.shape)}")
     out_features, in_features = weight.shape
     rank = lora_A.shape[0]
-    if x.dim() == 0 or x.shape[-1] != in_features:
+    # not shape: nested tensors of the strided layout have none
+    if x.dim() == 0 or x.size(-1) != in_features:
         raise ValueError(
             f"expected x with last dimension {in_features} (weight is {tuple(weight.shape)}), "
             f"got shape {tuple(x.shape)}"
@@ -177,7 +178,7 @@ def _check_adapter_shapes(h: Tensor, down_weight: Tensor, given: dict[str, Tenso
             f"{tuple(down_weight.shape)}"
         )
     size, hidden = down_weight.shape
-    if h.dim() == 0 or h.shape[-1] != hidden:
+    if h.dim() == 0 or h.size(-1) != hidden:
         raise ValueError(
             f"expected h with last dimension {hidden} (down_weight is {tuple(down_weight.shape)}), "
             f"got shape {tuple(h.shape)}"
@@ -186,12 +187,13 @@ def _check_adapter_shapes(h: Tensor, down_weight: Tensor, given: dict[str, Tenso
         "down_bias": (size,),
         "up_weight": (hidden, size),
         "up_bias": (hidden,),
-        "residual": tuple(h.shape),
     }
+    if "residual" in given:
+        expected["residual"] = tuple(h.shape)
     for name, shape in expected.items():
         if name in given and tuple(given[name].shape) != shape:
             raise ValueError(
-                f"expected {name} of shape {shape} for h {tuple(h.shape)} and down_weight "
+                f"expected {name} of shape {shape} for h [..., {hidden}] and down_weight "
                 f"{tuple(down_weight.shape)}, got {tuple(given[name].shape)}"
             )
 

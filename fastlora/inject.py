@@ -70,7 +70,7 @@ def apply_lora(
             carry LoRA: ``"all-linear"`` leaves them out.
         rank: Inner size of every update.
         alpha: Strength of every update.
-        dropout: Probability in [0, 1) of zeroing an element of an update's input while training; an
+        dropout: Probability in [0, 1] of zeroing an element of an update's input while training; an
             embedding's update has none.
         exclude_modules: Names or a regular expression to leave out of the targets.
         modules_to_save: Names of modules to train whole, a new classification head, say; never adapted.

@@ -38,7 +38,7 @@ def apply_prompts(
         num_tokens: Number of prompts, in every block if ``deep``.
         deep: Whether every block has prompts of its own; vision only. Shallow prompts enter the first block,
             and timm's ``forward_intermediates`` refuses them.
-        dropout: Probability in [0, 1) of zeroing an element of the prompts while training.
+        dropout: Probability in [0, 1] of zeroing an element of the prompts while training.
         init: ``"auto"``: visual prompts as ``"uniform"``, soft ones as ``"vocabulary"``. ``"uniform"``: from
             ±√(6 / (3 · patch area + hidden)) for vision, over the vocabulary's own spread for text.
             ``"vocabulary"``: different embeddings drawn from all of the vocabulary.

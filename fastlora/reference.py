@@ -246,7 +246,8 @@ def _magnitude_times(
 
 
 def _dropout(x: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:
-    if generator is None:
+    # where everything is dropped, nothing is drawn
+    if generator is None or probability == 1:
         return F.dropout(x, probability)
     keep = torch.empty_like(x).bernoulli_(1 - probability, generator=generator)
     return x * keep / (1 - probability)

@@ -117,7 +117,7 @@ def bad_models() -> dict[str, tuple[nn.Module, dict[str, Any], type[Exception], 
         ),
         "rank": (mlp(), {"rank": 0}, ValueError, "expected rank >= 1, got 0"),
         "rank-float": (mlp(), {"rank": 1.5}, TypeError, "expected rank to be an integer, got 1.5"),
-        "dropout": (mlp(), {"dropout": 1.0}, ValueError, r"expected dropout in \[0, 1\), got 1.0"),
+        "dropout": (mlp(), {"dropout": 1.5}, ValueError, r"expected dropout in \[0, 1\], got 1.5"),
     }
 
 

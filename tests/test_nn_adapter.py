@@ -178,8 +178,8 @@ BAD_SETTINGS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "scale-none": ({"scale": None}, TypeError, "expected scale to be a number, got None"),
     "scale-zero": ({"scale": 0}, ValueError, "finite and not zero, got 0.0"),
     "scale-inf": ({"scale": math.inf}, ValueError, "finite and not zero, got inf"),
-    "dropout-one": ({"dropout": 1.0}, ValueError, r"expected dropout in \[0, 1\), got 1.0"),
-    "dropout-nan": ({"dropout": math.nan}, ValueError, r"expected dropout in \[0, 1\), got nan"),
+    "dropout": ({"dropout": 1.5}, ValueError, r"expected dropout in \[0, 1\], got 1.5"),
+    "dropout-nan": ({"dropout": math.nan}, ValueError, r"expected dropout in \[0, 1\], got nan"),
     "bias": ({"bias": 1}, TypeError, "expected bias to be True or False, got 1"),
     "dtype": ({"dtype": torch.int8}, TypeError, "expected dtype to be float16, bfloat16"),
 }

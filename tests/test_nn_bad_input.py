@@ -84,9 +84,9 @@ BAD_SETTINGS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "rank-negative": ({"rank": -4}, ValueError, "expected rank >= 1, got -4"),
     "rank-float": ({"rank": 4.0}, TypeError, "expected rank to be an integer, got 4.0"),
     "rank-bool": ({"rank": True}, TypeError, "expected rank to be an integer, got True"),
-    "dropout-one": ({"dropout": 1.0}, ValueError, r"expected dropout in \[0, 1\), got 1.0"),
-    "dropout-negative": ({"dropout": -0.1}, ValueError, r"expected dropout in \[0, 1\), got -0.1"),
-    "dropout-nan": ({"dropout": math.nan}, ValueError, r"expected dropout in \[0, 1\), got nan"),
+    "dropout": ({"dropout": 1.5}, ValueError, r"expected dropout in \[0, 1\], got 1.5"),
+    "dropout-negative": ({"dropout": -0.1}, ValueError, r"expected dropout in \[0, 1\], got -0.1"),
+    "dropout-nan": ({"dropout": math.nan}, ValueError, r"expected dropout in \[0, 1\], got nan"),
     "dropout-string": ({"dropout": "0.1"}, TypeError, "expected dropout to be a number, got '0.1'"),
     "alpha-inf": ({"alpha": math.inf}, ValueError, "expected alpha to be finite, got inf"),
     "alpha-none": ({"alpha": None}, TypeError, "expected alpha to be a number, got None"),
@@ -141,8 +141,8 @@ def test_attention_refuses_bad_settings() -> None:
     before.assert_unchanged()
     with pytest.raises(ValueError, match="kdim or vdim unlike embed_dim"):
         LoRAMultiheadAttention(8, 2, vdim=4)
-    with pytest.raises(ValueError, match=r"expected dropout in \[0, 1\), got 1.0"):
-        LoRAMultiheadAttention(8, 2, lora_dropout=1.0)
+    with pytest.raises(ValueError, match=r"expected dropout in \[0, 1\], got 1.5"):
+        LoRAMultiheadAttention(8, 2, lora_dropout=1.5)
 
 
 X = torch.zeros(BATCH, LENGTH, EMBED)

@@ -191,7 +191,7 @@ def test_copies_and_plain_state_dicts() -> None:
         (lambda: LoRAConv2d(4, 4, 3, groups=4, rank=2), ValueError, "groups=4 divide, as in PEFT, got 2"),
         (lambda: LoRALayer(nn.Conv2d(4, 4, 3, groups=4), rank=2), ValueError, "groups=4 divide"),
         (lambda: LoRAConv2d(4, 4, 3, rank=0), ValueError, "rank"),
-        (lambda: LoRAConv2d(4, 4, 3, dropout=1.0), ValueError, "dropout"),
+        (lambda: LoRAConv2d(4, 4, 3, dropout=1.5), ValueError, "dropout"),
         (lambda: LoRAConv2d.from_conv(nn.Linear(4, 4)), TypeError, "expected an nn.Conv2d, got Linear"),  # type: ignore[arg-type]
         (lambda: LoRAConv2d.from_conv(nn.ConvTranspose2d(4, 4, 3)), TypeError, "got ConvTranspose2d"),  # type: ignore[arg-type]
         (lambda: LoRAConv2d.from_conv(nn.Conv2d(4, 4, 3, device="meta")), ValueError, "meta"),

@@ -218,7 +218,7 @@ BAD: dict[str, tuple[str, Callable[[], Any], type[Exception], str]] = {
     "residual's name": ("residual", lambda: "output", ValueError, "'input', a tensor or None, got 'output'"),
     "meta": ("up_weight", lambda: torch.empty(H, D, device="meta"), ValueError, "holds no data"),
     "activation": ("activation", lambda: "tanh", ValueError, "out of gelu, relu, silu, got 'tanh'"),
-    "dropout of one": ("dropout", lambda: 1.0, ValueError, r"in \[0, 1\), got 1.0"),
+    "dropout above one": ("dropout", lambda: 1.5, ValueError, r"in \[0, 1\], got 1.5"),
     "dropout's type": ("dropout", lambda: "0.1", TypeError, "dropout to be a number, got '0.1'"),
 }
 

@@ -77,7 +77,7 @@ BAD: dict[str, tuple[str, Make, type[Exception], str]] = {
     "sparse weight": ("weight", lambda: torch.eye(N, K).to_sparse(), TypeError, "weight to be dense"),
     "dropout is text": ("dropout", lambda: "0.1", TypeError, "dropout to be a number, got '0.1'"),
     "scaling is text": ("scaling", lambda: "2", TypeError, "scaling to be a number, got '2'"),
-    "dropout of one": ("dropout", lambda: 1.0, ValueError, r"dropout probability in \[0, 1\), got 1.0"),
+    "dropout above one": ("dropout", lambda: 1.5, ValueError, r"dropout probability in \[0, 1\], got 1.5"),
     "negative dropout": ("dropout", lambda: -0.1, ValueError, r"got -0.1"),
     "dropout is nan": ("dropout", lambda: float("nan"), ValueError, r"got nan"),
     "infinite scaling": ("scaling", lambda: float("inf"), ValueError, "finite scaling"),

@@ -78,7 +78,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "from-the-future": (edit_config(use_magic=7), ValueError, "expected plain LoRA, got use_magic=7"),
     "rank-text": (edit_config(r="8"), ValueError, "expected rank to be an integer, got '8'"),
     "alpha-null": (edit_config(lora_alpha=None), ValueError, "expected alpha to be a number, got None"),
-    "dropout-two": (edit_config(lora_dropout=2), ValueError, r"expected dropout in \[0, 1\), got 2"),
+    "dropout-two": (edit_config(lora_dropout=2), ValueError, r"expected dropout in \[0, 1\], got 2"),
     "rslora-text": (
         edit_config(use_rslora="yes"),
         ValueError,

@@ -11,6 +11,7 @@ import fastlora
 
 LAYERS: dict[str, Any] = {
     "lora": lambda: fastlora.LoRALinear(6, 6, rank=2),
+    "dora": lambda: fastlora.LoRALinear(6, 6, rank=2, dora=True),
     "adapter": lambda: fastlora.AdapterLayer(6, adapter_size=3),
 }
 

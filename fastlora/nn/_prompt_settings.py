@@ -14,7 +14,7 @@ class PromptSettings:
 
     Raises:
         TypeError: A value has the wrong type.
-        ValueError: ``num_tokens`` < 1, ``dropout`` outside [0, 1), ``init`` unknown.
+        ValueError: ``num_tokens`` < 1, ``dropout`` outside [0, 1], ``init`` unknown.
 
     Example:
         >>> PromptSettings(num_tokens=50, deep=True).dropout

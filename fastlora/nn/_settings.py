@@ -24,7 +24,7 @@ class LoRASettings:
 
     Raises:
         TypeError: A value has the wrong type.
-        ValueError: ``rank`` < 1, ``dropout`` outside [0, 1), ``alpha`` not finite.
+        ValueError: ``rank`` < 1, ``dropout`` outside [0, 1], ``alpha`` not finite.
 
     Example:
         >>> LoRASettings(rank=8).alpha
@@ -59,7 +59,7 @@ class AdapterSettings:
     Raises:
         TypeError: A value has the wrong type.
         ValueError: A size < 1 or two of them, an unknown activation or place of the layer norm, ``scale``
-            zero or not finite, ``dropout`` outside [0, 1).
+            zero or not finite, ``dropout`` outside [0, 1].
 
     Example:
         >>> AdapterSettings(reduction_factor=16).size(768)
@@ -153,8 +153,8 @@ def _scale(value: object) -> Scale:
 
 def _dropout(value: object) -> float:
     dropout = _number("dropout", value)
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"expected dropout in [0, 1), got {dropout}; use 0.0 for none")
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"expected dropout in [0, 1], got {dropout}; use 0.0 for none")
     return dropout
 
 

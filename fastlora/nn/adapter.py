@@ -28,7 +28,7 @@ class AdapterLayer(TunerModule):
             never normalised. None does neither.
         scale: Factor of the adapter's part; ``"learned"`` makes it a parameter that starts at 1
             (https://arxiv.org/abs/2110.04366). It multiplies the small weights, never the activations.
-        dropout: Probability in [0, 1) of zeroing an element after the activation while training.
+        dropout: Probability in [0, 1] of zeroing an element after the activation while training.
         bias: Whether both projections have a bias.
         device: Device of every parameter.
         dtype: Dtype of every parameter, rounded to h's where they differ; None means torch's default.
@@ -164,7 +164,8 @@ class AdapterLayer(TunerModule):
         return wide * self.scale
 
     def _check(self, h: Tensor, residual: Tensor | None) -> None:
-        if h.dim() == 0 or h.shape[-1] != self.hidden_size:
+        # not shape: nested tensors of the strided layout have none
+        if h.dim() == 0 or h.size(-1) != self.hidden_size:
             raise ValueError(
                 f"expected h [..., {self.hidden_size}], got {tuple(h.shape)}; hidden_size must be the width "
                 "of what is adapted"

@@ -243,8 +243,8 @@ class LoRAModule(TunerModule):
         return self
 
     def _weight(self) -> nn.Parameter:
-        weight = getattr(self._weight_owner(), self._weight_name)
-        assert isinstance(weight, nn.Parameter)
+        # torch.func may put a plain tensor in its place
+        weight: nn.Parameter = getattr(self._weight_owner(), self._weight_name)
         return weight
 
     def _set_weight(self, weight: nn.Parameter) -> None:

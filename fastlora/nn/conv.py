@@ -39,7 +39,7 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         rank: Channels between A and B, at least 1.
         alpha: Strength of the update.
-        dropout: Probability in [0, 1) of zeroing an element of the update's input while training.
+        dropout: Probability in [0, 1] of zeroing an element of the update's input while training.
         rslora: Scale by alpha/√rank instead (https://arxiv.org/abs/2312.03732).
         dora: Keep a trained norm for every output feature (https://arxiv.org/abs/2402.09353).
         device: Device of every parameter.
@@ -52,7 +52,7 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
 
     Raises:
         TypeError: ``rank`` is no integer, ``alpha`` or ``dropout`` no number, a dtype not floating.
-        ValueError: ``rank`` < 1 or not a multiple of ``groups``, ``dropout`` outside [0, 1), ``alpha`` not
+        ValueError: ``rank`` < 1 or not a multiple of ``groups``, ``dropout`` outside [0, 1], ``alpha`` not
             finite.
 
     Example:

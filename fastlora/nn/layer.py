@@ -25,7 +25,7 @@ class LoRALayer(LoRAModule):
             bias stay in it.
         rank: Inner size of the update, at least 1.
         alpha: Strength of the update.
-        dropout: Probability in [0, 1) of zeroing an element of the update's input while training; an
+        dropout: Probability in [0, 1] of zeroing an element of the update's input while training; an
             embedding's has none.
         rslora: Scale by alpha/√rank instead of alpha/rank.
         dora: Keep a trained norm for every output feature (https://arxiv.org/abs/2402.09353).

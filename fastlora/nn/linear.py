@@ -25,7 +25,7 @@ class LoRALinear(LoRAModule, nn.Linear):
         bias: Whether there is a (frozen) bias.
         rank: Inner size of the update, at least 1.
         alpha: Strength of the update.
-        dropout: Probability in [0, 1) of zeroing an element of the update's input while training.
+        dropout: Probability in [0, 1] of zeroing an element of the update's input while training.
         rslora: Scale by alpha/√rank instead (https://arxiv.org/abs/2312.03732).
         dora: Keep a trained norm for every output feature (https://arxiv.org/abs/2402.09353).
         device: Device of every parameter.
@@ -34,7 +34,7 @@ class LoRALinear(LoRAModule, nn.Linear):
 
     Raises:
         TypeError: ``rank`` is no integer, ``alpha`` or ``dropout`` no number, a dtype not floating.
-        ValueError: ``rank`` < 1, ``dropout`` outside [0, 1), ``alpha`` not finite.
+        ValueError: ``rank`` < 1, ``dropout`` outside [0, 1], ``alpha`` not finite.
 
     Example:
         >>> layer = LoRALinear(8, 4, rank=2)

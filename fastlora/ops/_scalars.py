@@ -12,11 +12,13 @@ class Scalars:
         scaling: Factor of the low-rank path.
         dropout: Probability of zeroing an element of its input.
         drops: Whether there is dropout at all, which decides what a graph contains.
+        drops_all: Whether it leaves nothing of the low-rank path.
         tensor: Both numbers, float64 ``[2]`` on the CPU, so that reading them never waits for a GPU.
     """
 
     def __init__(self, scaling: float, dropout: float) -> None:
         """See the attributes."""
         self.scaling, self.dropout, self.drops = scaling, dropout, dropout > 0
+        self.drops_all = dropout == 1
         # a layer may be made under a device context, torch.device("meta") for one
         self.tensor = torch.tensor([scaling, dropout], dtype=torch.float64, device="cpu")

@@ -34,7 +34,8 @@ def adapter(
     are the same bits on every run.
 
     Args:
-        h: ``[..., hidden_size]`` in float64, float32, float16 or bfloat16; autocast is honoured.
+        h: ``[..., hidden_size]`` in float64, float32, float16 or bfloat16; autocast is honoured. Nested
+            tensors run the eager formula.
         down_weight: ``[adapter_size, hidden_size]`` in any of these dtypes; rounded to h's for the product,
             its gradient comes back in its own.
         down_bias: ``[adapter_size]`` or None, likewise.
@@ -43,7 +44,7 @@ def adapter(
         residual: What the bottleneck's output is added to: ``"input"`` means h; a tensor of h's shape, the
             output of the layer that the adapter runs beside, say; None adds it to nothing.
         activation: ``"gelu"`` (the exact one, by erf), ``"relu"`` or ``"silu"``.
-        dropout: Probability of zeroing an element after the activation, in steps of 2⁻¹⁶.
+        dropout: Probability of zeroing an element after the activation, in steps of 2⁻¹⁶; 1 leaves nothing.
         training: Without it dropout does nothing.
         generator: Source of the mask's seed, on h's device; torch's default generator without it, so that
             ``torch.manual_seed`` and ``torch.utils.checkpoint`` repeat the mask.
@@ -69,6 +70,9 @@ def adapter(
     )
     compute_dtype = autocast_dtype(h) or h.dtype
     dropping = training and dropout > 0
+    if dropping and dropout == 1:
+        # nothing is kept: weights of zero do it, without a mask
+        up_weight, dropping = up_weight * 0, False
     backend = _choose_backend(h, down_weight.shape[1], down_weight.shape[0], compute_dtype, dropping=dropping)
     if backend == "reference":
         return reference.adapter(
@@ -80,7 +84,7 @@ def adapter(
             residual=residual,
             activation=activation,
             dropout=dropout,
-            training=training,
+            training=dropping,
             generator=generator,
         )
     active_dropout = float(dropout) if dropping else 0.0
@@ -183,7 +187,7 @@ def _wanted_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 def _choose_backend(
     h: Tensor, hidden: int, size: int, compute_dtype: torch.dtype, *, dropping: bool
 ) -> _backend.Backend:
-    backend = _backend.resolve(h.device, compute_dtype)
+    backend = _backend.resolve(h.device, compute_dtype, h)
     if backend != "triton":
         return backend
     # imported late: Triton is not installed everywhere

@@ -36,14 +36,16 @@ def dora_linear(
     brackets is kept, if the magnitude needs a gradient.
 
     Args:
-        x: ``[..., in_features]`` in float64, float32, float16 or bfloat16; autocast is honoured.
+        x: ``[..., in_features]`` in float64, float32, float16 or bfloat16; autocast is honoured. Nested
+            tensors, like quantised or sharded weights, run the eager formula.
         weight: ``[out_features, in_features]`` in x's dtype.
         bias: ``[out_features]`` in x's dtype, or None.
         lora_A: ``[rank, in_features]`` in any of these dtypes.
         lora_B: ``[out_features, rank]``, likewise.
         magnitude: m ``[out_features]``, likewise; never rounded to x's dtype.
         scaling: Factor of the low-rank path, usually alpha / rank.
-        dropout: Probability of zeroing an element of the low-rank path's input, in steps of 2⁻¹⁶.
+        dropout: Probability of zeroing an element of the low-rank path's input, in steps of 2⁻¹⁶;
+            1 leaves nothing of it.
         training: Without it dropout does nothing.
         generator: Source of the mask's seed, on x's device; torch's default generator without it.
         weight_norm: :func:`dora_weight_norm` of the same matrices, where it is known already.
@@ -68,7 +70,8 @@ def dora_linear(
     if autocast is None:
         check_compute_dtype(x, weight, bias)
     compute_dtype = autocast or x.dtype
-    backend = choose_backend(x, weight, lora_A, compute_dtype, dropping=training and dropout > 0, dora=True)
+    dropping = training and dropout > 0
+    backend = choose_backend(x, weight, lora_A, compute_dtype, dropping=dropping, dora=True)
     if backend == "reference":
         return reference.dora_linear(
             x,
@@ -86,8 +89,11 @@ def dora_linear(
     if weight_norm is None:
         weight_norm = dora_weight_norm(weight, lora_A, lora_B, scaling)
     factor = magnitude.to(weight_norm.dtype) / weight_norm
-    active_dropout = dropout if training else 0.0
-    seed = draw_seed(x.device, generator) if active_dropout > 0 else None
+    if dropping and dropout == 1:
+        # nothing is kept: a factor of zero does it, without a mask; the norm is of the whole sum
+        scaling, dropping = 0.0, False
+    active_dropout = float(dropout) if dropping else 0.0
+    seed = draw_seed(x.device, generator) if dropping else None
     y: Tensor = DoRALinearFunction.apply(
         x.to(compute_dtype), weight, bias, lora_A, lora_B, factor, seed, scaling, active_dropout, backend
     )[0]

@@ -36,7 +36,8 @@ def lora_linear(
     Where ``fastlora tune`` measured the eager formula to be faster, that runs, and keeps what it keeps.
 
     Args:
-        x: ``[..., in_features]`` in float64, float32, float16 or bfloat16; autocast is honoured.
+        x: ``[..., in_features]`` in float64, float32, float16 or bfloat16; autocast is honoured. Nested
+            tensors, like quantised or sharded weights, run the eager formula.
         weight: ``[out_features, in_features]`` in x's dtype.
         bias: ``[out_features]`` in x's dtype, or None.
         lora_A: ``[rank, in_features]`` in any of these dtypes; rounded to x's for the product, its gradient
@@ -44,7 +45,8 @@ def lora_linear(
         lora_B: ``[out_features, rank]``, likewise.
         scaling: Factor of the low-rank path, usually alpha / rank; applied in float32. In float16 S is kept
             times scaling / (1 - dropout), which must stay below 65504.
-        dropout: Probability of zeroing an element of the low-rank path's input, in steps of 2⁻¹⁶.
+        dropout: Probability of zeroing an element of the low-rank path's input, in steps of 2⁻¹⁶;
+            1 leaves nothing of it.
         training: Without it dropout does nothing.
         generator: Source of the mask's seed, on x's device; torch's default generator without it, so that
             ``torch.manual_seed`` and ``torch.utils.checkpoint`` repeat the mask.
@@ -70,6 +72,9 @@ def lora_linear(
         check_compute_dtype(x, weight, bias)
     compute_dtype = autocast or x.dtype
     dropping = training and dropout > 0
+    if dropping and dropout == 1:
+        # nothing is kept: a factor of zero does it, without a mask
+        scaling, dropping = 0.0, False
     backend = choose_backend(x, weight, lora_A, compute_dtype, dropping=dropping)
     if backend == "reference":
         return reference.lora_linear(
@@ -80,7 +85,7 @@ def lora_linear(
             lora_B,
             scaling=scaling,
             dropout=dropout,
-            training=training,
+            training=dropping,
             generator=generator,
         )
     active_dropout = float(dropout) if dropping else 0.0
@@ -105,6 +110,8 @@ def lora_linear_by_scalars(
 
     Not for GPUs: a captured CUDA graph would go on with the numbers it was captured with.
     """
+    if training and scalars.drops_all:
+        return lora_linear(x, weight, bias, lora_A, lora_B, scaling=0.0)
     check_lora_linear(x, weight, bias, lora_A, lora_B, scaling=1.0, dropout=0.0)
     compute_dtype = autocast_dtype(x)
     if compute_dtype is None:
@@ -236,7 +243,7 @@ def choose_backend(
     dora: bool = False,
 ) -> _backend.Backend:
     """Which implementation serves a layer call: the chosen one, or under ``auto`` the fastest for it."""
-    backend = _backend.resolve(x.device, compute_dtype)
+    backend = _backend.resolve(x.device, compute_dtype, x, weight)
     if backend != "triton" or not _backend.is_automatic():
         return backend
     # imported late: Triton is not installed everywhere
