@@ -22,7 +22,9 @@ def accelerate(model: Model) -> Model:
     Of dropout the masks are others than PEFT's for the same seed.
 
     Served are LoRA, rsLoRA, DoRA and ``lora_bias`` on ``nn.Linear``; other layers (a quantised base, a
-    convolution, other variants) stay PEFT's and are told by one warning on the logger ``fastlora``.
+    convolution, other variants, hooks or other classes inside) stay PEFT's and are told by one warning on the
+    logger ``fastlora``. What changes afterwards counts from the next call on: a call of which the fused op
+    would pass something over is PEFT's own. Calling this again counts the layers again.
 
     Args:
         model: With PEFT's LoRA layers anywhere inside.
@@ -50,10 +52,11 @@ def accelerate(model: Model) -> Model:
     left: Counter[str] = Counter()
     for layer in layers:
         reason = linear.why_not(layer)
-        if reason is None:
-            layer.__class__ = linear.FusedLinear
-        else:
+        if reason is not None:
             left[reason] += 1
+            linear.unfuse(layer)
+        elif type(layer) is linear.Linear:
+            layer.__class__ = linear.FusedLinear
     if left:
         told = ", ".join(f"{count} {reason}" for reason, count in sorted(left.items()))
         _LOG.warning("%d of %d LoRA layers run fused; left to PEFT: %s", _fused(layers), len(layers), told)
@@ -61,7 +64,7 @@ def accelerate(model: Model) -> Model:
 
 
 def restore(model: Model) -> Model:
-    """Undo :func:`accelerate`, in place.
+    """Undo :func:`accelerate`, in place; layers that were sharded or parametrized since stay so.
 
     Raises:
         ImportError: PEFT is not installed.
@@ -71,8 +74,7 @@ def restore(model: Model) -> Model:
     """
     linear = _layers()
     for layer in _peft_layers(model):
-        if type(layer) is linear.FusedLinear:
-            layer.__class__ = linear.Linear
+        linear.unfuse(layer)
     return model
 
 
@@ -90,4 +92,4 @@ def _peft_layers(model: nn.Module) -> list[Any]:
 
 def _fused(layers: list[Any]) -> int:
     kind = _layers().FusedLinear
-    return sum(type(layer) is kind for layer in layers)
+    return sum(isinstance(layer, kind) for layer in layers)

@@ -1,0 +1,160 @@
+"""What the fused op reads out of a PEFT layer, whose modules it does not call."""
+
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
+
+from fastlora._checks import FLOATING_DTYPES
+
+# types of tensors that are their values: no quantised, sharded, nested or masked ones
+PLAIN: frozenset[type] = frozenset({Tensor, nn.Parameter})
+
+_Kinds = Mapping[type[nn.Module], Any]
+_Found = tuple[Tensor, Tensor | None]
+
+# the classes that PEFT puts in with what they compute, so that whoever patches one of these is noticed
+_LINEAR: _Kinds = {nn.Linear: nn.Linear.forward}
+_DROPOUT: _Kinds = {nn.Identity: nn.Identity.forward, nn.Dropout: nn.Dropout.forward}
+_DORA: _Kinds = {DoraLinearLayer: DoraLinearLayer.forward}
+
+
+class Adapter(NamedTuple):
+    """What one adapter brings into a call.
+
+    Attributes:
+        lora_A: ``[rank, in]``.
+        lora_B: ``[out, rank]``.
+        bias: PEFT's ``lora_bias`` ``[out]``, or None.
+        scaling: Factor of the update, finite.
+        dropout: Probability of zeroing an element of the update's input now; 0 when not training.
+        magnitude: DoRA's ``[out]``, or None.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    bias: Tensor | None
+    scaling: float
+    dropout: float
+    magnitude: Tensor | None
+
+
+class Parts(NamedTuple):
+    """Weight ``[out, in]`` and bias of the base layer, and its adapters."""
+
+    weight: Tensor
+    bias: Tensor | None
+    adapters: list[Adapter]
+
+
+def read(layer: Any, names: Collection[str], *, accepted: Collection[type] = PLAIN) -> Parts | str:
+    """All that a call depends on, or the first thing found that only PEFT computes.
+
+    Runs on every call: it goes past ``nn.Module.__getattr__``, and writes no text unless it has a reason.
+
+    Args:
+        layer: PEFT's ``lora.Linear``.
+        names: Of those of its adapters that take part.
+        accepted: Types of weights.
+    """
+    base = _linear("base_layer", layer._modules["base_layer"], accepted)
+    if isinstance(base, str):
+        return base
+    adapters = []
+    for name in names:
+        adapter = _adapter(layer, name, accepted)
+        if isinstance(adapter, str):
+            return adapter
+        adapters.append(adapter)
+    return Parts(*base, adapters)
+
+
+def _adapter(layer: Any, name: str, accepted: Collection[type]) -> Adapter | str:
+    modules = layer._modules
+    down = _linear("lora_A", modules["lora_A"]._modules[name], accepted)
+    if isinstance(down, str):
+        return down
+    up = _linear("lora_B", modules["lora_B"]._modules[name], accepted)
+    if isinstance(up, str):
+        return up
+    drop = modules["lora_dropout"]._modules[name]
+    reason = _changed("lora_dropout", drop, _DROPOUT)
+    if reason is not None:
+        return reason
+    (lora_A, bias_A), (lora_B, bias) = down, up
+    scaling = layer.scaling[name]
+    # a tensor may want a gradient, or change within a compiled graph
+    if not isinstance(scaling, int | float) or not abs(scaling) < float("inf"):
+        return f"scaling of {type(scaling).__name__ if isinstance(scaling, Tensor) else scaling}"
+    if bias_A is not None:
+        return "a bias in lora_A"
+    if lora_A.dtype is not lora_B.dtype:
+        return "lora_A and lora_B of different dtypes"
+    dropout = float(drop.p) if type(drop) is nn.Dropout and drop.training else 0.0
+    if dropout and drop.inplace:
+        return "dropout in place"
+    if name not in layer.lora_variant:
+        return Adapter(lora_A, lora_B, bias, scaling, dropout, None)
+    magnitude = _magnitude(layer, name, bias, accepted)
+    if isinstance(magnitude, str):
+        return magnitude
+    # PEFT's DoRA asks the layer, too, whether it trains
+    return Adapter(lora_A, lora_B, bias, scaling, dropout if layer.training else 0.0, magnitude)
+
+
+def _magnitude(layer: Any, name: str, bias: Tensor | None, accepted: Collection[type]) -> Tensor | str:
+    variant = layer.lora_variant[name]
+    kind = variant if isinstance(variant, type) else type(variant)
+    if kind is not DoraLinearVariant:
+        return kind.__name__
+    # PEFT adds it to every column of the update whose norm it takes
+    if bias is not None:
+        return "lora_bias beside DoRA"
+    module = layer.lora_magnitude_vector[name]
+    reason = _changed("lora_magnitude_vector", module, _DORA)
+    return reason or _strange("lora_magnitude_vector", module.weight, accepted) or module.weight
+
+
+def _linear(part: str, module: Any, accepted: Collection[type]) -> _Found | str:
+    reason = _changed(part, module, _LINEAR)
+    if reason is not None:
+        return reason
+    parameters = module._parameters
+    # FSDP1 takes the Parameters out and sets tensors in their place
+    if "weight" in parameters and "bias" in parameters:
+        weight, bias = parameters["weight"], parameters["bias"]
+    else:
+        weight, bias = module.weight, module.bias
+    reason = _strange(part, weight, accepted)
+    if reason is None and bias is not None:
+        reason = _strange(part, bias, accepted)
+    return reason or (weight, bias)
+
+
+def _changed(part: str, module: nn.Module, kinds: _Kinds) -> str | None:
+    """What would notice that a module is not called."""
+    kind, own = type(module), module.__dict__
+    if kinds.get(kind) is not kind.forward:
+        return f"{kind.__name__} as {part}"
+    if "forward" in own:
+        return f"a forward of its own in {part}"
+    if (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    ):
+        return f"hooks on {part}"
+    return None
+
+
+def _strange(part: str, tensor: Tensor, accepted: Collection[type]) -> str | None:
+    """What is unusual about a weight: packed, quantised or sparse."""
+    if type(tensor) not in accepted:
+        return f"{type(tensor).__name__} in {part}"
+    if tensor.layout is not torch.strided or tensor.dtype not in FLOATING_DTYPES:
+        return f"{tensor.dtype} ({tensor.layout}) in {part}"
+    return None
