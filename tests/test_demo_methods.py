@@ -163,7 +163,7 @@ def test_what_is_printed(everything: Run) -> None:
         assert f"{method['accuracy']:.1%}" in everything.stdout
         for word in method["title"].split():
             assert word in everything.stdout
-    assert "(100%)" in everything.stdout
+    assert "(100 %)" in everything.stdout
     assert "eager" not in everything.stdout
     assert "…" not in everything.stdout
     assert "adapter/, bottleneck/, prompts/ to" in " ".join(everything.stdout.split())

@@ -143,7 +143,7 @@ def test_the_table_folds_alike_modules() -> None:
     model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(12)), nn.Linear(4, 2))
     lines = str(parameter_report(model)).splitlines()
     assert lines[0].split() == ["Module", "Kind", "Parameters", "Trainable", "Kept"]
-    assert lines[1].split() == ["[0-11].0", "x", "12", "Linear", "20", "20"]
+    assert lines[1].split() == ["[0-11].0", "x", "12", "Linear", "240", "240"]
     assert lines[2].split() == ["12", "Linear", "10", "10"]
     assert lines[3] == "250 of 250 parameters train (100 %)"
     assert lines[4] == "weights 1000 B + buffers 0 B + gradients 1000 B + AdamW 2.1 KiB = 4.0 KiB"

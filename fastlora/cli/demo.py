@@ -113,8 +113,9 @@ def _table(report: dict[str, Any]) -> Table:
 
 
 def _parameters(method: dict[str, Any]) -> str:
-    percent = method["trainable_percent"]
-    return f"{method['trainable_parameters']:,}\n({percent:{'.0f' if percent >= 10 else '.2g'}}%)"
+    from fastlora.parameters._text import readable_percent
+
+    return f"{method['trainable_parameters']:,}\n({readable_percent(method['trainable_percent'])} %)"
 
 
 def _accuracy(method: dict[str, Any]) -> str:

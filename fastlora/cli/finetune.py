@@ -108,6 +108,8 @@ def _plan_rows(job: "Job", output: str) -> dict[str, str]:
 
 
 def _show(report: dict[str, Any], output: str, console: Console) -> None:
+    from fastlora.parameters._text import readable_percent
+
     scores, parameters = report["evaluation"], report["parameters"]
     table = Table(title=f"{report['model']}, {report['strategy']}", show_header=False)
     table.add_column()
@@ -117,7 +119,7 @@ def _show(report: dict[str, Any], output: str, console: Console) -> None:
     table.add_row("Accuracy (95 % interval)", f"{scores['accuracy']:.1%} ({low:.1%} to {high:.1%})")
     table.add_row("Balanced accuracy", f"{scores['balanced_accuracy']:.1%}")
     trained, percent = parameters["trainable_parameters"], parameters["trainable_percent"]
-    table.add_row("Trainable parameters", f"{trained:,} ({percent:.3g} %)")
+    table.add_row("Trainable parameters", f"{trained:,} ({readable_percent(percent)} %)")
     table.add_row("Training seconds", f"{report['seconds']:.1f}")
     table.add_row("Best epoch", f"{report['best_epoch']} of {len(report['epochs'])}")
     console.print(table)

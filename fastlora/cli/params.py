@@ -149,7 +149,7 @@ def _table(costs: "Sequence[StrategyCost]", spec: "ModelSpec") -> Table:
         box=box.SIMPLE_HEAD,
         padding=0,
         title=f"{spec.name} in {dtype}, {describe_input(spec, build(spec))}",
-        caption=f"Memory in {unit}. Added: % without the head. Kept: activations for backward.",
+        caption=f"Memory in {unit}. Added: % without the head. Weights: with buffers. Kept: for backward.",
     )
     measured = any(cost.measured_bytes is not None for cost in costs)
     table.add_column("Strategy")
@@ -168,7 +168,7 @@ def _cells(cost: "StrategyCost", scale: int, measured: bool) -> list[str]:
     if report is None:
         return ["-"] * (8 + measured)
     sizes = [
-        report.weight_bytes,
+        report.weight_bytes + report.buffer_bytes,
         report.gradient_bytes,
         report.optimizer_bytes,
         report.kept_bytes,

@@ -76,7 +76,7 @@ class ParameterReport:
         return asdict(self) | derived | {"modules": [asdict(row) for row in self.modules]}
 
     def __str__(self) -> str:
-        """A table of the modules, alike ones in one row, and two lines of sums."""
+        """A table of the modules, alike ones added up in one row, and two lines of sums."""
         sizes = {
             "weights": self.weight_bytes,
             "buffers": self.buffer_bytes,
@@ -198,7 +198,7 @@ def _step_bytes() -> int:
 
 
 def folded(rows: Sequence[ModuleRow]) -> list[tuple[str, ...]]:
-    """Name, kind, parameters, trainable ones and kept bytes as text, alike modules in one row."""
+    """Name, kind, parameters, trainable ones and kept bytes as text; alike modules in one row, added up."""
     groups: dict[tuple[object, ...], list[ModuleRow]] = {}
     for row in rows:
         pattern = re.sub(r"\d+", "0", row.name)
@@ -208,7 +208,12 @@ def folded(rows: Sequence[ModuleRow]) -> list[tuple[str, ...]]:
 
 
 def _line(group: Sequence[ModuleRow]) -> tuple[str, ...]:
-    first, times = group[0], f" x {len(group)}" if len(group) > 1 else ""
-    kept = "" if first.kept_bytes is None else readable_bytes(first.kept_bytes)
+    first, count = group[0], len(group)
     name = common_name([row.name for row in group]) or "(the model)"
-    return name + times, first.kind, f"{first.parameters:,}", f"{first.trainable_parameters:,}", kept
+    return (
+        name + (f" x {count}" if count > 1 else ""),
+        first.kind,
+        f"{count * first.parameters:,}",
+        f"{count * first.trainable_parameters:,}",
+        "" if first.kept_bytes is None else readable_bytes(count * first.kept_bytes),
+    )

@@ -8,6 +8,7 @@ import jinja2
 from markupsafe import Markup
 
 from fastlora._words import visible
+from fastlora.parameters._text import readable_percent
 
 
 def page(template: str, **values: Any) -> str:
@@ -24,7 +25,7 @@ def page(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         finalize=_shown,
     )
-    environment.filters |= {"percent": percent, "mib": _mib}
+    environment.filters |= {"percent": percent, "mib": _mib, "readable": readable_percent}
     return environment.get_template(template).render(values)
 
 

@@ -119,7 +119,8 @@ def parameter_counts(*modules: nn.Module) -> tuple[int, int]:
         >>> parameter_counts(nn.Linear(2, 3), nn.Linear(2, 3).requires_grad_(False))
         (9, 18)
     """
-    parameters = [parameter for module in modules for parameter in module.parameters()]
+    # what two modules share counts once
+    parameters = list(nn.ModuleList(modules).parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     return trainable, sum(parameter.numel() for parameter in parameters)
 
