@@ -12,6 +12,8 @@ from rich.text import Text
 from fastlora.cli._console import make_console
 from fastlora.cli._progress import LiveReporter
 
+_MOST_CLASSES = 40
+
 
 def diagnose(
     source: Annotated[
@@ -74,15 +76,24 @@ def _show(found: dict[str, Any], console: Console) -> None:
     table.add_row("Source pictures count as, by importance", f"{found['effective_sample_size']:.0f}")
     table.add_row("MMD², CORAL", f"{found['mmd']:.3g}, {found['coral']:.3g}")
     console.print(table)
-    shares = Table("Class", "Share in the source", "In the target (estimated)", "95 % interval")
-    for row in found["classes"]:
-        low, high = row["interval"]
-        shares.add_row(
-            row["class"], f"{row['source']:.1%}", f"{row['target']:.1%}", f"{low:.1%} to {high:.1%}"
-        )
-    console.print(shares)
+    console.print(_shares(found["classes"]))
     console.print(Text(found["bound"]["text"]))
     console.print()
     console.print(found["remedy"])
     advice = found["recommendation"]
     console.print(f"Strategy: {advice['strategy']}. {advice['reason']}")
+
+
+def _shares(classes: list[dict[str, Any]]) -> Table:
+    """Of many classes those whose share changes most."""
+    table = Table("Class", "Share in the source", "In the target (estimated)", "95 % interval")
+    shown = classes
+    if len(classes) > _MOST_CLASSES:
+        shown = sorted(classes, key=lambda row: -abs(row["target"] - row["source"]))[:_MOST_CLASSES]
+        table.caption = f"The {_MOST_CLASSES} of {len(classes)} classes that change most; --json has all."
+    for row in shown:
+        low, high = row["interval"]
+        table.add_row(
+            row["class"], f"{row['source']:.1%}", f"{row['target']:.1%}", f"{low:.1%} to {high:.1%}"
+        )
+    return table

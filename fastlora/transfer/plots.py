@@ -258,7 +258,7 @@ def _write_counts(axes: Axes, confusion: Tensor, percent: Tensor, *, small: bool
 
 def matrix_side(count: int) -> float:
     """Height in inches that a matrix of so many classes takes."""
-    return max(4.0, 0.62 * count + 1.2) if shows_counts(count) else _LARGE_SIDE
+    return max(5.0, 0.62 * count + 1.2) if shows_counts(count) else _LARGE_SIDE
 
 
 def shows_counts(count: int) -> bool:

@@ -16,6 +16,7 @@ from fastlora._words import shortened, visible
 from fastlora.cli import app
 from fastlora.cli._console import make_console
 from fastlora.cli._progress import LiveReporter
+from fastlora.cli.diagnose import _shares
 from tests.finetune_models import write_pictures
 
 # Rich's markup, mathtext, a colour, a link, a bell, a forged line, text read backwards, a smiley's code
@@ -181,3 +182,15 @@ def test_a_terminal_has_bars_that_end() -> None:
     with LiveReporter(Console(file=screen, width=100, force_terminal=True)) as reporter:
         reporter.advance("train", 1, 10, None)
     assert "1/1" in screen.getvalue()
+
+
+def test_a_table_of_hundreds_of_classes_shows_what_changes_most(capsys: pytest.CaptureFixture[str]) -> None:
+    classes = [
+        {"class": f"class {number}", "source": 0.1, "target": 0.1 + number / 1000, "interval": [0.0, 1.0]}
+        for number in range(200)
+    ]
+    make_console().print(_shares(classes))
+    shown = capsys.readouterr().out
+    assert "class 199 " in shown
+    assert "class 159 " not in shown
+    assert "The 40 of 200 classes that change most" in shown

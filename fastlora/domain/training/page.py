@@ -56,7 +56,7 @@ def curves(epochs: Sequence[dict[str, Any]], kept: int) -> Figure:
     for axes in (accuracies, domains, distance):
         axes.axvline(kept, color="grey", linestyle=":", label=f"kept ({kept})")
         axes.set(xlabel="Epoch", xlim=(0.5, len(epochs) + 0.5))
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     return figure

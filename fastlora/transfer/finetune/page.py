@@ -87,7 +87,7 @@ def curves(epochs: Sequence[dict[str, Any]], best: int) -> Figure:
             )
         axes.axvline(best, color="grey", linestyle=":", label=f"best epoch ({best})")
         axes.set(xlabel="Epoch", xlim=(min(numbers) - 0.5, max(numbers) + 0.5))
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
         axes.legend()
     loss.set(title="Loss", ylabel="Cross-entropy (nats)")
