@@ -18,7 +18,7 @@ def run(*arguments: str) -> Result:
 
 def test_json_is_all_there_is_on_stdout() -> None:
     result = run(
-        "vit_b_16", "--rank", "8", "--adapter-size", "32", "--prompts", "5", "--batch-size", "1", "--json"
+        "vit_b_16", "--rank", "8", "--adapter-size", "32", "--num-tokens", "5", "--batch-size", "1", "--json"
     )
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)

@@ -38,6 +38,8 @@ def params(
     rank: Annotated[int, typer.Option(min=1, help="Of every LoRA update.")] = 16,
     adapter_size: Annotated[int, typer.Option(min=1, help="Width of every adapter's bottleneck.")] = 64,
     num_tokens: Annotated[int, typer.Option(min=1, help="Number of prompt tokens.")] = 10,
+    # as it was called before finetune had --num-tokens
+    prompts: Annotated[int | None, typer.Option(min=1, hidden=True)] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images or texts in a batch.")] = 8,
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens in a text.")] = 512,
     num_classes: Annotated[
@@ -69,7 +71,7 @@ def params(
 
     console = make_console(to_stderr=True)
     spec = ModelSpec(model, num_classes, None if dtype is None else dtype.value, batch_size, sequence_length)
-    settings = TuningSettings(rank, adapter_size, num_tokens)
+    settings = TuningSettings(rank, adapter_size, prompts or num_tokens)
     costs = _costs(spec, settings, details, console)
     if measure:
         costs = _measured(costs, spec, settings, console)
