@@ -4,28 +4,14 @@ import json
 import shutil
 import subprocess
 import tarfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 
-from fastlora.transfer.data import LabelledImages
+from fastlora.transfer.data import Files, LabelledImages
 
 VERSION, SIZE = "16.0.0", 64
 STYLES = {"noto": "google", "twemoji": "twitter"}
-
-
-@dataclass(frozen=True)
-class OnWhite:
-    """Reads pictures, with white where they are transparent."""
-
-    paths: tuple[Path, ...]
-
-    def __call__(self, index: int) -> Image.Image:
-        """The picture at an index, as RGB."""
-        picture = Image.open(self.paths[index]).convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
 def fetch(folder: Path) -> Path | None:
@@ -65,6 +51,6 @@ def pictures(folder: Path, style: str, half: int) -> LabelledImages:
     order = torch.randperm(len(both), generator=torch.Generator().manual_seed(0)).tolist()
     chosen = [both[place] for place in sorted(order[half::2])]
     classes = tuple(sorted({entry["category"] for entry in both}))
-    paths = tuple(folder / vendor / "package" / "img" / vendor / str(SIZE) / e["image"] for e in chosen)
+    paths = [folder / vendor / "package" / "img" / vendor / str(SIZE) / e["image"] for e in chosen]
     labels = tuple(classes.index(entry["category"]) for entry in chosen)
-    return LabelledImages(classes, labels, tuple(path.name for path in paths), OnWhite(paths))
+    return LabelledImages(classes, labels, tuple(path.name for path in paths), Files(paths))

@@ -270,10 +270,10 @@ def test_bad_sources(folder: Path, tmp_path: Path) -> None:
         open_images(3)
     with pytest.raises(ValueError, match="two classes or more in TensorDataset, got 1"):
         open_images(TensorDataset(torch.zeros(2, 3, 4, 4), torch.tensor([1, 1])))
-    with pytest.raises(ValueError, match=r"labels from 0 to 1 .* got -1"):
+    with pytest.raises(ValueError, match=r"labels of 0 or more, got -1"):
         open_images(TensorDataset(torch.zeros(3, 3, 4, 4), torch.tensor([0, 1, -1])))
     (folder / "fox").mkdir()
-    with pytest.raises(ValueError, match="found none in fox; fill or remove"):
+    with pytest.raises(ValueError, match=r"found none in fox \(empty\); fill or remove"):
         open_images(folder)
 
 

@@ -127,7 +127,7 @@ def adapt_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
 
     Args:
         model: Changed in place, and left in eval mode.
-        batches: Inputs of the target; of pairs the first.
+        batches: Inputs of the target; of pairs the first. A single example joins the batch before.
 
     Returns:
         How many layers were adapted.
@@ -142,8 +142,8 @@ def adapt_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
             f"expected a model with BatchNorm layers, got {type(model).__name__} without any; "
             "normalise its features by domain instead"
         )
-    batches = iter(batches)
-    first = next(batches, None)
+    joined = _join_single(batch[0] if isinstance(batch, tuple | list) else batch for batch in batches)
+    first = next(joined, None)
     if first is None:
         raise ValueError("expected batches of the target, got none; nothing was changed")
     momenta = [norm.momentum for norm in norms]
@@ -154,10 +154,23 @@ def adapt_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
         norm.momentum = None
         norm.train()
     try:
-        for batch in chain([first], batches):
-            model(batch[0] if isinstance(batch, tuple | list) else batch)
+        for batch in chain([first], joined):
+            model(batch)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
             norm.eval()
     return len(norms)
+
+
+def _join_single(batches: Iterable[Any]) -> Iterator[Any]:
+    # what is left over at the end: one example has no variance, and would count as much as a whole batch
+    held = None
+    for batch in batches:
+        if isinstance(held, Tensor) and len(held) > 1 and len(batch) == 1:
+            batch = torch.cat([held, batch])
+        elif held is not None:
+            yield held
+        held = batch
+    if held is not None:
+        yield held

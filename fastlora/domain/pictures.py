@@ -14,11 +14,19 @@ from fastlora.domain.divergence import coral_distance, mmd_distance
 from fastlora.domain.shift import Diagnosis, diagnose_shift
 from fastlora.domain.weighting import importance_weights
 from fastlora.transfer.create import create_transfer_model
-from fastlora.transfer.data import LabelledImages, cached_features, open_images, pretrained_transforms
-from fastlora.transfer.data.sources import Files, find_pictures
+from fastlora.transfer.data import (
+    Files,
+    LabelledImages,
+    cached_features,
+    find_pictures,
+    open_images,
+    pretrained_transforms,
+)
+from fastlora.transfer.data.files import printable, visible_folders
 from fastlora.transfer.finetune.cached import read_by
 from fastlora.transfer.fit import best_device
 from fastlora.transfer.names import DINOV2
+from fastlora.transfer.places import is_list
 from fastlora.transfer.recommend import recommend_strategy
 
 Told = Callable[[str, int, int], None]
@@ -31,12 +39,10 @@ def open_target(source: LabelledImages, folder: Path) -> tuple[LabelledImages, b
         FileNotFoundError: There is no such folder, or no pictures in it.
         ValueError: It has class folders of other names than the source.
     """
-    if folder.is_dir() and any(entry.is_dir() and entry.name[0] != "." for entry in folder.iterdir()):
-        return open_images(folder).with_classes(source.classes), True
-    if folder.suffix == ".csv":
+    if is_list(folder) or (folder.is_dir() and visible_folders(folder)):
         return open_images(folder).with_classes(source.classes), True
     paths = find_pictures(folder)
-    names = tuple(path.name for path in paths)
+    names = tuple(printable(path.name) for path in paths)
     return LabelledImages(source.classes, (0,) * len(paths), names, Files(paths)), False
 
 

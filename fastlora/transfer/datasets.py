@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastlora.transfer._extras import package_folder, require
+from fastlora.transfer.data.picture import open_picture
 
 # ImageNet's channel statistics: what DINOv2 and torchvision's models were trained with
 MEAN = (0.485, 0.456, 0.406)
@@ -127,7 +128,7 @@ def _load_elpv(image_size: int) -> ImageSet:
     # path, probability of a defect, cell type; the certain ones among the monocrystalline cells
     rows = [line.split() for line in (folder / "labels.csv").read_text().splitlines()]
     cells = [(path, float(p)) for path, p, kind in rows if kind == "mono" and float(p) in (0.0, 1.0)]
-    pictures = [_resized(Image.open(folder / path), image_size) for path, _ in cells]
+    pictures = [_resized(open_picture(folder / path), image_size) for path, _ in cells]
     return ImageSet(
         name="ELPV monocrystalline solar cells",
         licence="CC BY-NC-SA 4.0: non-commercial use only (github.com/zae-bayern/elpv-dataset)",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastlora.transfer._extras import require
+from fastlora.transfer.batching import count_batches, cut
 
 _EVALUATION_BATCH = 64
 
@@ -71,7 +72,7 @@ class FitSettings:
 
     def steps_per_epoch(self, examples: int) -> int:
         """Optimiser steps in a pass over ``examples``."""
-        return math.ceil(examples / self.batch_size)
+        return count_batches(examples, self.batch_size)
 
     def total_steps(self, examples: int) -> int:
         """Optimiser steps of the whole run."""
@@ -176,7 +177,7 @@ class Fit:
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         train = self._task.train
         order = torch.randperm(len(train.labels), generator=self._generator)
-        for indices in torch.split(order, self._settings.batch_size)[: self.total_steps - self._steps_done]:
+        for indices in cut(order, self._settings.batch_size)[: self.total_steps - self._steps_done]:
             yield self._task.augment(train.inputs[indices], self._generator), train.labels[indices]
 
     def _step(self, inputs: Tensor, labels: Tensor) -> float:

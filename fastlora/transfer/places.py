@@ -5,6 +5,11 @@ from pathlib import Path
 MODEL = "model.json"
 
 
+def is_list(place: Path) -> bool:
+    """Whether a path is that of a list of pictures and classes."""
+    return place.suffix.lower() in (".csv", ".tsv")
+
+
 def check_labelled(place: Path) -> None:
     """See that there is something that can hold labelled pictures.
 
@@ -12,7 +17,7 @@ def check_labelled(place: Path) -> None:
         FileNotFoundError: There is nothing.
         ValueError: There is a file of another kind.
     """
-    if place.is_dir() or (place.is_file() and place.suffix == ".csv"):
+    if place.is_dir() or (place.is_file() and is_list(place)):
         return
     if place.is_file():
         raise ValueError(f"expected a folder of class folders or a .csv file, got the file {place}")

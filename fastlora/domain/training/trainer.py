@@ -16,6 +16,7 @@ from fastlora.domain.training.paired import FeaturesAndLogits, PairedModel, Pair
 from fastlora.domain.training.records import DomainRecord
 from fastlora.domain.training.settings import Select
 from fastlora.transfer._extras import require
+from fastlora.transfer.batching import leaves_one
 from fastlora.transfer.data import LabelledImages
 from fastlora.transfer.study import Reporter
 from fastlora.transfer.training import EpochRecord, Trainer, TrainSettings
@@ -32,7 +33,8 @@ _JUDGED = 400
 class DomainTrainer(Trainer):
     """A :class:`Trainer` whose every step sees a batch of the source and one of the target.
 
-    An epoch is a pass over the source; batches are always full, filled with the first examples of the epoch.
+    An epoch is a pass over the source; batches are always full, filled with the first examples of the epoch;
+    a batch with one example of its own is left out.
     Checkpoints, resuming to the bit, accumulation and several processes are the trainer's own. The method's
     term is computed in each part of a batch, and the mean over the parts counts.
 
@@ -85,6 +87,9 @@ class DomainTrainer(Trainer):
         seen, judged = target
         _check(settings, len(validation), len(seen))
         compared = {"target_data": hashed([seen.names]), "source_weights": _digits(weights)}
+        if leaves_one(len(seen), settings.batch_size):
+            # another version of fastlora filled the last batch up
+            compared["target_last_batch"] = "left out"
         super().__init__(
             model,
             source,

@@ -1,9 +1,14 @@
-"""Pictures that can't be decoded, found before training and told by name."""
+"""Pictures that can't be decoded or are there twice, found before training and told by name."""
 
+import hashlib
 import logging
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Literal
+
+import numpy as np
 
 from fastlora.transfer.data.images import LabelledImages
 
@@ -24,22 +29,8 @@ def find_corrupt(
     Returns:
         Why they can't be read, by index.
     """
-    plain, found = images.with_transform(None), dict[int, str]()
-
-    def problem(index: int) -> str | None:
-        try:
-            plain[index]
-        except ValueError as error:
-            return str(error.__cause__ or error) or type(error).__name__
-        return None
-
-    with ThreadPoolExecutor(workers) as pool:
-        for index, message in enumerate(pool.map(problem, range(len(images)))):
-            if message is not None:
-                found[index] = message
-            if on_done is not None:
-                on_done(index + 1, len(images))
-    return found
+    found = enumerate(_looked_at(images, workers, on_done))
+    return {index: seen for index, seen in found if isinstance(seen, str)}
 
 
 def readable(
@@ -48,7 +39,7 @@ def readable(
     on_corrupt: Literal["refuse", "skip"] = "refuse",
     on_done: Callable[[int, int], None] | None = None,
 ) -> LabelledImages:
-    """The pictures that can be decoded.
+    """The pictures that can be decoded, with the digests of what they show.
 
     Args:
         images: To check.
@@ -56,17 +47,96 @@ def readable(
         on_done: See :func:`find_corrupt`.
 
     Raises:
-        ValueError: Some can't be decoded and ``on_corrupt`` is ``"refuse"``, or none can.
+        ValueError: Some can't be decoded and ``on_corrupt`` is ``"refuse"``, or none of a class can.
     """
     if on_corrupt not in ("refuse", "skip"):
         raise ValueError(f"expected on_corrupt as 'refuse' or 'skip', got {on_corrupt!r}")
-    corrupt = find_corrupt(images, on_done=on_done)
+    seen = _looked_at(images, 4, on_done)
+    digests = tuple(each if isinstance(each, bytes) else b"" for each in seen)
+    checked = replace(images, digests=digests)
+    corrupt = {index: why for index, why in enumerate(seen) if isinstance(why, str)}
     if not corrupt:
-        return images
-    shown = "; ".join(f"{images.names[i]} ({why})" for i, why in list(corrupt.items())[:_SHOWN])
-    message = f"{len(corrupt)} of {len(images)} pictures can't be read: {shown}"
-    message += "; …" if len(corrupt) > _SHOWN else ""
+        return checked
+    message = f"{len(corrupt)} of {len(images)} pictures can't be read: " + _listed(
+        [f"{images.names[index]} ({why})" for index, why in corrupt.items()]
+    )
     if on_corrupt == "refuse" or len(corrupt) == len(images):
-        raise ValueError(f"{message}; mend or remove them, or skip them with on_corrupt='skip'")
+        raise ValueError(
+            f"{message}; mend or remove them, or skip them with on_corrupt='skip' (--on-corrupt skip)"
+        )
+    kept = checked.subset([index for index in range(len(images)) if index not in corrupt])
+    emptied = sorted({images.classes[i] for i in images.labels} - {kept.classes[i] for i in kept.labels})
+    if emptied:
+        raise ValueError(f"{message}; skipping them leaves no picture of {', '.join(emptied)}")
     _LOG.warning("%s; they are skipped", message)
-    return images.subset([index for index in range(len(images)) if index not in corrupt])
+    return kept
+
+
+def tell_copies(images: LabelledImages) -> None:
+    """Log which pictures are there more than once, and which of them have more than one class.
+
+    Args:
+        images: From :func:`readable`.
+    """
+    places = defaultdict[bytes, list[int]](list)
+    for index, digest in enumerate(images.digests or ()):
+        places[digest].append(index)
+    copies = [same for same in places.values() if len(same) > 1]
+    if copies:
+        _LOG.warning(
+            "%d of %d pictures are duplicates of others: %s; copies stay on one side of a split",
+            sum(map(len, copies)) - len(copies),
+            len(images),
+            _listed([" = ".join(sorted({images.names[i] for i in same})) for same in copies]),
+        )
+    torn = [same for same in copies if len({images.labels[i] for i in same}) > 1]
+    if torn:
+        named = [
+            " = ".join(f"{images.names[i]} ({images.classes[images.labels[i]]})" for i in s) for s in torn
+        ]
+        _LOG.warning("the same picture has more than one class: %s; correct the labels", _listed(named))
+
+
+def tell_overlap(train: LabelledImages, judged: LabelledImages, part: str) -> None:
+    """Log which pictures of another part are training pictures too: their scores say too much.
+
+    Args:
+        train: From :func:`readable`.
+        judged: The same.
+        part: What it is called.
+    """
+    known = set(train.digests or ())
+    both = [name for name, digest in zip(judged.names, judged.digests or (), strict=False) if digest in known]
+    if both:
+        message = (
+            "%d of %d pictures for %s are duplicates of training pictures: %s; scores on them are too good"
+        )
+        _LOG.warning(message, len(both), len(judged), part, _listed(both))
+
+
+def _looked_at(
+    images: LabelledImages, workers: int, on_done: Callable[[int, int], None] | None
+) -> list[bytes | str]:
+    """The digest of every picture, or why it can't be read."""
+    plain, found = images.with_transform(None), list[bytes | str]()
+
+    def look(index: int) -> bytes | str:
+        try:
+            shown = plain[index][0]
+        except ValueError as error:
+            return str(error.__cause__ or error) or type(error.__cause__ or error).__name__
+        pixels = np.asarray(shown)
+        sha = hashlib.blake2b(f"{pixels.dtype} {pixels.shape}".encode(), digest_size=16)
+        sha.update(pixels.tobytes())
+        return sha.digest()
+
+    with ThreadPoolExecutor(workers) as pool:
+        for seen in pool.map(look, range(len(images))):
+            found.append(seen)
+            if on_done is not None:
+                on_done(len(found), len(images))
+    return found
+
+
+def _listed(texts: list[str]) -> str:
+    return "; ".join(texts[:_SHOWN]) + ("; …" if len(texts) > _SHOWN else "")

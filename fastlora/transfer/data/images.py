@@ -8,6 +8,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fastlora.transfer.data.order import natural
+
 
 @dataclass(frozen=True)
 class LabelledImages(Dataset[tuple[Any, int]]):
@@ -19,6 +21,7 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         names: Of every picture, for people: a path, or its place in a data set.
         read: Decodes the picture at an index, as RGB; a data set of tensors gives those.
         transform: What items pass through; None gives pictures as they are.
+        digests: Of every picture's pixels, if they were looked at: equal ones are the same picture.
     """
 
     classes: tuple[str, ...]
@@ -26,6 +29,16 @@ class LabelledImages(Dataset[tuple[Any, int]]):
     names: tuple[str, ...]
     read: Callable[[int], Image.Image | Tensor]
     transform: Callable[[Any], Any] | None = None
+    digests: tuple[bytes, ...] | None = None
+
+    @classmethod
+    def named(
+        cls, names: Sequence[str], labels: Sequence[str], read: Callable[[int], Image.Image | Tensor]
+    ) -> Self:
+        """Pictures labelled by the names of their classes, which get their natural order."""
+        classes = sorted(set(labels), key=natural)
+        places = {name: index for index, name in enumerate(classes)}
+        return cls(tuple(classes), tuple(places[label] for label in labels), tuple(names), read)
 
     def __len__(self) -> int:
         """Number of pictures."""
@@ -55,6 +68,7 @@ class LabelledImages(Dataset[tuple[Any, int]]):
             labels=tuple(self.labels[i] for i in chosen),
             names=tuple(self.names[i] for i in chosen),
             read=_Chosen(read, chosen),
+            digests=None if self.digests is None else tuple(self.digests[i] for i in chosen),
         )
 
     def with_transform(self, transform: Callable[[Any], Any] | None) -> Self:

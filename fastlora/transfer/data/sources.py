@@ -1,21 +1,32 @@
 """Where pictures come from: a folder of folders, a CSV file, a Hugging Face data set, any ``Dataset``."""
 
-import csv
-from collections.abc import Callable, Iterable, Sequence, Sized
+import logging
+import math
+from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from fastlora.transfer.data.files import (
+    Files,
+    by_suffix,
+    is_shown,
+    printable,
+    search,
+    tell_left_out,
+    visible_folders,
+)
 from fastlora.transfer.data.images import LabelledImages
-from fastlora.transfer.places import check_labelled, check_pictures
+from fastlora.transfer.data.layout import find_layout
+from fastlora.transfer.data.order import natural
+from fastlora.transfer.data.picture import as_picture
+from fastlora.transfer.data.tables import IMAGE_COLUMNS, LABEL_COLUMNS, find_column, from_csv
+from fastlora.transfer.places import check_labelled
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-_IMAGE_COLUMNS = ("path", "image", "file", "filename", "img", "image_path")
-_LABEL_COLUMNS = ("label", "labels", "class", "target", "category")
+_LOG = logging.getLogger("fastlora")
 
 
 def open_images(
@@ -23,23 +34,83 @@ def open_images(
 ) -> LabelledImages:
     """Labelled pictures from wherever they are; nothing is decoded yet.
 
+    Classes get their natural order ("9" before "10"), unless a data set declares one. Files that aren't
+    pictures are left out, and how many is logged; hidden ones are nothing to tell of.
+
     Args:
         source: One of
 
-            - a folder with a folder of pictures for each class (hidden files are left out),
-            - a ``.csv`` file with a header, a column of paths (relative to the file) and one of class names,
-            - a Hugging Face ``datasets.Dataset`` with a column of images and one of classes,
-            - a ``torch.utils.data.Dataset`` of (picture or tensor, label) pairs; ``classes`` and ``targets``
-              are used if it has them, as torchvision's have. Its own transform stays on;
+            - a folder with a folder of pictures for each class, in any format that Pillow decodes; if it has
+              ``train/`` and ``val/`` inside the former is read (:func:`open_parts` reads both),
+            - a ``.csv`` or ``.tsv`` file in UTF-8 with a header, a column of paths (relative to the file) and
+              one of class names, separated by commas, semicolons or tabs,
+            - a Hugging Face ``datasets.Dataset`` with a column of images and one of classes; of a
+              ``DatasetDict`` the split ``train`` is read,
+            - a ``torch.utils.data.Dataset`` of (picture, array or tensor, label) pairs; ``classes`` and
+              ``targets`` are used if it has them, as torchvision's have. Its own transform stays on;
               tensors are uint8, or floats from 0 to 1.
         image_column: Of a CSV file or Hugging Face data set; None looks for a usual name.
         label_column: The same for the class.
 
     Raises:
         FileNotFoundError: There is no such folder or file, or a CSV file names a picture that isn't there.
-        ValueError: No pictures, fewer than two classes, a class without pictures, or no such column.
+        ValueError: No pictures, fewer than two classes, a class without pictures, no such column, or a line
+            of a CSV file that isn't as it should be.
         TypeError: ``source`` is none of these.
     """
+    layout = find_layout(source)
+    if layout is None:
+        return _open(source, image_column, label_column)
+    whole = source if isinstance(source, str | Path) else "the data"
+    _LOG.warning("only the part to train on is read of %s, which comes in parts", whole)
+    return _open(layout.train, image_column, label_column)
+
+
+def open_parts(
+    source: Any, *, image_column: str | None = None, label_column: str | None = None
+) -> tuple[LabelledImages, LabelledImages | None]:
+    """Labelled pictures to train on and, where the source sets some apart, those to validate on.
+
+    Args:
+        source: As in :func:`open_images`; a folder with ``train/`` and ``val/`` (or ``valid/``,
+            ``validation/``) inside has both, as has a dictionary or ``DatasetDict`` of such splits.
+        image_column: See :func:`open_images`.
+        label_column: See :func:`open_images`.
+
+    Raises:
+        FileNotFoundError, TypeError: See :func:`open_images`.
+        ValueError: See there; or the parts have different classes.
+    """
+    layout = find_layout(source)
+    if layout is None:
+        return _open(source, image_column, label_column), None
+    if layout.left_out:
+        left_out = ", ".join(layout.left_out)
+        _LOG.warning("left out of the data: %s; name pictures to test on by themselves (--test)", left_out)
+    train = _open(layout.train, image_column, label_column)
+    if layout.validation is None:
+        return train, None
+    validation = _open(layout.validation, image_column, label_column)
+    differing = sorted(_used(train) ^ _used(validation), key=natural)
+    if differing:
+        raise ValueError(
+            "expected the same classes in the parts for training and validation, only one of them has "
+            f"{', '.join(differing)}; add or remove these"
+        )
+    return train, validation.with_classes(train.classes)
+
+
+@dataclass(frozen=True)
+class _Items:
+    dataset: Any
+    column: str | int
+
+    def __call__(self, index: int) -> Image.Image | Tensor:
+        # a data set of Hugging Face decodes the row it is asked for
+        return as_picture(self.dataset[index][self.column])
+
+
+def _open(source: Any, image_column: str | None, label_column: str | None) -> LabelledImages:
     if isinstance(source, LabelledImages):
         return source
     if isinstance(source, str | Path):
@@ -57,89 +128,28 @@ def open_images(
     return images
 
 
-@dataclass(frozen=True)
-class Files:
-    """Reads pictures from paths, as RGB."""
-
-    paths: list[Path]
-
-    def __call__(self, index: int) -> Image.Image:
-        """The picture at an index."""
-        with Image.open(self.paths[index]) as picture:
-            return picture.convert("RGB")
-
-
-@dataclass(frozen=True)
-class _Items:
-    dataset: Any
-    column: str | int
-
-    def __call__(self, index: int) -> Image.Image | Tensor:
-        # a data set of Hugging Face decodes the row it is asked for
-        item = self.dataset[index][self.column]
-        if isinstance(item, Tensor):
-            return item
-        picture = item if isinstance(item, Image.Image) else Image.fromarray(np.asarray(item))
-        return picture.convert("RGB")
-
-
 def _from_path(path: Path, image_column: str | None, label_column: str | None) -> LabelledImages:
     check_labelled(path)
     if path.is_dir():
         return _from_folder(path)
-    return _from_csv(path, image_column, label_column)
+    return from_csv(path, image_column, label_column)
 
 
 def _from_folder(folder: Path) -> LabelledImages:
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
-    found = {name: _pictures(folder / name) for name in classes}
-    empty = [name for name, paths in found.items() if not paths]
+    found = {entry.name: search(entry) for entry in visible_folders(folder)}
+    classes = sorted(found, key=natural)
+    empty = [f"{name} ({by_suffix(found[name][1]) or 'empty'})" for name in classes if not found[name][0]]
     if empty and len(empty) < len(classes):
         raise ValueError(
-            f"expected pictures ({', '.join(SUFFIXES)}) in every class folder of {folder}, "
-            f"found none in {', '.join(empty)}; fill or remove them"
+            f"expected pictures in every class folder of {folder}, found none in {', '.join(empty)}; "
+            "fill or remove them"
         )
-    paths = [path for name in classes for path in found[name]]
-    labels = tuple(label for label, name in enumerate(classes) for _ in found[name])
-    names = tuple(str(path.relative_to(folder)) for path in paths)
-    return LabelledImages(tuple(classes), labels, names, Files(paths))
-
-
-def find_pictures(place: Path) -> list[Path]:
-    """A picture itself, or all pictures in a folder.
-
-    Raises:
-        FileNotFoundError: There is nothing, or no pictures in it.
-    """
-    check_pictures(place)
-    if place.is_file():
-        return [place]
-    paths = _pictures(place)
-    if not paths:
-        raise FileNotFoundError(f"expected pictures ({', '.join(SUFFIXES)}) in {place}, found none")
-    return paths
-
-
-def _pictures(folder: Path) -> list[Path]:
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    return sorted(path for path in files if path.name[0] != "." and path.is_file())
-
-
-def _from_csv(path: Path, image_column: str | None, label_column: str | None) -> LabelledImages:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        columns = list(reader.fieldnames or [])
-        image = _column(image_column, _IMAGE_COLUMNS, columns, "image_column", path)
-        label = _column(label_column, _LABEL_COLUMNS, columns, "label_column", path)
-        rows = [(row[image], row[label]) for row in reader]
-    paths = [path.parent / name for name, _ in rows]
-    missing = [name for (name, _), full in zip(rows, paths, strict=True) if not full.is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"expected the {len(rows)} pictures that {path} names, {len(missing)} are not there, "
-            f"{missing[0]!r} first; paths are relative to the file's folder"
-        )
-    return _named(LabelledImages, [name for name, _ in rows], [label for _, label in rows], Files(paths))
+    tell_left_out(folder, [path for name in classes for path in found[name][1]])
+    loose = [entry for entry in folder.iterdir() if is_shown(entry.name) and not entry.is_dir()]
+    tell_left_out(folder, loose, "outside of the class folders")
+    paths = [path for name in classes for path in found[name][0]]
+    labels = [printable(name) for name in classes for _ in found[name][0]]
+    return LabelledImages.named([printable(path.relative_to(folder)) for path in paths], labels, Files(paths))
 
 
 def _from_hugging_face(source: Any, image_column: str | None, label_column: str | None) -> LabelledImages:
@@ -147,61 +157,73 @@ def _from_hugging_face(source: Any, image_column: str | None, label_column: str 
     kinds = {name: type(feature).__name__ for name, feature in source.features.items()}
     images = [name for name in columns if kinds.get(name) == "Image"]
     labels = [name for name in columns if kinds.get(name) == "ClassLabel"]
-    image = _column(image_column, (*images, *_IMAGE_COLUMNS), columns, "image_column", "the data set")
-    label = _column(label_column, (*labels, *_LABEL_COLUMNS), columns, "label_column", "the data set")
-    names, read, given = [f"row {i}" for i in range(len(source))], _Items(source, image), list(source[label])
+    image = columns[
+        find_column(image_column, (*images, *IMAGE_COLUMNS), columns, "image_column", "the data set")
+    ]
+    label = columns[
+        find_column(label_column, (*labels, *LABEL_COLUMNS), columns, "label_column", "the data set")
+    ]
     declared = getattr(source.features[label], "names", None)
-    if declared is None:
-        return _named(LabelledImages, names, [str(value) for value in given], read)
-    return LabelledImages(tuple(declared), tuple(map(int, given)), tuple(names), read)
+    return _labelled(list(source[label]), declared, [f"row {i}" for i in range(len(source))], source, image)
 
 
 def _from_dataset(source: Any) -> LabelledImages:
     targets = getattr(source, "targets", None)
     if targets is None:
         targets = [source[index][1] for index in range(len(source))]
-    labels = tuple(int(target) for target in targets)
-    declared = getattr(source, "classes", None)
-    classes = declared or [str(label) for label in range(max(labels, default=-1) + 1)]
-    names = tuple(f"item {index}" for index in range(len(source)))
-    return LabelledImages(tuple(map(str, classes)), labels, names, _Items(source, 0))
+    names = [f"item {index}" for index in range(len(source))]
+    return _labelled(list(targets), getattr(source, "classes", None), names, source, 0)
 
 
-def _named(
-    make: Callable[..., LabelledImages], names: Sequence[str], labels: Iterable[str], read: Any
+def _labelled(
+    given: list[Any], declared: Any, names: list[str], dataset: Any, column: str | int
 ) -> LabelledImages:
-    given = list(labels)
-    # numbers in their own order: "10" after "9"
-    numeric = all(value.lstrip("-").isdigit() for value in given)
-    classes = sorted(set(given), key=int) if numeric else sorted(set(given))
-    places = {name: index for index, name in enumerate(classes)}
-    return make(tuple(classes), tuple(places[value] for value in given), tuple(names), read)
+    """Examples of a data set whose labels are places in the declared classes, or names."""
+    labels = [_plain(value, name) for value, name in zip(given, names, strict=True)]
+    read = _Items(dataset, column)
+    if declared is None:
+        unlabelled = [value for value in labels if isinstance(value, int) and value < 0]
+        if unlabelled:
+            raise ValueError(f"expected labels of 0 or more, got {unlabelled[0]}; drop unlabelled items")
+        return LabelledImages.named(names, [str(value) for value in labels], read)
+    classes = [str(name) for name in declared]
+    unknown = sorted({value for value in labels if isinstance(value, str)} - set(classes))
+    if unknown:
+        raise ValueError(f"expected labels out of {', '.join(classes)}, got {', '.join(unknown)}")
+    places = tuple(classes.index(value) if isinstance(value, str) else value for value in labels)
+    return LabelledImages(tuple(classes), places, tuple(names), read)
 
 
-def _column(given: str | None, usual: Sequence[str], columns: list[str], option: str, where: object) -> str:
-    wanted = [given] if given is not None else usual
-    found = [name for name in wanted if name in columns]
-    if not found:
-        raise ValueError(
-            f"expected a column {' or '.join(dict.fromkeys(map(repr, wanted)))} in {where}, "
-            f"got {', '.join(columns) or 'none'}; name it with {option}"
-        )
-    return found[0]
+def _plain(label: Any, name: str) -> int | str:
+    """A label of any library as a number or a name."""
+    if hasattr(label, "tolist"):
+        # NumPy's and torch's
+        label = label.tolist()
+    if isinstance(label, str | bool):
+        return label
+    if isinstance(label, int | float) and math.isfinite(label) and label == int(label):
+        return int(label)
+    raise ValueError(
+        f"expected a whole number or a name as the label of {name}, got {label!r}; drop unlabelled items, "
+        "and give classes instead of shares or measurements"
+    )
+
+
+def _used(images: LabelledImages) -> set[str]:
+    return {images.classes[label] for label in images.labels}
 
 
 def _check(images: LabelledImages, source: object) -> None:
     where = source if isinstance(source, str | Path) else type(source).__name__
     if not images.labels:
-        raise ValueError(
-            f"expected pictures ({', '.join(SUFFIXES)}) in a folder for each class, found none in {where}"
-        )
+        raise ValueError(f"expected pictures in a folder for each class, found none in {where}")
     wrong = [label for label in images.labels if not 0 <= label < len(images.classes)]
     if wrong:
         raise ValueError(
             f"expected labels from 0 to {len(images.classes) - 1} in {where}, got {wrong[0]}; "
             "drop unlabelled items"
         )
-    used = {images.classes[label] for label in images.labels}
+    used = _used(images)
     if len(used) < 2:
         raise ValueError(
             f"expected two classes or more in {where}, got {len(used)} ({', '.join(used)}); "

@@ -1,12 +1,19 @@
 """Split pictures so that each part has every class in proportion, and weigh classes."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
 
-def stratified_split(labels: Sequence[int], fractions: Sequence[float], *, seed: int) -> list[list[int]]:
+def stratified_split(
+    labels: Sequence[int],
+    fractions: Sequence[float],
+    *,
+    seed: int,
+    groups: Sequence[Hashable] | None = None,
+    classes: Sequence[str] | None = None,
+) -> list[list[int]]:
     """Indices of parts in which every class has its share.
 
     Of a class each part but the first gets its fraction, rounded, at least one; the first gets the rest.
@@ -15,30 +22,41 @@ def stratified_split(labels: Sequence[int], fractions: Sequence[float], *, seed:
         labels: Of every example.
         fractions: Of the parts; they sum to 1, the first is for training.
         seed: Chooses who goes where; the same seed and labels give the same parts.
+        groups: Of every example: those of one group come into one part, and count as its first one. None
+            keeps nothing together.
+        classes: Their names, to tell of them.
 
     Raises:
-        ValueError: Fractions that don't fit, or a class with fewer examples than parts.
+        ValueError: Fractions that don't fit, or a class with fewer examples (groups) than parts.
 
     Example:
         >>> parts = stratified_split([0] * 8 + [1] * 4, [0.5, 0.25, 0.25], seed=0)
         >>> [len(part) for part in parts]
         [6, 3, 3]
+        >>> stratified_split([0, 0, 0, 1, 1], [0.5, 0.5], seed=0, groups="aabcd")
+        [[0, 1, 4], [2, 3]]
     """
     if len(fractions) < 2 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
         raise ValueError(f"expected two or more positive fractions that sum to 1, got {list(fractions)}")
     generator = torch.Generator().manual_seed(seed)
-    all_labels = torch.as_tensor(list(labels))
+    groups = range(len(labels)) if groups is None else groups
+    members = dict[Hashable, list[int]]()
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    first = torch.tensor([together[0] for together in members.values()], dtype=torch.int64)
+    first_labels = torch.as_tensor(list(labels))[first]
     parts: list[list[int]] = [[] for _ in fractions]
-    for label in all_labels.unique().tolist():
-        members = (all_labels == label).nonzero().flatten()
-        if len(members) < len(fractions):
+    for label in sorted(set(labels)):
+        own = first[first_labels == label]
+        if len(own) < len(fractions):
             raise ValueError(
                 f"expected at least {len(fractions)} examples of each class for {len(fractions)} parts, "
-                f"got {len(members)} of class {label}; add some or leave the class out"
+                f"copies not counted, got {len(own)} of class "
+                f"{label if classes is None else repr(classes[label])}; add some or leave the class out"
             )
-        members = members[torch.randperm(len(members), generator=generator)]
-        for part, chosen in zip(parts, members.split(_sizes(len(members), fractions)), strict=True):
-            part += chosen.tolist()
+        own = own[torch.randperm(len(own), generator=generator)]
+        for part, chosen in zip(parts, own.split(_sizes(len(own), fractions)), strict=True):
+            part += [index for place in chosen.tolist() for index in members[groups[place]]]
     return [sorted(part) for part in parts]
 
 

@@ -15,9 +15,12 @@ from fastlora.transfer.create import check_model, create_transfer_model
 from fastlora.transfer.data import (
     LabelledImages,
     open_images,
+    open_parts,
     pretrained_transforms,
     readable,
     stratified_split,
+    tell_copies,
+    tell_overlap,
 )
 from fastlora.transfer.finetune.settings import FinetuneSettings
 from fastlora.transfer.heads import deepen_head
@@ -145,20 +148,31 @@ def _check_strategy(settings: FinetuneSettings) -> None:
 def _open(
     settings: FinetuneSettings, given: tuple[Any, Any], seed: int, reporter: Reporter
 ) -> tuple[LabelledImages, LabelledImages, LabelledImages | None]:
-    def opened(source: Any) -> LabelledImages:
-        found = open_images(source, image_column=settings.image_column, label_column=settings.label_column)
-        return readable(found, on_corrupt=settings.on_corrupt, on_done=_told(reporter, "check pictures"))
+    columns = {"image_column": settings.image_column, "label_column": settings.label_column}
 
-    sources = [
+    def checked(found: LabelledImages) -> LabelledImages:
+        told = _told(reporter, "check pictures")
+        return readable(found, on_corrupt=settings.on_corrupt, on_done=told)
+
+    def set_apart(source: Any, part: str) -> LabelledImages:
+        images = checked(open_images(source, **columns).with_classes(train.classes))
+        tell_overlap(train, images, part)
+        return images
+
+    data, test = (
         name if own is None else own for name, own in zip((settings.data, settings.test), given, strict=True)
-    ]
-    train = opened(sources[0])
-    test = None if sources[1] is None else opened(sources[1]).with_classes(train.classes)
-    if settings.validation is not None:
-        return train, opened(settings.validation).with_classes(train.classes), test
-    shares = [1 - settings.validation_share, settings.validation_share]
-    first, second = stratified_split(train.labels, shares, seed=seed)
-    return train.subset(first), train.subset(second), test
+    )
+    train, validation = open_parts(data, **columns)
+    train = checked(train)
+    tell_copies(train)
+    watched: Any = validation if settings.validation is None else settings.validation
+    if watched is None:
+        shares = [1 - settings.validation_share, settings.validation_share]
+        parts = stratified_split(train.labels, shares, seed=seed, groups=train.digests, classes=train.classes)
+        learnt, held_out = (train.subset(part) for part in parts)
+    else:
+        learnt, held_out = train, set_apart(watched, "validation")
+    return learnt, held_out, None if test is None else set_apart(test, "testing")
 
 
 def _told(reporter: Reporter, task: str) -> Callable[[int, int], None]:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from fastlora.transfer.data import LabelledImages
-from fastlora.transfer.data.sources import Files, find_pictures
+from fastlora.transfer.data import Files, LabelledImages, find_pictures
 from fastlora.transfer.finetune.saved import SavedRun
 from fastlora.transfer.fit import best_device
 

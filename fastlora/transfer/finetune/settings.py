@@ -14,14 +14,16 @@ class FinetuneSettings:
     """What to fine-tune, and on what; :class:`TrainSettings` says how.
 
     Attributes:
-        data: Folder with a folder of pictures for each class, or a .csv file of paths and classes.
+        data: Folder with a folder of pictures for each class, or with train and val of such folders, or a
+            .csv file of paths and classes.
         output: Folder for the model, the report, checkpoints and logs.
-        validation: Pictures to watch and to choose the best epoch with; without it a share of data.
+        validation: Pictures to watch and to choose the best epoch with; without it the val folder in data, or
+            a share of data.
         validation_share: How large that share is; each class gives its part.
         test: Pictures to judge the result with, seen only at the end.
         image_column: Column of paths in a .csv file, if it has no usual name.
         label_column: Column of classes in a .csv file, if it has no usual name.
-        on_corrupt: What to do about pictures that can't be decoded.
+        on_corrupt: What to do about pictures that can't be decoded, or have more pixels than Pillow allows.
         model: A model of torchvision, timm:NAME, dinov2_vits14 or efficientnet_lite0.
         weights: DEFAULT, the name of others, a .safetensors or .pt file, or none for random ones.
         strategy: What trains: feature_extraction, fine_tuning, full, gradual, lp_ft, lora, adapter or prompt;

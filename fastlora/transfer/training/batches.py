@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fastlora.transfer.batching import count_batches, cut
 from fastlora.transfer.data import LabelledImages
 from fastlora.transfer.training.randomness import derived_seed, seeded
 from fastlora.transfer.training.settings import TrainSettings
@@ -44,7 +45,8 @@ class BatchPlan:
         rank: Of this process.
         processes: How many there are.
         in_pairs: Keep neighbours (0 and 1, 2 and 3, …) in one part, for mixup.
-        full: Fill the last batch of an epoch with the first examples of that epoch.
+        full: Fill the last batch of an epoch with the first examples of that epoch, or leave out the one
+            example that it would have.
         weights: float32 ``[n]``, how much each example counts; None counts each as 1.
     """
 
@@ -84,8 +86,9 @@ class BatchPlan:
         generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", epoch))
         order = torch.randperm(len(self.images), generator=generator)
         if self.full:
-            order = order[torch.arange(-(-len(order) // self.batch_size) * self.batch_size) % len(order)]
-        return [batch.tolist() for batch in order.split(self.batch_size)]
+            wanted = count_batches(len(order), self.batch_size) * self.batch_size
+            order = order[torch.arange(wanted) % len(order)]
+        return [batch.tolist() for batch in cut(order, self.batch_size)]
 
     def load(self, epoch: int, first: int, workers: int) -> Iterator[list[Part]]:
         """The parts of this process, from the epoch's batch number ``first`` on."""
@@ -104,7 +107,8 @@ class BatchPlan:
 
     def _share(self, batch: Sequence[int]) -> list[tuple[list[int], list[int]]]:
         pieces = self.accumulation * self.processes
-        size = -(-len(batch) // pieces)
+        # not one example in a part where a whole batch gives it more: see fastlora.transfer.batching
+        size = max(-(-len(batch) // pieces), min(2, -(-self.batch_size // pieces)))
         size += size % 2 if self.in_pairs else 0
         filled = [*batch, *[batch[-1]] * (pieces * size - len(batch))]
         counted = [int(place < len(batch)) for place in range(len(filled))]

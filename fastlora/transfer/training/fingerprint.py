@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from fastlora.transfer.batching import leaves_one
 from fastlora.transfer.data import LabelledImages
 from fastlora.transfer.training.settings import NOT_COMPARED, TrainSettings
 from fastlora.transfer.training.whole import digest
@@ -18,6 +19,7 @@ _EXPLAINED = {
     "layout": "names, shapes or dtypes of what trains differ: another model, strategy or rank",
     "training_data": "the training pictures, their labels or their order differ",
     "validation_data": "the validation pictures, their labels or their order differ",
+    "last_batch": "another version of fastlora cuts these pictures into other batches",
     "transform": "the training pictures are transformed differently",
 }
 
@@ -35,10 +37,12 @@ def fingerprint(
     compared = {name: value for name, value in asdict(settings).items() if name not in NOT_COMPARED}
     layout = [[name, str(state[name].dtype), list(state[name].shape)] for name in saved]
     parameters = dict(model.named_parameters())
+    joined = {"last_batch": "joined"} if leaves_one(len(train), settings.batch_size) else {}
     frozen = [(name, tensor) for name, tensor in state.items() if name in parameters and name not in saved]
     return {
         **json.loads(json.dumps(dict(configuration))),
         **compared,
+        **joined,
         "layout": hashed(layout),
         "frozen_weights": digest(frozen),
         "training_data": hashed([train.classes, train.labels, train.names]),

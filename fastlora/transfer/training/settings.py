@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from fastlora.transfer.batching import count_batches
+
 Schedule = Literal["cosine", "linear", "one_cycle", "constant"]
 Monitor = Literal["accuracy", "balanced_accuracy", "loss"]
 Optimizer = Literal["adamw", "sgd"]
@@ -109,7 +111,7 @@ class TrainSettings:
 
     def steps_per_epoch(self, examples: int) -> int:
         """Optimiser steps in a pass over ``examples``."""
-        return math.ceil(examples / self.batch_size)
+        return count_batches(examples, self.batch_size)
 
     def total_steps(self, examples: int) -> int:
         """Optimiser steps of the whole run, unless it stops early."""
