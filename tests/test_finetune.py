@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from tests.finetune_models import CLASSES, write_pictures
 RESNET = ["--model", "resnet18", "--weights", "none", "--image-size", "32"]
 DINO = ["--model", "dinov2_vits14", "--image-size", "28"]
 SHORT = ["--epochs", "2", "--batch-size", "8", "--precision", "no"]
+LEARNING = [*RESNET, "--epochs", 8, "--batch-size", 8, "--strategy", "full", "--lr", 2e-4, "--head-factor", 1]
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +89,7 @@ def test_every_strategy_trains_saves_and_answers_alike(
 def learned(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A run that learns its task, and what was printed."""
     output = tmp_path_factory.mktemp("learned") / "run"
-    arguments = [*RESNET, "--epochs", 8, "--strategy", "full", "--lr", 2e-4, "--head-factor", 1]
-    return output, finetuned(data, *arguments, "--batch-size", 8, "--output", output)
+    return output, finetuned(data, *LEARNING, "--output", output)
 
 
 def test_it_learns(learned: tuple[Path, Any]) -> None:
@@ -121,12 +122,12 @@ def test_the_page_needs_nothing_else(learned: tuple[Path, Any]) -> None:
     assert "{{" not in page
 
 
-def test_the_worst_pictures_are_shown(data: Path, tmp_path: Path) -> None:
+def test_the_worst_pictures_are_shown(data: Path, learned: tuple[Path, Any], tmp_path: Path) -> None:
     mislabelled = tmp_path / "test"
     write_pictures(mislabelled, count=2)
     (mislabelled / "dark" / "00.png").rename(mislabelled / "light" / "swapped.png")
-    arguments = [*RESNET, "--epochs", 8, "--strategy", "full", "--lr", 2e-4, "--head-factor", 1]
-    finetuned(data, *arguments, "--batch-size", 8, "--output", tmp_path / "run", "--test", mislabelled)
+    shutil.copytree(learned[0], tmp_path / "run")
+    finetuned(data, *LEARNING, "--output", tmp_path / "run", "--resume", "--test", mislabelled)
     worst = report_of(tmp_path / "run")["evaluation"]["worst"]
     assert [(row["name"], row["true"], row["predicted"]) for row in worst] == [
         ("light/swapped.png", "light", "dark")
