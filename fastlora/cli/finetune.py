@@ -24,6 +24,9 @@ from fastlora.cli._progress import LiveReporter
 if TYPE_CHECKING:
     from fastlora.transfer.finetune.job import Job
 
+# classes of a plan
+_NAMED = 12
+
 
 def finetune(
     config: ConfigOption = None,
@@ -55,7 +58,7 @@ def finetune(
         check_labelled(Path(place))
     console = make_console(to_stderr=as_json)
     if dry_run:
-        _plan(settings, training, console)
+        _plan(settings, training, console, as_json)
         return
     # models are slow to import
     from fastlora.transfer.finetune.run import finetune as run
@@ -73,29 +76,37 @@ def make_command() -> Callable[..., None]:
     return with_options(finetune, options_of((FinetuneSettings, TrainSettings), arguments=("data",)))
 
 
-def _plan(settings: Any, training: Any, console: Console) -> None:
+def _plan(settings: Any, training: Any, console: Console, as_json: bool) -> None:
     from fastlora.transfer.finetune.job import prepare
+    from fastlora.transfer.finetune.record import job_record
 
     with LiveReporter(console) as reporter:
         job = prepare(settings, training, reporter)
-    report = job.parameters()
-    table = Table(title=f"{settings.model}, {job.strategy.name}", show_header=False)
-    for heading, text in _plan_rows(job, settings.output).items():
+    report, rows = job.parameters(), _plan_rows(job, settings.output)
+    record = {"model": settings.model, **job_record(job), "parameters": report.as_json(), "plan": rows}
+    conclude(record, lambda: _show_plan(record, str(report), console), as_json=as_json)
+
+
+def _show_plan(record: dict[str, Any], parameters: str, console: Console) -> None:
+    table = Table(title=f"{record['model']}, {record['strategy']}", show_header=False)
+    for heading, text in record["plan"].items():
         table.add_row(heading, text)
     console.print(table)
-    console.print(Text(str(report)), soft_wrap=True)
+    console.print(Text(parameters), soft_wrap=True)
+    advice = record["recommendation"]
     console.print(
-        f"Advice for these data: {job.recommendation.strategy}. {job.recommendation.reason} "
-        f"Sources: {'; '.join(job.recommendation.sources)}"
+        f"Advice for these data: {advice['strategy']}. {advice['reason']} "
+        f"Sources: {'; '.join(advice['sources'])}"
     )
 
 
 def _plan_rows(job: "Job", output: str) -> dict[str, str]:
-    training, count = job.training, len(job.train)
+    training, count, classes = job.training, len(job.train), job.train.classes
+    more = ", …" if len(classes) > _NAMED else ""
     test = 0 if job.test is None else len(job.test)
     rows = {
         "Trains": job.strategy.summary,
-        "Classes": f"{len(job.train.classes)}: {', '.join(job.train.classes[:12])}",
+        "Classes": f"{len(classes)}: {', '.join(classes[:_NAMED])}{more}",
         "Pictures": f"{count:,} training, {len(job.validation):,} validation, {test:,} test",
         "Steps": f"{training.total_steps(count):,}: {training.epochs} epochs of "
         f"{training.steps_per_epoch(count):,}, {training.batch_size} pictures each",

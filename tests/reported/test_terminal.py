@@ -106,6 +106,13 @@ def test_a_run_and_its_answers_show_the_classes(data: Path, trained: tuple[Path,
     check_plain(exported.output, r"run[/b]\x1b[1m")
 
 
+def test_a_plan_is_json_too(data: Path) -> None:
+    plan = json.loads(invoke("finetune", data, *QUICK, "--dry-run", "--json").stdout)
+    assert set(plan["classes"]) == set(CLASSES)
+    assert plan["plan"]["Classes"].startswith("4: ")
+    assert plan["parameters"]["total_parameters"] > 0
+
+
 def test_machines_get_the_names_themselves(data: Path, trained: tuple[Path, Any]) -> None:
     arguments = ("predict", trained[0], data / CLASSES[1] / "00.png", "--top", 4)
     answers = json.loads(invoke(*arguments, "--json").stdout)
