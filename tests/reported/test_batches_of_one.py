@@ -70,6 +70,13 @@ def test_training_with_one_picture_over(tmp_path: Path) -> None:
     assert trainer.fit().steps == trainer.total_steps == 4
 
 
+def test_batches_of_one_that_were_asked_for(tmp_path: Path) -> None:
+    images = pictures().subset(range(4))
+    trainer = Trainer(Pooled(), images, images, TrainSettings(epochs=1, batch_size=1), output=tmp_path)
+    with pytest.raises(ValueError, match=r"two or more examples .* raise batch_size \(--batch-size\)"):
+        trainer.fit()
+
+
 def test_adapting_with_one_picture_over(tmp_path: Path) -> None:
     # 22 pictures of each domain
     settings = TrainSettings(epochs=1, batch_size=7, warmup=0.0)

@@ -11,7 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from fastlora.transfer.data import as_picture, find_corrupt, open_images, open_picture, readable
+from fastlora.transfer.data import (
+    as_picture,
+    find_corrupt,
+    open_images,
+    open_picture,
+    pretrained_transforms,
+    readable,
+)
 
 RAMP = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (64, 1))
 
@@ -139,6 +146,14 @@ def test_bombs_are_refused_before_they_are_decoded(tmp_path: Path, monkeypatch: 
     with pytest.warns(Image.DecompressionBombWarning):
         found = find_corrupt(open_images(tmp_path))
     assert "at most 1,199 pixels, got 30 x 40" in found[0]
+
+
+def test_strips_are_not_blown_up() -> None:
+    evaluate = pretrained_transforms("resnet18", image_size=32)[1]
+    with Image.new("RGB", (1, 2_000_000), "red") as strip:
+        # 37 times 74,000,000 pixels otherwise
+        assert evaluate(strip).shape == (3, 32, 32)
+    assert evaluate(Image.fromarray(RAMP)).shape == (3, 32, 32)
 
 
 def test_damaged_files_are_told(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision import models
 from torchvision.transforms import InterpolationMode, v2
 
@@ -15,6 +15,8 @@ from fastlora.transfer.names import DINOV2, EFFICIENTNET_LITE0, TIMM_PREFIX
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _LITE_MEAN, _LITE_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 _SMALLEST_CROP = 0.35
+# sides of a picture: a strip of one pixel's width would be blown up to gigabytes before it is cropped
+_LONGEST = 16
 
 Transform = Callable[[Any], Tensor]
 
@@ -52,7 +54,25 @@ def pretrained_transforms(
     cut = v2.RandomResizedCrop(crop, scale=(_SMALLEST_CROP, 1.0), interpolation=interpolation)
     mirror = [v2.RandomHorizontalFlip()] if flip else []
     shrink = v2.Resize(resize, interpolation=interpolation)
-    return v2.Compose([cut, *mirror, *finish]), v2.Compose([shrink, v2.CenterCrop(crop), *finish])
+    whole = [MiddleOfStrip(), shrink, v2.CenterCrop(crop), *finish]
+    return v2.Compose([cut, *mirror, *finish]), v2.Compose(whole)
+
+
+class MiddleOfStrip(nn.Module):
+    """Cuts a picture down to 16 times its shorter side; no other picture is touched.
+
+    Example:
+        >>> tuple(MiddleOfStrip()(torch.zeros(3, 2, 50)).shape)
+        (3, 2, 32)
+    """
+
+    def forward(self, picture: Any) -> Any:
+        """The middle of a PIL picture or a tensor ``[..., H, W]``."""
+        height, width = v2.functional.get_size(picture)
+        longest = _LONGEST * min(height, width)
+        if max(height, width) <= longest:
+            return picture
+        return v2.functional.center_crop(picture, [min(height, longest), min(width, longest)])
 
 
 def _described(name: str, weights: str) -> tuple[int, int, InterpolationMode, Any, Any]:

@@ -27,6 +27,7 @@ from fastlora.transfer.heads import deepen_head
 from fastlora.transfer.recommend import Recommendation, recommend_strategy
 from fastlora.transfer.strategies import Strategy, find_strategy
 from fastlora.transfer.study import Reporter
+from fastlora.transfer.training.checks import several_examples
 from fastlora.transfer.training.randomness import seeded
 from fastlora.transfer.training.settings import TrainSettings
 from fastlora.transfer.unfreezing import GradualUnfreezing
@@ -67,7 +68,8 @@ class Job:
             # the most that ever trains is what has to fit
             self.unfreezing.apply(self.model, self.head, trained)
         self.model.train()
-        report = parameter_report(self.model, sample_input=torch.zeros(size, *picture.shape))
+        with several_examples():
+            report = parameter_report(self.model, sample_input=torch.zeros(size, *picture.shape))
         if self.unfreezing is not None:
             self.unfreezing.apply(self.model, self.head, 0)
         return report

@@ -1,6 +1,7 @@
 """What is wrong with a run is said before it begins, or names the batch where it went wrong."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -47,6 +48,24 @@ def check_processes(
             "expected sharding='ddp' for unfreezing by a schedule, got 'fsdp2'; what is sharded decides "
             "once what trains"
         )
+
+
+@contextmanager
+def several_examples() -> Iterator[None]:
+    """Say what to do where a BatchNorm that trains has one value per channel; torch names only the layer's.
+
+    Raises:
+        ValueError: See above.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            "expected two or more examples at a time for a BatchNorm that trains, got one; raise batch_size "
+            "(--batch-size), lower accumulation (--accumulation), or leave BatchNorm frozen"
+        ) from error
 
 
 def what_changes(model: nn.Module, head: nn.Module, unfreezing: GradualUnfreezing | None) -> list[str]:

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from fastlora._stages import Stage, stages
 from fastlora.transfer.optim import parameter_groups
+from fastlora.transfer.training.checks import several_examples
 from fastlora.transfer.training.schedule import make_schedule
 from fastlora.transfer.training.settings import TrainSettings
 from fastlora.transfer.training.whole import fill, load_optimizer, whole
@@ -62,7 +63,7 @@ class Engine:
 
     def forward(self, inputs: Any) -> Any:
         """What the model returns in the settings' precision, for a loss that is differentiated."""
-        with self._accelerator.autocast():
+        with self._accelerator.autocast(), several_examples():
             return self._wrapped(inputs)
 
     def part(self, *, last: bool) -> AbstractContextManager[None]:
