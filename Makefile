@@ -1,13 +1,14 @@
 # Each target makes .venv when it is missing and installs only when pyproject.toml has changed.
 PYTHON ?= python3
 VENV := .venv
+OLDEST := .venv-oldest
 RUN := $(VENV)/bin/python -m
 # for instance BENCH_FLAGS='--beside "a browser"' or '-k ViT'
 BENCH_FLAGS :=
 TESTS = $(RUN) pytest --numprocesses auto --dist worksteal
 SUITE = $(RUN) pytest benchmarks --results benchmarks/results $(BENCH_FLAGS)
 
-.PHONY: demo test test-all lint bench bench-gpu results results-adapt results-digits
+.PHONY: demo test test-all test-oldest lint bench bench-gpu results results-adapt results-digits
 
 demo: $(VENV)/.installed-demo
 	$(VENV)/bin/fastlora demo
@@ -19,6 +20,10 @@ test: $(VENV)/.installed-dev
 # every case, and every kernel compiled for every target
 test-all: $(VENV)/.installed-dev
 	$(TESTS) -m ""
+
+# the same features with the oldest versions that pyproject.toml admits
+test-oldest:
+	$(MAKE) test VENV=$(OLDEST)
 
 lint: $(VENV)/.installed-dev
 	$(RUN) ruff format --check
@@ -44,6 +49,14 @@ results-adapt: $(VENV)/.installed-results
 
 results-digits: $(VENV)/.installed-results
 	$(RUN) benchmarks.adapt_digits
+
+$(OLDEST)/.installed-dev: pyproject.toml .ci/oldest.py
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --disable-pip-version-check packaging
+	$(OLDEST)/bin/python .ci/oldest.py dev > $(OLDEST)/oldest.txt
+	$(OLDEST)/bin/pip install --disable-pip-version-check --requirement $(OLDEST)/oldest.txt
+	$(OLDEST)/bin/pip install --disable-pip-version-check --no-deps --editable .
+	touch $@
 
 $(VENV)/.installed-%: pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
