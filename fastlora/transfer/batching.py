@@ -4,7 +4,11 @@ A BatchNorm that trains can't normalise one example: torch refuses where it has 
 elsewhere its statistics are those of a single picture.
 """
 
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    # the settings count batches, and a command's --help shows the settings
+    from torch import Tensor
 
 
 def leaves_one(examples: int, batch_size: int) -> bool:
@@ -27,7 +31,7 @@ def count_batches(examples: int, batch_size: int) -> int:
     return -(-examples // batch_size) - leaves_one(examples, batch_size)
 
 
-def cut(order: Tensor, batch_size: int) -> list[Tensor]:
+def cut(order: "Tensor", batch_size: int) -> "list[Tensor]":
     """Batches of ``batch_size``; the last has fewer, or one more instead of leaving one alone.
 
     Example:
