@@ -62,7 +62,7 @@ def double_gradient(module: nn.Module, grad_in: Any, grad_out: Any) -> Any:
 
 def own_forward(module: nn.Module) -> None:
     own = module.forward
-    module.forward = lambda x: 2.0 * own(x)
+    module.forward = lambda *args, **kwargs: 2.0 * own(*args, **kwargs)
 
 
 def bias_in_lora_A(layer: Any) -> None:
@@ -80,7 +80,7 @@ def inside(model: Any, part: str) -> Any:
     return layer.base_layer if part == "base_layer" else getattr(layer, part)["default"]
 
 
-PARTS = ("base_layer", "lora_A", "lora_B", "lora_dropout")
+PARTS = ("base_layer", "lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")
 CHANGES: dict[str, Change] = {
     "dropout is another module": put("lora_dropout", Half),
     "dropout is a subclass": put("lora_dropout", lambda: HalfDropout(0.3)),
@@ -134,12 +134,13 @@ def test_what_the_fused_op_does_not_know_is_computed_by_peft(change: str) -> Non
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("change", INSIDE)
 def test_what_stands_around_a_module_inside_is_run(change: str, part: str) -> None:
-    plain, accelerated = twins(
-        peft_model(lora_dropout=0.3).train(), change=lambda model: INSIDE[change](inside(model, part))
-    )
+    def make() -> Any:
+        return peft_model(lora_dropout=0.3, use_dora=part == "lora_magnitude_vector").train()
+
+    plain, accelerated = twins(make(), change=lambda model: INSIDE[change](inside(model, part)))
     expected = run(plain, inputs())
     assert_equal_runs(run(accelerated, inputs()), expected, exactly=True)
-    assert not torch.equal(expected["x"], run(peft_model(lora_dropout=0.3).train(), inputs())["x"])
+    assert not torch.equal(expected["x"], run(make(), inputs())["x"])
 
 
 @pytest.mark.parametrize("kind", ["forward_pre_hook", "forward_hook", "full_backward_hook"])
