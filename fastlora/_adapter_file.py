@@ -10,13 +10,17 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from fastlora._adapter_format import FileConfig, parse_file_config
+from fastlora._files import read_json
+from fastlora._sound import check_sound
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
+_COUNTERS = (torch.int64, torch.bool)
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Tensor], FileConfig]:
@@ -44,13 +48,11 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], FileConfig]:
             inner = sorted(str(path.parent) for path in folder.glob(f"*/{CONFIG}"))
             advice = f"did you mean {inner[0]}?" if inner else "save it again"
             raise FileNotFoundError(f"expected {CONFIG} and {TENSORS} in {folder}, found no {name}; {advice}")
-    try:
-        raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"expected JSON in {folder / CONFIG}, got {error}; the file is damaged") from error
+    raw = read_json(folder / CONFIG)
     try:
         config = parse_file_config(raw)
-    except ValueError as error:
+    # a field of another type than it has anywhere
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
     try:
         # bytes, not a memory map: the file may be replaced while we hold its tensors
@@ -60,7 +62,16 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], FileConfig]:
             f"expected a safetensors file, got {folder / TENSORS}, which is truncated or something else "
             f"({error}); copy or save it again"
         ) from error
+    _check_values(tensors, folder / TENSORS)
     return tensors, config
+
+
+def _check_values(tensors: dict[str, Tensor], path: Path) -> None:
+    check_sound(tensors, path)
+    for name, tensor in tensors.items():
+        # counters and positions of modules that are saved whole
+        if not tensor.is_floating_point() and ("lora_" in name or tensor.dtype not in _COUNTERS):
+            raise ValueError(f"expected floating-point tensors in {path}, got {tensor.dtype} in {name}")
 
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:

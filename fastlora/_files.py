@@ -1,23 +1,132 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and JSON that is read without a traceback."""
 
+import errno
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+# what a spreadsheet takes for the beginning of a formula
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+# Windows has no quotas of this name
+_NO_ROOM = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+class NoRoomError(OSError):
+    """A file didn't fit on its disk; the message says how much was missing and where."""
+
+
+def no_room(error: OSError) -> bool:
+    """Whether a disk or a quota is full."""
+    return error.errno in _NO_ROOM
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file in one step, beside its final name first."""
+    """Write a file in one step, beside its final name first.
+
+    Raises:
+        NoRoomError: The disk is full; an older file is still there.
+        OSError: It can't be written for another reason.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
+    except OSError as error:
+        if no_room(error):
+            # what was half-written takes room itself
+            temporary.unlink(missing_ok=True)
+            raise NoRoomError(error.errno, room_wanted(path, len(content), error)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def room_wanted(path: Path, size: int, error: OSError) -> str:
+    """What to say of a file of ``size`` bytes that doesn't fit."""
+    free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+    return (
+        f"expected room for {size / 2**20:,.1f} MiB at {path}, {free / 2**20:,.1f} MiB are free "
+        f"({error.strerror})"
+    )
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
     """Write JSON in one step: readers see the old file or the whole new one."""
     write_file(path, (json.dumps(report, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds, in the strict sense: no NaN, and no more depth than Python follows.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        OSError: It can't be read.
+        ValueError: It is a folder, or no JSON.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> write_report(folder / "a.json", {"rank": 4})
+        >>> read_json(folder / "a.json")
+        {'rank': 4}
+    """
+    try:
+        return json.loads(path.read_text("utf-8"), parse_constant=_no_constant)
+    except IsADirectoryError as error:
+        raise ValueError(f"expected JSON in {path}, got a folder") from error
+    except RecursionError as error:
+        raise ValueError(f"expected JSON in {path}, got something nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"expected JSON in {path}, got something else ({error})") from error
+
+
+def safe_cell(text: str) -> str:
+    """A cell of a CSV file that no spreadsheet takes for a formula: an apostrophe goes before its beginning.
+
+    As OWASP advises on CSV injection. Numbers stay numbers.
+
+    Example:
+        >>> safe_cell("=1+1"), safe_cell("-0.5"), safe_cell("cat")
+        ("'=1+1", '-0.5', 'cat')
+    """
+    if not text.startswith(_FORMULA):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    # "\t1" is a number too, and no plain one
+    return text if text == text.strip() else f"'{text}"
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON's")
+
+
+def check_file_place(path: Path) -> None:
+    """See that a file can be written, before the work for it is done.
+
+    Raises:
+        IsADirectoryError: It is a folder.
+        NotADirectoryError: Its folder is a file.
+        FileNotFoundError: Its folder isn't there.
+        PermissionError: Its folder can't be written to.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"expected a file to write, got the folder {path}; add a name (--output)")
+    folder = path.parent
+    if not folder.exists():
+        raise FileNotFoundError(f"expected a folder for {path.name}, found none at {folder}; make it first")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"expected a folder for {path.name}, got the file {folder}")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"expected a folder that can be written to for {path.name}, got {folder}")
+
+
+def printable(text: str) -> str:
+    """Text that any stream takes: bytes of a file's name that are no UTF-8 are written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -1,6 +1,5 @@
 """The file of measured choices: one for each GPU in the user's cache folder, written whole or not at all."""
 
-import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastlora import _backend
-from fastlora._files import write_report
+from fastlora._files import read_json, write_report
 from fastlora._version import __version__
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def read(path: Path, gpu: str) -> "list[Record]":
         ValueError: It is damaged, or was made by another version or for another GPU.
     """
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = read_json(path)
         for name, value in _made_by(gpu).items():
             if content[name] != value:
                 raise _Unfit(f"expected {name} {value} in {path}, got {content[name]}; {_ADVICE}")

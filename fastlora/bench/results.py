@@ -1,12 +1,13 @@
 """The results files of ``benchmarks/``: read, checked, and what follows from their numbers."""
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from fastlora._files import read_json
 
 SCHEMA = 1
 OURS, PEFT, EAGER = "fastlora", "peft", "reference"
@@ -178,15 +179,11 @@ def load_results(path: Path) -> Results:
         ValueError: It is no JSON, or not of this schema; the message names what was expected.
     """
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = read_json(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"expected a results file of `make bench` or `make bench-gpu`, got {path}, which does not exist"
         ) from error
-    except IsADirectoryError as error:
-        raise ValueError(f"expected a results file (JSON), got the folder {path}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"expected JSON in {path}, got something else ({error})") from error
     return _results(content, str(path))
 
 

@@ -1,38 +1,94 @@
 """Exit codes, and one line instead of a traceback for the errors a user can do something about."""
 
 import logging
+import shlex
+import signal
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
+from fastlora._files import no_room
+from fastlora._interruption import Interrupted, raise_on_sigterm
 from fastlora._words import visible
+from fastlora.cli._words import in_options, options_of_command
 
 FAILURE, BAD_INPUT = 1, 2
+# what a shell adds to the number of the signal that ended a command
+_SIGNALLED = 128
 
-_BAD_INPUT = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError)
-_FAILURES = (ImportError, FloatingPointError, OSError)
+_BAD_INPUT = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+_FAILURES = (ImportError, FloatingPointError, OSError, MemoryError)
+_ARGUMENTS = "fastlora.arguments"
 
 
 class CommandGroup(TyperGroup):
-    """Commands whose expected errors end with one line on stderr: exit code 2 for bad input, else 1."""
+    """Commands whose expected errors end with one line on stderr.
+
+    Exit code 2 for bad input, 130 and 143 for Ctrl-C and SIGTERM, 1 for other failures. The line speaks of
+    options, not of parameters, and says how to go on where a command can.
+    """
 
     # typer's context class has moved between its versions
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Keep what was typed, to say how to go on."""
+        ctx.meta[_ARGUMENTS] = list(args)
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was asked for."""
+        before = raise_on_sigterm()
         log, told = logging.getLogger("fastlora"), _ToldWarnings(logging.WARNING)
         log.addHandler(told)
         try:
+            _refuse_empty(ctx.meta[_ARGUMENTS])
             return super().invoke(ctx)
         except BrokenPipeError:
             # who reads our output has enough of it, which typer takes for no error
             raise
+        except KeyboardInterrupt as error:
+            raise self._stopped(ctx, error) from error
         except _BAD_INPUT as error:
-            raise _told(error, BAD_INPUT) from error
+            raise self._told(ctx, error, BAD_INPUT) from error
         except _FAILURES as error:
-            raise _told(error, FAILURE) from error
+            raise self._told(ctx, error, FAILURE) from error
+        except OverflowError as error:
+            text = ValueError(f"expected numbers that a computer can count to, got a larger one ({error})")
+            raise self._told(ctx, text, BAD_INPUT) from error
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+            raise self._told(ctx, MemoryError(_first_line(error)), FAILURE) from error
         finally:
             log.removeHandler(told)
+            if before is not None:
+                signal.signal(signal.SIGTERM, before)
+
+    def _stopped(self, ctx: Any, error: KeyboardInterrupt) -> typer.Exit:
+        number, done = signal.SIGINT, ""
+        if isinstance(error, Interrupted):
+            number, done = signal.Signals(error.number), error.text
+        said = f"interrupted by {number.name}{f': {done}' if done else ''}"
+        typer.echo(f"{said}{self._how_to_go_on(ctx)}", err=True)
+        return typer.Exit(_SIGNALLED + number)
+
+    def _told(self, ctx: Any, error: Exception, code: int) -> typer.Exit:
+        text = in_options(_text(error), options_of_command(self._command(ctx)))
+        if isinstance(error, OSError) and no_room(error):
+            text += f"; make room{self._how_to_go_on(ctx)}"
+        typer.echo(f"error: {visible(text)}", err=True)
+        return typer.Exit(code)
+
+    def _how_to_go_on(self, ctx: Any) -> str:
+        if not any(parameter.name == "resume" for parameter in self._command(ctx).params):
+            return ""
+        typed = ctx.meta[_ARGUMENTS]
+        return f"; go on with: fastlora {shlex.join(typed)}{'' if '--resume' in typed else ' --resume'}"
+
+    def _command(self, ctx: Any) -> Any:
+        """The command that was typed."""
+        found = (self.get_command(ctx, each) for each in ctx.meta[_ARGUMENTS])
+        return next((command for command in found if command is not None), self)
 
 
 class _ToldWarnings(logging.Handler):
@@ -43,6 +99,31 @@ class _ToldWarnings(logging.Handler):
         typer.echo(f"{record.levelname.lower()}: {visible(record.getMessage())}", err=True)
 
 
-def _told(error: Exception, code: int) -> typer.Exit:
-    typer.echo(f"error: {visible(error)}", err=True)
-    return typer.Exit(code)
+def _refuse_empty(arguments: list[str]) -> None:
+    for before, given in zip(["", *arguments], arguments, strict=False):
+        if not given.strip() or (given.startswith("--") and given.endswith("=")):
+            what = before if before.startswith("--") else given.rstrip("=") or "every argument"
+            raise ValueError(f"expected a value for {what}, got an empty text")
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        # without the number in front of it
+        where = "" if error.filename is None else f": {error.filename}"
+        return f"{error.strerror}{where}"
+    if isinstance(error, MemoryError):
+        return (
+            f"expected sizes that fit into memory, got too large ones ({error or 'no memory left'}); "
+            "lower what makes them large, such as the batch size or the size of the pictures"
+        )
+    return str(error)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    # torch has an error of its own for accelerators alone
+    words = ("out of memory", "can't allocate memory", "not enough memory", "calculation overflowed")
+    return type(error).__name__ == "OutOfMemoryError" or any(each in str(error) for each in words)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

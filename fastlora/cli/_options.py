@@ -88,7 +88,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         values = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise FileNotFoundError(f"expected a TOML file at {path}, got none ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"expected TOML in {path}, got something else ({error})") from error
     values = {name.replace("-", "_"): value for name, value in values.items()}
     known = [str(parameter.name) for parameter in context.command.params]

@@ -67,6 +67,9 @@ def _kinds() -> tuple[type, ...]:
 
 
 def _show(report: dict[str, Any], output: str, console: Console) -> None:
+    if report.get("unchanged"):
+        # the reporter has said so
+        return
     table = Table(title=f"{report['model']}, {report['method_title']}", show_header=False)
     table.add_column()
     table.add_column(justify="right")

@@ -119,6 +119,9 @@ def _plan_rows(job: "Job", output: str) -> dict[str, str]:
 
 
 def _show(report: dict[str, Any], output: str, console: Console) -> None:
+    if report.get("unchanged"):
+        # the reporter has said so
+        return
     from fastlora.parameters._text import readable_percent
 
     scores, parameters = report["evaluation"], report["parameters"]

@@ -1,6 +1,7 @@
 """How much memory a stretch of work needed at its peak."""
 
 import os
+import re
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -8,8 +9,38 @@ from typing import Self
 
 import torch
 
+_MEMINFO = Path("/proc/meminfo")
 _STATM = Path("/proc/self/statm")
 _SAMPLE_SECONDS = 0.01
+
+
+def check_fits(needed: int, device: torch.device, *, half: bool = False) -> None:
+    """Refuse training that can't fit into memory, before the operating system kills it without a word.
+
+    Args:
+        needed: Bytes, as ``parameter_report`` predicts them in float32.
+        device: Where the work runs.
+        half: Whether activations are kept in 16 bits, which the prediction doesn't know.
+
+    Raises:
+        ValueError: The device has less memory.
+    """
+    total = _total(device)
+    if total is not None and needed > total * (2 if half else 1):
+        raise ValueError(
+            f"expected training that fits into the {total / 2**30:,.1f} GiB of {device}, got one that is "
+            f"predicted to take {needed / 2**30:,.1f} GiB; lower batch_size or image_size, or raise "
+            "accumulation"
+        )
+
+
+def _total(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type != "cpu" or not _MEMINFO.exists():
+        return None
+    table = dict(re.findall(r"^(MemTotal|SwapTotal): +(\d+) kB", _MEMINFO.read_text(), flags=re.MULTILINE))
+    return sum(1024 * int(size) for size in table.values())
 
 
 class PeakMemory:

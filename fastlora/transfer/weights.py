@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastlora._sound import check_sound
+
 Made = TypeVar("Made")
 
 # what training programs call the state_dict in a checkpoint, and what wrappers put before its names
@@ -49,7 +51,8 @@ def load_weights(model: nn.Module, path: Path, head: str) -> None:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It can't be read, or holds the weights of another architecture.
+        ValueError: It can't be read, holds the weights of another architecture, or values that are not finite
+            or no floating-point numbers.
     """
     state = _without_prefix(_read(path), model)
     wanted = {name: t for name, t in model.state_dict().items() if not name.startswith(f"{head}.")}
@@ -64,6 +67,7 @@ def load_weights(model: nn.Module, path: Path, head: str) -> None:
             f"({_list('missing', missing)}{_list('unknown', unknown)}{_list('of another shape', wrong)}"
             f"{len(wanted)} wanted); name the model that they are of"
         )
+    check_sound({name: state[name] for name in wanted if name in state}, path, wanted)
     model.load_state_dict({name: state[name] for name in wanted if name in state}, strict=False)
 
 

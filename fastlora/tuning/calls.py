@@ -1,6 +1,5 @@
 """Which layer calls to tune: named in a JSON file, or those that a model makes."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastlora._files import read_json
 from fastlora._suggestions import did_you_mean
 from fastlora_kernels.plan import Shape
 
@@ -74,11 +74,11 @@ def read_calls(path: Path) -> list[LayerCall]:
     """
     expected = 'expected a JSON list such as [{"rows": 8192, "inputs": 4096, "outputs": 4096, "rank": 16}]'
     try:
-        entries = json.loads(path.read_text("utf-8"))
+        entries = read_json(path)
     except OSError as error:
         raise FileNotFoundError(f"{expected} at {path}, got no file ({error.strerror})") from error
     except ValueError as error:
-        raise ValueError(f"{expected} in {path}, got no JSON ({error})") from error
+        raise ValueError(f"{expected}; {error}") from error
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{expected} in {path}, got {type(entries).__name__}")
     return [_call(entry, f"entry {number} of {path}") for number, entry in enumerate(entries, 1)]

@@ -25,17 +25,27 @@ from fastlora.transfer.data import LabelledImages, readable
 from fastlora.transfer.finetune.cached import HeadOnly, Rows
 from fastlora.transfer.finetune.evaluation import evaluate
 from fastlora.transfer.finetune.job import Job, prepare
-from fastlora.transfer.finetune.record import bytes_of_adapter, job_record, training_record
-from fastlora.transfer.finetune.run import CONFIG, REPORT
+from fastlora.transfer.finetune.page import PAGE
+from fastlora.transfer.finetune.record import (
+    REPORT,
+    bytes_of_adapter,
+    job_record,
+    report_of_ended,
+    training_record,
+)
+from fastlora.transfer.finetune.run import CONFIG
 from fastlora.transfer.finetune.saved import save_run
 from fastlora.transfer.finetune.settings import FinetuneSettings, as_config
 from fastlora.transfer.finetune.view import frozen_features
 from fastlora.transfer.fit import make_accelerator
 from fastlora.transfer.heads import BottleneckHead
+from fastlora.transfer.memory import check_fits
 from fastlora.transfer.plots import png
 from fastlora.transfer.report import check_output_folder, environment, reporting, write_file, write_report
 from fastlora.transfer.study import Reporter
 from fastlora.transfer.training import TrainResult, TrainSettings
+from fastlora.transfer.training.checks import check_unused
+from fastlora.transfer.training.lock import sole_use
 from fastlora.transfer.training.randomness import derived_seed, seeded
 
 EMBEDDING = "embedding.png"
@@ -60,28 +70,42 @@ def adapt(
         training: How; ``lr`` and ``head_factor`` are those of ``settings``.
         reporter: Is told about the progress.
         images: Instead of ``domain.source``: anything that ``open_images`` takes.
-        resume: Go on with the run that ``settings.output`` holds.
+        resume: Go on with the run that ``settings.output`` holds; nothing is changed in a finished one.
 
     Returns:
-        What ``report.json`` holds.
+        What ``report.json`` holds; of a run that was finished before with ``"unchanged": True`` beside it.
 
     Raises:
-        ValueError: Something doesn't fit, such as class folders of the target that the source has not.
+        ValueError: Something doesn't fit, such as class folders of the target that the source has not, another
+            run writes to ``settings.output``, or it holds one that is not to be resumed.
         FileNotFoundError: There are no such pictures or weights.
         FloatingPointError: The loss is no longer finite.
         ImportError: scikit-learn or accelerate is not installed.
         OSError: The disk is full; the checkpoints before stay.
         ReportError: The report can't be written; the model is saved.
+        Interrupted: Ctrl-C or SIGTERM; see :meth:`fastlora.transfer.training.Trainer.fit`.
     """
     started, output = time.perf_counter(), Path(settings.output)
     check_output_folder(output)
-    run = _prepare(domain, settings, training, reporter, images)
+    with sole_use(output):
+        check_unused(output, resume=resume)
+        run = _prepare(domain, settings, training, reporter, images)
+        return _adapt(run, reporter, output, started, resume=resume)
+
+
+def _adapt(run: "_Run", reporter: Reporter, output: Path, started: float, *, resume: bool) -> dict[str, Any]:
     parameters = run.job.parameters()
+    half = str(run.accelerator.mixed_precision) != "no"
+    check_fits(parameters.training_bytes, run.accelerator.device, half=half)
     before = run.pretrained(reporter)
     weights = run.weights(before)
     adapting = run.take_apart(before)
     trainer = run.trainer(adapting, before, weights, reporter)
     result = trainer.fit(resume=resume)
+    ended = report_of_ended(output, result, (CONFIG, PAGE, EMBEDDING))
+    if ended is not None:
+        reporter.note(f"this run is finished; nothing in {output} was changed")
+        return ended
     readings = trainer.read()
     adapting.restore()
     judged = run.judged()

@@ -22,6 +22,7 @@ from fastlora.transfer.data import (
     tell_copies,
     tell_overlap,
 )
+from fastlora.transfer.finetune.saved import check_takes
 from fastlora.transfer.finetune.settings import FinetuneSettings
 from fastlora.transfer.heads import deepen_head
 from fastlora.transfer.recommend import Recommendation, recommend_strategy
@@ -108,7 +109,9 @@ def prepare(
         settings = replace(settings, strategy=settings.strategy or advised)
         _check_strategy(settings)
         strategy = find_strategy(str(settings.strategy))
-        strategy.apply(model, head_name, **settings.options())
+        if settings.image_size is not None:
+            check_takes(model.eval(), settings.image_size)
+        _apply(strategy, model, head_name, settings)
     head = model.get_submodule(head_name)
     augmented, plain = pretrained_transforms(
         settings.model, image_size=settings.image_size, weights=settings.weights, flip=settings.flip
@@ -132,6 +135,20 @@ def _base_model(settings: FinetuneSettings, num_classes: int) -> tuple[nn.Module
         settings.model, num_classes, weights=settings.model_weights(), **settings.model_options()
     )
     return model, find_head(model)[0] if settings.hidden is None else deepen_head(model, settings.hidden)
+
+
+def _apply(strategy: Strategy, model: nn.Module, head: str, settings: FinetuneSettings) -> None:
+    try:
+        strategy.apply(model, head, **settings.options())
+    # of the kind of model, which is chosen by its name here
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    except ValueError as error:
+        # where adapters go is nothing that can be said here
+        said, advice, _ = str(error).partition("; say where adapters go")
+        if not advice:
+            raise
+        raise ValueError(f"{said}; choose another strategy or model") from error
 
 
 def _check_strategy(settings: FinetuneSettings) -> None:

@@ -1,12 +1,16 @@
 """What ``report.json`` says of a run, apart from its scores."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fastlora.transfer.finetune.job import Job
-from fastlora.transfer.finetune.saved import ADAPTER
+from fastlora._files import read_json
+from fastlora.transfer.finetune.description import ADAPTER, read_description
 from fastlora.transfer.training import TrainResult
+
+REPORT = "report.json"
 
 
 def job_record(job: Job) -> dict[str, Any]:
@@ -23,6 +27,27 @@ def job_record(job: Job) -> dict[str, Any]:
         },
         "classes": list(job.train.classes),
     }
+
+
+def report_of_ended(output: Path, result: TrainResult, files: Sequence[str]) -> dict[str, Any] | None:
+    """The report of a run that had come to its end before; None where something of its end is missing.
+
+    Args:
+        output: Folder of the run.
+        result: What its trainer says.
+        files: Beside the model, what a run ends with.
+    """
+    if result.resumed_at != result.steps:
+        return None
+    try:
+        report = read_json(output / REPORT)
+        read_description(output)
+    except (OSError, ValueError):
+        # damaged since: the end is written again
+        return None
+    written = report.get("files") if isinstance(report, dict) else None
+    whole = isinstance(written, list) and all((output / str(name)).exists() for name in [*written, *files])
+    return {**report, "unchanged": True} if whole else None
 
 
 def bytes_of_adapter(output: Path) -> int | None:

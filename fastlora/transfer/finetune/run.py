@@ -10,17 +10,26 @@ import tomli_w
 from fastlora.transfer.finetune.cached import HeadOnly
 from fastlora.transfer.finetune.evaluation import evaluate
 from fastlora.transfer.finetune.job import Job, prepare
-from fastlora.transfer.finetune.page import write_page
-from fastlora.transfer.finetune.record import bytes_of_adapter, job_record, training_record
+from fastlora.transfer.finetune.page import PAGE, write_page
+from fastlora.transfer.finetune.record import (
+    REPORT,
+    bytes_of_adapter,
+    job_record,
+    report_of_ended,
+    training_record,
+)
 from fastlora.transfer.finetune.saved import save_run
 from fastlora.transfer.finetune.settings import FinetuneSettings, as_config
 from fastlora.transfer.finetune.view import View, view_of
 from fastlora.transfer.fit import make_accelerator
+from fastlora.transfer.memory import check_fits
 from fastlora.transfer.report import check_output_folder, environment, reporting, write_file, write_report
 from fastlora.transfer.study import Reporter
 from fastlora.transfer.training import Trainer, TrainSettings
+from fastlora.transfer.training.checks import check_unused
+from fastlora.transfer.training.lock import sole_use
 
-CONFIG, REPORT = "config.toml", "report.json"
+CONFIG = "config.toml"
 
 
 def finetune(
@@ -44,28 +53,51 @@ def finetune(
         reporter: Is told about the progress.
         images: Instead of ``settings.data``: anything that ``open_images`` takes.
         test_images: The same instead of ``settings.test``.
-        resume: Go on with the run that ``settings.output`` holds.
+        resume: Go on with the run that ``settings.output`` holds; nothing is changed in a finished one.
 
     Returns:
-        What ``report.json`` holds.
+        What ``report.json`` holds; of a run that was finished before with ``"unchanged": True`` beside it.
 
     Raises:
-        ValueError: Something doesn't fit; see :func:`prepare` and :class:`Trainer`.
+        ValueError: Something doesn't fit, another run writes to ``settings.output``, or it holds one that is
+            not to be resumed; see :func:`prepare` and :class:`Trainer`.
         FileNotFoundError: There are no such pictures or weights.
         FloatingPointError: The loss is no longer finite.
         OSError: The disk is full; the checkpoints before stay.
         ReportError: The report can't be written; the model is saved.
+        Interrupted: Ctrl-C or SIGTERM; see :meth:`Trainer.fit`.
     """
-    started, output = time.perf_counter(), Path(settings.output)
+    output = Path(settings.output)
     check_output_folder(output)
+    with sole_use(output):
+        check_unused(output, resume=resume)
+        return _finetune(settings, training, reporter, (images, test_images), output, resume=resume)
+
+
+def _finetune(
+    settings: FinetuneSettings,
+    training: TrainSettings,
+    reporter: Reporter,
+    images: tuple[Any, Any],
+    output: Path,
+    *,
+    resume: bool,
+) -> dict[str, Any]:
+    started = time.perf_counter()
     accelerator = make_accelerator(training.precision)
-    job = prepare(settings, training, reporter, images, test_images)
+    job = prepare(settings, training, reporter, *images)
     parameters = job.parameters()
+    half = str(accelerator.mixed_precision) != "no"
+    check_fits(parameters.training_bytes, accelerator.device, half=half)
     # cached features are computed there too
     job.model.to(accelerator.device)
     view = view_of(job, settings, output, reporter)
     trainer = _trainer(job, settings, view, output, reporter, accelerator)
     result = trainer.fit(resume=resume)
+    ended = report_of_ended(output, result, (CONFIG, PAGE))
+    if ended is not None:
+        reporter.note(f"this run is finished; nothing in {output} was changed")
+        return ended
     judged = job.validation if job.test is None else job.test
     is_main, size = trainer.is_main, int(judged[0][0].shape[-1])
     # before anything is made of it that may fail

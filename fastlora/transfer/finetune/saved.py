@@ -1,31 +1,37 @@
 """A fine-tuned model in a folder: an adapter or all weights, and how to build what they belong to."""
 
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fastlora._sound import check_sound
 from fastlora._stages import head as find_head
 from fastlora.state import load_into_active, save_adapter
 from fastlora.transfer.create import create_transfer_model
 from fastlora.transfer.data import pretrained_transforms
 from fastlora.transfer.data.transforms import Transform
+from fastlora.transfer.finetune.description import (
+    ADAPTER,
+    FORMAT,
+    WEIGHTS,
+    Description,
+    read_description,
+)
 from fastlora.transfer.finetune.settings import FinetuneSettings
 from fastlora.transfer.heads import deepen_head
 from fastlora.transfer.names import DINOV2, EFFICIENTNET_LITE0
 from fastlora.transfer.places import MODEL as MODEL
-from fastlora.transfer.places import check_run
 from fastlora.transfer.report import write_file, write_report
 from fastlora.transfer.strategies import Strategy, find_strategy
 from fastlora.transfer.training.whole import whole
 
-WEIGHTS, ADAPTER = "model.safetensors", "adapter"
-_FORMAT = 1
 # their weights come with a package, always
 _PACKAGED = (DINOV2, EFFICIENTNET_LITE0)
 
@@ -39,12 +45,14 @@ class SavedRun:
         classes: Names of its outputs.
         transform: What pictures pass through.
         image_size: Height and width of the pictures it sees.
+        name: Of the pretrained model.
     """
 
     model: nn.Module
     classes: tuple[str, ...]
     transform: Transform
     image_size: int
+    name: str = ""
 
 
 def save_run(
@@ -73,7 +81,7 @@ def save_run(
         if is_main:
             write_file(folder / WEIGHTS, content)
     description = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "model": settings.model,
         "weights": str(Path(weights).resolve()) if weights and Path(weights).suffix else weights,
         "strategy": strategy.name,
@@ -100,43 +108,56 @@ def load_run(folder: str | Path) -> SavedRun:
         DownloadError: Pretrained weights couldn't be fetched.
     """
     folder = Path(folder)
-    described = _read_description(folder)
-    classes = tuple(described["classes"])
-    model = _build(described, len(classes))
-    if described["holds"] == ADAPTER:
+    described = read_description(folder)
+    model, size = _build(described, folder / MODEL), described.image_size
+    if described.holds == ADAPTER:
         load_into_active(model, folder / ADAPTER)
     else:
         _fill(model, folder / WEIGHTS)
-    size = int(described["image_size"])
     transform = pretrained_transforms(
-        described["model"], image_size=size, weights=described["weights"] or "DEFAULT"
+        described.model, image_size=size, weights=described.weights or "DEFAULT"
     )[1]
-    return SavedRun(model.eval().requires_grad_(False), classes, transform, size)
-
-
-def _read_description(folder: Path) -> dict[str, Any]:
-    check_run(folder)
-    path = folder / MODEL
+    model.eval().requires_grad_(False)
     try:
-        described: dict[str, Any] = json.loads(path.read_text())
+        check_takes(model, size)
     except ValueError as error:
-        raise ValueError(f"expected JSON in {path}, got something else ({error})") from error
-    if described.get("format") != _FORMAT:
+        raise ValueError(f"{folder / MODEL}: {error}") from error
+    return SavedRun(model, described.classes, transform, size, described.model)
+
+
+def check_takes(model: nn.Module, image_size: int) -> None:
+    """Refuse a size of pictures that a model can't take, without computing anything.
+
+    Raises:
+        ValueError: It can't; says why.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with mode, torch.no_grad():
+            model(torch.zeros(2, 3, image_size, image_size))
+    # each library refuses in its own way
+    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+        reason = str(error).splitlines() or [type(error).__name__]
         raise ValueError(
-            f"expected format {_FORMAT} in {path}, got {described.get('format')!r}; another version wrote it"
-        )
-    return described
+            f"expected image_size as one that a {type(model).__name__} takes, got {image_size} ({reason[0]})"
+        ) from error
 
 
-def _build(described: dict[str, Any], num_classes: int) -> nn.Module:
-    name, own, hidden = described["model"], described["model_options"], described.get("hidden")
+def _build(described: Description, path: Path) -> nn.Module:
+    name, hidden = described.model, described.hidden
     packaged = "DEFAULT" if name in _PACKAGED else None
-    weights = described["weights"] if described["holds"] == ADAPTER else packaged
-    model = create_transfer_model(name, num_classes, weights=weights, **own)
-    head = find_head(model)[0] if hidden is None else deepen_head(model, hidden)
-    if described["weights"] is None:
-        # random weights are saved whole, with what the strategy added
-        find_strategy(described["strategy"]).apply(model, head, **described["strategy_options"])
+    weights = described.weights if described.holds == ADAPTER else packaged
+    try:
+        model = create_transfer_model(
+            name, len(described.classes), weights=weights, **described.model_options
+        )
+        head = find_head(model)[0] if hidden is None else deepen_head(model, hidden)
+        if described.weights is None:
+            # random weights are saved whole, with what the strategy added
+            find_strategy(described.strategy).apply(model, head, **described.strategy_options)
+    # a TypeError: an option that model or strategy don't have
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
     return model
 
 
@@ -144,7 +165,15 @@ def _fill(model: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"expected the weights {path}, found none; copy the whole folder of a run")
     try:
-        model.load_state_dict(load_file(path))
+        state = load_file(path)
+        check_sound(state, path, model.state_dict())
+        model.load_state_dict(state)
     # safetensors raises its own error, load_state_dict a RuntimeError
-    except Exception as error:
-        raise ValueError(f"expected the weights of this run in {path}, but {error}") from error
+    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
+        raise ValueError(f"expected the weights of this run in {path}, but {_short(error)}") from error
+
+
+def _short(error: Exception) -> str:
+    # load_state_dict has a line for every name
+    lines = [line.strip() for line in str(error).splitlines()]
+    return f"{' '.join(lines[:2])}{' …' if len(lines) > 2 else ''}"

@@ -1,12 +1,22 @@
 """What to fine-tune, on what, and how."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from fastlora.transfer.names import DINOV2
 from fastlora.transfer.training.settings import TrainSettings
 
-_OPTIONS = ("rank", "alpha", "dropout", "adapter_size", "num_tokens", "num_stages", "train_batch_norm")
+# far above what any model has, far below what breaks a machine before it is refused
+LARGEST = {
+    "rank": 2**16,
+    "adapter_size": 2**16,
+    "num_tokens": 2**16,
+    "hidden": 2**20,
+    "image_size": 2**13,
+}
+_USUAL = {"rank": 16, "adapter_size": 64, "num_tokens": 10, "hidden": 256, "image_size": 224}
+OPTIONS = ("rank", "alpha", "dropout", "adapter_size", "num_tokens", "num_stages", "train_batch_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +83,14 @@ class FinetuneSettings:
         """Check what needs no look at the pictures."""
         if not 0 < self.validation_share < 1:
             raise ValueError(f"expected validation_share between 0 and 1, got {self.validation_share}")
-        if self.hidden is not None and self.hidden < 1:
-            raise ValueError(f"expected hidden of at least 1, got {self.hidden}")
+        for name in ("data", "output", "model", "weights"):
+            if not str(getattr(self, name)).strip():
+                raise ValueError(f"expected {name} as a name or a path, got an empty text")
+        check_sizes({name: getattr(self, name) for name in LARGEST})
 
     def options(self) -> dict[str, Any]:
         """The strategy's options that are given."""
-        return {name: value for name in _OPTIONS if (value := getattr(self, name)) is not None}
+        return {name: value for name in OPTIONS if (value := getattr(self, name)) is not None}
 
     def compared(self) -> dict[str, Any]:
         """What a resumed run must share, beside what its data and weights show."""
@@ -94,6 +106,26 @@ class FinetuneSettings:
     def model_weights(self) -> str | None:
         """As :func:`fastlora.create_transfer_model` takes them."""
         return None if self.weights.lower() == "none" else self.weights
+
+
+def check_sizes(sizes: Mapping[str, Any]) -> None:
+    """Refuse sizes that no model has.
+
+    Args:
+        sizes: By the names of :data:`LARGEST`; None stands for what is left to the model or strategy.
+
+    Raises:
+        ValueError: One is no integer, below 1 or too large.
+    """
+    for name, size in sizes.items():
+        if size is None:
+            continue
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"expected {name} as an integer >= 1, got {size!r}; {_USUAL[name]} is usual")
+        if size > LARGEST[name]:
+            raise ValueError(
+                f"expected {name} of at most {LARGEST[name]:,}, got {size:,}; {_USUAL[name]} is usual"
+            )
 
 
 def as_config(settings: FinetuneSettings, training: TrainSettings) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fastlora._interruption import leave_signals_to_parent
 from fastlora.transfer.batching import count_batches, cut
 from fastlora.transfer.data import LabelledImages
 from fastlora.transfer.training.randomness import derived_seed, seeded
@@ -98,6 +99,7 @@ class BatchPlan:
             Seeded(self.images, self.seed),
             batch_sampler=keys,
             num_workers=workers,
+            worker_init_fn=leave_signals_to_parent,
             # its own, or beginning an epoch would draw from the generator that dropout draws from
             generator=torch.Generator(),
         )

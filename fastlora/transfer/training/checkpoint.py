@@ -7,14 +7,18 @@ import logging
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastlora._files import read_json, room_wanted
+
 _LOG = logging.getLogger("fastlora")
+CHECKPOINTS = "checkpoints"
 _KEPT = 2
-_STATE, _MANIFEST, _PREFIX = "state.pt", "manifest.json", "step-"
+_STATE, _MANIFEST, PREFIX = "state.pt", "manifest.json", "step-"
 
 
 class Checkpoints:
@@ -44,7 +48,7 @@ class Checkpoints:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         content = buffer.getbuffer()
-        target = self.folder / f"{_PREFIX}{step:08d}"
+        target = self.folder / f"{PREFIX}{step:08d}"
         aside = self.folder / f".{target.name}.{uuid.uuid4().hex}.tmp"
         try:
             aside.mkdir(parents=True)
@@ -60,8 +64,13 @@ class Checkpoints:
         self._tidy()
         return target
 
-    def latest(self) -> tuple[int, dict[str, Any]] | None:
-        """The newest whole checkpoint: its step and state. Torn ones are told by a warning.
+    def latest(
+        self, check: Callable[[dict[str, Any]], None] = lambda state: None
+    ) -> tuple[int, dict[str, Any]] | None:
+        """The newest whole checkpoint: its step and state. Damaged ones are told by a warning.
+
+        Args:
+            check: Raises a ``ValueError`` at a state that lacks something, as if it were damaged.
 
         Raises:
             ValueError: There are checkpoints, and none is whole.
@@ -69,8 +78,10 @@ class Checkpoints:
         found = self._found()
         for folder in reversed(found):
             try:
-                return _read(folder)
-            except (OSError, ValueError, KeyError) as error:
+                step, state = _read(folder)
+                check(state)
+                return step, state
+            except (OSError, ValueError) as error:
                 _LOG.warning("checkpoint %s is damaged (%s); it is skipped", folder, error)
         if found:
             raise ValueError(
@@ -80,33 +91,37 @@ class Checkpoints:
         return None
 
     def _found(self) -> list[Path]:
-        return sorted(self.folder.glob(f"{_PREFIX}*")) if self.folder.is_dir() else []
+        return sorted(self.folder.glob(f"{PREFIX}*")) if self.folder.is_dir() else []
 
     def _tidy(self) -> None:
         for old in self._found()[:-_KEPT]:
             _remove(old)
         # what a killed process left
-        for left in self.folder.glob(f".{_PREFIX}*.tmp"):
+        for left in self.folder.glob(f".{PREFIX}*.tmp"):
             shutil.rmtree(left, ignore_errors=True)
 
     def _not_written(self, error: OSError, size: int) -> str:
         kept = self._found()
-        last = f"the last one is whole: {kept[-1]}" if kept else "there is none before it"
-        free = shutil.disk_usage(self.folder).free if self.folder.exists() else 0
-        return (
-            f"expected room for a checkpoint of {size / 2**20:,.1f} MiB in {self.folder}, "
-            f"{free / 2**20:,.1f} MiB are free ({error.strerror}); {last}; make room, then go on with resume"
-        )
+        last = f"the last checkpoint is whole: {kept[-1]}" if kept else "there is no checkpoint before it"
+        return f"{room_wanted(self.folder / _STATE, size, error)}; {last}; resume the run once there is room"
 
 
 def _read(folder: Path) -> tuple[int, dict[str, Any]]:
-    manifest = json.loads((folder / _MANIFEST).read_text())
+    manifest = read_json(folder / _MANIFEST)
+    step, digest = (manifest.get(name) if isinstance(manifest, dict) else None for name in ("step", "sha256"))
+    if type(step) is not int or not isinstance(digest, str):
+        raise ValueError(f"expected a step and a digest in {folder / _MANIFEST}, got something else")
     content = (folder / _STATE).read_bytes()
-    if hashlib.sha256(content).hexdigest() != manifest["sha256"]:
-        raise ValueError(
-            f"expected {manifest['bytes']:,} bytes as they were written, got {len(content):,} others"
-        )
-    return int(manifest["step"]), torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ValueError(f"expected a file as it was written, got {len(content):,} other bytes")
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    # what isn't a checkpoint makes PyTorch's reader fail in any way; it runs nothing
+    except Exception as error:
+        raise ValueError(f"expected a state of tensors and numbers, got something else ({error})") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"expected a state with names, got {type(state).__name__}")
+    return step, state
 
 
 def _write(path: Path, content: Any) -> None:

@@ -1,16 +1,65 @@
 """What is wrong with a run is said before it begins, or names the batch where it went wrong."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from fastlora.transfer.data import LabelledImages
+from fastlora.transfer.training.checkpoint import CHECKPOINTS, PREFIX
 from fastlora.transfer.training.settings import TrainSettings
 from fastlora.transfer.unfreezing import GradualUnfreezing
 
+# of a run that is finished
+MODEL = "model.json"
 _NAMED = 8
+
+
+def check_unused(output: Path, *, resume: bool) -> None:
+    """Refuse a folder that holds a run, unless it is to go on.
+
+    Raises:
+        ValueError: See above.
+    """
+    if resume:
+        return
+    steps = sorted(path.name.removeprefix(PREFIX) for path in (output / CHECKPOINTS).glob(f"{PREFIX}*"))
+    if steps or (output / MODEL).exists():
+        where = f" at step {steps[-1].lstrip('0')}" if steps else ""
+        raise ValueError(
+            f"expected a folder without a run, {output} has one{where}; "
+            "resume it (--resume), or choose another folder (--output)"
+        )
+
+
+def check_state(state: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint's state that lacks what a trainer writes.
+
+    Raises:
+        ValueError: See above.
+    """
+    kinds = {"engine": dict, "progress": dict, "generators": list, "fingerprint": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
+    if wrong:
+        raise ValueError(f"expected the state of a trainer, got one without {', '.join(wrong)}")
+
+
+@contextmanager
+def told_as_damage(folder: Path) -> Iterator[None]:
+    """Around what is restored from checkpoints that somebody made by other means.
+
+    Raises:
+        ValueError: Something isn't what a trainer writes.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise ValueError(
+            f"expected the state of a trainer in the last checkpoint in {folder}, got something else "
+            f"({type(error).__name__}: {error}); remove that checkpoint to go on from the one before"
+        ) from error
 
 
 def check_classes(train: LabelledImages, validation: LabelledImages) -> None:

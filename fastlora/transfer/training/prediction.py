@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from fastlora._interruption import leave_signals_to_parent
 from fastlora.transfer.data import LabelledImages
 from fastlora.transfer.training.engine import logits_of
 
@@ -25,14 +26,19 @@ def predict(
     """
     model.eval()
     rank, processes, count = accelerator.process_index, accelerator.num_processes, len(images)
-    size = -(-batch_size // processes)
+    # no larger than what there is, or a round would be filled up without end
+    size = -(-min(batch_size, count) // processes)
     # what is short of a round is filled up with the last picture, and cut off again
     starts = range(0, count, size * processes)
     keys = [[min(start + rank * size + i, count - 1) for i in range(size)] for start in starts]
     if processes == 1:
         keys[-1] = list(range(starts[-1], count))
     loader: DataLoader[Any] = DataLoader(
-        images, batch_sampler=keys, num_workers=workers, generator=torch.Generator()
+        images,
+        batch_sampler=keys,
+        num_workers=workers,
+        worker_init_fn=leave_signals_to_parent,
+        generator=torch.Generator(),
     )
     found: list[Tensor] = []
     for inputs, _ in loader:

@@ -19,6 +19,11 @@ _CHOICES = {
     "precision": Precision,
     "sharding": Sharding,
 }
+# what fits into 32 bits, which torch and the operating system count in here and there
+LARGEST_COUNT = 2**31 - 1
+# NumPy takes no larger one
+_LARGEST_SEED = 2**32 - 1
+_MOST_WORKERS = 1024
 _COUNTS = ("epochs", "batch_size", "accumulation", "max_steps", "patience", "checkpoint_every")
 # how a run computes or is watched, not what it computes: a resumed run may have others
 NOT_COMPARED = ("workers", "checkpoint_every", "sharding")
@@ -96,6 +101,8 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"expected {name} as an integer of at least 1, got {value!r}")
+            if value is not None and value > LARGEST_COUNT:
+                raise ValueError(f"expected {name} of at most {LARGEST_COUNT:,}, got {value:,}")
         _check_range("warmup", self.warmup, 0.0, 1.0, closed=True)
         _check_range("label_smoothing", self.label_smoothing, 0.0, 1.0)
         _check_range("mixup", self.mixup, 0.0, math.inf)
@@ -104,6 +111,11 @@ class TrainSettings:
         _check_range("clip_norm", self.clip_norm, 0.0, math.inf)
         if self.workers < 0 or self.seed < 0:
             raise ValueError(f"expected workers and seed of 0 or more, got {self.workers} and {self.seed}")
+        if self.workers > _MOST_WORKERS or self.seed > _LARGEST_SEED:
+            raise ValueError(
+                f"expected workers of at most {_MOST_WORKERS:,} and seed of at most {_LARGEST_SEED:,}, "
+                f"got {self.workers:,} and {self.seed:,}"
+            )
         if self.schedule == "one_cycle" and not 0 < self.warmup < 1:
             raise ValueError(
                 f"expected warmup above 0 and below 1 for one_cycle, got {self.warmup}; 0.3 is usual"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlora._interruption import Interrupted, Stop
 from fastlora._stages import head as find_head
 from fastlora.transfer.data import LabelledImages
 from fastlora.transfer.fit import make_accelerator
@@ -19,8 +20,16 @@ from fastlora.transfer.report import check_output_folder
 from fastlora.transfer.study import Reporter
 from fastlora.transfer.training.average import WeightAverage
 from fastlora.transfer.training.batches import BatchPlan, Part
-from fastlora.transfer.training.checkpoint import Checkpoints
-from fastlora.transfer.training.checks import check_classes, check_processes, not_finite, what_changes
+from fastlora.transfer.training.checkpoint import CHECKPOINTS, Checkpoints
+from fastlora.transfer.training.checks import (
+    check_classes,
+    check_processes,
+    check_state,
+    check_unused,
+    not_finite,
+    told_as_damage,
+    what_changes,
+)
 from fastlora.transfer.training.engine import Engine, logits_of
 from fastlora.transfer.training.fingerprint import check_same, fingerprint
 from fastlora.transfer.training.logs import NoLogs, RunLogs
@@ -33,8 +42,6 @@ from fastlora.transfer.training.settings import TrainSettings
 from fastlora.transfer.training.stage_switch import StageSwitch
 from fastlora.transfer.unfreezing import GradualUnfreezing
 from fastlora.tuning import share
-
-CHECKPOINTS = "checkpoints"
 
 
 class Trainer:
@@ -116,13 +123,11 @@ class Trainer:
                 resume had another configuration (all differences are listed).
             FloatingPointError: The loss or the gradients are no longer finite; the last checkpoint stays.
             OSError: A checkpoint couldn't be written; those before stay.
+            Interrupted: Ctrl-C or SIGTERM, in a run of one process after a checkpoint at the step's end; a
+                second one stops at once. A ``KeyboardInterrupt``.
         """
-        found = self._checkpoints.latest()
-        if found is not None and not resume:
-            raise ValueError(
-                f"expected a folder without a run, {self._output} has one at step {found[0]}; "
-                "resume it (--resume), or choose another folder (--output)"
-            )
+        check_unused(self._output, resume=resume)
+        found = self._checkpoints.latest(check_state)
         # of the model as it was given, before it is wrapped or trained
         self._fingerprint = fingerprint(
             self.model, self._saved, self._train, self._validation, self._settings, self._configuration
@@ -131,8 +136,10 @@ class Trainer:
             check_same(found[1]["fingerprint"], self._fingerprint)
         self._begin(None if found is None else found[1])
         peak = PeakMemory(self.accelerator.device)
+        # processes would stop at different steps, and wait for each other
+        self._stop = Stop(watch=self.accelerator.num_processes == 1)
         try:
-            with peak:
+            with peak, self._stop:
                 self._peak = peak
                 while not self._finished:
                     self._run_epoch()
@@ -146,9 +153,10 @@ class Trainer:
 
     def _begin(self, state: dict[str, Any] | None) -> None:
         start_from(self._settings.seed)
-        self._progress = (
-            Progress() if state is None else Progress.restored(state["progress"], self._record_kind)
-        )
+        self._progress = Progress()
+        if state is not None:
+            with told_as_damage(self._checkpoints.folder):
+                self._progress = Progress.restored(state["progress"], self._record_kind)
         self._stages = StageSwitch(self.model, self._head, self._unfreezing, self._steps_per_epoch)
         self._stages.turn(self._progress.step)
         self._engine = Engine(
@@ -157,8 +165,11 @@ class Trainer:
         decay = self._settings.ema
         self._average = None if decay is None else WeightAverage(self.model, self._saved, decay)
         if state is not None:
-            self._restore(state)
-        self._logs = RunLogs(self._output, self._progress.step) if self.is_main else NoLogs()
+            with told_as_damage(self._checkpoints.folder):
+                self._restore(state)
+        # the logs of a finished run stay as they are
+        writes = self.is_main and not self._finished
+        self._logs = RunLogs(self._output, self._progress.step) if writes else NoLogs()
 
     @property
     def _finished(self) -> bool:
@@ -190,8 +201,11 @@ class Trainer:
             over = progress.step % self._steps_per_epoch == 0 or progress.step == self.total_steps
             if over:
                 self._validate(epoch)
-            if self._checkpoint_is_due(over):
+            if self._checkpoint_is_due(over) or self._stop.number is not None:
                 self._save()
+            if self._stop.number is not None and not self._finished:
+                saved = f"the checkpoint of step {progress.step} is in {self._checkpoints.folder}"
+                raise Interrupted(self._stop.number, saved)
             if over:
                 return
 
