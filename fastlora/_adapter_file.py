@@ -10,7 +10,6 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from fastlora._adapter_format import FileConfig, parse_file_config
@@ -20,7 +19,6 @@ from fastlora._sound import check_sound
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
-_COUNTERS = (torch.int64, torch.bool)
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Tensor], FileConfig]:
@@ -62,16 +60,8 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], FileConfig]:
             f"expected a safetensors file, got {folder / TENSORS}, which is truncated or something else "
             f"({error}); copy or save it again"
         ) from error
-    _check_values(tensors, folder / TENSORS)
+    check_sound(tensors, folder / TENSORS)
     return tensors, config
-
-
-def _check_values(tensors: dict[str, Tensor], path: Path) -> None:
-    check_sound(tensors, path)
-    for name, tensor in tensors.items():
-        # counters and positions of modules that are saved whole
-        if not tensor.is_floating_point() and ("lora_" in name or tensor.dtype not in _COUNTERS):
-            raise ValueError(f"expected floating-point tensors in {path}, got {tensor.dtype} in {name}")
 
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 # what a spreadsheet takes for the beginning of a formula
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
@@ -60,7 +60,7 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds, in the strict sense: no NaN, and no more depth than Python follows.
+    """What a JSON file holds; however it is damaged, that is a ``ValueError`` that names the file.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -75,13 +75,15 @@ def read_json(path: Path) -> Any:
         {'rank': 4}
     """
     try:
-        return json.loads(path.read_text("utf-8"), parse_constant=_no_constant)
+        return json.loads(path.read_text("utf-8"))
     except IsADirectoryError as error:
         raise ValueError(f"expected JSON in {path}, got a folder") from error
     except RecursionError as error:
-        raise ValueError(f"expected JSON in {path}, got something nested too deeply") from error
+        raise ValueError(f"expected JSON in {path}, got something nested too deeply; the file is damaged") from error
     except ValueError as error:
-        raise ValueError(f"expected JSON in {path}, got something else ({error})") from error
+        raise ValueError(
+            f"expected JSON in {path}, got something else ({error}); the file is damaged"
+        ) from error
 
 
 def safe_cell(text: str) -> str:
@@ -101,10 +103,6 @@ def safe_cell(text: str) -> str:
         return f"'{text}"
     # "\t1" is a number too, and no plain one
     return text if text == text.strip() else f"'{text}"
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON's")
 
 
 def check_file_place(path: Path) -> None:

@@ -200,10 +200,10 @@ def test_a_run_resumes_and_another_configuration_is_refused(data: Path, tmp_path
     assert (tmp_path / "model.safetensors").read_bytes() == before
     refused = invoke(*arguments, "--resume", "--image-size", 48)
     assert refused.exit_code == 2
-    assert "image_size was 32, is 48 now" in refused.stderr
+    assert "--image-size was 32, is 48 now" in refused.stderr
     refused = invoke(*arguments, "--resume", "--lr", 0.5)
     assert refused.exit_code == 2
-    assert "lr was 0.0001, is 0.5 now" in refused.stderr
+    assert "--lr was 0.0001, is 0.5 now" in refused.stderr
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
@@ -237,11 +237,11 @@ def test_two_processes_write_one_run(data: Path, tmp_path: Path) -> None:
     [
         (["--model", "resnte18"], r"did you mean 'resnet18'"),
         (["--strategy", "loar"], r"did you mean 'lora'\?"),
-        (["--strategy", "full", "--rank", "4"], r"expected no option 'rank' for strategy 'full'"),
+        (["--strategy", "full", "--rank", "4"], r"expected no --rank for --strategy full"),
         (["--strategy", "lora", "--cache-features"], r"only frozen features stay the same"),
-        (["--strategy", "lp_ft", "--epochs", "1"], r"expected epochs >= 2 for lp_ft"),
-        (["--validation-share", "1.5"], r"expected validation_share between 0 and 1, got 1.5"),
-        (["--batch-size", "0"], r"expected batch_size as an integer of at least 1, got 0"),
+        (["--strategy", "lp_ft", "--epochs", "1"], r"expected --epochs >= 2 for lp_ft"),
+        (["--validation-share", "1.5"], r"expected --validation-share between 0 and 1, got 1.5"),
+        (["--batch-size", "0"], r"expected --batch-size as an integer of at least 1, got 0"),
         (["--validation", "nowhere"], r"found nothing at nowhere"),
         (["--config", "nowhere.toml"], r"expected a TOML file at nowhere.toml"),
     ],

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -39,6 +40,20 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
         assert result.exit_code == 0, result.output
     return {path.name: path for path in folder.iterdir()}
 
+# what each exported file says of itself
+CARD = {
+    "classes": list(CLASSES),
+    "input": {"name": "images", "shape": ["batch", 3, 28, 28], "dtype": "float32"},
+    "output": {"name": "logits", "shape": ["batch", 2]},
+    "transform": [
+        {"step": "convert", "mode": "RGB"},
+        {"step": "resize the shorter side", "to": 32, "interpolation": "bicubic", "antialias": True},
+        {"step": "crop the centre", "to": 28},
+        {"step": "scale", "divide by": 255},
+        {"step": "normalise", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
+    ],
+}
+
 
 def logits_of(folder: Path, count: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     images = torch.randn(count, 3, 28, 28)
@@ -52,6 +67,10 @@ def test_merged_weights_are_the_plain_models(runs: dict[str, Path], tmp_path: Pa
     images, expected = logits_of(runs["lora"])
     torch.testing.assert_close(plain.eval()(images), expected, rtol=1e-4, atol=1e-4)
     assert agreement.error <= max(8 * agreement.eager_error, 1e-5)
+    with safe_open(agreement.path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata.pop("format") == "pt"
+    assert {name: json.loads(metadata[name]) for name in CARD} == CARD
     assert agreement.same_answers
 
 
@@ -61,7 +80,11 @@ def test_a_program_answers_the_same_for_any_batch(
 ) -> None:
     agreement = export_run(runs[strategy], "torch", tmp_path / "model.pt2")
     images, expected = logits_of(runs[strategy])
-    answer = torch.export.load(agreement.path).module()(images)
+    extra = {"model.json": ""}
+    answer = torch.export.load(agreement.path, extra_files=extra).module()(images)
+    card = json.loads(extra["model.json"])
+    assert {name: card[name] for name in CARD} == CARD
+    assert card["model"] == "dinov2_vits14"
     torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -75,6 +98,8 @@ def test_onnx_answers_the_same_for_any_batch(runs: dict[str, Path], tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
     images, expected = logits_of(runs[strategy])
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert {name: json.loads(metadata[name]) for name in CARD} == CARD
     (answer,) = session.run(None, {"images": images.numpy()})
     torch.testing.assert_close(torch.from_numpy(answer), expected, rtol=1e-4, atol=1e-4)
 
@@ -140,7 +165,7 @@ def test_no_pictures_are_told(runs: dict[str, Path], tmp_path: Path) -> None:
     assert "found none" in invoke("predict", runs["lora"], tmp_path).stderr
     (tmp_path / "broken.png").write_bytes(b"no picture")
     result = invoke("predict", runs["lora"], tmp_path)
-    assert result.exit_code == 2
+    assert result.exit_code == 1
     assert "broken.png" in result.stderr
 
 

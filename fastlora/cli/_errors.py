@@ -75,7 +75,7 @@ class CommandGroup(TyperGroup):
     def _told(self, ctx: Any, error: Exception, code: int) -> typer.Exit:
         text = in_options(_text(error), options_of_command(self._command(ctx)))
         if isinstance(error, OSError) and no_room(error):
-            text += f"; make room{self._how_to_go_on(ctx)}"
+            text += ("" if "make room" in text else "; make room") + self._how_to_go_on(ctx)
         typer.echo(f"error: {visible(text)}", err=True)
         return typer.Exit(code)
 

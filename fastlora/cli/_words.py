@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # what is said of a number or a choice, after the name of its parameter
-_SAID = r"(?= (?:above|below|from|between|out of|of at least|of 0 or more|as an? |to be |in [\[(]|>|for|and |was ))"
+_SAID = r"(?= (?:above|below|from|between|out of|of at least|of at most|of 0 or more|as an? |to be |in [\[(]|>|for|and |was ))"
 _VALUE = r"""("[^"]*"|'[^']*'|[\w.+-]*\w)"""
 _ENDS = r"(?<![\w/.'\"-]){}(?![\w/'\"=-]|\.\w)"
 # parameters that are no words of English: wherever they stand, the option is meant

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 from urllib.error import URLError
 
@@ -80,6 +81,12 @@ def _read(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"expected a state_dict in {path}, got a pickle that holds more than tensors and numbers; it could "
+            "run code, so nothing of it was read; save the weights alone with "
+            "safetensors.torch.save_file(model.state_dict(), path)"
+        ) from error
     # what isn't a checkpoint makes PyTorch's reader fail in any way
     except Exception as error:
         raise ValueError(

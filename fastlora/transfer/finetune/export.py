@@ -1,5 +1,6 @@
 """Hand a fine-tuned model on, checked before it counts: merged weights, ONNX, a ``torch.export`` program."""
 
+import json
 import os
 import uuid
 from collections.abc import Callable
@@ -13,12 +14,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from fastlora._backend import use_backend
+from fastlora._files import check_file_place
 from fastlora._modules import unwrap
 from fastlora.inject import merge_adapters, remove_adapters
 from fastlora.nn.adapted import AdaptedModule
 from fastlora.nn.base import LoRAModule
 from fastlora.nn.prompts import PromptModule
 from fastlora.transfer._extras import require
+from fastlora.transfer.finetune.card import CARD, as_texts, card_of
 from fastlora.transfer.finetune.saved import SavedRun, load_run
 from fastlora.transfer.report import write_file
 
@@ -52,7 +55,9 @@ def export_run(folder: str | Path, format: Format, output: str | Path | None = N
     Args:
         folder: That ``fastlora finetune`` wrote.
         format: ``"state_dict"``: LoRA merged into plain weights under the library's own names, safetensors;
-            ``"onnx"``; ``"torch"``: a ``torch.export`` program. The last two take batches of any size.
+            ``"onnx"``; ``"torch"``: a ``torch.export`` program. The last two take batches of any size. Each
+            holds the names of its classes and what its pictures pass through, see
+            :mod:`fastlora.transfer.finetune.card`.
         output: The file; None writes ``merged.safetensors``, ``model.onnx`` or ``model.pt2`` into the folder.
 
     Raises:
@@ -63,10 +68,11 @@ def export_run(folder: str | Path, format: Format, output: str | Path | None = N
     """
     if format not in get_args(Format):
         raise ValueError(f"expected format as one of {', '.join(get_args(Format))}, got {format!r}")
-    run = load_run(folder)
-    model = _merged(run.model)
     name = "merged" if format == "state_dict" else "model"
     path = Path(folder) / (name + SUFFIXES[format]) if output is None else Path(output)
+    run = load_run(folder)
+    check_file_place(path)
+    model = _merged(run.model)
     aside = path.with_name(f".{uuid.uuid4().hex}{SUFFIXES[format]}")
     try:
         with use_backend("reference"), torch.no_grad():
@@ -99,7 +105,7 @@ def _write_state_dict(model: nn.Module, run: SavedRun, path: Path) -> Callable[[
             "activation or tokens of its own can't be folded in; export it as onnx or torch"
         )
     state = {name: value.contiguous().clone() for name, value in model.state_dict().items()}
-    write_file(path, save(state))
+    write_file(path, save(state, metadata={"format": "pt", **as_texts(card_of(run))}))
     read = deepcopy(model)
     read.load_state_dict(load_file(path))
     return read
@@ -108,17 +114,18 @@ def _write_state_dict(model: nn.Module, run: SavedRun, path: Path) -> Callable[[
 def _write_onnx(model: nn.Module, run: SavedRun, path: Path) -> Callable[[Tensor], Tensor]:
     runtime = require("onnxruntime", distribution="onnxruntime", purpose="export to ONNX", extra="train")
     require("onnxscript", distribution="onnxscript", purpose="export to ONNX", extra="train")
-    torch.onnx.export(
+    program = torch.onnx.export(
         model,
         (_examples(run, _EXAMPLES),),
-        str(path),
         input_names=["images"],
         output_names=["logits"],
         dynamic_shapes=({0: torch.export.Dim("batch")},),
         dynamo=True,
-        external_data=False,
         verbose=False,
     )
+    assert program is not None
+    program.model.metadata_props.update(as_texts(card_of(run)))
+    program.save(str(path), external_data=False)
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def answer(images: Tensor) -> Tensor:
@@ -130,7 +137,7 @@ def _write_onnx(model: nn.Module, run: SavedRun, path: Path) -> Callable[[Tensor
 def _write_program(model: nn.Module, run: SavedRun, path: Path) -> Callable[[Tensor], Tensor]:
     dynamic: Any = ({0: torch.export.Dim("batch")},)
     program = torch.export.export(model, (_examples(run, _EXAMPLES),), dynamic_shapes=dynamic)
-    torch.export.save(program, path)
+    torch.export.save(program, path, extra_files={CARD: json.dumps(card_of(run), indent=2)})
     return torch.export.load(path).module()
 
 

@@ -12,7 +12,7 @@ LARGEST = {
     "rank": 2**16,
     "adapter_size": 2**16,
     "num_tokens": 2**16,
-    "hidden": 2**20,
+    "hidden": 2**16,
     "image_size": 2**13,
 }
 _USUAL = {"rank": 16, "adapter_size": 64, "num_tokens": 10, "hidden": 256, "image_size": 224}

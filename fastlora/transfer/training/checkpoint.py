@@ -102,8 +102,8 @@ class Checkpoints:
 
     def _not_written(self, error: OSError, size: int) -> str:
         kept = self._found()
-        last = f"the last checkpoint is whole: {kept[-1]}" if kept else "there is no checkpoint before it"
-        return f"{room_wanted(self.folder / _STATE, size, error)}; {last}; resume the run once there is room"
+        last = f"the last one is whole: {kept[-1]}" if kept else "there is none before it"
+        return f"{room_wanted(self.folder / _STATE, size, error)}; {last}; make room, then go on with resume"
 
 
 def _read(folder: Path) -> tuple[int, dict[str, Any]]:
@@ -116,9 +116,10 @@ def _read(folder: Path) -> tuple[int, dict[str, Any]]:
         raise ValueError(f"expected a file as it was written, got {len(content):,} other bytes")
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    # what isn't a checkpoint makes PyTorch's reader fail in any way; it runs nothing
+    # what isn't a checkpoint makes PyTorch's reader fail in any way; it runs nothing, and its advice is long
     except Exception as error:
-        raise ValueError(f"expected a state of tensors and numbers, got something else ({error})") from error
+        kind = type(error).__name__
+        raise ValueError(f"expected a state of tensors and numbers, got something else ({kind})") from error
     if not isinstance(state, dict):
         raise ValueError(f"expected a state with names, got {type(state).__name__}")
     return step, state

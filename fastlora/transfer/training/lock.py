@@ -28,26 +28,39 @@ def sole_use(folder: Path) -> Iterator[None]:
     if launched_rank() != 0:
         yield
         return
-    owner, descriptor = os.getpid(), os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    owner, path = os.getpid(), folder / LOCK
+    descriptor = _taken(path)
+    _held.add(descriptor)
     try:
-        if not _take(descriptor):
-            raise ValueError(
-                f"expected a folder that no other run writes to, {folder} is in use by process "
-                f"{os.read(descriptor, 32).decode(errors='replace') or 'unknown'}; "
-                "wait for its end, or choose another folder (--output)"
-            )
-        _held.add(descriptor)
-        os.ftruncate(descriptor, 0)
         os.write(descriptor, str(owner).encode())
         yield
     finally:
         # a child of a fork has closed its copy already
         if os.getpid() == owner:
             _held.discard(descriptor)
+            # while it is still ours: whoever waits for the name finds that its file is gone
+            path.unlink(missing_ok=True)
             os.close(descriptor)
 
 
-def _take(descriptor: int) -> bool:
+def _taken(path: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        if not _lock(descriptor):
+            holder = os.read(descriptor, 32).decode(errors="replace")
+            os.close(descriptor)
+            raise ValueError(
+                f"expected a folder that no other run writes to, {path.parent} is in use by process "
+                f"{holder or 'unknown'}; wait for its end, or choose another folder (--output)"
+            )
+        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            os.ftruncate(descriptor, 0)
+            return descriptor
+        # the run before has removed the file since it was opened
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
     if sys.platform == "win32":
         return True
     import fcntl
