@@ -79,7 +79,9 @@ def read_json(path: Path) -> Any:
     except IsADirectoryError as error:
         raise ValueError(f"expected JSON in {path}, got a folder") from error
     except RecursionError as error:
-        raise ValueError(f"expected JSON in {path}, got something nested too deeply; the file is damaged") from error
+        raise ValueError(
+            f"expected JSON in {path}, got something nested too deeply; the file is damaged"
+        ) from error
     except ValueError as error:
         raise ValueError(
             f"expected JSON in {path}, got something else ({error}); the file is damaged"

@@ -40,9 +40,7 @@ def make_run(folder: Path, *more: object, epochs: int = 1) -> tuple[Path, Path]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a folder, by its path."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def change_json(path: Path, **fields: Any) -> None:

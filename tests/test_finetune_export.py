@@ -40,6 +40,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
         assert result.exit_code == 0, result.output
     return {path.name: path for path in folder.iterdir()}
 
+
 # what each exported file says of itself
 CARD = {
     "classes": list(CLASSES),

@@ -1,6 +1,7 @@
 """Exit codes, and one line instead of a traceback for the errors a user can do something about."""
 
 import logging
+import re
 import shlex
 import signal
 from typing import Any
@@ -41,7 +42,7 @@ class CommandGroup(TyperGroup):
         log, told = logging.getLogger("fastlora"), _ToldWarnings(logging.WARNING)
         log.addHandler(told)
         try:
-            _refuse_empty(ctx.meta[_ARGUMENTS])
+            _check_typed(ctx.meta[_ARGUMENTS])
             return super().invoke(ctx)
         except BrokenPipeError:
             # who reads our output has enough of it, which typer takes for no error
@@ -99,11 +100,15 @@ class _ToldWarnings(logging.Handler):
         typer.echo(f"{record.levelname.lower()}: {visible(record.getMessage())}", err=True)
 
 
-def _refuse_empty(arguments: list[str]) -> None:
+def _check_typed(arguments: list[str]) -> None:
+    """Refuse empty texts, which would stand for this folder, and integers that no computer counts to."""
     for before, given in zip(["", *arguments], arguments, strict=False):
-        if not given.strip() or (given.startswith("--") and given.endswith("=")):
-            what = before if before.startswith("--") else given.rstrip("=") or "every argument"
+        name, _, value = given.partition("=") if given.startswith("--") else (before, "", given)
+        what = name if name.startswith("--") else "every argument"
+        if not value.strip() and (given != name or not given):
             raise ValueError(f"expected a value for {what}, got an empty text")
+        if re.fullmatch(r"[+-]?\d{19,}", value) and name.startswith("--"):
+            raise ValueError(f"expected a smaller number for {what}, got {value}; it has {len(value)} digits")
 
 
 def _text(error: Exception) -> str:

@@ -2,10 +2,14 @@
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 # what is said of a number or a choice, after the name of its parameter
-_SAID = r"(?= (?:above|below|from|between|out of|of at least|of at most|of 0 or more|as an? |to be |in [\[(]|>|for|and |was ))"
+_SAID = (
+    r"(?= (?:above|below|from|between|out of|of at least|of at most|of 0 or more|as an? |to be |in [\[(]|>"
+    r"|for|and |was ))"
+)
 _VALUE = r"""("[^"]*"|'[^']*'|[\w.+-]*\w)"""
 _ENDS = r"(?<![\w/.'\"-]){}(?![\w/'\"=-]|\.\w)"
 # parameters that are no words of English: wherever they stand, the option is meant
@@ -38,9 +42,11 @@ def in_options(text: str, options: Mapping[str, tuple[str, str | None]]) -> str:
         'take random weights with --weights none'
     """
     for name, (option, off) in options.items():
-        text = re.sub(rf"(?<![\w/.-]){name}={_VALUE}", lambda m, o=option, f=off: _given(m[1], o, f), text)
+        text = re.sub(rf"(?<![\w/.-]){name}={_VALUE}", partial(_given, option, off), text)
         text = re.sub(rf"(?:options? )?'{name}'(?= for strategy)", option, text)
-        text = re.sub(rf"(?:(?<=expected )|(?<=lower )|(?<=; )|(?<=, but )|(?<=^)){name}{_SAID}", option, text)
+        text = re.sub(
+            rf"(?:(?<=expected )|(?<=lower )|(?<=; )|(?<=, but )|(?<=^)){name}{_SAID}", option, text
+        )
         text = re.sub(rf"(?<=as ){name}(?=[,;])", option, text)
         if "_" in name or name in _ABBREVIATIONS:
             text = re.sub(_ENDS.format(name), option, text)
@@ -49,8 +55,8 @@ def in_options(text: str, options: Mapping[str, tuple[str, str | None]]) -> str:
     return text
 
 
-def _given(value: str, option: str, off: str | None) -> str:
-    value = value.strip("'\"")
+def _given(option: str, off: str | None, found: re.Match[str]) -> str:
+    value = found[1].strip("'\"")
     if value == "True":
         return option
     if value == "False":

@@ -51,8 +51,8 @@ def predict(
 ) -> None:
     """Name the class of pictures with a fine-tuned model.
 
-    A picture that can't be read is listed with the reason, and costs none of the others' answers; the exit code
-    is 1 then.
+    A picture that can't be read is listed with the reason, and costs none of the others' answers; the exit
+    code is 1 then.
 
     [bold]Examples[/bold]: fastlora predict flowers-lora unknown/*.jpg --top 3
 

@@ -39,6 +39,9 @@ def reporting(output: Path) -> Iterator[None]:
     """
     try:
         yield
+    except OSError:
+        # of the disk, and says so itself
+        raise
     except Exception as error:
         raise ReportError(
             f"the trained model is saved in {output}, but its report can't be written: "

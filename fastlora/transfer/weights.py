@@ -83,8 +83,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise ValueError(
-            f"expected a state_dict in {path}, got a pickle that holds more than tensors and numbers; it could "
-            "run code, so nothing of it was read; save the weights alone with "
+            f"expected a state_dict in {path}, got a pickle that holds more than tensors and numbers; it "
+            "could run code, so nothing of it was read; save the weights alone with "
             "safetensors.torch.save_file(model.state_dict(), path)"
         ) from error
     # what isn't a checkpoint makes PyTorch's reader fail in any way

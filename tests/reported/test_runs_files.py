@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,9 @@ CASES = [(name, value) for name, values in WRONG.items() for value in values]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")
-    yield make_run(folder, epochs=2)[1]
+    return make_run(folder, epochs=2)[1]
 
 
 @pytest.fixture
@@ -139,10 +139,10 @@ def test_an_adapter_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     tensors = load_file(path)
     next(iter(tensors.values()))[0] = float("inf")
     save_file(tensors, path)
-    with pytest.raises(ValueError, match="expected finite weights in .*adapter_model"):
+    with pytest.raises(ValueError, match=r"expected finite weights in .*adapter_model"):
         fastlora.load_adapter(torch.nn.Sequential(torch.nn.Linear(4, 3)), tmp_path)
     (tmp_path / "adapter_config.json").write_text(DEEP)
-    with pytest.raises(ValueError, match="adapter_config.json, got something nested too deeply"):
+    with pytest.raises(ValueError, match=r"adapter_config\.json, got something nested too deeply"):
         fastlora.load_adapter(torch.nn.Sequential(torch.nn.Linear(4, 3)), tmp_path)
 
 
@@ -170,7 +170,9 @@ def _replace(folder: Path, state: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["hostile", "list", "other names", "deep manifest", "manifest", "inside"])
-def test_the_checkpoint_before_a_damaged_one_is_taken(run: Path, tmp_path: Path, kind: str, caplog: Any) -> None:
+def test_the_checkpoint_before_a_damaged_one_is_taken(
+    run: Path, tmp_path: Path, kind: str, caplog: Any
+) -> None:
     folder = Path(shutil.copytree(run, tmp_path / "run"))
     (folder / "model.json").unlink()
     newest = sorted((folder / "checkpoints").iterdir())[-1]
@@ -200,5 +202,7 @@ def test_the_checkpoint_before_a_damaged_one_is_taken(run: Path, tmp_path: Path,
 def test_a_hostile_file_of_weights_is_refused(run: Path, tmp_path: Path) -> None:
     torch.save({"state_dict": {"fc.bias": Hostile(tmp_path / "flag")}}, tmp_path / "evil.pt")
     settings = [*PROBE, "--weights", tmp_path / "evil.pt", "--output", tmp_path / "new"]
-    refused("finetune", run.parent / "pictures", *settings, told="it could run code, so nothing of it was read")
+    refused(
+        "finetune", run.parent / "pictures", *settings, told="it could run code, so nothing of it was read"
+    )
     assert not (tmp_path / "flag").exists()

@@ -60,7 +60,9 @@ def test_csv_is_no_formula_and_has_a_column_for_errors(place: Path, tmp_path: Pa
     folder = os.getcwd()
     try:
         os.chdir(tmp_path)
-        printed = invoke("predict", place / "run", "@a.png", "+b.png", "\tc.png", "d.png", "--format", "csv").stdout
+        printed = invoke(
+            "predict", place / "run", "@a.png", "+b.png", "\tc.png", "d.png", "--format", "csv"
+        ).stdout
     finally:
         os.chdir(folder)
     rows = list(csv.DictReader(io.StringIO(printed)))

@@ -27,7 +27,9 @@ class Signaller:
     def note(self, text: str) -> None:
         """Nobody listens."""
 
-    def advance(self, task: str, done: int, total: int, loss: float | None, memory: int | None = None) -> None:
+    def advance(
+        self, task: str, done: int, total: int, loss: float | None, memory: int | None = None
+    ) -> None:
         if done == self._step:
             for _ in range(self._times):
                 os.kill(os.getpid(), self._number)
@@ -82,7 +84,9 @@ def test_the_command_says_how_to_go_on(
     assert f"interrupted by {number.name}" in result.stderr
     assert f"--output '{tmp_path}/a run' --resume" in result.stderr.splitlines()[-1]
     assert invoke(*typed, "--resume").exit_code == 0
-    assert (tmp_path / "a run" / "model.safetensors").read_bytes() == (ended[1] / "model.safetensors").read_bytes()
+    assert (tmp_path / "a run" / "model.safetensors").read_bytes() == (
+        ended[1] / "model.safetensors"
+    ).read_bytes()
 
 
 def test_other_commands_end_without_a_traceback(monkeypatch: Any) -> None:
@@ -110,7 +114,9 @@ def test_a_folder_in_use_is_refused_and_a_killed_run_leaves_no_lock(
     holder = context.Process(target=_hold, args=(tmp_path, ready))
     holder.start()
     assert ready.wait(60)
-    refused("finetune", ended[0], *PROBE, "--output", tmp_path, told=f"is in use by process {holder.pid}; wait")
+    refused(
+        "finetune", ended[0], *PROBE, "--output", tmp_path, told=f"is in use by process {holder.pid}; wait"
+    )
     domains = ["--source", ended[0], "--target", ended[0]]
     refused("adapt", *domains, *PROBE, "--output", tmp_path, told=f"is in use by process {holder.pid}; wait")
     assert holder.pid is not None
@@ -124,7 +130,9 @@ def test_a_folder_in_use_is_refused_and_a_killed_run_leaves_no_lock(
 
 def test_a_used_folder_is_refused_before_anything_is_read(ended: tuple[Path, Path]) -> None:
     before = contents(ended[1])
-    refused("finetune", "nowhere", *PROBE, "--output", ended[1], told="has one at step 4; resume it (--resume)")
+    refused(
+        "finetune", "nowhere", *PROBE, "--output", ended[1], told="has one at step 4; resume it (--resume)"
+    )
     assert contents(ended[1]) == before
 
 

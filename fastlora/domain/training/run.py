@@ -76,8 +76,8 @@ def adapt(
         What ``report.json`` holds; of a run that was finished before with ``"unchanged": True`` beside it.
 
     Raises:
-        ValueError: Something doesn't fit, such as class folders of the target that the source has not, another
-            run writes to ``settings.output``, or it holds one that is not to be resumed.
+        ValueError: Something doesn't fit, such as class folders of the target that the source has not;
+            another run writes to ``settings.output``, or it holds one that is not to be resumed.
         FileNotFoundError: There are no such pictures or weights.
         FloatingPointError: The loss is no longer finite.
         ImportError: scikit-learn or accelerate is not installed.

@@ -25,7 +25,11 @@ def card_of(run: SavedRun) -> dict[str, Any]:
         "producer": f"fastlora {__version__}",
         "model": run.name,
         "classes": list(run.classes),
-        "input": {"name": "images", "shape": ["batch", 3, run.image_size, run.image_size], "dtype": "float32"},
+        "input": {
+            "name": "images",
+            "shape": ["batch", 3, run.image_size, run.image_size],
+            "dtype": "float32",
+        },
         "output": {"name": "logits", "shape": ["batch", len(run.classes)]},
         "transform": [{"step": "convert", "mode": "RGB"}, *_steps(run.transform)],
     }

@@ -5,9 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastlora.transfer.finetune.job import Job
 from fastlora._files import read_json
 from fastlora.transfer.finetune.description import ADAPTER, read_description
+from fastlora.transfer.finetune.job import Job
 from fastlora.transfer.training import TrainResult
 
 REPORT = "report.json"

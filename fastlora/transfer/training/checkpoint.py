@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fastlora._files import read_json, room_wanted
+from fastlora._interruption import Interrupted
 
 _LOG = logging.getLogger("fastlora")
 CHECKPOINTS = "checkpoints"
@@ -89,6 +90,10 @@ class Checkpoints:
                 "start again in another folder"
             )
         return None
+
+    def interrupted(self, number: int, step: int) -> Interrupted:
+        """What to raise for a signal once the checkpoint of a step is written."""
+        return Interrupted(number, f"the checkpoint of step {step} is in {self.folder}")
 
     def _found(self) -> list[Path]:
         return sorted(self.folder.glob(f"{PREFIX}*")) if self.folder.is_dir() else []

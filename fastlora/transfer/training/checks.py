@@ -1,5 +1,6 @@
 """What is wrong with a run is said before it begins, or names the batch where it went wrong."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,12 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastlora.transfer.data import LabelledImages
+from fastlora.transfer.places import MODEL
+from fastlora.transfer.training.batches import Part
 from fastlora.transfer.training.checkpoint import CHECKPOINTS, PREFIX
 from fastlora.transfer.training.settings import TrainSettings
 from fastlora.transfer.unfreezing import GradualUnfreezing
 
-# of a run that is finished
-MODEL = "model.json"
 _NAMED = 8
 
 
@@ -135,11 +136,16 @@ def what_changes(model: nn.Module, head: nn.Module, unfreezing: GradualUnfreezin
     return [name for name, value in state.items() if isinstance(value, Tensor) and name not in frozen]
 
 
-def not_finite(
-    what: str, value: float, step: int, names: Sequence[str], lr: float, output: Path
-) -> FloatingPointError:
-    """The error for a loss or gradients that are no longer finite, with the batch it happened on."""
-    return FloatingPointError(
+def check_finite(what: str, value: float, step: int, parts: Sequence[Part], lr: float, output: Path) -> None:
+    """Refuse to go on with a loss or gradients that are no longer finite.
+
+    Raises:
+        FloatingPointError: Names the batch it happened on.
+    """
+    if math.isfinite(value):
+        return
+    names = [name for part in parts for name in part.names]
+    raise FloatingPointError(
         f"expected a finite {what}, got {value} at step {step} on {', '.join(names[:_NAMED])}"
         f"{', …' if len(names) > _NAMED else ''}; the checkpoints in {output} are from before; "
         f"lower lr ({lr:g}) or look at these pictures"

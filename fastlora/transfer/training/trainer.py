@@ -1,6 +1,5 @@
 """The training loop, which can be killed at any step and ends as if it had not been."""
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora._interruption import Interrupted, Stop
+from fastlora._interruption import Stop
 from fastlora._stages import head as find_head
 from fastlora.transfer.data import LabelledImages
 from fastlora.transfer.fit import make_accelerator
@@ -18,18 +17,10 @@ from fastlora.transfer.freezing import keep_frozen_in_eval
 from fastlora.transfer.memory import PeakMemory
 from fastlora.transfer.report import check_output_folder
 from fastlora.transfer.study import Reporter
+from fastlora.transfer.training import checks
 from fastlora.transfer.training.average import WeightAverage
 from fastlora.transfer.training.batches import BatchPlan, Part
 from fastlora.transfer.training.checkpoint import CHECKPOINTS, Checkpoints
-from fastlora.transfer.training.checks import (
-    check_classes,
-    check_processes,
-    check_state,
-    check_unused,
-    not_finite,
-    told_as_damage,
-    what_changes,
-)
 from fastlora.transfer.training.engine import Engine, logits_of
 from fastlora.transfer.training.fingerprint import check_same, fingerprint
 from fastlora.transfer.training.logs import NoLogs, RunLogs
@@ -93,7 +84,7 @@ class Trainer:
         accelerator: Any = None,
     ) -> None:
         """See the class."""
-        check_classes(train, validation)
+        checks.check_classes(train, validation)
         check_output_folder(output)
         self.model = keep_frozen_in_eval(model)
         self._head = find_head(model)[1] if head is None else head
@@ -104,10 +95,10 @@ class Trainer:
         self.accelerator = make_accelerator(settings.precision) if accelerator is None else accelerator
         # ranks that sum in different orders drift apart
         share()
-        check_processes(self.accelerator.num_processes, len(train), settings, unfreezing)
+        checks.check_processes(self.accelerator.num_processes, len(train), settings, unfreezing)
         self.total_steps = settings.total_steps(len(train))
         self._steps_per_epoch = settings.steps_per_epoch(len(train))
-        self._saved = what_changes(self.model, self._head, unfreezing)
+        self._saved = checks.what_changes(self.model, self._head, unfreezing)
         self._checkpoints = Checkpoints(output / CHECKPOINTS)
         self._loss = Loss.of(train, settings, self.accelerator.device)
         self._plan = BatchPlan.of(train, settings, self.accelerator, in_pairs=settings.mixup > 0)
@@ -123,18 +114,18 @@ class Trainer:
                 resume had another configuration (all differences are listed).
             FloatingPointError: The loss or the gradients are no longer finite; the last checkpoint stays.
             OSError: A checkpoint couldn't be written; those before stay.
-            Interrupted: Ctrl-C or SIGTERM, in a run of one process after a checkpoint at the step's end; a
-                second one stops at once. A ``KeyboardInterrupt``.
+            Interrupted: Ctrl-C or SIGTERM, after a checkpoint; in several processes, or repeated, at once.
         """
-        check_unused(self._output, resume=resume)
-        found = self._checkpoints.latest(check_state)
+        checks.check_unused(self._output, resume=resume)
+        found = self._checkpoints.latest(checks.check_state)
         # of the model as it was given, before it is wrapped or trained
         self._fingerprint = fingerprint(
             self.model, self._saved, self._train, self._validation, self._settings, self._configuration
         )
         if found is not None:
             check_same(found[1]["fingerprint"], self._fingerprint)
-        self._begin(None if found is None else found[1])
+        with nullcontext() if found is None else checks.told_as_damage(self._checkpoints.folder):
+            self._begin(None if found is None else found[1])
         peak = PeakMemory(self.accelerator.device)
         # processes would stop at different steps, and wait for each other
         self._stop = Stop(watch=self.accelerator.num_processes == 1)
@@ -153,10 +144,8 @@ class Trainer:
 
     def _begin(self, state: dict[str, Any] | None) -> None:
         start_from(self._settings.seed)
-        self._progress = Progress()
-        if state is not None:
-            with told_as_damage(self._checkpoints.folder):
-                self._progress = Progress.restored(state["progress"], self._record_kind)
+        progress = Progress() if state is None else Progress.restored(state["progress"], self._record_kind)
+        self._progress = progress
         self._stages = StageSwitch(self.model, self._head, self._unfreezing, self._steps_per_epoch)
         self._stages.turn(self._progress.step)
         self._engine = Engine(
@@ -165,8 +154,7 @@ class Trainer:
         decay = self._settings.ema
         self._average = None if decay is None else WeightAverage(self.model, self._saved, decay)
         if state is not None:
-            with told_as_damage(self._checkpoints.folder):
-                self._restore(state)
+            self._restore(state)
         # the logs of a finished run stay as they are
         writes = self.is_main and not self._finished
         self._logs = RunLogs(self._output, self._progress.step) if writes else NoLogs()
@@ -204,8 +192,7 @@ class Trainer:
             if self._checkpoint_is_due(over) or self._stop.number is not None:
                 self._save()
             if self._stop.number is not None and not self._finished:
-                saved = f"the checkpoint of step {progress.step} is in {self._checkpoints.folder}"
-                raise Interrupted(self._stop.number, saved)
+                raise self._checkpoints.interrupted(self._stop.number, progress.step)
             if over:
                 return
 
@@ -223,11 +210,11 @@ class Trainer:
                 self._engine.backward(loss * scale)
             total += loss.detach()
         value = float(self.accelerator.reduce(total, reduction="sum")) / weight
-        self._check_finite("loss", value, parts)
-        lr = self._engine.lr
+        lr, told = self._engine.lr, (progress.step + 1, parts, self._settings.lr, self._output)
+        checks.check_finite("loss", value, *told)
         norm = self._engine.step()
         if norm is not None and self.accelerator.scaler is None:
-            self._check_finite("norm of the gradients", norm, parts)
+            checks.check_finite("norm of the gradients", norm, *told)
         progress.take_step(value, len(indices))
         if self._average is not None:
             self._average.update(progress.step)
@@ -280,11 +267,6 @@ class Trainer:
     def _validated_weights(self) -> dict[str, Tensor]:
         with self._averaged():
             return self._engine.weights()
-
-    def _check_finite(self, what: str, value: float, parts: Sequence[Part]) -> None:
-        if not math.isfinite(value):
-            names = [name for part in parts for name in part.names]
-            raise not_finite(what, value, self._progress.step + 1, names, self._settings.lr, self._output)
 
     def _checkpoint_is_due(self, epoch_is_over: bool) -> bool:
         every = self._settings.checkpoint_every
