@@ -60,6 +60,8 @@ def predict(
     """
     from fastlora.transfer.places import check_pictures, check_run
 
+    if output is not None:
+        check_file_place(output)
     check_run(run)
     for place in pictures:
         check_pictures(place)
@@ -67,8 +69,6 @@ def predict(
     from fastlora.transfer.finetune.predict import predict_files
     from fastlora.transfer.finetune.saved import load_run
 
-    if output is not None:
-        check_file_place(output)
     with LiveReporter(make_console(to_stderr=True)) as reporter:
         answers = predict_files(
             load_run(run),

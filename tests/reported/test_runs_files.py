@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from fastlora.transfer.finetune import load_run
 from fastlora.transfer.finetune.description import Description, read_description
-from tests.run_folders import PROBE, change_json, invoke, make_run, refused
+from fastlora.transfer.training.checkpoint import Checkpoints
+from fastlora.transfer.training.checks import check_state
+from tests.run_folders import PROBE, change_json, make_run, refused
 
 DEEP = "[" * 200_000
 NOT_JSON: dict[str, bytes] = {
@@ -82,7 +84,7 @@ def test_a_missing_field_is_named(description: Path, name: str) -> None:
 
 def test_a_folder_in_the_place_of_the_description(tmp_path: Path) -> None:
     (tmp_path / "model.json").mkdir()
-    with pytest.raises(ValueError, match=r"model\.json, got a folder"):
+    with pytest.raises(FileNotFoundError, match=r"found no model\.json"):
         load_run(tmp_path)
 
 
@@ -169,34 +171,38 @@ def _replace(folder: Path, state: Any) -> None:
     (folder / "manifest.json").write_text(json.dumps({"step": 4, "bytes": 1, "sha256": digest}))
 
 
-@pytest.mark.parametrize("kind", ["hostile", "list", "other names", "deep manifest", "manifest", "inside"])
+DAMAGE: dict[str, Callable[[Path, Path], object]] = {
+    "hostile": lambda newest, flag: _replace(newest, {"fingerprint": Hostile(flag)}),
+    "a list": lambda newest, flag: _replace(newest, [1, 2]),
+    "other names": lambda newest, flag: _replace(newest, {"weights": torch.ones(2)}),
+    "deep manifest": lambda newest, flag: (newest / "manifest.json").write_text(DEEP),
+    "manifest": lambda newest, flag: (newest / "manifest.json").write_text('{"step": null}'),
+    "no manifest": lambda newest, flag: (newest / "manifest.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_the_checkpoint_before_a_damaged_one_is_taken(
-    run: Path, tmp_path: Path, kind: str, caplog: Any
+    run: Path, tmp_path: Path, damage: Callable[[Path, Path], object], caplog: Any
 ) -> None:
-    folder = Path(shutil.copytree(run, tmp_path / "run"))
-    (folder / "model.json").unlink()
-    newest = sorted((folder / "checkpoints").iterdir())[-1]
-    if kind == "hostile":
-        _replace(newest, {"fingerprint": Hostile(tmp_path / "flag")})
-    elif kind == "list":
-        _replace(newest, [1, 2])
-    elif kind == "other names":
-        _replace(newest, {"weights": torch.ones(2)})
-    elif kind == "inside":
-        state = torch.load(newest / "state.pt", weights_only=True)
-        _replace(newest, state | {"progress": {"step": "x"}})
-    else:
-        (newest / "manifest.json").write_text(DEEP if kind.startswith("deep") else '{"step": null}')
-    arguments = ["finetune", run.parent / "pictures", *PROBE, "--epochs", 2, "--output", folder, "--resume"]
-    if kind == "inside":
-        # only seen once it is loaded
-        refused(*arguments, told="remove that checkpoint to go on from the one before")
-        return
-    result = invoke(*arguments)
-    assert result.exit_code == 0, result.output
+    folder = Path(shutil.copytree(run / "checkpoints", tmp_path / "checkpoints"))
+    before, newest = sorted(folder.iterdir())
+    damage(newest, tmp_path / "flag")
+    found = Checkpoints(folder).latest(check_state)
+    assert found is not None
+    assert found[0] == int(before.name.removeprefix("step-"))
     assert f"checkpoint {newest} is damaged" in caplog.text
     assert not (tmp_path / "flag").exists()
-    assert json.loads((folder / "report.json").read_text())["resumed_at"] == 2
+
+
+def test_a_state_that_holds_something_else_inside_is_told(run: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    newest = sorted((folder / "checkpoints").iterdir())[-1]
+    state = torch.load(newest / "state.pt", weights_only=True)
+    _replace(newest, state | {"progress": {"step": "x"}})
+    settings = [*PROBE, "--epochs", 2, "--output", folder, "--resume"]
+    told = "remove that checkpoint to go on from the one before"
+    refused("finetune", run.parent / "pictures", *settings, told=told)
 
 
 def test_a_hostile_file_of_weights_is_refused(run: Path, tmp_path: Path) -> None:

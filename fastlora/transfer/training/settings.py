@@ -21,9 +21,8 @@ _CHOICES = {
 }
 # what fits into 32 bits, which torch and the operating system count in here and there
 LARGEST_COUNT = 2**31 - 1
-# NumPy takes no larger one
-_LARGEST_SEED = 2**32 - 1
-_MOST_WORKERS = 1024
+# NumPy takes no larger seed
+_MOST = {"workers": 1024, "seed": 2**32 - 1}
 _COUNTS = ("epochs", "batch_size", "accumulation", "max_steps", "patience", "checkpoint_every")
 # how a run computes or is watched, not what it computes: a resumed run may have others
 NOT_COMPARED = ("workers", "checkpoint_every", "sharding")
@@ -109,13 +108,10 @@ class TrainSettings:
         if self.ema is not None:
             _check_range("ema", self.ema, 0.0, 1.0)
         _check_range("clip_norm", self.clip_norm, 0.0, math.inf)
-        if self.workers < 0 or self.seed < 0:
-            raise ValueError(f"expected workers and seed of 0 or more, got {self.workers} and {self.seed}")
-        if self.workers > _MOST_WORKERS or self.seed > _LARGEST_SEED:
-            raise ValueError(
-                f"expected workers of at most {_MOST_WORKERS:,} and seed of at most {_LARGEST_SEED:,}, "
-                f"got {self.workers:,} and {self.seed:,}"
-            )
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if not 0 <= value <= most:
+                raise ValueError(f"expected {name} from 0 to {most:,}, got {value:,}")
         if self.schedule == "one_cycle" and not 0 < self.warmup < 1:
             raise ValueError(
                 f"expected warmup above 0 and below 1 for one_cycle, got {self.warmup}; 0.3 is usual"
