@@ -267,7 +267,7 @@ def test_tensorboard_and_csv_hold_the_same(tmp_path: Path) -> None:
         ({"ema": 1.0}, "expected ema from 0 to 1, got 1.0"),
         ({"clip_norm": -1.0}, "expected clip_norm from 0 to inf, got -1.0"),
         ({"mixup": -1.0}, "expected mixup from 0 to inf, got -1.0"),
-        ({"seed": -1}, "expected workers and seed of 0 or more, got 0 and -1"),
+        ({"seed": -1}, "expected seed from 0 to 4,294,967,295, got -1"),
         ({"schedule": "one_cycle", "warmup": 0.0}, "expected warmup above 0 and below 1 for one_cycle"),
     ],
 )

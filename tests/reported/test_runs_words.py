@@ -10,7 +10,9 @@ from fastlora.transfer.memory import check_fits
 from tests.finetune_models import write_pictures
 from tests.run_folders import PROBE, RESNET, refused
 
-OPTIONS = {name: (f"--{name.replace('_', '-')}", None) for name in ("batch_size", "lr", "epochs", "weights")}
+OPTIONS: dict[str, tuple[str, str | None]] = {
+    name: (f"--{name.replace('_', '-')}", None) for name in ("batch_size", "lr", "epochs", "weights")
+}
 OPTIONS |= {"strategy": ("--strategy", None), "rank": ("--rank", None), "flip": ("--flip", "--no-flip")}
 
 
@@ -46,8 +48,8 @@ def test_errors_speak_of_options(text: str, told: str) -> None:
         ("--image-size 100000", "expected --image-size of at most 8,192"),
         ("--batch-size 1000000000000", "expected --batch-size of at most 2,147,483,647"),
         ("--epochs 0", "expected --epochs as an integer of at least 1"),
-        ("--seed 4294967296", "--seed of at most 4,294,967,295"),
-        ("--workers 100000", "--workers of at most 1,024"),
+        ("--seed 4294967296", "expected --seed from 0 to 4,294,967,295"),
+        ("--workers 100000", "expected --workers from 0 to 1,024, got 100,000"),
         ("--mixup nan", "expected --mixup from 0"),
         ("--ema inf", "expected --ema from 0 to 1"),
         ("--strategy lora --rank 0", "expected --rank as an integer >= 1"),
