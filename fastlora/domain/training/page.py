@@ -8,8 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fastlora.transfer.data import LabelledImages
-from fastlora.transfer.finetune.page import PAGE, render
-from fastlora.transfer.plots import marked
+from fastlora.transfer.finetune.page import PAGE, draw_line, render
 from fastlora.transfer.report import write_file
 
 TEMPLATE = "domain/training/report.html.jinja"
@@ -64,16 +63,7 @@ def curves(epochs: Sequence[dict[str, Any]], kept: int) -> Figure:
 
 def _draw(axes: Axes, epochs: Sequence[dict[str, Any]], lines: dict[str, str], factor: float = 1) -> None:
     numbers = [epoch["epoch"] for epoch in epochs]
-    for (label, name), (colour, marker, line) in zip(lines.items(), _STYLES, strict=False):
+    for (label, name), style in zip(lines.items(), _STYLES, strict=False):
         if epochs[0][name] is not None:
             values = [factor * epoch[name] for epoch in epochs]
-            axes.plot(
-                numbers,
-                values,
-                label=label,
-                color=colour,
-                marker=marker,
-                linestyle=line,
-                markersize=4,
-                markevery=marked(len(numbers)),
-            )
+            draw_line(axes, numbers, values, label, style)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -73,18 +74,9 @@ def curves(epochs: Sequence[dict[str, Any]], best: int) -> Figure:
     ):
         factor = 1 if axes is loss else 100
         styles = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"))
-        for (label, name), (colour, marker, line) in zip(lines.items(), styles, strict=True):
+        for (label, name), style in zip(lines.items(), styles, strict=True):
             values = [factor * epoch[name] for epoch in epochs]
-            axes.plot(
-                numbers,
-                values,
-                label=label,
-                color=colour,
-                marker=marker,
-                linestyle=line,
-                markersize=4,
-                markevery=marked(len(numbers)),
-            )
+            draw_line(axes, numbers, values, label, style)
         axes.axvline(best, color="grey", linestyle=":", label=f"best epoch ({best})")
         axes.set(xlabel="Epoch", xlim=(min(numbers) - 0.5, max(numbers) + 0.5))
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
@@ -93,6 +85,23 @@ def curves(epochs: Sequence[dict[str, Any]], best: int) -> Figure:
     loss.set(title="Loss", ylabel="Cross-entropy (nats)")
     right.set(title="Validation", ylabel="Pictures labelled right (%)")
     return figure
+
+
+def draw_line(
+    axes: Axes, epochs: Sequence[int], values: Sequence[float], label: str, style: tuple[str, str, str]
+) -> None:
+    """A line over the epochs, of this colour, marker and kind."""
+    colour, marker, line = style
+    axes.plot(
+        epochs,
+        values,
+        label=label,
+        color=colour,
+        marker=marker,
+        linestyle=line,
+        markersize=4,
+        markevery=marked(len(epochs)),
+    )
 
 
 def confused(confusion: list[list[int]], classes: Sequence[str]) -> list[dict[str, Any]]:
