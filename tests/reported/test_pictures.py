@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import TensorDataset
 
 from fastlora.transfer.data import (
     as_picture,
@@ -194,6 +195,8 @@ def test_what_data_sets_hold() -> None:
     assert torch.equal(torch.as_tensor(as_picture(whole)), whole.to(torch.uint8))
     with pytest.raises(ValueError, match=r"1 to 4 channels, got \(3, 64, 64\)"):
         as_picture(np.zeros((3, 64, 64), np.uint8))
+    halves = torch.rand(2, 3, 4, 4).to(torch.bfloat16)
+    assert readable(open_images(TensorDataset(halves, torch.arange(2)))).digests is not None
     with pytest.raises(TypeError, match="got int"):
         as_picture(3)
     with pytest.raises(ValueError, match="expected pixels, got 0 x 3"):

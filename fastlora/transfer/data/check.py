@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Literal
 
 import numpy as np
+from torch import Tensor
 
 from fastlora.transfer.data.images import LabelledImages
 
@@ -125,7 +126,8 @@ def _looked_at(
             shown = plain[index][0]
         except ValueError as error:
             return str(error.__cause__ or error) or type(error.__cause__ or error).__name__
-        pixels = np.asarray(shown)
+        # NumPy has no bfloat16, and sees only the CPU's memory
+        pixels = shown.detach().cpu().float().numpy() if isinstance(shown, Tensor) else np.asarray(shown)
         sha = hashlib.blake2b(f"{pixels.dtype} {pixels.shape}".encode(), digest_size=16)
         sha.update(pixels.tobytes())
         return sha.digest()

@@ -92,7 +92,7 @@ def as_picture(item: Any) -> Image.Image | Tensor:
     if isinstance(item, bytes):
         with Image.open(io.BytesIO(item)) as picture:
             return to_rgb(picture)
-    if isinstance(item, np.ndarray | list):
+    if isinstance(item, list) or hasattr(item, "__array__"):
         return _from_array(np.asarray(item))
     raise TypeError(f"expected a picture, an array, a tensor, a path or bytes, got {type(item).__name__}")
 
