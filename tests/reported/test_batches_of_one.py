@@ -73,7 +73,7 @@ def test_training_with_one_picture_over(tmp_path: Path) -> None:
 def test_batches_of_one_that_were_asked_for(tmp_path: Path) -> None:
     images = pictures().subset(range(4))
     trainer = Trainer(Pooled(), images, images, TrainSettings(epochs=1, batch_size=1), output=tmp_path)
-    with pytest.raises(ValueError, match=r"two or more examples .* raise batch_size \(--batch-size\)"):
+    with pytest.raises(ValueError, match=r"two or more examples .* raise batch_size, lower accumulation"):
         trainer.fit()
 
 

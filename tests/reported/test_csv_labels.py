@@ -70,7 +70,7 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
     "endless cell": (PLAIN + "x" * 200_000 + ",cat\n", "line 5: field larger"),
     "nothing": ("", "got an empty file"),
     "header alone": ("path,label\n", "found none"),
-    "no header": (ROWS, r"got cat/0.png, cat; name it with image_column \(--image-column\)"),
+    "no header": (ROWS, r"got cat/0.png, cat; name it with image_column"),
 }
 
 

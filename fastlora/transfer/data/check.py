@@ -62,9 +62,7 @@ def readable(
         [f"{images.names[index]} ({why})" for index, why in corrupt.items()]
     )
     if on_corrupt == "refuse" or len(corrupt) == len(images):
-        raise ValueError(
-            f"{message}; mend or remove them, or skip them with on_corrupt='skip' (--on-corrupt skip)"
-        )
+        raise ValueError(f"{message}; mend or remove them, or skip them with on_corrupt='skip'")
     kept = checked.subset([index for index in range(len(images)) if index not in corrupt])
     emptied = sorted({images.classes[i] for i in images.labels} - {kept.classes[i] for i in kept.labels})
     if emptied:

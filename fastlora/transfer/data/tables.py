@@ -74,7 +74,7 @@ def find_column(
             return list(among).index(found)
     raise ValueError(
         f"expected a column {' or '.join(map(repr, wanted))} in {where}, "
-        f"got {', '.join(columns) or 'none'}; name it with {option} (--{option.replace('_', '-')})"
+        f"got {', '.join(columns) or 'none'}; name it with {option}"
     )
 
 

@@ -113,8 +113,8 @@ def several_examples() -> Iterator[None]:
         if "more than 1 value per channel" not in str(error):
             raise
         raise ValueError(
-            "expected two or more examples at a time for a BatchNorm that trains, got one; raise batch_size "
-            "(--batch-size), lower accumulation (--accumulation), or leave BatchNorm frozen"
+            "expected two or more examples at a time for a BatchNorm that trains, got one; raise batch_size, "
+            "lower accumulation, or leave BatchNorm frozen"
         ) from error
 
 
