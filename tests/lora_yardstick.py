@@ -3,13 +3,19 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from torch import Tensor
 
 from fastlora import reference
+from tests.cases import cases
 from tests.exactness import assert_as_exact
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# by default fp16 is tried beside fp32 adapters
+EACH_DTYPE = pytest.mark.parametrize(
+    "dtype", cases([torch.float32, torch.bfloat16], [torch.float16]), ids=str
+)
 NAMES = ("y", "dX", "dA", "dB")
 
 

@@ -14,7 +14,8 @@ from fastlora.functional import adapter
 from fastlora.ops._keep_mask import keep_probability
 from fastlora.ops.adapter import AdapterFunction
 from tests.adapter_yardstick import Case, assert_as_exact_as_eager, eager, make_case, outputs_and_gradients
-from tests.lora_yardstick import DTYPES
+from tests.cases import cases
+from tests.lora_yardstick import DTYPES, EACH_DTYPE
 
 # rows, hidden size, bottleneck
 SIZES = [(33, 41, 5), (1, 64, 16), (64, 1, 8), (65, 48, 1), (130, 96, 64), (31, 63, 70), (20, 48, 256)]
@@ -57,7 +58,7 @@ def run_with_dropout(case: Case, backend: str, dropout: float) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["no-dropout", "dropout"])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@EACH_DTYPE
 @pytest.mark.parametrize(
     ("size", "activation"),
     [*((size, "gelu") for size in SIZES), (SIZES[0], "relu"), (SIZES[0], "silu")],
@@ -149,7 +150,7 @@ def test_no_rows(backend: str, device: torch.device, shape: tuple[int, ...], dro
         assert torch.equal(value, expected)
 
 
-@pytest.mark.parametrize("size", [1, 2, 15, 16, 17, 64, 65, 128, 255, 256])
+@pytest.mark.parametrize("size", cases([1, 17, 65, 256], [2, 15, 16, 64, 128, 255]))
 def test_bottlenecks(backend: str, device: torch.device, size: int) -> None:
     assert_as_exact_as_eager(run, make_case(40, 60, size, torch.float32, device=device))
 
@@ -175,8 +176,16 @@ def test_zero_up_projection_changes_nothing_bit_for_bit(
     assert torch.equal(adapter(case.h, *case.parameters, dropout=0.5), case.h)
 
 
-@pytest.mark.parametrize(("size", "dropout"), [(16, 0.0), (64, 0.3), (128, 0.0), (256, 0.3)])
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize(
+    ("target", "size", "dropout"),
+    cases(
+        [("sm_80", 64, 0.3), ("sm_90", 16, 0.0), ("sm_90", 256, 0.3), ("gfx942", 128, 0.0)],
+        [
+            *[("sm_80", 16, 0.0), ("sm_80", 128, 0.0), ("sm_80", 256, 0.3), ("sm_90", 64, 0.3)],
+            *[("sm_90", 128, 0.0), ("gfx942", 16, 0.0), ("gfx942", 64, 0.3), ("gfx942", 256, 0.3)],
+        ],
+    ),
+)
 def test_plans_of_real_gpus(
     target: str, size: int, dropout: float, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from fastlora.ops._dora_library import dora_linear_forward
 from fastlora.ops._keep_mask import keep_probability
 from fastlora.ops.dora_linear import DoRALinearFunction
 from tests.exactness import assert_as_exact
-from tests.lora_yardstick import DTYPES, Case, make_case, unpack_mask
+from tests.lora_yardstick import DTYPES, EACH_DTYPE, Case, make_case, unpack_mask
 
 NAMES = ("y", "dX", "dA", "dB", "dm")
 SIZES = [(33, 37, 41, 5), (1, 64, 32, 16), (65, 48, 7, 3), (130, 96, 160, 16)]
@@ -63,7 +63,7 @@ def assert_as_exact_as_eager(got: list[Tensor], case: Case, magnitude: Tensor) -
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["no-dropout", "dropout"])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@EACH_DTYPE
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_as_exact_as_eager(
     backend: str, device: torch.device, size: tuple[int, int, int, int], dtype: torch.dtype, dropout: float

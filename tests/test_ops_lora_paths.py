@@ -18,7 +18,7 @@ from fastlora_kernels import targets
 from fastlora_kernels.plan import Shape
 from fastlora_kernels.tuned import Choice
 from tests.lora_yardstick import (
-    DTYPES,
+    EACH_DTYPE,
     Case,
     assert_as_exact_as_eager,
     eager,
@@ -87,7 +87,7 @@ def run(case: Case, dropout: float = 0.0) -> list[Tensor]:
     return outputs_and_gradients(forward, case)
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@EACH_DTYPE
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_as_exact_as_eager(
     taken: Taken,
