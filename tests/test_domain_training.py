@@ -232,7 +232,7 @@ def test_bad_input_is_told_in_one_line(domains: list[object], tmp_path: Path) ->
     cases = [
         ([*domains, "--method", "dan"], "did you mean 'dann'"),
         ([*domains, "--select", "oracle"], "oracle"),
-        ([*domains, "--strength", "0"], "expected strength above 0"),
+        ([*domains, "--strength", "0"], "expected --strength above 0"),
         ([*domains, "--validation-share", "0.1"], "got 4 and 20; hold more out"),
         ([*domains[:2], "--target", other], "expected only classes that training has (dark, light), got new"),
         ([*domains[:2], "--target", tmp_path / "empty"], "found none"),

@@ -59,7 +59,9 @@ class CommandGroup(TyperGroup):
         except RuntimeError as error:
             if not _out_of_memory(error):
                 raise
-            raise self._told(ctx, MemoryError(_first_line(error)), FAILURE) from error
+            # an accelerator may be full of other things; a host refuses only what it can never hold
+            code = FAILURE if type(error).__name__ == "OutOfMemoryError" else BAD_INPUT
+            raise self._told(ctx, MemoryError(_first_line(error)), code) from error
         finally:
             log.removeHandler(told)
             if before is not None:

@@ -92,6 +92,7 @@ def test_a_size_that_the_model_can_not_take_is_refused(data: Path, tmp_path: Pat
         (["finetune", "data", "--output="], "expected a value for --output, got an empty text"),
         (["demo", "--output", " "], "expected a value for --output, got an empty text"),
         (["finetune", ""], "got an empty text"),
+        (["params", "resnet18", "--batch-size", "1000000000000"], "expected sizes that fit into memory"),
         (["params", "resnet18", "--batch-size", "9" * 30], "expected a smaller number for --batch-size"),
         (["plan", "--gpu", "H100", "--shape", "16x16x16", "--rank", "9" * 30], "a smaller number for --rank"),
     ],
