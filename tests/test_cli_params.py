@@ -7,7 +7,7 @@ from typer.testing import CliRunner, Result
 
 from fastlora.cli import app
 from fastlora.parameters import measure
-from fastlora.parameters.strategies import STRATEGIES
+from fastlora.parameters.strategies import STRATEGIES, Measured
 
 WIDE = {"COLUMNS": "200"}
 
@@ -66,19 +66,19 @@ def test_details_list_the_modules_of_one_strategy() -> None:
 
 
 def test_measured_peaks_stand_beside_the_computed_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    def peak(spec: object, strategy: str, settings: object, *, expected_bytes: int) -> int:
+    def found(spec: object, strategy: str, settings: object, *, expected_bytes: int) -> Measured:
         if strategy == "lora":
             raise measure.Unmeasured("the process ended with exit code -9: no message")
-        return 3 * 2**20
+        return Measured(3 * 2**20, 0.25)
 
-    monkeypatch.setattr(measure, "measured_peak", peak)
+    monkeypatch.setattr(measure, "measured", found)
     result = run("resnet18", "--batch-size", "1", "--measure")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert next(line for line in lines if "Strategy" in line).split()[-1] == "Measured"
-    assert next(line for line in lines if "Full fine-tuning" in line).split()[-1] == "3.0"
-    assert next(line for line in lines if "LoRA r=16, all linear" in line).split()[-1] == "-"
-    assert "training two steps: Full fine-tuning" in result.stderr
+    assert next(line for line in lines if "Strategy" in line).split()[-2:] == ["Measured", "s/step"]
+    assert next(line for line in lines if "Full fine-tuning" in line).split()[-2:] == ["3.0", "0.25"]
+    assert next(line for line in lines if "LoRA r=16, all linear" in line).split()[-2:] == ["-", "-"]
+    assert "training a few steps: Full fine-tuning" in result.stderr
     assert "exit code -9" in result.stderr
     record = json.loads(run("resnet18", "--batch-size", "1", "--measure", "--json").stdout)
     measured = {entry["strategy"]: entry["measured_bytes"] for entry in record["strategies"]}

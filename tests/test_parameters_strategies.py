@@ -257,21 +257,22 @@ def test_every_strategy_has_a_record_without_objects() -> None:
     assert list(STRATEGIES) == [strategy.name for strategy in STRATEGIES.values()]
 
 
-def test_measured_peak_covers_the_computed_sum() -> None:
+def test_measured_peak_covers_the_computed_sum_and_a_step_takes_time() -> None:
     """A network of a few megabytes: what is measured can't be less than what is held at the same time."""
     spec = ModelSpec("shufflenet_v2_x0_5", batch_size=16)
     cost = table(spec, "full")["full"]
     assert cost.report is not None
     report = cost.report
-    peak = measure.measured_peak(spec, "full", SETTINGS, expected_bytes=0, device="cpu")
+    found = measure.measured(spec, "full", SETTINGS, expected_bytes=0, device="cpu")
     # gradients come while kept activations go, so these two need not be held together
     held = report.training_bytes - report.gradient_bytes
-    assert 0.9 * held < peak < 2 * report.training_bytes + 64 * 2**20
+    assert 0.9 * held < found.peak_bytes < 2 * report.training_bytes + 64 * 2**20
+    assert found.step_seconds > 0
 
 
 def test_measuring_says_why_it_can_not() -> None:
     spec = ModelSpec("resnet18", batch_size=1)
     with pytest.raises(measure.Unmeasured, match="needs about 1,048,576 TiB"):
-        measure.measured_peak(spec, "full", SETTINGS, expected_bytes=2**60, device="cpu")
+        measure.measured(spec, "full", SETTINGS, expected_bytes=2**60, device="cpu")
     with pytest.raises(measure.Unmeasured, match="exit code 1: ValueError: expected a strategy"):
-        measure.measured_peak(spec, "everything", SETTINGS, expected_bytes=0, device="cpu")
+        measure.measured(spec, "everything", SETTINGS, expected_bytes=0, device="cpu")

@@ -53,7 +53,10 @@ def params(
     ] = None,
     measure: Annotated[
         bool,
-        typer.Option("--measure", help="Also train two steps with each strategy, on a GPU if there is one."),
+        typer.Option(
+            "--measure",
+            help="Also train a few steps of each on a GPU, if there is one: peak memory and seconds a step.",
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON on stdout.")] = False,
 ) -> None:
@@ -99,15 +102,15 @@ def _costs(
 def _measured(
     costs: "Sequence[StrategyCost]", spec: "ModelSpec", settings: "TuningSettings", console: Console
 ) -> "list[StrategyCost]":
-    from fastlora.parameters.measure import Unmeasured, measured_peak
+    from fastlora.parameters.measure import Unmeasured, measured
 
     done = []
     for cost in costs:
         if cost.report is not None:
-            console.print(f"training two steps: {cost.title}")
+            console.print(f"training a few steps: {cost.title}")
             try:
-                peak = measured_peak(spec, cost.strategy, settings, expected_bytes=cost.report.training_bytes)
-                cost = replace(cost, measured_bytes=peak)
+                found = measured(spec, cost.strategy, settings, expected_bytes=cost.report.training_bytes)
+                cost = replace(cost, measured=found)
             except Unmeasured as error:
                 console.print(f"  {error}")
         done.append(cost)
@@ -153,10 +156,10 @@ def _table(costs: "Sequence[StrategyCost]", spec: "ModelSpec") -> Table:
         title=f"{spec.name} in {dtype}, {describe_input(spec, build(spec))}",
         caption=f"Memory in {unit}. Added: % without the head. Weights: with buffers. Kept: for backward.",
     )
-    measured = any(cost.measured_bytes is not None for cost in costs)
+    measured = any(cost.measured is not None for cost in costs)
     table.add_column("Strategy")
     headings = ["Trains", "%", "Added", "Weights", "Grads", "AdamW", "Kept", "Sum"]
-    for heading in headings + ["Measured"] * measured:
+    for heading in headings + ["Measured", "s/step"] * measured:
         table.add_column(heading, justify="right")
     for cost in costs:
         table.add_row(cost.title, *_cells(cost, scale, measured))
@@ -168,20 +171,22 @@ def _cells(cost: "StrategyCost", scale: int, measured: bool) -> list[str]:
 
     report = cost.report
     if report is None:
-        return ["-"] * (8 + measured)
+        return ["-"] * (8 + 2 * measured)
     sizes = [
         report.weight_bytes + report.buffer_bytes,
         report.gradient_bytes,
         report.optimizer_bytes,
         report.kept_bytes,
         report.training_bytes,
-        *([cost.measured_bytes] if measured else []),
+        *([cost.measured.peak_bytes if cost.measured else None] if measured else []),
     ]
+    seconds = [f"{cost.measured.step_seconds:.3g}" if cost.measured else "-"] if measured else []
     percents = [report.trainable_percent, cost.added_percent]
     return [
         f"{report.trainable_parameters:,}",
         *("-" if percent is None else readable_percent(percent) for percent in percents),
         *("-" if size is None else _size(size / scale) for size in sizes),
+        *seconds,
     ]
 
 

@@ -1,6 +1,6 @@
-"""Peak memory of real training steps, each strategy in a process of its own so that peaks don't mix.
+"""Peak memory and time of real training steps, each strategy in its own process so that peaks don't mix.
 
-``python -m fastlora.parameters.measure SETTINGS`` is such a process; :func:`measured_peak` starts it.
+``python -m fastlora.parameters.measure SETTINGS`` is such a process; :func:`measured` starts it.
 """
 
 import contextlib
@@ -9,6 +9,8 @@ import gc
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from fastlora.parameters._text import readable_bytes
 from fastlora.parameters.models import ModelSpec, build, sample_input
-from fastlora.parameters.strategies import TuningSettings, apply_strategy
+from fastlora.parameters.strategies import Measured, TuningSettings, apply_strategy
 from fastlora.transfer.memory import PeakMemory
 
 # the second step has the optimiser state that the first one makes
@@ -27,24 +29,26 @@ _STATUS = Path("/proc/self/status")
 # glibc's parameter number and our value: blocks from 64 KiB on go back to the system when they are freed
 _M_MMAP_THRESHOLD, _MMAP_BYTES = -3, 2**16
 _M_MMAP_MAX, _MMAP_BLOCKS = -4, 2**20
+# what glibc's own threshold grows to
+_USUAL_MMAP_BYTES = 2**25
 
 
 class Unmeasured(Exception):
     """A strategy's memory could not be measured; says why."""
 
 
-def measured_peak(
+def measured(
     spec: ModelSpec,
     strategy: str,
     settings: TuningSettings,
     *,
     expected_bytes: int,
     device: str | None = None,
-) -> int:
-    """Peak memory in bytes of two AdamW steps with random weights and data, in a new process.
+) -> Measured:
+    """Peak memory and time of AdamW steps with random weights and data, in a new process.
 
-    It is what the process needs beyond its state after imports and a tiny training step: the resident set on
-    a CPU, what PyTorch's allocator holds on CUDA.
+    The peak is what the process needs beyond its state after imports and a tiny training step: the resident
+    set on a CPU, what PyTorch's allocator holds on CUDA.
 
     Args:
         spec: The model and its batch.
@@ -68,7 +72,7 @@ def measured_peak(
     if done.returncode != 0:
         said = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise Unmeasured(f"the process ended with exit code {done.returncode}: {said}")
-    return int(json.loads(done.stdout)["peak_bytes"])
+    return Measured(**json.loads(done.stdout))
 
 
 def _free_bytes(device: str) -> int | None:
@@ -77,30 +81,36 @@ def _free_bytes(device: str) -> int | None:
     return _proc_bytes(Path("/proc/meminfo"), "MemAvailable")
 
 
-def _measure_here(spec: ModelSpec, strategy: str, settings: TuningSettings, device: torch.device) -> int:
-    _give_freed_memory_back()
+def _measure_here(spec: ModelSpec, strategy: str, settings: TuningSettings, device: torch.device) -> Measured:
+    _free_blocks_from(_MMAP_BYTES)
     # what the first step of a process loads and allocates once is no cost of the strategy
     toy = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4))
-    _train(toy.to(device), torch.randn(2, 3, 4, 4))
+    _trainer(toy.to(device), torch.randn(2, 3, 4, 4))(STEPS)
     baseline = _now(device)
     peak = PeakMemory(device)
     with peak:
         model = build(spec, weightless=False)
         inputs = sample_input(spec, model)
         apply_strategy(strategy, model, spec, settings)
-        _train(model.to(device), inputs)
+        train = _trainer(model.to(device), inputs)
+        train(STEPS)
     if peak.bytes is None:
         raise OSError("expected a system with /proc to measure memory on the CPU, got one without")
     # the sampling thread may miss a short peak, the kernel's own mark doesn't
     mark = 0 if device.type == "cuda" else _proc_bytes(_STATUS, "VmHWM") or 0
-    return max(peak.bytes, mark) - baseline
+    # fetching every block from the system anew would count as time of the step
+    _free_blocks_from(_USUAL_MMAP_BYTES)
+    train(1)
+    return Measured(peak_bytes=max(peak.bytes, mark) - baseline, step_seconds=train(1))
 
 
-def _train(model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> None:
+def _trainer(model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> Callable[[int], float]:
+    """A function that trains a number of steps and returns their seconds."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     device = parameters[0].device
-    for _ in range(STEPS):
+
+    def step() -> None:
         optimizer.zero_grad()
         if isinstance(inputs, dict):
             output = model(**{name: tensor.to(device) for name, tensor in inputs.items()})
@@ -110,6 +120,21 @@ def _train(model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> None:
         # its graph would live on through the next forward pass
         del output
         optimizer.step()
+
+    def train(steps: int) -> float:
+        _wait_for(device)
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        _wait_for(device)
+        return time.perf_counter() - start
+
+    return train
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _logits(output: Any) -> Tensor:
@@ -132,19 +157,18 @@ def _proc_bytes(path: Path, field: str) -> int | None:
     return None if found is None else int(found.split()[1]) * 1024
 
 
-def _give_freed_memory_back() -> None:
-    """Make the resident set follow what is allocated; glibc would keep freed memory for later."""
+def _free_blocks_from(threshold: int) -> None:
+    """Give freed blocks of so many bytes back to the system at once; glibc would keep them for later."""
     with contextlib.suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+        libc.mallopt(_M_MMAP_THRESHOLD, threshold)
         libc.mallopt(_M_MMAP_MAX, _MMAP_BLOCKS)
 
 
 def _main() -> None:
     job = json.loads(sys.argv[1])
     spec, settings = ModelSpec(**job["spec"]), TuningSettings(**job["settings"])
-    peak = _measure_here(spec, job["strategy"], settings, torch.device(job["device"]))
-    print(json.dumps({"peak_bytes": peak}))
+    print(json.dumps(asdict(_measure_here(spec, job["strategy"], settings, torch.device(job["device"])))))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,19 @@ class TuningSettings:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What training took.
+
+    Attributes:
+        peak_bytes: Peak memory of two steps over an idle process.
+        step_seconds: One further step: forward, backward and optimiser.
+    """
+
+    peak_bytes: int
+    step_seconds: float
+
+
+@dataclass(frozen=True)
 class StrategyCost:
     """What one way to fine-tune costs.
 
@@ -42,7 +55,7 @@ class StrategyCost:
         head_parameters: Scalars of a head that trains whole beside what the strategy adds.
         adapts_body: Whether anything but the head trains.
         note: What is special about this model, or why the strategy can't be applied; may be empty.
-        measured_bytes: Peak memory of real training steps over an idle process, or None if not measured.
+        measured: Peak memory and time of real training steps, or None if not measured.
     """
 
     strategy: str
@@ -52,7 +65,7 @@ class StrategyCost:
     head_parameters: int = 0
     adapts_body: bool = False
     note: str = ""
-    measured_bytes: int | None = None
+    measured: Measured | None = None
 
     @property
     def added_percent(self) -> float | None:
@@ -71,7 +84,8 @@ class StrategyCost:
             "head_parameters": self.head_parameters,
             "adapts_body": self.adapts_body,
             "added_percent": self.added_percent,
-            "measured_bytes": self.measured_bytes,
+            "measured_bytes": None if self.measured is None else self.measured.peak_bytes,
+            "measured_step_seconds": None if self.measured is None else self.measured.step_seconds,
         }
         return own | {"report": None if self.report is None else self.report.as_json()}
 
