@@ -75,7 +75,7 @@ def test_merged_weights_are_the_plain_models(runs: dict[str, Path], tmp_path: Pa
     assert agreement.same_answers
 
 
-@pytest.mark.parametrize("strategy", cases(["lora", "prompt"], ["adapter", "feature_extraction"]))
+@pytest.mark.parametrize("strategy", cases(["lora"], ["prompt", "adapter", "feature_extraction"]))
 def test_a_program_answers_the_same_for_any_batch(
     runs: dict[str, Path], tmp_path: Path, strategy: str
 ) -> None:

@@ -73,8 +73,9 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], P
     return launched
 
 
+# by default test_domain_training runs DDP
 @pytest.mark.parametrize(
-    ("launcher", "sharding"), cases([("torchrun", "ddp"), ("torchrun", "fsdp2")], [("accelerate", "fsdp2")])
+    ("launcher", "sharding"), cases([("torchrun", "fsdp2")], [("torchrun", "ddp"), ("accelerate", "fsdp2")])
 )
 def test_two_processes_give_the_curve_of_one(
     alone: Path, together: Callable[[str, str], Path], launcher: str, sharding: str
