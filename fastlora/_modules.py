@@ -114,6 +114,11 @@ def tuner_parameters(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
+def holds_tuner(model: nn.Module) -> bool:
+    """Whether fastlora has added anything to a model."""
+    return any(isinstance(module, TunerModule) for module in model.modules())
+
+
 def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
     """Put each value where its key stands, everywhere in the model."""
     for parent in list(model.modules()):

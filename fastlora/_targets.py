@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 
 from torch import nn
 
+from fastlora._all_linear import all_linear, unreached
 from fastlora._bypassed import bypassed
 from fastlora._modules import adaptable_modules, named_modules
 from fastlora._tied import check_tied_targets, tell_of_ties
@@ -29,11 +30,13 @@ def select_targets(
             a layer that the model never calls, or nothing left to adapt.
     """
     names = adaptable_modules(model)
+    heads: dict[str, nn.Module] = {}
     if target_modules == ALL_LINEAR:
-        targeted = _all_linear(model, names)
+        targeted, heads = all_linear(model, names, _out_projections(names))
     else:
         targeted = _matches("target_modules", target_modules, names)
     left_out, whole = left_out_names(model, exclude_modules, modules_to_save)
+    whole += _heads_to_train(heads, left_out)
     left_out_ids = {id(names[name]) for name in left_out}
     chosen = {name: names[name] for name in names if name in targeted and id(names[name]) not in left_out_ids}
     chosen = _absorb_out_proj(names, chosen, left_out)
@@ -49,13 +52,26 @@ def select_targets(
             f"expected layers that the model calls, got {len(uncalled)} others, {why_uncalled(uncalled)}; "
             "name other layers, or leave these out with exclude_modules"
         )
+    missed = None
+    if target_modules == ALL_LINEAR:
+        others = [names[name] for name in (*heads, *left_out, *uncalled)]
+        missed = unreached(model, list(chosen.values()), others)
     if not chosen:
         raise ValueError(
             f"expected at least one module to adapt, got none for target_modules={target_modules!r}"
             f", exclude_modules={exclude_modules!r}, modules_to_save={modules_to_save!r}; "
-            f"this model has {_inventory(names)}"
+            f"this model has {_inventory(names)}" + (f". Not reached: {missed}" if missed else "")
         )
+    if missed:
+        logger.warning("'all-linear' does not reach %s", missed)
     return chosen, whole
+
+
+def _heads_to_train(heads: dict[str, nn.Module], left_out: Collection[str]) -> list[nn.Module]:
+    trained = {name: head for name, head in heads.items() if name not in left_out}
+    if trained:
+        logger.info("training the head %s whole; exclude_modules leaves it frozen", ", ".join(trained))
+    return list(trained.values())
 
 
 def left_out_names(
@@ -78,19 +94,6 @@ def left_out_names(
     whole = [names[name] for name in sorted(saved)]
     tell_of_ties(model, whole)
     return excluded | kept_whole, whole
-
-
-def _all_linear(model: nn.Module, names: dict[str, nn.Module]) -> set[str]:
-    # like PEFT, leave a language model's output embedding alone: it is often tied to the input's
-    embedding = getattr(model, "get_output_embeddings", lambda: None)()
-    inner = _out_projections(names)
-    return {
-        name
-        for name, module in names.items()
-        if isinstance(module, nn.Linear | nn.MultiheadAttention)
-        and name not in inner
-        and module is not embedding
-    }
 
 
 def _matches(argument: str, request: str | Collection[str], names: Collection[str]) -> set[str]:

@@ -5,8 +5,8 @@ from collections.abc import Collection
 
 from torch import nn
 
-from fastlora._modules import tuner_parameters
-from fastlora.nn.tuner import TunerModule
+from fastlora._modules import holds_tuner, tuner_parameters
+from fastlora._saving import forget_saving, save_training_too
 from fastlora.summary import adapter_summary
 
 logger = logging.getLogger("fastlora")
@@ -37,16 +37,18 @@ def train_only_tuners(model: nn.Module, whole: Collection[nn.Module]) -> None:
         parameter.requires_grad_(True)
     setattr(model, _CHOSEN, True)
     _disable_fast_paths(model)
+    save_training_too(model)
     logger.info("%s: %s", type(model).__name__, adapter_summary(model))
 
 
 def forget_tuners(model: nn.Module) -> None:
     """Undo what :func:`train_only_tuners` left beside frozen parameters, where no tuner is left."""
-    if _CHOSEN in vars(model) and not _holds_tuner(model):
+    forget_saving(model)
+    if _CHOSEN in vars(model) and not holds_tuner(model):
         delattr(model, _CHOSEN)
     for module in model.modules():
         for kind, (attribute, _) in _FAST_PATHS.items():
-            if isinstance(module, kind) and _REMEMBERED in vars(module) and not _holds_tuner(module):
+            if isinstance(module, kind) and _REMEMBERED in vars(module) and not holds_tuner(module):
                 setattr(module, attribute, getattr(module, _REMEMBERED))
                 delattr(module, _REMEMBERED)
 
@@ -56,10 +58,6 @@ def _disable_fast_paths(model: nn.Module) -> None:
         for kind, (attribute, off) in _FAST_PATHS.items():
             # a second kind of adapter must not remember the first one's "off"
             fresh = isinstance(module, kind) and _REMEMBERED not in vars(module)
-            if fresh and _holds_tuner(module):
+            if fresh and holds_tuner(module):
                 setattr(module, _REMEMBERED, getattr(module, attribute))
                 setattr(module, attribute, off)
-
-
-def _holds_tuner(module: nn.Module) -> bool:
-    return any(isinstance(part, TunerModule) for part in module.modules())

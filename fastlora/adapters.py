@@ -5,6 +5,8 @@ from typing import Literal, TypeVar
 
 import torch
 
+from fastlora._all_linear import tell_frozen_head
+from fastlora._checks import check_count
 from fastlora._modules import unwrap
 from fastlora._places import (
     BLOCK_STYLES,
@@ -18,7 +20,7 @@ from fastlora._places import (
 from fastlora._targets import select_targets
 from fastlora._tuning import train_only_tuners
 from fastlora.inject import Model
-from fastlora.nn._settings import AdapterSettings, LayerNormPlace, Scale, check_count, check_dtype
+from fastlora.nn._settings import AdapterSettings, LayerNormPlace, Scale, check_dtype
 from fastlora.nn.adapted import AdapterPlacement
 from fastlora.reference import Activation
 
@@ -110,6 +112,7 @@ def apply_adapters(
     check_whole(root, whole)
     add_adapters(root, plan_places(root, chosen, settings, hidden_size), adapter_dtype)
     train_only_tuners(root, whole)
+    tell_frozen_head(root)
     return model
 
 

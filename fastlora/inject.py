@@ -1,11 +1,12 @@
 """Put LoRA layers into a model by name, fold them in, and take them out again."""
 
 from collections.abc import Callable, Collection, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from fastlora._all_linear import tell_frozen_head
 from fastlora._modules import (
     adapted_modules,
     lora_layers,
@@ -15,8 +16,9 @@ from fastlora._modules import (
     unwrap,
 )
 from fastlora._prompt_places import follow_blocks
+from fastlora._saving import moved_apart
 from fastlora._targets import ALL_LINEAR, select_targets
-from fastlora._tuning import forget_tuners, train_only_tuners
+from fastlora._tuning import forget_tuners, logger, train_only_tuners
 from fastlora.nn import (
     AdaptedModule,
     LoRAConv2d,
@@ -64,10 +66,13 @@ def apply_lora(
         target_modules: As in PEFT: a list of names, each the whole name of a module or the end of it
             (``"query"`` means every ``….query``); or a regular expression for whole names; or
             ``"all-linear"`` for every ``nn.Linear`` and ``nn.MultiheadAttention`` except what
-            ``model.get_output_embeddings()`` returns. An attention includes its ``out_proj``; convolutions
-            and embeddings are adapted where they are named, never by ``"all-linear"``. Layers whose
-            weights the model reads without calling them (torchvision's Swin, see the warning logged) can't
-            carry LoRA: ``"all-linear"`` leaves them out.
+            ``model.get_output_embeddings()`` returns and the head of a classifier of Hugging Face, timm or
+            torchvision. That head is trained whole, as PEFT does it for a classification task;
+            ``exclude_modules`` leaves it frozen. What else ``"all-linear"`` does not reach (convolutions,
+            the experts of a mixture kept in one tensor) is logged as a warning. An attention includes its
+            ``out_proj``; convolutions and embeddings are adapted where they are named, never by
+            ``"all-linear"``. Layers whose weights the model reads without calling them (torchvision's Swin,
+            see the warning logged) can't carry LoRA: ``"all-linear"`` leaves them out.
         rank: Inner size of every update.
         alpha: Strength of every update.
         dropout: Probability in [0, 1] of zeroing an element of an update's input while training; an
@@ -103,11 +108,16 @@ def apply_lora(
     chosen, whole = select_targets(root, target_modules, exclude_modules, modules_to_save)
     check_carriers(chosen, settings)
     inject(root, {module: settings for module in chosen.values()}, whole)
+    if exclude_modules is None:
+        tell_frozen_head(root)
     return model
 
 
 def merge_adapters(model: Model) -> Model:
     """Fold every update into its weight, reversibly: inference then costs what it did without LoRA.
+
+    While merged, ``state_dict()`` is the plain model's, which the plain model loads; an adapted one starts
+    its updates afresh when it loads it. Tied weights that an update moves apart are logged as a warning.
 
     Args:
         model: An adapted model, changed in place.
@@ -132,6 +142,7 @@ def merge_adapters(model: Model) -> Model:
             raise ValueError(f"{name}: {error}") from None
     for layer in layers.values():
         layer.merge()
+    _warn_of_untied(model)
     return model
 
 
@@ -190,12 +201,32 @@ def remove_adapters(model: Model) -> Model:
         raise ValueError(
             f"expected a model around its layers, got a bare {type(root).__name__}; use its .{original}"
         )
+    config: Any = getattr(root, "config", None)
+    if getattr(config, "tie_word_embeddings", False) and _merged_apart(root):
+        # or from_pretrained would tie what no longer is
+        config.tie_word_embeddings = False
     replace_modules(root, {layer: layer.to_base() for layer in layers.values()})
     originals: dict[nn.Module, nn.Module] = {place: place.original_module for place in places.values()}
     replace_modules(root, originals)
     follow_blocks(root, originals)
     forget_tuners(root)
     return model
+
+
+def _merged_apart(model: nn.Module) -> dict[str, list[str]]:
+    return {name: others for name, others in moved_apart(model).items() if lora_layers(model)[name].merged}
+
+
+def _warn_of_untied(model: nn.Module) -> None:
+    apart = _merged_apart(unwrap(model))
+    if apart:
+        name, others = next(iter(apart.items()))
+        logger.warning(
+            "%s shares its frozen weight with %s, which has not its update: merged they differ, and a model "
+            "that ties them can't load both (save_pretrained writes tie_word_embeddings=False)",
+            name,
+            ", ".join(others),
+        )
 
 
 def check_unadapted(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 
+from fastlora._all_linear import tell_frozen_head
 from fastlora._modules import named_modules, unwrap
 from fastlora._prompt_places import put_prompts
 from fastlora._targets import left_out_names
@@ -73,6 +74,7 @@ def apply_prompts(
     _, whole = left_out_names(root, None, modules_to_save)
     put_prompts(host, settings, host.draw(settings))
     train_only_tuners(root, whole)
+    tell_frozen_head(root)
     return model
 
 

@@ -43,5 +43,5 @@ def test_bad_input_is_refused() -> None:
         reverse_validation(source, labels, source, "mdm", SHORT)
     with pytest.raises(ValueError, match="expected weighting out of none, importance, label_shift"):
         AdaptSettings(weighting="other")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="expected epochs of at least 1, got 0"):
+    with pytest.raises(ValueError, match="expected epochs >= 1, got 0"):
         AdaptSettings(epochs=0)

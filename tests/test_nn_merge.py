@@ -113,16 +113,19 @@ def test_doing_it_twice_changes_nothing(make: Make) -> None:
 
 
 @MAKERS
-def test_state_dict_holds_the_original_weight(make: Make) -> None:
+def test_while_merged_the_state_dict_is_the_plain_layers(make: Make) -> None:
     module = make(torch.bfloat16)
     randomize_adapters(module)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     module.merge()
+    plain = module.to_base().state_dict()
     outer = nn.Sequential(module)
     while_merged = {name.removeprefix("0."): tensor for name, tensor in outer.state_dict().items()}
     assert module.merged
-    assert while_merged.keys() == before.keys()
-    assert all(same_bits(while_merged[name], value) for name, value in before.items())
+    assert while_merged.keys() == plain.keys()
+    assert all(same_bits(while_merged[name], value) for name, value in plain.items())
+    module.unmerge()
+    assert all(same_bits(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 
 @MAKERS

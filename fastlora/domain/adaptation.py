@@ -1,6 +1,5 @@
 """Adapt a classifier on features that are computed once: seconds on a CPU."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastlora._checks import check_count, check_number, check_positive
 from fastlora.domain._features import both, known_labels, source_labels_of, standardise
 from fastlora.domain.assessment import Readings, oracle, target_scores
 from fastlora.domain.methods.adversarial import domain_accuracy
@@ -57,11 +57,12 @@ class AdaptSettings:
     def __post_init__(self) -> None:
         """Check every value."""
         for name in ("epochs", "batch_size", "hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)!r}")
+            check_count(name, getattr(self, name), "leave it out for the usual")
         for name in ("lr", "strength", "gamma"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"expected {name} above 0, got {getattr(self, name)!r}")
+            check_positive(name, getattr(self, name), "leave it out for the usual")
+        if check_number("weight_decay", self.weight_decay, "1e-3 is usual") < 0:
+            raise ValueError(f"expected weight_decay of 0 or more, got {self.weight_decay!r}; 1e-3 is usual")
+        check_number("held_out", self.held_out, "0.2 is usual")
         if not 0 < self.held_out < 1:
             raise ValueError(f"expected held_out between 0 and 1, got {self.held_out!r}")
         if self.weighting not in get_args(Weighting):

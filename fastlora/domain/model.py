@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastlora._checks import check_flag
 from fastlora.domain.methods import Alignment, Domains
 from fastlora.domain.methods.adversarial import domain_accuracy, domain_loss
 from fastlora.domain.norms import separate_batch_norms, use_domain
-from fastlora.nn.gradient_reversal import GradientReversalLayer, ReversalSchedule
+from fastlora.nn.gradient_reversal import GradientReversalLayer, ReversalSchedule, check_alpha
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,14 @@ class DomainAdaptationModel(nn.Module):
         feature_extractor: From inputs ``[B, …]`` to features ``[B, F]``.
         classifier: From features to class logits ``[B, classes]``.
         domain_classifier: From features to domain logits, ``[B, 1]`` or ``[B, 2]``.
-        alpha: Strength of the reversal, or a :class:`fastlora.domain.ReversalSchedule`, which :meth:`loss`
+        alpha: Strength of the reversal, or a :class:`fastlora.ReversalSchedule`, which :meth:`loss`
             advances in train mode.
         alignment: Another method of :mod:`fastlora.domain.methods` instead of DANN for :meth:`loss`.
         separate_batch_norm: Give every BatchNorm statistics of its own for each domain; weights are shared.
+
+    Raises:
+        TypeError: ``alpha``, ``alignment`` or ``separate_batch_norm`` is nothing of the kind.
+        ValueError: ``alpha`` is not finite.
 
     Example:
         >>> parts = nn.Linear(4, 3), nn.Linear(3, 2), nn.Linear(3, 1)
@@ -67,6 +72,12 @@ class DomainAdaptationModel(nn.Module):
         separate_batch_norm: bool = False,
     ) -> None:
         """See the class."""
+        check_flag("separate_batch_norm", separate_batch_norm)
+        if alignment is not None and not isinstance(alignment, Alignment):
+            raise TypeError(
+                f"expected alignment to be a method of fastlora.domain.methods, got {alignment!r}; give an "
+                "object such as MultiKernelMMD(), or None for DANN"
+            )
         super().__init__()
         self.feature_extractor, self.classifier = feature_extractor, classifier
         self.domain_classifier, self.alignment = domain_classifier, alignment
@@ -76,13 +87,13 @@ class DomainAdaptationModel(nn.Module):
             separate_batch_norms(self.feature_extractor)
 
     @property
-    def alpha(self) -> float | ReversalSchedule:
+    def alpha(self) -> float | ReversalSchedule | Tensor:
         """Strength of the reversal."""
         return self.reversal.alpha
 
     @alpha.setter
-    def alpha(self, alpha: float | ReversalSchedule) -> None:
-        self.reversal.alpha = alpha
+    def alpha(self, alpha: float | ReversalSchedule | Tensor) -> None:
+        self.reversal.alpha = check_alpha(alpha)
 
     def forward(self, x: Any, domain_labels: Tensor | None = None) -> Any:
         """Class logits; with ``domain_labels`` also domain logits behind the reversal.

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastlora._checks import check_count, check_flag
 from fastlora.init._layers import check_unmerged, linear_layers
 from fastlora.inject import Model
 from fastlora.nn import LoRAModule
@@ -40,6 +41,9 @@ def pissa_(model: Model, *, niter: int | None = None, progress: bool = False) ->
         True
     """
 
+    if niter is not None:
+        check_count("niter", niter, "16 is nearly exact")
+
     def decompose(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         if niter is None:
             left, values, right = torch.linalg.svd(weight, full_matrices=False)
@@ -71,6 +75,7 @@ def olora_(model: Model, *, progress: bool = False) -> Model:
 def _start_from(
     model: Model, decompose: Callable[[Tensor, int], tuple[Tensor, Tensor]], *, progress: bool
 ) -> Model:
+    check_flag("progress", progress)
     # imported late: a bar is rarely wanted
     from rich.progress import track
 

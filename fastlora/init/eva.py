@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlora._checks import check_finite
 from fastlora.init._layers import check_unmerged, linear_layers
 from fastlora.inject import Model
 from fastlora.nn import LoRAModule, shelf
@@ -68,7 +69,7 @@ def eva_(model: Model, batches: Iterable[Any], *, rho: float = 1.0) -> Model:
         >>> eva_(model, [torch.randn(16, 8)])[0].lora_A.norm(dim=1).round(decimals=3).tolist()
         [1.0, 1.0]
     """
-    if not rho >= 1:
+    if not check_finite("rho", rho, "the paper uses 2") >= 1:
         raise ValueError(f"expected rho >= 1, got {rho!r}; 1 keeps every rank, the paper uses 2")
     layers = linear_layers(model)
     for name, layer in layers.items():

@@ -8,10 +8,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from fastlora._checks import check_count, check_finite
 from fastlora.inject import Model
 from fastlora.named.switching import all_layers, check_known, put_in
 from fastlora.nn import LoRAModule, shelf
-from fastlora.nn._settings import LoRASettings, check_count
+from fastlora.nn._settings import LoRASettings
 from fastlora.transfer._extras import require
 
 CombinationType = Literal[
@@ -78,6 +79,9 @@ def add_weighted_adapter(
         ['default', 'b', 'both']
     """
     layers = all_layers(model)
+    if isinstance(adapters, str):
+        raise TypeError(f"expected adapters to be a list of names, got the string {adapters!r}")
+    weights = [check_finite("a weight", weight, "1.0 takes an adapter as it is") for weight in weights]
     for name in adapters:
         check_known(model, name)
     settings = [shelf.settings_of(layer, name) for layer in layers for name in adapters]
@@ -118,12 +122,12 @@ def _check(
         raise ValueError(
             f"expected a weight for every adapter, got {len(adapters)} adapters and {len(weights)} weights"
         )
-    if not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"expected finite weights, got {list(weights)}")
     if combination_type not in get_args(CombinationType):
         known = ", ".join(get_args(CombinationType))
         raise ValueError(f"expected combination_type out of {known}, got {combination_type!r}")
     sparse = combination_type not in ("cat", "svd", "linear")
+    if density is not None:
+        check_finite("density", density, "0.5 keeps half of the values")
     if sparse != (density is not None) or (density is not None and not 0 < density <= 1):
         wanted = "density in (0, 1]" if sparse else "no density"
         raise ValueError(f"expected {wanted} for {combination_type!r}, got {density!r}")

@@ -25,8 +25,17 @@ def fold(layer: "LoRAModule", weight: Tensor) -> Tensor:
     return folded
 
 
-def _updated_rows(layer: "LoRAModule", weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """W + scaling·B·A as ``[rows, everything else]``."""
+def unfold(layer: "LoRAModule", folded: Tensor) -> Tensor:
+    """W of W + scaling·B·A, to rounding; not for DoRA."""
+    weight = torch.empty_like(folded)
+    with torch.autocast(folded.device.type, enabled=False):
+        for rows, new in _updated_rows(layer, folded, sign=-1.0):
+            weight[rows] = new.view_as(weight[rows])
+    return weight
+
+
+def _updated_rows(layer: "LoRAModule", weight: Tensor, sign: float = 1.0) -> Iterator[tuple[slice, Tensor]]:
+    """W + sign·scaling·B·A as ``[rows, everything else]``."""
     # float64 also keeps TF32 out; Metal has none
     wide = torch.float32 if weight.device.type == "mps" else torch.float64
     left, right = layer._factors()
@@ -35,7 +44,7 @@ def _updated_rows(layer: "LoRAModule", weight: Tensor) -> Iterator[tuple[slice, 
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
         old = weight[rows].flatten(1).to(wide)
-        yield rows, torch.addmm(old, left[rows].to(wide), right, alpha=layer.scaling)
+        yield rows, torch.addmm(old, left[rows].to(wide), right, alpha=sign * layer.scaling)
 
 
 def _dora_factor(layer: "LoRAModule", weight: Tensor) -> Tensor:

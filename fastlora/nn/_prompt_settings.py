@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from fastlora.nn._settings import _dropout, check_count
+from fastlora._checks import check_count, check_flag
+from fastlora.nn._settings import probability
 
 PromptInit = Literal["auto", "uniform", "vocabulary"]
 
@@ -29,9 +30,8 @@ class PromptSettings:
     def __post_init__(self) -> None:
         """Check every value and turn numbers into plain ``int`` and ``float``."""
         num_tokens = check_count("num_tokens", self.num_tokens, "use 10, say")
-        if not isinstance(self.deep, bool):
-            raise TypeError(f"expected deep to be True or False, got {self.deep!r}; True prompts every block")
-        dropout = _dropout(self.dropout)
+        check_flag("deep", self.deep, "True prompts every block")
+        dropout = probability(self.dropout)
         if not isinstance(self.init, str) or self.init not in get_args(PromptInit):
             raise ValueError(
                 f"expected init to be {', '.join(map(repr, get_args(PromptInit)))}, got {self.init!r}; "

@@ -1,13 +1,12 @@
 """What a LoRA layer or an adapter is asked to be, and what a frozen layer must be to carry LoRA."""
 
-import math
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Literal
 
 import torch
 from torch import nn
 
+from fastlora._checks import check_count, check_finite, check_flag, check_number
 from fastlora.reference import ACTIVATIONS, Activation
 
 LayerNormPlace = Literal["pre", "post"]
@@ -41,12 +40,10 @@ class LoRASettings:
     def __post_init__(self) -> None:
         """Check every value and turn numbers into plain ``int`` and ``float``."""
         rank = check_count("rank", self.rank, "use 8 or 16, say")
-        alpha, dropout = _number("alpha", self.alpha), _dropout(self.dropout)
-        if not math.isfinite(alpha):
-            raise ValueError(f"expected alpha to be finite, got {alpha}; use 2 * rank, say")
+        alpha, dropout = check_finite("alpha", self.alpha, "use 2 * rank, say"), probability(self.dropout)
         check_dtype("adapter_dtype", self.adapter_dtype)
-        if not isinstance(self.dora, bool):
-            raise TypeError(f"expected dora to be True or False, got {self.dora!r}")
+        check_flag("rslora", self.rslora)
+        check_flag("dora", self.dora)
         object.__setattr__(self, "rank", rank)
         object.__setattr__(self, "alpha", alpha)
         object.__setattr__(self, "dropout", dropout)
@@ -86,10 +83,9 @@ class AdapterSettings:
                 object.__setattr__(self, name, check_count(name, getattr(self, name), advice))
         _one_of("activation", self.activation, tuple(ACTIVATIONS))
         _one_of("layer_norm", self.layer_norm, (None, "pre", "post"))
-        if not isinstance(self.bias, bool):
-            raise TypeError(f"expected bias to be True or False, got {self.bias!r}")
+        check_flag("bias", self.bias)
         object.__setattr__(self, "scale", _scale(self.scale))
-        object.__setattr__(self, "dropout", _dropout(self.dropout))
+        object.__setattr__(self, "dropout", probability(self.dropout))
 
     def size(self, hidden_size: int) -> int:
         """The bottleneck's width beside a layer of this width.
@@ -106,20 +102,6 @@ class AdapterSettings:
                 f"{hidden_size}; the bottleneck needs at least one unit"
             )
         return size
-
-
-def check_count(name: str, value: object, advice: str) -> int:
-    """A size as a plain ``int``.
-
-    Raises:
-        TypeError: No integer.
-        ValueError: Smaller than 1.
-    """
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"expected {name} to be an integer, got {value!r}; {advice}")
-    if value < 1:
-        raise ValueError(f"expected {name} >= 1, got {value}; {advice}")
-    return int(value)
 
 
 def check_dtype(name: str, dtype: torch.dtype | None) -> None:
@@ -145,23 +127,23 @@ def _scale(value: object) -> Scale:
         if value != "learned":
             raise ValueError(f"expected scale to be a number or 'learned', got {value!r}; 1.0 scales nothing")
         return "learned"
-    scale = _number("scale", value)
-    if not math.isfinite(scale) or scale == 0.0:
+    scale = check_finite("scale", value, "1.0 scales nothing")
+    if scale == 0.0:
         raise ValueError(f"expected scale to be finite and not zero, got {scale}; 1.0 scales nothing")
     return scale
 
 
-def _dropout(value: object) -> float:
-    dropout = _number("dropout", value)
+def probability(value: object) -> float:
+    """A dropout probability as a plain ``float``.
+
+    Raises:
+        TypeError: No number.
+        ValueError: Outside [0, 1].
+    """
+    dropout = check_number("dropout", value, "use 0.0 for none")
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"expected dropout in [0, 1], got {dropout}; use 0.0 for none")
     return dropout
-
-
-def _number(name: str, value: object) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"expected {name} to be a number, got {value!r}; give a float")
-    return float(value)
 
 
 def check_linear(linear: object) -> None:

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from fastlora._checks import check_flag
 from fastlora.nn._attend import attend, attention_mask, check_shapes
-from fastlora.nn._settings import LoRASettings, check_linear, check_parameter
+from fastlora.nn._settings import LoRASettings, check_linear, check_parameter, probability
 from fastlora.nn.base import LoRAModule
 from fastlora.nn.linear import LoRALinear, describe, share_linear
 from fastlora.nn.start import factors
@@ -77,6 +78,10 @@ class LoRAMultiheadAttention(LoRAModule, nn.MultiheadAttention):
     ) -> None:
         """See the class."""
         settings = LoRASettings(rank, alpha, lora_dropout, rslora, adapter_dtype)
+        probability(dropout)
+        flags = {"bias": bias, "add_bias_kv": add_bias_kv, "add_zero_attn": add_zero_attn}
+        for name, flag in (flags | {"batch_first": batch_first}).items():
+            check_flag(name, flag)
         super().__init__(
             embed_dim,
             num_heads,

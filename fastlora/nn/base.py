@@ -13,8 +13,9 @@ from fastlora.functional import dora_linear, lora_linear
 from fastlora.nn._folding import fold
 from fastlora.nn._layout import adapter_dtype, draw_update, lora_parts
 from fastlora.nn._norm_cache import NormCache
+from fastlora.nn._plain import after_load, before_load, write_plain
 from fastlora.nn._settings import LoRASettings
-from fastlora.nn.start import factors, follow_start, take_start
+from fastlora.nn.start import factors, take_start
 from fastlora.nn.tuner import TunerModule
 from fastlora.ops._scalars import Scalars
 from fastlora.ops.lora_linear import lora_linear_by_scalars
@@ -136,9 +137,10 @@ class LoRAModule(TunerModule):
         return super().train(mode)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The usual state dict, with the *original* frozen weight even while merged."""
-        with self._original_in_place():
-            return super().state_dict(*args, **kwargs)
+        """The usual state dict; while merged, the plain layer's, with the update in its weight."""
+        state = super().state_dict(*args, **kwargs)
+        write_plain(self, state, kwargs.get("prefix", args[1] if len(args) > 1 else ""))
+        return state
 
     def _add_lora(self, settings: LoRASettings) -> None:
         for parameter in self.parameters():
@@ -281,18 +283,8 @@ class LoRAModule(TunerModule):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        self.unmerge()
-        follow_start(self, state_dict, prefix)
+        before_load(self, state_dict, prefix, local_metadata, error_msgs)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        names = self.adapter_params()
-        own = {prefix + name for name in names}
-        # a plain layer's state dict is complete without an adapter; half an adapter, or none at all to
-        # fill meta tensors with, is not
-        if own.isdisjoint(state_dict) and not self.get_parameter(names[0]).is_meta:
-            missing_keys[:] = [key for key in missing_keys if key not in own]
-            fresh = not all(self.get_parameter(name).any() for name in names[:2])
-            if self.dora and fresh:
-                # the output stays the frozen layer's, also with another weight
-                self._reset_magnitude()
+        after_load(self, state_dict, prefix, missing_keys)

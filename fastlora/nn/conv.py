@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastlora._checks import check_flag
 from fastlora.nn._layout import check_fit
 from fastlora.nn._settings import LoRASettings, check_conv
 from fastlora.nn.base import LoRAModule
@@ -86,6 +87,7 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
     ) -> None:
         """See the class."""
         settings = LoRASettings(rank, alpha, dropout, rslora, adapter_dtype, dora)
+        check_flag("bias", bias)
         super().__init__(
             in_channels,
             out_channels,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastlora._checks import check_flag
 from fastlora.nn._settings import LoRASettings, check_embedding
 from fastlora.nn.base import LoRAModule
 from fastlora.nn.linear import describe
@@ -73,6 +74,7 @@ class LoRAEmbedding(LoRAModule, nn.Embedding):
     ) -> None:
         """See the class."""
         settings = LoRASettings(rank, alpha, rslora=rslora, adapter_dtype=adapter_dtype, dora=dora)
+        check_flag("scale_grad_by_freq", scale_grad_by_freq)
         super().__init__(
             num_embeddings,
             embedding_dim,

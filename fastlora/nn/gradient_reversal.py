@@ -1,10 +1,9 @@
 """Gradient reversal as modules: with a fixed strength, or one that grows over the training."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
+from fastlora._checks import check_count, check_finite, check_positive
 from fastlora.ops.gradient_reversal import gradient_reversal
 
 
@@ -12,7 +11,12 @@ class GradientReversalLayer(nn.Module):
     """:func:`fastlora.gradient_reversal` as a module.
 
     Args:
-        alpha: Factor of the turned gradient: a number, or a schedule that is asked at each forward.
+        alpha: Factor of the turned gradient: a number or a tensor of one, or a schedule that is asked at
+            each forward.
+
+    Raises:
+        TypeError: ``alpha`` is neither.
+        ValueError: ``alpha`` is not finite.
 
     Example:
         >>> x = torch.ones(2, requires_grad=True)
@@ -21,10 +25,10 @@ class GradientReversalLayer(nn.Module):
         tensor([-2., -2.])
     """
 
-    def __init__(self, alpha: "float | ReversalSchedule" = 1.0) -> None:
+    def __init__(self, alpha: "float | ReversalSchedule | Tensor" = 1.0) -> None:
         """See the class."""
         super().__init__()
-        self.alpha = alpha
+        self.alpha = check_alpha(alpha)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[...]`` to ``[...]``."""
@@ -33,6 +37,18 @@ class GradientReversalLayer(nn.Module):
     def extra_repr(self) -> str:
         """What ``print`` shows between the brackets."""
         return "" if isinstance(self.alpha, ReversalSchedule) else f"alpha={self.alpha}"
+
+
+def check_alpha(alpha: object) -> "float | ReversalSchedule | Tensor":
+    """A strength of the reversal.
+
+    Raises:
+        TypeError: Neither a number nor a schedule.
+        ValueError: Infinite or not a number.
+    """
+    if isinstance(alpha, ReversalSchedule | Tensor):
+        return alpha
+    return check_finite("alpha", alpha, "give a number or a fastlora.ReversalSchedule")
 
 
 class ReversalSchedule(nn.Module):
@@ -64,12 +80,9 @@ class ReversalSchedule(nn.Module):
     def __init__(self, total_steps: int, gamma: float = 10.0, high: float = 1.0) -> None:
         """See the class."""
         super().__init__()
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-            raise ValueError(f"expected total_steps as an integer of at least 1, got {total_steps!r}")
-        for name, value in (("gamma", gamma), ("high", high)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"expected {name} above 0, got {value!r}")
-        self.total_steps, self.gamma, self.high = total_steps, float(gamma), float(high)
+        self.total_steps = check_count("total_steps", total_steps, "count the batches of the training")
+        self.gamma = check_positive("gamma", gamma, "10.0 is the paper's")
+        self.high = check_positive("high", high, "1.0 is the paper's")
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def forward(self) -> Tensor:

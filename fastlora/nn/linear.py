@@ -5,6 +5,7 @@ from typing import Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastlora._checks import check_flag
 from fastlora.nn._settings import LoRASettings, check_linear
 from fastlora.nn.base import LoRAModule
 from fastlora.nn.start import factors
@@ -62,6 +63,7 @@ class LoRALinear(LoRAModule, nn.Linear):
     ) -> None:
         """See the class."""
         settings = LoRASettings(rank, alpha, dropout, rslora, adapter_dtype, dora)
+        check_flag("bias", bias)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self._add_lora(settings)
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from fastlora.nn.base import LoRAModule
 
 DEFAULT_NAME = "default"
-_SHELF = "lora_shelf"
+SHELF = "lora_shelf"
 _NAME = "adapter_name"
 
 
@@ -93,14 +93,14 @@ def activate(layer: "LoRAModule", name: str) -> None:
 
 def remove(layer: "LoRAModule", name: str) -> None:
     """Drop a shelved adapter."""
-    shelf = layer.get_submodule(_SHELF)
+    shelf = layer.get_submodule(SHELF)
     del shelf._modules[name]
     if not shelf._modules:
-        del layer._modules[_SHELF]
+        del layer._modules[SHELF]
 
 
 def _shelved(layer: "LoRAModule") -> dict[str, ShelvedAdapter]:
-    shelf = layer._modules.get(_SHELF)
+    shelf = layer._modules.get(SHELF)
     entries = {} if shelf is None else shelf._modules
     return {name: entry for name, entry in entries.items() if isinstance(entry, ShelvedAdapter)}
 
@@ -114,9 +114,9 @@ def _put_away(layer: "LoRAModule") -> bool:
     trained = any(parameter.requires_grad for parameter in parts.values())
     for part in parts:
         del layer._parameters[part]
-    if _SHELF not in layer._modules:
-        layer.register_module(_SHELF, nn.ModuleDict())
-    layer.get_submodule(_SHELF).register_module(name, ShelvedAdapter(settings, parts, take_start(layer)))
+    if SHELF not in layer._modules:
+        layer.register_module(SHELF, nn.ModuleDict())
+    layer.get_submodule(SHELF).register_module(name, ShelvedAdapter(settings, parts, take_start(layer)))
     return trained
 
 

@@ -58,7 +58,10 @@ def gradient_reversal(x: Tensor, alpha: float | Tensor = 1.0) -> Tensor:
             raise ValueError(f"expected alpha as one number, got a tensor of shape {tuple(alpha.shape)}")
         # its shape must not spread to the gradient
         alpha = alpha.detach().reshape(())
-    elif isinstance(alpha, bool) or not isinstance(alpha, int | float):
+    elif isinstance(alpha, bool) or not isinstance(alpha, int | float | torch.SymFloat):
         raise TypeError(f"expected alpha as a number or a tensor, got {type(alpha).__name__}")
+    # not math.isfinite: under torch.compile a number that changes is symbolic
+    elif not abs(alpha) < float("inf"):
+        raise ValueError(f"expected a finite alpha, got {alpha!r}; 1.0 reverses as is")
     reversed_: Tensor = GradientReversal.apply(x, alpha)
     return reversed_

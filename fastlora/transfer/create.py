@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from torchvision import models
 
+from fastlora._checks import check_flag
 from fastlora._stages import head as find_head
 from fastlora._suggestions import did_you_mean
 from fastlora.transfer._extras import require
@@ -65,6 +66,8 @@ def create_transfer_model(
         ['fc', 'layer4']
     """
     check_num_classes(num_classes)
+    if train_batch_norm is not None:
+        check_flag("train_batch_norm", train_batch_norm, "None decides by the strategy")
     chosen = find_strategy(strategy)
     own = {"image_size": options.pop("image_size")} if "image_size" in options else {}
     chosen.check_options(options)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlora._checks import check_flag
 from fastlora._stages import Stage, stages
 from fastlora.transfer.freezing import KeepsFrozenInEval, freeze
 
@@ -58,6 +59,8 @@ class TransferLearningModel(KeepsFrozenInEval):
         check_num_classes(num_classes)
         if not isinstance(backbone, nn.Module):
             raise TypeError(f"expected backbone to be an nn.Module, got {type(backbone).__name__}")
+        check_flag("freeze_backbone", freeze_backbone)
+        check_flag("train_batch_norm", train_batch_norm)
         super().__init__()
         sample = _dry_run(backbone, sample_input)
         self.num_features = sample.shape[-1]

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from fastlora._checks import check_number, check_positive
 from fastlora._stages import parts_of, stages
 from fastlora.nn.prompts import PromptModule
 
@@ -102,8 +103,9 @@ def _check(
 ) -> None:
     positive = {"lr": lr, "head_factor": head_factor, "lora_plus_ratio": lora_plus_ratio}
     for name, value in positive.items():
-        if not 0 < value < float("inf"):
-            raise ValueError(f"expected {name} above 0, got {value!r}")
+        check_positive(name, value, "leave it out for the usual" if name != "lr" else "1e-3 is usual")
+    for name, value in (("weight_decay", weight_decay), ("layer_decay", layer_decay)):
+        check_number(name, value, "leave it out for the usual")
     if not 0 <= weight_decay < float("inf"):
         raise ValueError(f"expected weight_decay of 0 or more, got {weight_decay!r}; 0.05 is usual")
     if not 0 < layer_decay <= 1:

@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from torch import nn
 
+from fastlora._checks import check_flag
 from fastlora._stages import Stage
 from fastlora.transfer.freezing import freeze_stages
 
@@ -38,6 +39,7 @@ class GradualUnfreezing:
 
     def __post_init__(self) -> None:
         """Check the list."""
+        check_flag("train_batch_norm", self.train_batch_norm)
         if self.unit not in ("epoch", "step"):
             raise ValueError(f"expected unit as 'epoch' or 'step', got {self.unit!r}")
         if any(isinstance(place, bool) or not isinstance(place, int) for place in self.at):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastlora._checks import check_count, check_flag
 from fastlora.domain.methods.alignment import Alignment, Domains
 from fastlora.nn.gradient_reversal import GradientReversalLayer, ReversalSchedule
 
@@ -64,6 +65,10 @@ class CDAN(Alignment):
         max_features: int = 4096,
     ) -> None:
         """See the class."""
+        check_flag("entropy", entropy)
+        num_features = check_count("num_features", num_features, "give the width of the features")
+        num_classes = check_count("num_classes", num_classes, "give the number of class logits")
+        max_features = check_count("max_features", max_features, "4096 is the paper's")
         super().__init__()
         self.reversal, self.domain_classifier = GradientReversalLayer(alpha), domain_classifier
         self.entropy = entropy

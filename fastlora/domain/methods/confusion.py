@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fastlora._checks import check_positive
 from fastlora.domain.methods.alignment import Alignment, Domains
 
 
@@ -16,7 +17,7 @@ class MinimumClassConfusion(Alignment):
     def __init__(self, temperature: float = 2.5) -> None:
         """See the class."""
         super().__init__()
-        self.temperature = temperature
+        self.temperature = check_positive("temperature", temperature, "2.5 is the paper's")
 
     def forward(self, domains: Domains) -> Tensor:
         """Mean over the classes of their share that is confused with others, 0 to 1."""

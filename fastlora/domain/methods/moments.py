@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fastlora._checks import check_positive
 from fastlora.domain.kernels import BANDWIDTHS, gaussian_kernels, mmd_of, squared_distances
 from fastlora.domain.methods.alignment import Alignment, Domains
 
@@ -20,7 +21,7 @@ class MultiKernelMMD(Alignment):
     def __init__(self, bandwidths: Sequence[float] = BANDWIDTHS) -> None:
         """See the class."""
         super().__init__()
-        self.bandwidths = tuple(bandwidths)
+        self.bandwidths = _checked(bandwidths)
 
     def forward(self, domains: Domains) -> Tensor:
         """The biased estimate, never negative."""
@@ -41,7 +42,8 @@ class JointMMD(Alignment):
     def __init__(self, bandwidths: Sequence[float] = BANDWIDTHS, class_bandwidth: float = 1.68) -> None:
         """See the class."""
         super().__init__()
-        self.bandwidths, self.class_bandwidth = tuple(bandwidths), class_bandwidth
+        self.bandwidths = _checked(bandwidths)
+        self.class_bandwidth = check_positive("class_bandwidth", class_bandwidth, "1.68 is the paper's")
 
     def forward(self, domains: Domains) -> Tensor:
         """The biased estimate, never negative."""
@@ -59,6 +61,12 @@ class DeepCORAL(Alignment):
         size = domains.source_features.shape[1]
         difference = covariance(domains.source_features) - covariance(domains.target_features)
         return difference.square().sum() / (4 * size**2)
+
+
+def _checked(bandwidths: Sequence[float]) -> tuple[float, ...]:
+    if isinstance(bandwidths, str) or not isinstance(bandwidths, Sequence) or not bandwidths:
+        raise TypeError(f"expected bandwidths as a list of numbers, got {bandwidths!r}; leave it out, say")
+    return tuple(check_positive("a bandwidth", each, "1.0 is the mean distance") for each in bandwidths)
 
 
 def covariance(features: Tensor) -> Tensor:

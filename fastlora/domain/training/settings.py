@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from fastlora._checks import check_count, check_flag, check_positive
 from fastlora.domain.names import Weighting
 
 Select = Literal[
@@ -59,8 +60,9 @@ class DomainSettings:
             if value not in get_args(choices):
                 raise ValueError(f"expected {name} out of {', '.join(get_args(choices))}, got {value!r}")
         for name in ("strength", "gamma"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"expected {name} above 0, got {getattr(self, name)!r}")
+            check_positive(name, getattr(self, name), "leave it out for the usual")
+        check_count("hidden", self.hidden, "256 is usual")
+        check_flag("separate_batch_norm", self.separate_batch_norm)
 
     def compared(self) -> dict[str, Any]:
         """What a resumed run must share, beside what its data show."""
