@@ -228,7 +228,7 @@ def test_cat_is_the_sum_and_svd_its_best_approximation() -> None:
     [
         ({"adapters": ["default", "germn"]}, ValueError, "got 'germn'; did you mean 'german'"),
         ({"weights": [1.0]}, ValueError, "expected a weight for every adapter, got 2 adapters and 1 weights"),
-        ({"weights": [1.0, float("nan")]}, ValueError, "expected finite weights"),
+        ({"weights": [1.0, float("nan")]}, ValueError, "expected a weight to be finite"),
         ({"combination_type": "sum"}, ValueError, "expected combination_type out of cat, svd"),
         ({"combination_type": "ties"}, ValueError, r"expected density in \(0, 1\] for 'ties', got None"),
         ({"density": 0.5}, ValueError, "expected no density for 'svd', got 0.5"),
