@@ -10,7 +10,6 @@ from fastlora._modules import clean_name
 from fastlora._stages import head as find_head
 from fastlora._tuning import logger
 
-_LIBRARIES = ("timm", "torchvision")
 # Hugging Face's classes whose head is new for every task
 _TASKS = re.compile("Classification|QuestionAnswering|MultipleChoice")
 _LINEAR = (nn.Linear, nn.MultiheadAttention)
@@ -20,10 +19,10 @@ _WORTH_SAYING = 0.25
 
 
 def classifier_heads(model: nn.Module) -> dict[str, nn.Module]:
-    """The classification head of a model of Hugging Face, timm or torchvision; empty for other models.
+    """The classification head of a model of Hugging Face or timm; empty for other models.
 
-    Hugging Face's is all that stands beside the pretrained base model (a ``pre_classifier``, too), the
-    others' the last layer.
+    Hugging Face's is all that stands beside the pretrained base model (a ``pre_classifier``, too),
+    timm's the last layer.
     """
     kinds = [kind for kind in type(model).__mro__ if kind is not nn.Module]
     libraries = {kind.__module__.partition(".")[0] for kind in kinds}
@@ -31,7 +30,7 @@ def classifier_heads(model: nn.Module) -> dict[str, nn.Module]:
     if "transformers" in libraries and any(_TASKS.search(kind.__name__) for kind in kinds):
         children = model.named_children()
         return {n: m for n, m in children if base is not None and m is not base and [*m.parameters()]}
-    if libraries.isdisjoint(_LIBRARIES):
+    if "timm" not in libraries:
         return {}
     try:
         return dict([find_head(model)])

@@ -20,6 +20,8 @@ from fastlora.nn._plain import can_fold, fold_state, plain_states
 logger = logging.getLogger("fastlora")
 
 SAVE = "save_pretrained"
+# in bytes: more than any model has
+_ONE_FILE = 2**60
 
 
 def save_training_too(model: nn.Module) -> None:
@@ -47,7 +49,7 @@ def _save(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     shards = "max_shard_size" in inspect.signature(save).parameters
     keep = "max_shard_size" not in call.arguments
     if keep and shards:
-        call.arguments["max_shard_size"] = "1000TB"
+        call.arguments["max_shard_size"] = _ONE_FILE
     state = call.arguments.get("state_dict")
     if state is not None:
         call.arguments["state_dict"] = _folded(model, state, keep=keep)

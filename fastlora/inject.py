@@ -59,16 +59,18 @@ def apply_lora(
 
     Changes the model in place; its output stays what it was until training moves B away from zero. Weights
     are shared with the layers replaced, not copied. Hooks on replaced layers are not carried over. What
-    changed is logged at INFO on the logger ``fastlora`` and told by :func:`fastlora.adapter_summary`.
+    changed is logged at INFO on the logger ``fastlora`` and told by :func:`fastlora.adapter_summary`. From
+    then on ``save_pretrained`` of a Hugging Face model writes every update into its weight, for
+    ``from_pretrained``, with A and B beside it, for a training that goes on.
 
     Args:
         model: Any model with ``nn.Linear``, ``nn.MultiheadAttention``, ``nn.Conv2d`` or ``nn.Embedding``.
         target_modules: As in PEFT: a list of names, each the whole name of a module or the end of it
             (``"query"`` means every ``….query``); or a regular expression for whole names; or
             ``"all-linear"`` for every ``nn.Linear`` and ``nn.MultiheadAttention`` except what
-            ``model.get_output_embeddings()`` returns and the head of a classifier of Hugging Face, timm or
-            torchvision. That head is trained whole, as PEFT does it for a classification task;
-            ``exclude_modules`` leaves it frozen. What else ``"all-linear"`` does not reach (convolutions,
+            ``model.get_output_embeddings()`` returns and the head of a classifier of Hugging Face or timm.
+            That head is trained whole, as PEFT does it for a classification task; ``exclude_modules`` leaves
+            it frozen. Other models' heads are linear layers like all. What else ``"all-linear"`` does not reach (convolutions,
             the experts of a mixture kept in one tensor) is logged as a warning. An attention includes its
             ``out_proj``; convolutions and embeddings are adapted where they are named, never by
             ``"all-linear"``. Layers whose weights the model reads without calling them (torchvision's Swin,

@@ -148,6 +148,11 @@ def after_load(layer: "LoRAModule", state: dict[str, Any], prefix: str, missing:
         state.setdefault(prefix + name, tensor)
     fresh = not all(layer.get_parameter(name).any() for name in names[:2])
     if layer.dora and fresh:
+        key = _weight_key(layer, prefix)
+        if key in state and layer._weight_owner() is not layer:
+            # a layer inside this one has not loaded its weight yet
+            with torch.no_grad():
+                layer._weight().copy_(state[key])
         # the output stays the frozen layer's, also with another weight
         layer._reset_magnitude()
 

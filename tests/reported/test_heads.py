@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 import fastlora
-from tests.lora_models import mlp, tiny_vit
+from tests.lora_models import mlp
 
 transformers = pytest.importorskip("transformers")
 SIZES: dict[str, Any] = {
@@ -39,6 +39,13 @@ def llama() -> nn.Module:
     return model
 
 
+def timm_vit() -> nn.Module:
+    timm = pytest.importorskip("timm")
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    model: nn.Module = timm.create_model("vit_tiny_patch16_224", num_classes=3, **sizes)
+    return model
+
+
 def whole(model: nn.Module) -> set[str]:
     """Modules that train without LoRA."""
     names = (name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name)
@@ -51,7 +58,7 @@ def whole(model: nn.Module) -> set[str]:
         (bert, {"classifier"}),
         (distilbert, {"pre_classifier", "classifier"}),
         (llama, {"score"}),
-        (tiny_vit, {"heads.head"}),
+        (timm_vit, {"head"}),
         (mlp, set()),
     ],
 )

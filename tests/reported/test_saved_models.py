@@ -255,6 +255,12 @@ def test_merged_and_several_adapters_load_themselves() -> None:
     assert torch.equal(plain(torch.ones(2, 12)), model(torch.ones(2, 12)))
 
 
+def test_dora_around_a_layer_takes_the_norms_of_the_weight_that_is_loaded() -> None:
+    plain, layer = nn.Linear(6, 4), fastlora.LoRALayer(nn.Linear(6, 4), rank=2, dora=True)
+    layer.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(layer(torch.ones(2, 6)), plain(torch.ones(2, 6)))
+
+
 def test_around_a_layer_the_names_are_the_plain_layers() -> None:
     layer = randomize_adapters(fastlora.LoRALayer(nn.Linear(6, 4), rank=2))
     layer.merge()

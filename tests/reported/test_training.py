@@ -82,7 +82,7 @@ def test_a_checkpointed_language_model_trains(use_reentrant: bool) -> None:
 def test_dropout_follows_a_probability_that_changes() -> None:
     """axolotl#3806: the gate was read when the layer was wrapped."""
     model = randomize_adapters(fastlora.apply_lora(nn.Sequential(nn.Linear(12, 5)), rank=2)).train()
-    layer = model[0]
+    layer: Any = model[0]
     assert torch.equal(model(X), model(X))
     layer.lora_dropout = 0.5
     assert not torch.equal(model(X), model(X))
