@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora import AdapterLayer, LoRALayer, LoRALinear
+from fastlora._all_linear import classifier_heads
 from fastlora._modules import adapted_modules, lora_layers
 from fastlora.nn import LoRAModule
 from tests.adapter_models import CASES, Case, place, randomize_bottlenecks
@@ -38,12 +39,18 @@ def trainable(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
+def head(model: nn.Module) -> set[str]:
+    """What "all-linear" trains whole."""
+    heads = classifier_heads(model)
+    return {f"{name}.{own}" for name, module in heads.items() for own, _ in module.named_parameters()}
+
+
 @MODELS
 @ORDERS
 def test_everything_of_both_kinds_trains(case: Case, lora_first: bool) -> None:
     model = stacked(case, case.make(), lora_first)
     expected = {name for name, _ in model.named_parameters() if "lora_" in name or ".adapter." in name}
-    assert trainable(model) == expected
+    assert trainable(model) == expected | head(model)
     # no LoRA within an adapter, and the same layers as without adapters
     assert list(lora_layers(model)) == list(lora_layers(lora(case, case.make())))
     assert set(adapted_modules(model)) == set(case.places("houlsby"))
@@ -82,7 +89,7 @@ def test_merging_folds_lora_alone_and_removing_takes_both(case: Case, lora_first
     fastlora.remove_adapters(model)
     assert {name: type(module) for name, module in model.named_modules()} == kinds
     assert all(same_bits(model.state_dict()[name], value) for name, value in values.items())
-    assert trainable(model) == set()
+    assert trainable(model) == head(model)
     assert fastlora.apply_lora(model, rank=2) is model
 
 

@@ -20,7 +20,7 @@ PLAIN = mlp()
 NOT_A_FLAG = ["no", 1, 0, None, "False", 0.0]
 NOT_A_COUNT: list[Any] = ["8", True, 4.0, 0, -1, None, math.nan]
 NOT_A_NUMBER: list[Any] = ["2", True, math.nan, math.inf, None, [1.0]]
-NOT_A_CHANCE: list[Any] = ["0.1", True, math.nan, 1.0, -0.1, None]
+NOT_A_CHANCE: list[Any] = ["0.1", True, math.nan, 1.5, -0.1, None]
 
 
 def with_two_adapters() -> nn.Module:
