@@ -92,7 +92,7 @@ def test_measured_peaks_stand_beside_the_computed_sums(monkeypatch: pytest.Monke
     [
         (["vit_b16"], "did you mean 'vit_b_16'"),
         (["resnet18", "--details", "everything"], "expected a strategy, one of full"),
-        (["llama-7b", "--num-classes", "3"], "expected no num_classes for llama-7b"),
+        (["llama-7b", "--num-classes", "3"], "expected no --num-classes for llama-7b"),
         (["resnet18", "--rank", "0"], "--rank"),
         (["resnet18", "--dtype", "int8"], "'int8' is not one of"),
     ],
