@@ -111,8 +111,8 @@ def test_a_stage_that_two_stages_share_learns_once() -> None:
 
 
 BAD = [
-    ({"lr": 0.0}, "expected lr above 0"),
-    ({"lr": float("nan")}, "expected lr above 0"),
+    ({"lr": 0.0}, "expected lr (above 0|to be finite)"),
+    ({"lr": float("nan")}, "expected lr (above 0|to be finite)"),
     ({"lr": 0.1, "weight_decay": -1}, "weight_decay of 0 or more"),
     ({"lr": 0.1, "layer_decay": 1.5}, "layer_decay above 0 and at most 1"),
     ({"lr": 0.1, "head_factor": -3}, "head_factor above 0"),
