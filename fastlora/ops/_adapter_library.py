@@ -7,9 +7,9 @@ from torch import Tensor
 
 from fastlora.ops import _adapter_torch
 from fastlora.ops._autocast import unrecorded
-from fastlora.ops._registration import register, rows_of, runs_directly
+from fastlora.ops._registration import register, rows_of, runs_directly, without_none
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor | None, ...]
 _FORWARD_SCHEMA = (
     "adapter_forward(Tensor h, Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, "
     "Tensor? residual, Tensor? seed, bool add_input, str activation, float dropout, str backend) "
@@ -86,7 +86,7 @@ def adapter_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """out ``[..., H]`` and the kept z ``[M, D]``, for h ``[..., H]``; ``add_input`` adds h to the output."""
-    run = _forward if runs_directly(backend, seed) else torch.ops.fastlora.adapter_forward
+    run = _forward if runs_directly(backend, h, seed) else torch.ops.fastlora.adapter_forward
     result: tuple[Tensor, Tensor] = run(
         h, down_weight, down_bias, up_weight, up_bias, residual, seed, add_input, activation, dropout, backend
     )
@@ -107,8 +107,8 @@ def adapter_backward(
     need_up: bool,
     backend: str,
 ) -> Gradients:
-    """dh ``[..., H]``, dW_d, db_d, dW_u and db_u; an empty tensor for each that is not needed."""
-    run = _backward if runs_directly(backend) else torch.ops.fastlora.adapter_backward
+    """dh ``[..., H]``, dW_d, db_d, dW_u and db_u; an empty tensor or None for each that is not needed."""
+    run = _backward if runs_directly(backend, dout) else torch.ops.fastlora.adapter_backward
     result: Gradients = run(
         dout,
         h,
@@ -184,11 +184,7 @@ def _backward(
             need_down=need_down,
             need_up=need_up,
         )
-    d_down_weight, d_down_bias, d_up_weight, d_up_bias = (
-        dout.new_empty(0) if gradient is None else gradient for gradient in of_parameters
-    )
-    dh = dout.new_empty(0) if dh is None else dh.view(dout.shape)
-    return dh, d_down_weight, d_down_bias, d_up_weight, d_up_bias
+    return None if dh is None else dh.view(dout.shape), *of_parameters
 
 
 def _fake_forward(
@@ -236,4 +232,4 @@ def _fake_backward(
 
 
 register(_FORWARD_SCHEMA, _forward, _fake_forward)
-register(_BACKWARD_SCHEMA, _backward, _fake_backward)
+register(_BACKWARD_SCHEMA, without_none(_backward), _fake_backward)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fastlora.ops._keep_mask import draw_keep_mask, keep_probability
 from fastlora.ops._packing import packed
+from fastlora.ops._registration import in_dtype
 from fastlora.reference import ACTIVATIONS
 
 # where dropout strikes, z is set to a value at which every activation and its slope are exactly 0
@@ -38,8 +39,15 @@ def forward(
     z = _linear(h, down_weight, down_bias)
     if seed is not None:
         z.masked_fill_(draw_keep_mask((z.shape[0], z.shape[1]), dropout, seed) == 0, _DROPPED)
-    out = _linear(_active(z, activation, dropout), up_weight, up_bias)
-    return (out if residual is None else out.add_(residual)), z
+    active = _active(z, activation, dropout)
+    if residual is None:
+        return _linear(active, up_weight, up_bias), z
+    up = packed(in_dtype(up_weight, h.dtype)).t()
+    if up_bias is None:
+        return torch.addmm(residual, active, up), z
+    # one pass over the output less than adding the residual last
+    out = torch.add(residual, in_dtype(up_bias, h.dtype), out=h.new_empty(h.shape))
+    return out.addmm_(active, up), z
 
 
 def backward(
@@ -60,25 +68,25 @@ def backward(
     dh = d_down_weight = d_down_bias = d_up_weight = d_up_bias = None
     dout = packed(dout)
     if need_up:
-        d_up_weight = (dout.t() @ _active(z, activation, dropout)).to(up_weight.dtype)
-        d_up_bias = dout.sum(0).to(up_weight.dtype)
+        d_up_weight = in_dtype(dout.t() @ _active(z, activation, dropout), up_weight.dtype)
+        d_up_bias = in_dtype(dout.sum(0), up_weight.dtype)
     if need_h or need_down:
-        dz = _SLOPES[activation](dout @ packed(up_weight.to(dout.dtype)), z)
+        dz = _SLOPES[activation](dout @ packed(in_dtype(up_weight, dout.dtype)), z)
         if dropout > 0:
             dz.mul_(1 / keep_probability(dropout))
         if need_down and h is not None:
-            d_down_weight = (dz.t() @ packed(h)).to(down_weight.dtype)
-            d_down_bias = dz.sum(0).to(down_weight.dtype)
+            d_down_weight = in_dtype(dz.t() @ packed(h), down_weight.dtype)
+            d_down_bias = in_dtype(dz.sum(0), down_weight.dtype)
         if need_h:
-            dh = torch.mm(dz, packed(down_weight.to(dout.dtype)))
-            if add_input:
-                dh.add_(dout)
+            down = packed(in_dtype(down_weight, dout.dtype))
+            dh = torch.addmm(dout, dz, down) if add_input else torch.mm(dz, down)
     return dh, d_down_weight, d_down_bias, d_up_weight, d_up_bias
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # faster than a product into a given tensor: the library fuses the bias
-    return F.linear(packed(x), packed(weight.to(x.dtype)), None if bias is None else bias.to(x.dtype))
+    bias = None if bias is None else in_dtype(bias, x.dtype)
+    return F.linear(packed(x), packed(in_dtype(weight, x.dtype)), bias)
 
 
 def _active(z: Tensor, activation: str, dropout: float) -> Tensor:

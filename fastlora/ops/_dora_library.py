@@ -22,7 +22,7 @@ def dora_weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: fl
     """‖W + s·B·A‖ of every row ``[N]``, in float32 at least."""
     # the reference has no way of its own to a norm
     backend = "torch" if backend == "reference" else backend
-    run = _weight_norm if runs_directly(backend) else torch.ops.fastlora.dora_weight_norm
+    run = _weight_norm if runs_directly(backend, weight) else torch.ops.fastlora.dora_weight_norm
     result: Tensor = run(weight, lora_A, lora_B, scaling, backend)
     return result
 
@@ -41,7 +41,7 @@ def dora_linear_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y ``[..., N]``, S ``[M, R]``, the dropout mask and the product ``[M, N]``, empty where not kept."""
-    run = _forward if runs_directly(backend, seed) else torch.ops.fastlora.dora_linear_forward
+    run = _forward if runs_directly(backend, x, seed) else torch.ops.fastlora.dora_linear_forward
     result: tuple[Tensor, Tensor, Tensor, Tensor] = run(
         x, weight, bias, lora_A, lora_B, factor, seed, scaling, dropout, keep_product, backend
     )
@@ -52,7 +52,7 @@ def dora_grad_product(
     dy: Tensor, product: Tensor | None, factor: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
     """dU = factor ⊙ dY ``[..., N]`` and dfactor ``[N]``, empty without a product."""
-    run = _grad_product if runs_directly(backend) else torch.ops.fastlora.dora_grad_product
+    run = _grad_product if runs_directly(backend, dy) else torch.ops.fastlora.dora_grad_product
     result: tuple[Tensor, Tensor] = run(dy, product, factor, backend)
     return result
 

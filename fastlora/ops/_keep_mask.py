@@ -4,8 +4,6 @@ A mask is int8: -1 keeps, 0 drops. Sign-extended to the width of a float it is t
 which is several times cheaper on a CPU than multiplying by a bool.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,7 +11,10 @@ from torch import Tensor
 KEEP_MASK_DTYPE = torch.int8
 _BITS_DTYPE = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 _GOLDEN_RATIO = -7046029254386353131
-_WORDS_PER_CHUNK = 1 << 16
+_FEW_ELEMENTS = 1 << 11
+# what fits into a core's cache beside its mask
+_ELEMENTS_PER_CHUNK = 1 << 19
+_LIMITS_PER_CHUNK = 1 << 14
 
 
 def drop_threshold(dropout: float) -> int:
@@ -28,34 +29,55 @@ def keep_probability(dropout: float) -> float:
 
 def draw_keep_mask(shape: tuple[int, int], dropout: float, seed: Tensor) -> Tensor:
     """Keep mask of a shape ``[rows, cols]``, on the seed's device."""
-    elements = shape[0] * shape[1]
-    mask = torch.empty(elements, dtype=KEEP_MASK_DTYPE, device=seed.device)
-    lowest_kept = drop_threshold(dropout) - 32768
-    for start, uniforms in _uniforms(elements, seed):
-        # a comparison written as int16 is vectorised, one written as bool is not
-        dropped = torch.lt(uniforms, lowest_kept, out=torch.empty_like(uniforms))
-        mask[start : start + dropped.numel()].copy_(dropped.sub_(1))
-    return mask.view(shape)
-
-
-def masked(x: Tensor, keep: Tensor, *, out: Tensor) -> Tensor:
-    """x with the dropped elements zeroed, into ``out``, which may be x."""
-    bits = _BITS_DTYPE[x.element_size()]
-    torch.bitwise_and(x.view(bits), keep.to(bits), out=out.view(bits))
-    return out
-
-
-def _uniforms(elements: int, seed: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Start and int16 uniforms of each chunk of the elements, at most that many."""
-    if seed.device.type != "cpu":
+    mask = torch.empty(shape, dtype=KEEP_MASK_DTYPE, device=seed.device)
+    if not seed.is_cpu:
         # in one go: a launch costs more than the traffic it would save
-        yield 0, _splitmix64(seed, -(-elements // 4)).view(torch.int16)[:elements]
-        return
-    stream = np.random.SFC64(int(seed))
-    for start in range(0, elements, 4 * _WORDS_PER_CHUNK):
-        count = min(4 * _WORDS_PER_CHUNK, elements - start)
-        words = stream.random_raw(-(-count // 4))
-        yield start, torch.from_numpy(words.view(np.int64)).view(torch.int16)[:count]
+        words = _splitmix64(seed, -(-mask.numel() // 4))
+        uniforms = words.view(torch.int16)[: mask.numel()].view(shape)
+        return mask.copy_(uniforms >= drop_threshold(dropout) - 32768).neg_()
+    if mask.numel() < _FEW_ELEMENTS:
+        # slower than the stream below, but ready at once
+        generator = torch.Generator().manual_seed(int(seed))
+        return mask.bernoulli_(keep_probability(dropout), generator=generator).neg_()
+    _fill(mask.numpy().reshape(-1), drop_threshold(dropout), int(seed))
+    return mask
+
+
+def masked(x: Tensor, keep: Tensor) -> Tensor:
+    """A copy of x with the dropped elements zeroed."""
+    return torch.bitwise_and(x.view(_BITS_DTYPE[x.itemsize]), keep).view(x.dtype)
+
+
+def mask_(x: Tensor, keep: Tensor) -> None:
+    """Zero the dropped elements of x where they are."""
+    x.view(_BITS_DTYPE[x.itemsize]).bitwise_and_(keep)
+
+
+def _fill(mask: np.ndarray, threshold: int, seed: int) -> None:
+    """Fill an int8 mask, flat, in NumPy: on one thread, where waiting for a second costs more than it saves.
+
+    An element takes 8 random bits. The other 8 of its threshold are decided by a limit that is one higher at
+    random, as often as they say; a few elements, far apart, share one, and the probability of each is exact.
+    """
+    stream = np.random.SFC64(seed)
+    # the limits of the rarer outcome stay below 256
+    dropping = threshold <= 32768
+    whole, rest = divmod(threshold if dropping else 65536 - threshold, 256)
+    for start in range(0, mask.size, _ELEMENTS_PER_CHUNK):
+        chunk = mask[start : start + _ELEMENTS_PER_CHUNK]
+        width = min(chunk.size, _LIMITS_PER_CHUNK)
+        digits = stream.random_raw(-(-(chunk.size + width) // 8)).view(np.uint8)
+        limits = np.less(digits[:width], rest).view(np.uint8) + np.uint8(whole)
+        digits = digits[width : width + chunk.size]
+        even = chunk.size - chunk.size % width
+        rare = chunk.view(np.bool_)
+        np.less(digits[:even].reshape(-1, width), limits, out=rare[:even].reshape(-1, width))
+        if even < chunk.size:
+            np.less(digits[even:], limits[: chunk.size - even], out=rare[even:])
+        if dropping:
+            np.subtract(chunk, 1, out=chunk)
+        else:
+            np.negative(chunk, out=chunk)
 
 
 def _splitmix64(seed: Tensor, words: int) -> Tensor:

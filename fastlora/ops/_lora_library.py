@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastlora.ops import _lora_torch
 from fastlora.ops._autocast import unrecorded
-from fastlora.ops._registration import register, rows_of, runs_directly
+from fastlora.ops._registration import in_dtype, register, rows_of, runs_directly, without_none
 
 _FORWARD_SCHEMA = (
     "lora_linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? seed, "
@@ -107,10 +107,10 @@ def lora_linear_forward(
     dropout: float,
     backend: str,
     scalars: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y ``[..., N]``, S ``[M, R]`` and the kept dropout mask (empty without a seed), for x ``[..., K]``."""
-    run = _forward if runs_directly(backend, seed) else torch.ops.fastlora.lora_linear_forward
-    result: tuple[Tensor, Tensor, Tensor] = run(
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y ``[..., N]``, S ``[M, R]`` and the dropout mask (empty or None without seed), for x ``[..., K]``."""
+    run = _forward if runs_directly(backend, x, seed) else torch.ops.fastlora.lora_linear_forward
+    result: tuple[Tensor, Tensor, Tensor | None] = run(
         x, weight, bias, lora_A, lora_B, seed, scaling, dropout, backend, scalars
     )
     return result
@@ -131,10 +131,10 @@ def lora_linear_backward(
     need_B: bool,
     backend: str,
     scalars: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dX ``[..., K]``, dA and dB; an empty tensor for each that is not needed."""
-    run = _backward if runs_directly(backend) else torch.ops.fastlora.lora_linear_backward
-    result: tuple[Tensor, Tensor, Tensor] = run(
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dX ``[..., K]``, dA and dB; an empty tensor or None for each that is not needed."""
+    run = _backward if runs_directly(backend, dy) else torch.ops.fastlora.lora_linear_backward
+    result: tuple[Tensor | None, Tensor | None, Tensor | None] = run(
         dy, x, weight, lora_A, lora_B, s, mask, scaling, dropout, need_x, need_A, need_B, backend, scalars
     )
     return result
@@ -151,15 +151,15 @@ def _forward(
     dropout: float,
     backend: str,
     scalars: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     scaling, dropout = scalar_values(scalars, scaling, dropout)
     # allocated in its final shape: autograd refuses in-place changes of a Function's output that is a view
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     with unrecorded(x):
         s, mask = implementation(backend).forward(
             rows_of(x),
-            weight.to(x.dtype),
-            None if bias is None else bias.to(x.dtype),
+            in_dtype(weight, x.dtype),
+            None if bias is None else in_dtype(bias, x.dtype),
             lora_A,
             lora_B,
             seed,
@@ -167,7 +167,7 @@ def _forward(
             dropout=dropout if seed is not None else 0.0,
             y=rows_of(y),
         )
-    return y, s, x.new_empty(0) if mask is None else mask
+    return y, s, mask
 
 
 def _backward(
@@ -185,14 +185,14 @@ def _backward(
     need_B: bool,
     backend: str,
     scalars: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     mask = mask if mask is not None and mask.dim() == 2 else None
     scaling, dropout = scalar_values(scalars, scaling, dropout)
     with unrecorded(dy):
         dx, da, db = implementation(backend).backward(
             rows_of(dy),
             None if x is None else rows_of(x),
-            None if weight is None else weight.to(dy.dtype),
+            None if weight is None else in_dtype(weight, dy.dtype),
             lora_A,
             lora_B,
             s,
@@ -203,11 +203,9 @@ def _backward(
             need_A=need_A,
             need_B=need_B,
         )
-    return (
-        dy.new_empty(0) if dx is None else dx.view(*dy.shape[:-1], dx.shape[1]),
-        dy.new_empty(0) if da is None else da,
-        dy.new_empty(0) if db is None else db,
-    )
+    if dx is not None and dy.dim() != 2:
+        dx = dx.view(*dy.shape[:-1], dx.shape[1])
+    return dx, da, db
 
 
 def fake_forward(
@@ -256,5 +254,5 @@ def _fake_backward(
     )
 
 
-register(_FORWARD_SCHEMA, _forward, fake_forward)
-register(_BACKWARD_SCHEMA, _backward, _fake_backward)
+register(_FORWARD_SCHEMA, without_none(_forward), fake_forward)
+register(_BACKWARD_SCHEMA, without_none(_backward), _fake_backward)

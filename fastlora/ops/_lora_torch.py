@@ -1,7 +1,7 @@
 """The ``torch`` backend of lora_linear: the split graph on library matrix products, with the fewest passes.
 
 On a CPU the passes over x that dropout needs run in row blocks small enough for the cache, so that no second
-copy of x ever exists.
+copy of x ever exists. Blocks are as few as that allows: every operation on one waits for all threads.
 """
 
 from collections.abc import Iterator
@@ -9,10 +9,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastlora.ops._keep_mask import KEEP_MASK_DTYPE, draw_keep_mask, keep_probability, masked
+from fastlora.ops._keep_mask import KEEP_MASK_DTYPE, draw_keep_mask, keep_probability, mask_, masked
 from fastlora.ops._packing import packed
+from fastlora.ops._registration import in_dtype
 
-_ELEMENTS_PER_BLOCK = 1 << 18
+_ELEMENTS_PER_BLOCK = 1 << 19
 
 
 def keep_mask_shape(rows: int, in_features: int) -> tuple[tuple[int, int], torch.dtype]:
@@ -36,11 +37,14 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """y = x·Wᵀ + bias + S·Bᵀ, S = scaling/(1 - p) · dropout(x)·Aᵀ; see :mod:`fastlora.ops._lora_library`."""
     x, weight = packed(x), packed(weight)
-    a, b = packed(lora_A.to(x.dtype)), packed(lora_B.to(x.dtype))
-    mask = None if seed is None else draw_keep_mask((x.shape[0], x.shape[1]), dropout, seed)
-    s = x.new_empty(x.shape[0], a.shape[0])
-    for rows, block in _dropped_blocks(x, mask):
-        _scaled_product(block, a.t(), scaling / keep_probability(dropout), out=s[rows])
+    a, b = packed(in_dtype(lora_A, x.dtype)), packed(in_dtype(lora_B, x.dtype))
+    s, mask = x.new_empty(x.shape[0], a.shape[0]), None
+    if seed is None:
+        _scaled_product(x, a.t(), scaling, out=s)
+    else:
+        mask = draw_keep_mask((x.shape[0], x.shape[1]), dropout, seed)
+        for x_rows, keep, s_rows in _row_blocks(x, mask, s):
+            _scaled_product(masked(x_rows, keep), a.t(), scaling / keep_probability(dropout), out=s_rows)
     out = y if product is None else product
     if bias is None or factor is not None:
         torch.mm(x, weight.t(), out=out)
@@ -54,9 +58,9 @@ def forward(
 
 def _scale_columns(product: Tensor, factor: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """y = factor ⊙ product + bias, in the factor's float32, so that it is rounded once."""
-    for rows in _row_blocks(y):
-        scaled = product[rows] * factor
-        y[rows] = scaled if bias is None else scaled.add_(bias)
+    for rows, y_rows in _row_blocks(product, y):
+        scaled = rows * factor
+        y_rows.copy_(scaled if bias is None else scaled.add_(bias))
 
 
 def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -75,11 +79,12 @@ def grad_product(dy: Tensor, product: Tensor | None, factor: Tensor) -> tuple[Te
     """dU = factor ⊙ dY, and Σ_m dY ⊙ U where U is given; see :mod:`fastlora.ops._dora_library`."""
     dproduct = dy.new_empty(dy.shape)
     dfactor = None if product is None else torch.zeros_like(factor)
-    for rows in _row_blocks(dy):
-        block = dy[rows].to(factor.dtype)
-        dproduct[rows] = block * factor
-        if product is not None and dfactor is not None:
-            dfactor += (block * product[rows]).sum(0)
+    # without a product the second of the two is not looked at
+    for dy_rows, product_rows, out in _row_blocks(dy, dy if product is None else product, dproduct):
+        block = dy_rows.to(factor.dtype)
+        torch.mul(block, factor, out=out)
+        if dfactor is not None:
+            dfactor += (block * product_rows).sum(0)
     return dproduct, dfactor
 
 
@@ -102,58 +107,53 @@ def backward(
     dx = da = db = None
     dy = packed(dy)
     if need_B and s is not None:
-        db = (dy.t() @ s).to(lora_B.dtype)
+        db = in_dtype(dy.t() @ s, lora_B.dtype)
     if lora_A is None or not (need_x or need_A):
         return dx, da, db
     ds = dy.new_empty(dy.shape[0], lora_B.shape[1])
-    _scaled_product(dy, packed(lora_B.to(dy.dtype)), scaling / keep_probability(dropout), out=ds)
-    if need_A and x is not None:
-        da = _grad_a(ds, packed(x), mask).to(lora_A.dtype)
-    if need_x and weight is not None:
-        dx = torch.mm(dy, packed(weight))
-        _add_low_rank(dx, ds, packed(lora_A.to(dy.dtype)), mask)
-    return dx, da, db
+    _scaled_product(dy, packed(in_dtype(lora_B, dy.dtype)), scaling / keep_probability(dropout), out=ds)
+    a = packed(in_dtype(lora_A, dy.dtype))
+    x = packed(x) if need_A and x is not None else None
+    weight = packed(weight) if need_x and weight is not None else None
+    if mask is not None:
+        dx, da = _dropped_gradients(dy, x, weight, a, ds, mask)
+    else:
+        da = None if x is None else ds.t() @ x
+        dx = None if weight is None else torch.mm(dy, weight).addmm_(ds, a)
+    return dx, None if da is None else in_dtype(da, lora_A.dtype), db
+
+
+def _dropped_gradients(
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, a: Tensor, ds: Tensor, mask: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """dX where there is a weight, and dA where there is an x."""
+    da = None
+    dx = None if weight is None else dy.new_empty(dy.shape[0], a.shape[1])
+    # without an x, or without dX, the mask stands in for it and is not looked at
+    blocks = _row_blocks(mask, ds, mask if x is None else x, mask if dx is None else dx)
+    for keep, ds_rows, x_rows, dx_rows in blocks:
+        if x is not None:
+            part = ds_rows.t() @ masked(x_rows, keep)
+            # summed over blocks in float32 at least: a 16-bit sum would round once a block
+            da = part if da is None else da.to(torch.promote_types(da.dtype, torch.float32)).add_(part)
+        if dx is not None:
+            mask_(torch.mm(ds_rows, a, out=dx_rows), keep)
+    if dx is not None and weight is not None:
+        # added inside the product, where its sums are in float32
+        dx.addmm_(dy, weight)
+    return dx, da
 
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float, *, out: Tensor) -> None:
     torch.addmm(out, left, right, beta=0, alpha=scale, out=out)
 
 
-def _grad_a(ds: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return ds.t() @ x
-    # summed over blocks in float32 at least: a 16-bit sum would round once a block
-    total = torch.zeros(
-        ds.shape[1], x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device
-    )
-    for rows, block in _dropped_blocks(x, mask):
-        total += ds[rows].t() @ block
-    return total
-
-
-def _add_low_rank(dx: Tensor, ds: Tensor, a: Tensor, mask: Tensor | None) -> None:
-    if mask is None:
-        dx.addmm_(ds, a)
-        return
-    for rows in _row_blocks(dx):
-        product = ds[rows] @ a
-        dx[rows] += masked(product, mask[rows], out=product)
-
-
-def _dropped_blocks(x: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """Row ranges of x with the dropped elements zeroed; the whole of x at once where nothing is dropped."""
-    if mask is None:
-        yield slice(None), x
-        return
-    for rows in _row_blocks(x):
-        block = x[rows]
-        yield rows, masked(block, mask[rows], out=torch.empty_like(block))
-
-
-def _row_blocks(tensor: Tensor) -> Iterator[slice]:
-    rows, cols = tensor.shape
-    step = rows
-    if tensor.device.type == "cpu":
-        step = max(64, _ELEMENTS_PER_BLOCK // max(cols, 1))
-    for start in range(0, rows, max(step, 1)):
-        yield slice(start, start + step)
+def _row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of all tensors, as many as the caches hold of the first; all on an accelerator."""
+    rows, cols = tensors[0].shape
+    # caches are each core's own; what a block takes stays a few MiB
+    elements = _ELEMENTS_PER_BLOCK * min(torch.get_num_threads(), 4)
+    step = max(64, elements // max(cols, 1))
+    if rows <= step or not tensors[0].is_cpu:
+        return iter((tensors,))
+    return zip(*(tensor.split(step) for tensor in tensors), strict=True)

@@ -10,6 +10,7 @@ from fastlora._checks import check_adapter, check_adapter_size
 from fastlora.ops import _adapter_library
 from fastlora.ops._autocast import autocast_dtype
 from fastlora.ops._autograd import draw_seed, refuse_second_derivative
+from fastlora.ops._registration import in_dtype
 from fastlora.reference import Activation
 
 
@@ -94,7 +95,7 @@ def adapter(
     # as in eager mode, a sum of two dtypes has the wider one: under autocast a float32 stream stays float32
     fused = added is not None and added.dtype == compute_dtype
     out: Tensor = AdapterFunction.apply(
-        h.to(compute_dtype),
+        in_dtype(h, compute_dtype),
         *parameters,
         added if fused and added is not h else None,
         seed,
@@ -155,6 +156,8 @@ class AdapterFunction(torch.autograd.Function):
         dout = grads[0]
         if dout is None:
             return (None,) * 11
+        if not torch.is_grad_enabled():
+            return (*_wanted_gradients(ctx, dout), None, None, None, None, None)
         with torch.no_grad():
             wanted = _wanted_gradients(ctx, dout)
         return (*refuse_second_derivative("adapter", ctx, dout, wanted), None, None, None, None, None)

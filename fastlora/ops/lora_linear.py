@@ -12,7 +12,7 @@ from fastlora.ops import _lora_library
 from fastlora.ops._autocast import autocast_dtype, without_autocast
 from fastlora.ops._autograd import draw_seed, refuse_second_derivative
 from fastlora.ops._packing import packed
-from fastlora.ops._registration import rows_of
+from fastlora.ops._registration import in_dtype, rows_of
 from fastlora.ops._scalars import Scalars
 
 
@@ -91,7 +91,16 @@ def lora_linear(
     active_dropout = float(dropout) if dropping else 0.0
     seed = draw_seed(x.device, generator) if dropping else None
     y: Tensor = LoRALinearFunction.apply(
-        x.to(compute_dtype), weight, bias, lora_A, lora_B, seed, float(scaling), active_dropout, backend, None
+        in_dtype(x, compute_dtype),
+        weight,
+        bias,
+        lora_A,
+        lora_B,
+        seed,
+        float(scaling),
+        active_dropout,
+        backend,
+        None,
     )[0]
     return y
 
@@ -132,7 +141,7 @@ def lora_linear_by_scalars(
         )
     seed = draw_seed(x.device, None) if dropping else None
     y: Tensor = LoRALinearFunction.apply(
-        x.to(compute_dtype), weight, bias, lora_A, lora_B, seed, 1.0, 0.0, backend, scalars.tensor
+        in_dtype(x, compute_dtype), weight, bias, lora_A, lora_B, seed, 1.0, 0.0, backend, scalars.tensor
     )[0]
     return y
 
@@ -154,14 +163,14 @@ class LoRALinearFunction(torch.autograd.Function):
         dropout: float,
         backend: str,
         scalars: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """y, S and the dropout mask (empty without dropout); keeps what the wanted gradients need."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """y, S and the dropout mask (empty or None without dropout); keeps what the wanted gradients need."""
         y, s, mask = _lora_library.lora_linear_forward(
             x, weight, bias, lora_A, lora_B, seed, scaling, dropout, backend, scalars
         )
         need_x, need_weight, _, need_A, need_B = ctx.needs_input_grad[:5]
         ctx.scaling, ctx.dropout, ctx.backend = scaling, dropout, backend
-        ctx.mark_non_differentiable(s, mask)
+        ctx.mark_non_differentiable(*((s,) if mask is None else (s, mask)))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             x if need_A or need_weight else None,
@@ -180,6 +189,8 @@ class LoRALinearFunction(torch.autograd.Function):
         dy = grads[0]
         if dy is None:
             return (None,) * 10
+        if not torch.is_grad_enabled():
+            return (*layer_gradients(ctx, dy, dy, ctx.saved_tensors), None, None, None, None, None)
         with torch.no_grad():
             wanted = layer_gradients(ctx, dy, dy, ctx.saved_tensors)
         wanted = refuse_second_derivative("lora_linear", ctx, dy, wanted)
@@ -219,11 +230,12 @@ def layer_gradients(
             scalars,
         )
     # the base layer is frozen as a rule; whoever trains it all the same gets its gradient, never silence
-    with without_autocast(dy):
-        if need_weight and x is not None:
-            dweight = packed(rows_of(dproduct)).t() @ packed(rows_of(x))
-        if need_bias:
-            dbias = rows_of(dy).sum(0)
+    if need_weight or need_bias:
+        with without_autocast(dy):
+            if need_weight and x is not None:
+                dweight = packed(rows_of(dproduct)).t() @ packed(rows_of(x))
+            if need_bias:
+                dbias = rows_of(dy).sum(0)
     return (
         dx if need_x else None,
         dweight,
