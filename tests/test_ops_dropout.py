@@ -72,6 +72,18 @@ def test_seeds_give_different_masks(backend: str, device: torch.device) -> None:
     assert 0.4 < (first == other).double().mean() < 0.6
 
 
+@pytest.mark.parametrize("dropout", [0.0051, 0.5, 0.997])
+@pytest.mark.parametrize("shape", [(30, 50), (701, 1003)], ids=["few elements", "several chunks"])
+def test_keep_rate_of_any_size(shape: tuple[int, int], dropout: float) -> None:
+    """Few elements have a stream of their own; a chunk's elements share thresholds of 8 bits and a bit more."""
+    repeats = 400 if shape[0] == 30 else 1
+    masks = torch.stack([draw_keep_mask(shape, dropout, torch.tensor([i])) for i in range(repeats)])
+    assert masks.unique().tolist() == [-1, 0]
+    keep = (masks != 0).double()
+    deviation = (dropout * (1 - dropout) / keep.numel()) ** 0.5
+    assert abs(keep.mean().item() - keep_probability(dropout)) < 5 * deviation
+
+
 def test_splitmix_stream_of_other_devices() -> None:
     """The stream of devices other than the CPU, against the published splitmix64 of a plain loop."""
     from fastlora.ops import _keep_mask

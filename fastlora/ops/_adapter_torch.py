@@ -42,12 +42,13 @@ def forward(
     active = _active(z, activation, dropout)
     if residual is None:
         return _linear(active, up_weight, up_bias), z
-    up = packed(in_dtype(up_weight, h.dtype)).t()
-    if up_bias is None:
-        return torch.addmm(residual, active, up), z
     # one pass over the output less than adding the residual last
-    out = torch.add(residual, in_dtype(up_bias, h.dtype), out=h.new_empty(h.shape))
-    return out.addmm_(active, up), z
+    out = h.new_empty(h.shape)
+    if up_bias is None:
+        out.copy_(residual)
+    else:
+        torch.add(residual, in_dtype(up_bias, h.dtype), out=out)
+    return out.addmm_(active, packed(in_dtype(up_weight, h.dtype)).t()), z
 
 
 def backward(
