@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar, get_args
 
 from fastlora._adapter_config import AdapterConfig, parse_config
-from fastlora._checks import check_count
+from fastlora._option_checks import check_count
 from fastlora._places import Place
 from fastlora._prompt_places import PromptPlace
 from fastlora.nn._prompt_settings import PromptSettings

@@ -1,7 +1,5 @@
-"""Argument checks of ops and options. Every message says what was expected, what was given and what to do."""
+"""Argument checks of ops. Every message says what was expected, what was given and what to do."""
 
-import math
-from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -141,69 +139,6 @@ def check_same_device(tensors: dict[str, Tensor]) -> None:
             "a meta tensor holds no data, materialise it first (module.to_empty(...) and load its weights)"
         )
     raise ValueError(f"expected all tensors on one device, got {placed}; {advice}")
-
-
-def check_flag(name: str, value: object, advice: str = "") -> None:
-    """Refuse anything but True and False: ``"no"`` would count as true.
-
-    Raises:
-        TypeError: Another value.
-    """
-    if not isinstance(value, bool):
-        raise TypeError(
-            f"expected {name} to be True or False, got {value!r}" + (f"; {advice}" if advice else "")
-        )
-
-
-def check_count(name: str, value: object, advice: str) -> int:
-    """A size as a plain ``int``.
-
-    Raises:
-        TypeError: No integer.
-        ValueError: Smaller than 1.
-    """
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"expected {name} to be an integer, got {value!r}; {advice}")
-    if value < 1:
-        raise ValueError(f"expected {name} >= 1, got {value}; {advice}")
-    return int(value)
-
-
-def check_number(name: str, value: object, advice: str) -> float:
-    """A number as a plain ``float``.
-
-    Raises:
-        TypeError: No real number.
-    """
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"expected {name} to be a number, got {value!r}; {advice}")
-    return float(value)
-
-
-def check_finite(name: str, value: object, advice: str) -> float:
-    """A finite number as a plain ``float``.
-
-    Raises:
-        TypeError: No real number.
-        ValueError: Infinite or not a number.
-    """
-    number = check_number(name, value, advice)
-    if not math.isfinite(number):
-        raise ValueError(f"expected {name} to be finite, got {number}; {advice}")
-    return number
-
-
-def check_positive(name: str, value: object, advice: str) -> float:
-    """A finite number above zero as a plain ``float``.
-
-    Raises:
-        TypeError: No real number.
-        ValueError: Zero, negative, infinite or not a number.
-    """
-    number = check_finite(name, value, advice)
-    if number <= 0:
-        raise ValueError(f"expected {name} above 0, got {number}; {advice}")
-    return number
 
 
 def check_dropout(dropout: float) -> None:

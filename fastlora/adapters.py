@@ -6,8 +6,8 @@ from typing import Literal, TypeVar
 import torch
 
 from fastlora._all_linear import tell_frozen_head
-from fastlora._checks import check_count
 from fastlora._modules import unwrap
+from fastlora._option_checks import check_count
 from fastlora._places import (
     BLOCK_STYLES,
     NAMED_STYLES,

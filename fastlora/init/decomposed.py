@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastlora._checks import check_count, check_flag
+from fastlora._option_checks import check_count, check_flag
 from fastlora.init._layers import check_unmerged, linear_layers
 from fastlora.inject import Model
 from fastlora.nn import LoRAModule

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora._checks import check_finite
+from fastlora._option_checks import check_finite
 from fastlora.init._layers import check_unmerged, linear_layers
 from fastlora.inject import Model
 from fastlora.nn import LoRAModule, shelf

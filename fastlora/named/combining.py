@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fastlora._checks import check_count, check_finite
+from fastlora._option_checks import check_count, check_finite
 from fastlora.inject import Model
 from fastlora.named.switching import all_layers, check_known, put_in
 from fastlora.nn import LoRAModule, shelf

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from fastlora._checks import check_count, check_flag
+from fastlora._option_checks import check_count, check_flag
 from fastlora.nn._settings import probability
 
 PromptInit = Literal["auto", "uniform", "vocabulary"]

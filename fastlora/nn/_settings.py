@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from fastlora._checks import check_count, check_finite, check_flag, check_number
+from fastlora._option_checks import check_count, check_finite, check_flag, check_number
 from fastlora.reference import ACTIVATIONS, Activation
 
 LayerNormPlace = Literal["pre", "post"]

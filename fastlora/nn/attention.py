@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fastlora._checks import check_flag
+from fastlora._option_checks import check_flag
 from fastlora.nn._attend import attend, attention_mask, check_shapes
 from fastlora.nn._settings import LoRASettings, check_linear, check_parameter, probability
 from fastlora.nn.base import LoRAModule

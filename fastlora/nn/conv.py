@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlora._checks import check_flag
+from fastlora._option_checks import check_flag
 from fastlora.nn._layout import check_fit
 from fastlora.nn._settings import LoRASettings, check_conv
 from fastlora.nn.base import LoRAModule

@@ -5,7 +5,7 @@ from typing import Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastlora._checks import check_flag
+from fastlora._option_checks import check_flag
 from fastlora.nn._settings import LoRASettings, check_linear
 from fastlora.nn.base import LoRAModule
 from fastlora.nn.start import factors

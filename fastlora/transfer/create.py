@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torchvision import models
 
-from fastlora._checks import check_flag
+from fastlora._option_checks import check_flag
 from fastlora._stages import head as find_head
 from fastlora._suggestions import did_you_mean
 from fastlora.transfer._extras import require

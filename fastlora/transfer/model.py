@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora._checks import check_flag
+from fastlora._option_checks import check_flag
 from fastlora._stages import Stage, stages
 from fastlora.transfer.freezing import KeepsFrozenInEval, freeze
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from fastlora._checks import check_number, check_positive
+from fastlora._option_checks import check_number, check_positive
 from fastlora._stages import parts_of, stages
 from fastlora.nn.prompts import PromptModule
 

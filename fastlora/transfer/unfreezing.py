@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from torch import nn
 
-from fastlora._checks import check_flag
+from fastlora._option_checks import check_flag
 from fastlora._stages import Stage
 from fastlora.transfer.freezing import freeze_stages
 

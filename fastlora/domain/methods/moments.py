@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastlora._checks import check_positive
+from fastlora._option_checks import check_positive
 from fastlora.domain.kernels import BANDWIDTHS, gaussian_kernels, mmd_of, squared_distances
 from fastlora.domain.methods.alignment import Alignment, Domains
 
