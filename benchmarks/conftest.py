@@ -1,5 +1,7 @@
 """The suite as a pytest plugin: its options, a case's threads, and the session's results file."""
 
+import subprocess
+import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--results", metavar="DIR", help="Write DIR/<device>-<date>.json and a report; else none."
     )
     group.addoption("--beside", default="nothing known of", help="What else runs here, for the file.")
+    group.addoption("--quick", action="store_true", help="On a CPU only the cases that tell most.")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,14 +36,29 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_FILES] = {}
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what ``--quick`` does."""
+    if config.getoption("--quick"):
+        items[:] = [item for item in items if (case := _case_of(item)) is not None and case.is_quick]
+
+
+def _case_of(item: pytest.Item) -> Case | None:
+    case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+    return case if isinstance(case, Case) else None
+
+
 @pytest.fixture(autouse=True)
 def on_its_device(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A CPU case runs on its own number of threads; a GPU case leaves no cached memory behind."""
+    """A CPU case runs on its own threads, beside its busy processes; a GPU case leaves no cached memory."""
     case: Case = request.getfixturevalue("case")
     threads = torch.get_num_threads()
     if case.threads is not None:
         torch.set_num_threads(case.threads)
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(case.busy)]
     yield
+    for process in busy:
+        process.kill()
+        process.wait()
     torch.set_num_threads(threads)
     if case.device == "cuda" and torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -66,8 +84,8 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Keep a failure in the file too."""
     report = yield
-    case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
-    if report.failed and call.excinfo is not None and isinstance(case, Case):
+    case = _case_of(item)
+    if report.failed and call.excinfo is not None and case is not None:
         file = _file_of(item.config, case)
         if file is not None:
             file.add_failure(f"{case.suite}: {case.id}", call.excinfo.exconly(tryshort=True))

@@ -27,6 +27,7 @@ class Case:
         dropout: Probability.
         passes: ``forward``, ``forward_backward`` or ``step``.
         threads: Of the CPU; None on a GPU.
+        busy: Processes that keep the CPU busy beside it.
     """
 
     suite: str
@@ -39,6 +40,7 @@ class Case:
     dropout: float = 0.0
     passes: str = BOTH
     threads: int | None = None
+    busy: int = 0
 
     @property
     def device(self) -> str:
@@ -49,7 +51,9 @@ class Case:
     def id(self) -> str:
         """For pytest."""
         sizes = [] if self.m is None else [f"{self.m}x{self.k}x{self.n}r{self.rank}"]
-        where = "gpu" if self.threads is None else f"t{self.threads}"
+        where = (
+            "gpu" if self.threads is None else f"t{self.threads}" + (f"-busy{self.busy}" if self.busy else "")
+        )
         return "-".join(
             [*sizes, self.name.replace(" ", "_"), self.dtype, f"p{self.dropout:g}", self.passes, where]
         )
@@ -62,7 +66,14 @@ class Case:
         """For the results file."""
         row = asdict(self)
         row["pass"] = row.pop("passes")
+        if self.busy:
+            row["name"] += f" beside {self.busy} busy processes"
         return row
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether ``--quick`` keeps it: what tells most in least time."""
+        return self.threads == 2 and self.name in QUICK
 
 
 VIT, BERT, LLAMA_8B, LLAMA_70B = "ViT-B", "BERT-base", "LLaMA-8B", "LLaMA-70B"
@@ -87,6 +98,7 @@ CPU = {
     "BERT-base FFN down": (512, 3072, 768),
 }
 CPU_SMALL = {"LLaMA-8B k, v, 32 rows": (32, 4096, 1024)}
+QUICK = (VIT_ATTENTION, *CPU_SMALL, "hidden 384", "ViT-Ti", "DINOv2-S")
 GPU = {
     **{f"{model} {name}": (ROWS[model], *sizes) for model in LAYERS for name, sizes in LAYERS[model].items()},
     **SQUARES,
@@ -136,25 +148,25 @@ def adapter_cases() -> Iterator[Case]:
 
 def step_cases() -> Iterator[Case]:
     """Whole training steps; the names are those of ``bench_steps.MODELS``."""
+    small, whole = ("ViT-Ti", "BERT-tiny"), ("MiniLM", "DINOv2-S")
     for dropout in (0.0, 0.1):
         for dtype, threads, models in (
-            ("fp32", 2, ("ViT-Ti", "BERT-tiny")),
-            ("bf16", 2, ("ViT-Ti", "BERT-tiny")),
-            ("fp32", None, ("MiniLM", "DINOv2-S")),
-            ("bf16", None, ("MiniLM", "DINOv2-S")),
+            ("fp32", 2, small),
+            ("bf16", 2, small),
+            ("bf16", 1, whole),
+            ("bf16", 2, whole),
+            ("fp32", None, whole),
+            ("bf16", None, whole),
         ):
             for name in models:
-                yield Case(
-                    "steps",
-                    name,
-                    None,
-                    None,
-                    None,
-                    dtype=dtype,
-                    dropout=dropout,
-                    passes=STEP,
-                    threads=threads,
-                )
+                yield _step(name, dtype, dropout, threads)
+        # a shared machine: what waits for a second thread shows here
+        yield _step("DINOv2-S", "bf16", dropout, 2, busy=2)
+
+
+def _step(name: str, dtype: str, dropout: float, threads: int | None, *, busy: int = 0) -> Case:
+    sizes = (None, None, None)
+    return Case("steps", name, *sizes, RANK, dtype, dropout, passes=STEP, threads=threads, busy=busy)
 
 
 def _of(

@@ -75,7 +75,7 @@ def test_seeds_give_different_masks(backend: str, device: torch.device) -> None:
 @pytest.mark.parametrize("dropout", [0.0051, 0.5, 0.997])
 @pytest.mark.parametrize("shape", [(30, 50), (701, 1003)], ids=["few elements", "several chunks"])
 def test_keep_rate_of_any_size(shape: tuple[int, int], dropout: float) -> None:
-    """Few elements have a stream of their own; a chunk's elements share thresholds of 8 bits and a bit more."""
+    """Few elements have a stream of their own; the others, in chunks, share thresholds of 8 bits and more."""
     repeats = 400 if shape[0] == 30 else 1
     masks = torch.stack([draw_keep_mask(shape, dropout, torch.tensor([i])) for i in range(repeats)])
     assert masks.unique().tolist() == [-1, 0]
