@@ -36,7 +36,7 @@ def bench_layer(case, benchmark, record):
 def bench_adapter(case, benchmark, record):
     adapter(case, benchmark, record)
 
-@pytest.mark.parametrize("case", parameters([Case("memory", "tiny", 8, dropout=0.1, **TINY)]))
+@pytest.mark.parametrize("case", parameters([Case("memory", "tiny", 8, dropout=0.1, busy=1, **TINY)]))
 def bench_memory(case, benchmark, record):
     memory(case, benchmark, record)
 
