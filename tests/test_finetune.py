@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,12 +121,11 @@ def test_the_page_needs_nothing_else(learned: tuple[Path, Any]) -> None:
     assert "{{" not in page
 
 
-def test_the_worst_pictures_are_shown(data: Path, learned: tuple[Path, Any], tmp_path: Path) -> None:
+def test_the_worst_pictures_are_shown(data: Path, tmp_path: Path) -> None:
     mislabelled = tmp_path / "test"
     write_pictures(mislabelled, count=2)
     (mislabelled / "dark" / "00.png").rename(mislabelled / "light" / "swapped.png")
-    shutil.copytree(learned[0], tmp_path / "run")
-    finetuned(data, *LEARNING, "--output", tmp_path / "run", "--resume", "--test", mislabelled)
+    finetuned(data, *LEARNING, "--output", tmp_path / "run", "--test", mislabelled)
     worst = report_of(tmp_path / "run")["evaluation"]["worst"]
     assert [(row["name"], row["true"], row["predicted"]) for row in worst] == [
         ("light/swapped.png", "light", "dark")
