@@ -21,9 +21,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
+def seeded() -> Iterator[None]:
     """Tests draw from torch's generator; none depends on which others ran before it."""
     torch.manual_seed(0)
+    precision = torch.get_float32_matmul_precision()
+    yield
+    # torchao lowers it for the whole process where it quantises
+    torch.set_float32_matmul_precision(precision)
 
 
 @pytest.fixture(scope="session")
