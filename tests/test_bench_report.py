@@ -181,7 +181,7 @@ def test_bad_files_and_cards_are_refused(tmp_path: Path) -> None:
     assert "make bench" in missing.stderr
     (tmp_path / "text.json").write_text("no JSON")
     assert "expected JSON in" in run(tmp_path / "text.json").stderr
-    assert "got the folder" in run(tmp_path).stderr
+    assert "got a folder" in run(tmp_path).stderr
     unnamed = CliRunner().invoke(app, ["bench", "report"])
     assert unnamed.exit_code == 2
     assert "Missing argument" in unnamed.stderr

@@ -48,6 +48,7 @@ CARD = {
     "output": {"name": "logits", "shape": ["batch", 2]},
     "transform": [
         {"step": "convert", "mode": "RGB"},
+        {"step": "crop the middle of strips", "to": "16:1"},
         {"step": "resize the shorter side", "to": 32, "interpolation": "bicubic", "antialias": True},
         {"step": "crop the centre", "to": 28},
         {"step": "scale", "divide by": 255},

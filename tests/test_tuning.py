@@ -139,7 +139,7 @@ def test_calls_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "expected a JSON list such as .*got no JSON"),
+        ("{", "expected a JSON list such as .*expected JSON in"),
         ("{}", "got dict"),
         ("[]", "expected a JSON list"),
         ('[{"rows": 8, "inputs": 16}]', "expected outputs in entry 1"),

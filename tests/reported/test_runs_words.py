@@ -69,7 +69,7 @@ def test_numbers_that_make_no_sense_are_refused_by_their_option(
     [
         ("--strategy prompt", "expected a VisionTransformer"),
         ("--strategy adapter", "choose another strategy or model"),
-        ("--lr nan --strategy full", "expected --lr above 0, got nan"),
+        ("--lr nan --strategy full", "expected --lr to be finite, got nan"),
     ],
 )
 def test_what_the_model_can_not_have_is_refused(

@@ -16,7 +16,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _LITE_MEAN, _LITE_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 _SMALLEST_CROP = 0.35
 # sides of a picture: a strip of one pixel's width would be blown up to gigabytes before it is cropped
-_LONGEST = 16
+LONGEST = 16
 
 Transform = Callable[[Any], Tensor]
 
@@ -69,7 +69,7 @@ class MiddleOfStrip(nn.Module):
     def forward(self, picture: Any) -> Any:
         """The middle of a PIL picture or a tensor ``[..., H, W]``."""
         height, width = v2.functional.get_size(picture)
-        longest = _LONGEST * min(height, width)
+        longest = LONGEST * min(height, width)
         if max(height, width) <= longest:
             return picture
         return v2.functional.center_crop(picture, [min(height, longest), min(width, longest)])

@@ -11,6 +11,7 @@ from typing import Any
 from torchvision.transforms import v2
 
 from fastlora._version import __version__
+from fastlora.transfer.data.transforms import LONGEST, MiddleOfStrip
 from fastlora.transfer.finetune.saved import SavedRun
 
 CARD = "model.json"
@@ -55,6 +56,8 @@ def _steps(transform: Any) -> list[dict[str, Any]]:
 
 def _described(transform: Any) -> dict[str, Any] | None:
     """One step in words that don't belong to torchvision; None for what only changes the container."""
+    if isinstance(transform, MiddleOfStrip):
+        return {"step": "crop the middle of strips", "to": f"{LONGEST}:1"}
     if isinstance(transform, v2.Resize):
         return {
             "step": "resize the shorter side",
