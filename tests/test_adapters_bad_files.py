@@ -90,7 +90,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str | None]] = {
     "size-null": (edit_place(adapter_size=None), "expected adapter_size to be an integer, got None", None),
     "size-zero": (edit_place(adapter_size=0), "expected adapter_size >= 1, got 0", None),
     "hidden-bool": (edit_place(hidden_size=True), "expected hidden_size to be an integer, got True", None),
-    "scale-nan": (edit_place(scale=float("nan")), "scale to be finite and not zero, got nan", None),
+    "scale-nan": (edit_place(scale=float("nan")), "scale to be finite, got nan", None),
     "activation": (edit_place(activation="tanh"), "'gelu', 'relu', 'silu', got 'tanh'", None),
     "whole-text": (edit_config(lambda c: c.update(modules_to_save="head")), "to be a list of names", None),
     "lora": (

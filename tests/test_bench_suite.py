@@ -75,8 +75,8 @@ def test_rows(ran: tuple[str, Path]) -> None:
 
 def test_kept_bytes_are_those_of_the_formulas(ran: tuple[str, Path]) -> None:
     _, adapter, memory = load_results(ran[1]).rows
-    # z before the activation; eager keeps it and its activation
-    assert adapter.kept_bytes == {"reference": 2 * 8 * 4 * 4, "fastlora": 8 * 4 * 4}
+    # z before the activation and after it, as a call as small as this one is eager's
+    assert adapter.kept_bytes == {"reference": 2 * 8 * 4 * 4, "fastlora": 2 * 8 * 4 * 4}
     # the hand-written split keeps the dropped copy of x, and torch its mask, on a CPU in x's dtype
     assert memory.kept_bytes["addmm"] == 2 * 8 * 16 * 4
     # S, and a mask of at most a byte an element

@@ -177,7 +177,7 @@ BAD_SETTINGS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "scale-bool": ({"scale": True}, TypeError, "expected scale to be a number, got True"),
     "scale-none": ({"scale": None}, TypeError, "expected scale to be a number, got None"),
     "scale-zero": ({"scale": 0}, ValueError, "finite and not zero, got 0.0"),
-    "scale-inf": ({"scale": math.inf}, ValueError, "finite and not zero, got inf"),
+    "scale-inf": ({"scale": math.inf}, ValueError, "expected scale to be finite, got inf"),
     "dropout": ({"dropout": 1.5}, ValueError, r"expected dropout in \[0, 1\], got 1.5"),
     "dropout-nan": ({"dropout": math.nan}, ValueError, r"expected dropout in \[0, 1\], got nan"),
     "bias": ({"bias": 1}, TypeError, "expected bias to be True or False, got 1"),

@@ -207,7 +207,9 @@ def test_compiles_without_graph_breaks(dropout: float, autocast: bool) -> None:
     gradients = torch.autograd.grad(loss, (tensors[0], *tensors[3:]))
     assert all(torch.isfinite(g).all() and g.abs().sum() > 0 for g in gradients)
     if dropout == 0:
-        expected = torch.autograd.grad(step(*tensors), (tensors[0], *tensors[3:]))
+        # a call as small as this one is eager's where nothing is compiled
+        with fastlora.use_backend("torch"):
+            expected = torch.autograd.grad(step(*tensors), (tensors[0], *tensors[3:]))
         torch.testing.assert_close(gradients, expected)
 
 
