@@ -276,7 +276,7 @@ def drawn(name: str, length: int = _LONGEST_NAME) -> str:
 
     Example:
         >>> drawn("_$5^$"), drawn("a name that is longer than most", 15)
-        (' _\\$5^\\$', 'a name … most')
+        (' _\\$5^\\$', 'a name …an most')
     """
     text = shortened(name, length).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
