@@ -23,3 +23,18 @@ def packed(matrix: Tensor) -> Tensor:
         reads_margin = rows % 2 == 1 and row_stride == 1 and column_stride != rows
     # not .contiguous(): to it a single row of a wider matrix is packed already
     return matrix.clone(memory_format=torch.contiguous_format) if reads_margin else matrix
+
+
+def needs_no_packing(x: Tensor, dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether the eager formula, which packs nothing, can't have an operand for :func:`packed` to copy.
+
+    Args:
+        x: ``[..., columns]``.
+        dtype: What products compute in.
+        sizes: Every other length of a line: columns, outputs, rank.
+    """
+    if dtype.itemsize != 2:
+        return True
+    # rows are a line's length in a gradient that comes transposed
+    rows_even = x.shape[:-1].numel() % 2 == 0 or not torch.is_grad_enabled()
+    return rows_even and x.stride(-1) == 1 and all(size % 2 == 0 for size in sizes)

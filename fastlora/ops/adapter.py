@@ -10,6 +10,7 @@ from fastlora._checks import check_adapter, check_adapter_size
 from fastlora.ops import _adapter_library
 from fastlora.ops._autocast import autocast_dtype
 from fastlora.ops._autograd import draw_seed, refuse_second_derivative
+from fastlora.ops._packing import needs_no_packing
 from fastlora.ops._registration import in_dtype
 from fastlora.reference import Activation
 
@@ -196,7 +197,8 @@ def _choose_backend(
 ) -> _backend.Backend:
     backend = _backend.resolve(h.device, compute_dtype, h)
     if backend == "torch" and _backend.is_automatic() and not (dropping or torch.compiler.is_compiling()):
-        return "reference" if h.numel() * size <= _SMALL else backend
+        small = h.numel() * size <= _SMALL and needs_no_packing(h, compute_dtype, hidden, size)
+        return "reference" if small else backend
     if backend != "triton":
         return backend
     # imported late: Triton is not installed everywhere

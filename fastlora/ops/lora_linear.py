@@ -11,7 +11,7 @@ from fastlora._checks import check_compute_dtype, check_lora_linear
 from fastlora.ops import _lora_library
 from fastlora.ops._autocast import autocast_dtype, without_autocast
 from fastlora.ops._autograd import draw_seed, refuse_second_derivative
-from fastlora.ops._packing import packed
+from fastlora.ops._packing import needs_no_packing, packed
 from fastlora.ops._registration import in_dtype, rows_of
 from fastlora.ops._scalars import Scalars
 
@@ -264,7 +264,7 @@ def choose_backend(
     if not _backend.is_automatic():
         return backend
     if backend != "triton":
-        eager = backend == "torch" and not (dropping or dora) and _is_small(x, weight, compute_dtype)
+        eager = backend == "torch" and not (dropping or dora) and _is_small(x, weight, lora_A, compute_dtype)
         return "reference" if eager else backend
     # imported late: Triton is not installed everywhere
     from fastlora.ops._choices import has_kernels, prefers_eager
@@ -282,7 +282,7 @@ def choose_backend(
     return "reference" if prefers_eager(call, compute_dtype, x.device, dropping=dropping) else backend
 
 
-def _is_small(x: Tensor, weight: Tensor, compute_dtype: torch.dtype) -> bool:
+def _is_small(x: Tensor, weight: Tensor, lora_A: Tensor, compute_dtype: torch.dtype) -> bool:
     """Whether a CPU call costs more by its launches than by its passes, so that eager's fewer ones win.
 
     Not with dropout, whose mask has to be the same in a compiled graph, which serves any number of rows; nor
@@ -290,4 +290,5 @@ def _is_small(x: Tensor, weight: Tensor, compute_dtype: torch.dtype) -> bool:
     """
     if torch.compiler.is_compiling() or (compute_dtype == torch.float32 and torch.is_grad_enabled()):
         return False
-    return x.numel() * weight.shape[0] <= _SMALL
+    small = x.numel() * weight.shape[0] <= _SMALL
+    return small and needs_no_packing(x, compute_dtype, *weight.shape, lora_A.shape[0])
