@@ -16,12 +16,12 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
+from fastlora._core.extras import require
 from fastlora.domain.methods import SourceOnly
 from fastlora.domain.model import DomainAdaptationModel
 from fastlora.nn.gradient_reversal import ReversalSchedule
-from fastlora.transfer._extras import require
 from fastlora.transfer.data import stratified_split
-from fastlora.transfer.datasets import load_images
+from fastlora.transfer.data.bundled import load_images
 from fastlora.transfer.metrics import accuracy, balanced_accuracy, confusion_matrix
 from fastlora.transfer.report import write_file
 

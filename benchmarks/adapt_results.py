@@ -17,17 +17,17 @@ from rich.progress import track
 from torch import Tensor
 
 from benchmarks import emoji
+from fastlora._core.extras import package_folder
 from fastlora.domain._features import logistic, standardise
 from fastlora.domain.adaptation import METHODS, AdaptSettings, adapt_features
 from fastlora.domain.bound import ben_david_bound
 from fastlora.domain.reverse import reverse_validation
 from fastlora.domain.shift import diagnose_shift
-from fastlora.transfer._extras import package_folder
-from fastlora.transfer.backbones import dinov2_vits14
 from fastlora.transfer.data import LabelledImages, cached_features, pretrained_transforms
 from fastlora.transfer.data.sources import Files
 from fastlora.transfer.finetune.cached import read_by
 from fastlora.transfer.metrics import accuracy, balanced_accuracy, confusion_matrix
+from fastlora.transfer.models.backbones import dinov2_vits14
 from fastlora.transfer.report import write_file, write_report
 
 SEEDS = range(5)

@@ -16,7 +16,7 @@ from benchmarks.measuring import BOUNDS, checked, peaks, time_in_turns, without
 from benchmarks.results_file import Record
 from benchmarks.shapes import Case, step_cases
 from benchmarks.turns import Step
-from fastlora.transfer._extras import require
+from fastlora._core.extras import require
 
 
 def tiny_bert() -> peft_steps.Case:

@@ -12,7 +12,7 @@ from benchmarks.library_split import LibrarySplit
 from benchmarks.shapes import ALPHA, BOTH, FORWARD, Case
 from benchmarks.turns import Step
 from fastlora import reference
-from fastlora.transfer._extras import require
+from fastlora._core.extras import require
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # largest error relative to the reference's largest element that still counts as the same function

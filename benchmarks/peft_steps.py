@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 import fastlora
 from benchmarks.turns import environment, peak_bytes, take_turns
+from fastlora._core.extras import package_folder, require
 from fastlora.bench.results import geometric_mean
-from fastlora.transfer._extras import package_folder, require
 from fastlora.transfer.report import write_file, write_report
 
 RANK, ALPHA, BATCH, TOKENS, PIXELS = 16, 32.0, 16, 128, 112

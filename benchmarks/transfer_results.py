@@ -16,10 +16,10 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from fastlora._core.extras import package_folder
 from fastlora.cli._progress import LiveReporter
-from fastlora.transfer._extras import package_folder
 from fastlora.transfer.data import LabelledImages, open_images, stratified_split
-from fastlora.transfer.datasets import load_images
+from fastlora.transfer.data.bundled import load_images
 from fastlora.transfer.finetune import FinetuneSettings, finetune
 from fastlora.transfer.training import TrainSettings
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import fastlora
 from fastlora.transfer.data import stratified_split
-from fastlora.transfer.datasets import load_images, normalise
+from fastlora.transfer.data.bundled import load_images, normalise
 
 
 def train(arguments: argparse.Namespace, *, accelerated: bool) -> tuple[float, float]:

@@ -2,24 +2,20 @@
 
 from typing import TYPE_CHECKING
 
-from fastlora._lazy import shown_lazily
+from fastlora._core.lazy import shown_lazily
 from fastlora._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from fastlora import functional, init, reference
-    from fastlora._backend import set_backend, use_backend
-    from fastlora.adapters import apply_adapters
+    from fastlora._core.backend import set_backend, use_backend
     from fastlora.domain.model import DomainAdaptationModel
-    from fastlora.inject import apply_lora, merge_adapters, remove_adapters, unmerge_adapters
+    from fastlora.inject.adapters import apply_adapters
+    from fastlora.inject.lora import apply_lora, merge_adapters, remove_adapters, unmerge_adapters
+    from fastlora.inject.lora.combining import add_weighted_adapter
+    from fastlora.inject.lora.named import adapter_names, add_adapter, delete_adapter, set_adapter
+    from fastlora.inject.prompts import apply_prompts, remove_prompts
+    from fastlora.inject.summary import AdapterSummary, adapter_summary
     from fastlora.interop.peft import accelerate, restore
-    from fastlora.named import (
-        adapter_names,
-        add_adapter,
-        add_weighted_adapter,
-        delete_adapter,
-        load_adapter,
-        set_adapter,
-    )
     from fastlora.nn import (
         AdaptedModule,
         AdapterLayer,
@@ -35,11 +31,10 @@ if TYPE_CHECKING:
     )
     from fastlora.ops.gradient_reversal import GradientReversal, gradient_reversal
     from fastlora.parameters import ParameterReport, parameter_report
-    from fastlora.prompting import apply_prompts, remove_prompts
-    from fastlora.state import save_adapter
-    from fastlora.summary import AdapterSummary, adapter_summary
-    from fastlora.transfer.create import create_transfer_model
-    from fastlora.transfer.model import TransferLearningModel
+    from fastlora.state.save_load import save_adapter
+    from fastlora.state.save_load.named import load_adapter
+    from fastlora.transfer.models.create import create_transfer_model
+    from fastlora.transfer.models.wrapper import TransferLearningModel
 
 __all__ = [
     "AdaptedModule",
@@ -90,21 +85,16 @@ if not TYPE_CHECKING:
     __getattr__, __dir__ = shown_lazily(
         __name__,
         {
-            "_backend": ("set_backend", "use_backend"),
-            "adapters": ("apply_adapters",),
+            "_core.backend": ("set_backend", "use_backend"),
+            "inject.adapters": ("apply_adapters",),
             "domain.model": ("DomainAdaptationModel",),
             "functional": (),
             "init": (),
-            "inject": ("apply_lora", "merge_adapters", "remove_adapters", "unmerge_adapters"),
+            "inject.lora": ("apply_lora", "merge_adapters", "remove_adapters", "unmerge_adapters"),
             "interop.peft": ("accelerate", "restore"),
-            "named": (
-                "adapter_names",
-                "add_adapter",
-                "add_weighted_adapter",
-                "delete_adapter",
-                "load_adapter",
-                "set_adapter",
-            ),
+            "inject.combining": ("add_weighted_adapter",),
+            "inject.named": ("adapter_names", "add_adapter", "delete_adapter", "set_adapter"),
+            "state.named": ("load_adapter",),
             "nn": (
                 "AdaptedModule",
                 "AdapterLayer",
@@ -120,11 +110,11 @@ if not TYPE_CHECKING:
             ),
             "ops.gradient_reversal": ("GradientReversal", "gradient_reversal"),
             "parameters": ("ParameterReport", "parameter_report"),
-            "prompting": ("apply_prompts", "remove_prompts"),
+            "inject.prompts": ("apply_prompts", "remove_prompts"),
             "reference": (),
-            "state": ("save_adapter",),
-            "summary": ("AdapterSummary", "adapter_summary"),
-            "transfer.create": ("create_transfer_model",),
-            "transfer.model": ("TransferLearningModel",),
+            "state.save_load": ("save_adapter",),
+            "inject.summary": ("AdapterSummary", "adapter_summary"),
+            "transfer.models.create": ("create_transfer_model",),
+            "transfer.models.wrapper": ("TransferLearningModel",),
         },
     )

@@ -13,7 +13,7 @@ from fastlora.domain.training.build import Adapting, take_apart
 from fastlora.domain.training.settings import DomainSettings
 from fastlora.domain.training.trainer import DomainTrainer
 from fastlora.transfer.data import LabelledImages
-from fastlora.transfer.heads import BottleneckHead, deepen_head
+from fastlora.transfer.models.heads import BottleneckHead, deepen_head
 from fastlora.transfer.training import TrainSettings
 from tests.training_runs import COUNT, Noise, Pixels, pictures
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastlora.nn.prompts import PromptModule
+from fastlora.nn.prompts.modules import PromptModule
 from tests.lora_models import tiny_vit
 
 IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora._modules import adapted_modules
+from fastlora.anatomy.names import adapted_modules
 from tests.adapter_models import CASES, PLACED, Case, adapted, place, randomize_bottlenecks
 from tests.lora_models import mlp, randomize_adapters, same_bits, tiny_vit, trained
 

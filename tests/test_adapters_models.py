@@ -13,7 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastlora
-from fastlora._modules import adapted_modules
+from fastlora.anatomy.names import adapted_modules
 from fastlora.nn import AdapterLayer
 from tests.adapter_models import CASES, PLACED, Case, adapted, place, randomize_bottlenecks
 from tests.cases import cases

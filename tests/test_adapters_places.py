@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 import fastlora
-from fastlora._modules import adapted_modules
+from fastlora.anatomy.names import adapted_modules
 from fastlora.nn import AdaptedModule, AdapterLayer
 from tests.adapter_models import (
     CASES,

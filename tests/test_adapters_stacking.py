@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora import AdapterLayer, LoRALayer, LoRALinear
-from fastlora._all_linear import classifier_heads
-from fastlora._modules import adapted_modules, lora_layers
+from fastlora.anatomy.all_linear import classifier_heads
+from fastlora.anatomy.names import adapted_modules, lora_layers
 from fastlora.nn import LoRAModule
 from tests.adapter_models import CASES, Case, place, randomize_bottlenecks
 from tests.lora_models import mlp, randomize_adapters, same_bits, tiny_vit

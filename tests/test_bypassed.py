@@ -13,8 +13,8 @@ from torchvision.models import SwinTransformer
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
 import fastlora
-from fastlora._bypassed import bypassed
-from fastlora._modules import named_modules
+from fastlora.anatomy.names import named_modules
+from fastlora.anatomy.uncalled import bypassed
 from fastlora.nn import LoRAModule
 from tests.adapter_models import CASES, TorchDecoder, torch_encoder
 from tests.lora_models import Snapshot, randomize_adapters, tiny_vit

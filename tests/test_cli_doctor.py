@@ -44,7 +44,7 @@ def test_words_name_what_an_extra_lacks(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernels run")
 def test_a_backend_that_cannot_run_here_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastlora._backend.interpreter_enabled", lambda: False)
+    monkeypatch.setattr("fastlora._core.backend.interpreter_enabled", lambda: False)
     with fastlora.use_backend("triton"):
         result = run()
     assert result.exit_code == 1

@@ -14,9 +14,10 @@ pytest.importorskip("triton", reason="compiling kernels needs Triton")
 import triton
 
 from fastlora.cli import app
-from fastlora_kernels import codegen, codegen_table
-from fastlora_kernels.codegen import Spec
-from fastlora_kernels.codegen_table import Row
+from fastlora_kernels.compile import codegen
+from fastlora_kernels.compile import table as codegen_table
+from fastlora_kernels.compile.codegen import Spec
+from fastlora_kernels.compile.table import Row
 
 KEYS = {"kernel", "target", "dtype", "tile", "warps", "stages", "registers", "spills", "shared_bytes"}
 

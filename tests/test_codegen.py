@@ -10,9 +10,11 @@ pytest.importorskip("triton", reason="compiling kernels needs Triton")
 
 import triton
 
-from fastlora_kernels import codegen, codegen_table, plan, plan_adapter, targets
-from fastlora_kernels.codegen_table import Row
-from fastlora_kernels.specs import Spec
+from fastlora_kernels import targets
+from fastlora_kernels.choose import plan, plan_adapter
+from fastlora_kernels.compile import codegen, table
+from fastlora_kernels.compile.specs import Spec
+from fastlora_kernels.compile.table import Row
 
 # DoRA's norm is a float32 product of float32 matrices, the gradient of its product no product at all
 _NO_UNITS = ("dora_weight_norm", "dora_grad_product")
@@ -42,7 +44,7 @@ def rows(request: pytest.FixtureRequest) -> list[Row]:
 
 
 def test_nothing_spills(rows: list[Row]) -> None:
-    made_with = codegen_table.committed()[0]
+    made_with = table.committed()[0]
     if made_with != triton.__version__:
         # Triton 3.6 for one keeps 16 bytes of an adapter's tile on sm_100 in memory
         pytest.skip(f"the tiles were chosen for Triton {made_with}, not {triton.__version__}")
@@ -79,7 +81,7 @@ def test_every_kernel_is_there_for_every_target() -> None:
 
 
 def test_a_row_is_kept_until_its_fingerprint_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, compiled = codegen_table.committed()[1], list[Spec]()
+    before, compiled = table.committed()[1], list[Spec]()
 
     def compile_spec(spec: Spec) -> Row:
         compiled.append(spec)
@@ -95,12 +97,12 @@ def test_a_row_is_kept_until_its_fingerprint_changes(tmp_path: Path, monkeypatch
 
 
 def test_no_figure_is_worse_than_the_committed_one(rows: list[Row]) -> None:
-    """A new table is a decision: ``fastlora kernels --write-table kernels/fastlora_kernels/codegen.csv``."""
-    made_with, before = codegen_table.committed()
+    """A new table is a decision: ``fastlora kernels --write-table kernels/fastlora_kernels/compile/codegen.csv``."""
+    made_with, before = table.committed()
     assert before
     if made_with != triton.__version__:
         pytest.skip(f"the committed figures are Triton {made_with}'s, not {triton.__version__}'s")
-    assert codegen_table.worse_than_committed(rows) == []
+    assert table.worse_than_committed(rows) == []
 
 
 @pytest.mark.parametrize(
@@ -117,19 +119,17 @@ def test_no_figure_is_worse_than_the_committed_one(rows: list[Row]) -> None:
 )
 def test_the_gate_notices(change: dict[str, Any], told: str) -> None:
     row = next(
-        row
-        for row in codegen_table.committed()[1]
-        if row.kernel == "lora_forward" and row.matrix_instructions
+        row for row in table.committed()[1] if row.kernel == "lora_forward" and row.matrix_instructions
     )
-    assert codegen_table.worse_than_committed([row]) == []
-    (line,) = codegen_table.worse_than_committed([replace(row, **change)])
+    assert table.worse_than_committed([row]) == []
+    (line,) = table.worse_than_committed([replace(row, **change)])
     assert told in line
 
 
 def test_a_table_reads_back_as_it_was_written() -> None:
-    version, before = codegen_table.committed.__wrapped__()
-    text = codegen_table.table_text(reversed(before), version)
-    assert text == Path(codegen_table.__file__).with_name(codegen_table.FILE).read_text("utf-8")
+    version, before = table.committed.__wrapped__()
+    text = table.table_text(reversed(before), version)
+    assert text == Path(table.__file__).with_name(table.FILE).read_text("utf-8")
 
 
 def test_unknown_target() -> None:

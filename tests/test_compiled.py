@@ -142,7 +142,7 @@ def test_the_kernels_in_one_graph_for_any_number_of_rows(
 ) -> None:
     """The path is chosen inside the op, by the rows of each call: the graph knows nothing of it."""
     pretend(monkeypatch)
-    monkeypatch.setattr("fastlora._backend._automatic", lambda device, dtype: "triton")
+    monkeypatch.setattr("fastlora._core.backend._automatic", lambda device, dtype: "triton")
     model: Any = fastlora.AdapterLayer(32, 16, dropout=dropout) if adapter else fastlora.LoRALinear(
         32, 48, rank=16, dropout=dropout
     )  # fmt: skip

@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import fastlora
-from fastlora import _backend
+from fastlora._core import backend
 from fastlora.cli import app
 from fastlora.transfer import demo as demo_module
-from fastlora.transfer.backbones import dinov2_vits14
-from fastlora.transfer.datasets import load_images, normalise, split
+from fastlora.transfer.data.bundled import load_images, normalise, split
 from fastlora.transfer.eager import EAGER, lora_and_reference
 from fastlora.transfer.fit import FitSettings, make_accelerator, run_batched
 from fastlora.transfer.methods import FUSED, lora_tuning
+from fastlora.transfer.models.backbones import dinov2_vits14
 from fastlora.transfer.recipes import RECIPES, Recipe
 from fastlora.transfer.report import MethodResult
 from fastlora.transfer.study import Study
@@ -179,7 +179,7 @@ def test_eager_run_ends_after_its_epochs_and_uses_the_reference() -> None:
         def advance(
             self, task: str, done: int, total: int, loss: float | None, memory: int | None = None
         ) -> None:
-            seen.append((task, done, total, _backend._selected))
+            seen.append((task, done, total, backend._selected))
 
     study = Study(parts, SIZE, make_accelerator(), 0, Listener())
     tuning = lora_tuning(FitSettings(epochs=3, batch_size=16, learning_rate=1e-3), rank=4, alpha=8.0)

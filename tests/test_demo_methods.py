@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 import fastlora
 from fastlora.cli import app
 from fastlora.transfer import demo as demo_module
-from fastlora.transfer.backbones import dinov2_vits14
-from fastlora.transfer.datasets import Splits, load_images, normalise, split
+from fastlora.transfer.data.bundled import Splits, load_images, normalise, split
 from fastlora.transfer.fit import make_accelerator, run_batched
 from fastlora.transfer.methods import METHODS, choose_methods
+from fastlora.transfer.models.backbones import dinov2_vits14
 from fastlora.transfer.plots import accuracy_figure, draw_accuracies
 from fastlora.transfer.recipes import RECIPES
 from fastlora.transfer.report import MethodResult

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from fastlora.cli import app
-from fastlora.transfer.backbones import dinov2_vits14
 from fastlora.transfer.data import open_images
 from fastlora.transfer.finetune import export, export_run, load_run
+from fastlora.transfer.models.backbones import dinov2_vits14
 from tests.cases import cases
 from tests.finetune_models import CLASSES, write_pictures
 

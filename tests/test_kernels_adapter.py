@@ -11,13 +11,13 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton", reason="kernels need Triton; the other backends are tested without")
 
-from fastlora_kernels import plan_adapter as plans
 from fastlora_kernels import targets
-from fastlora_kernels.adapter_backward import adapter_grad_h_weights, adapter_grad_z
-from fastlora_kernels.adapter_forward import adapter_down, adapter_forward, adapter_up
+from fastlora_kernels.adapter.backward import adapter_grad_h_weights, adapter_grad_z
+from fastlora_kernels.adapter.forward import adapter_down, adapter_forward, adapter_up
+from fastlora_kernels.choose import plan_adapter as plans
+from fastlora_kernels.choose.plan import Plan
+from fastlora_kernels.choose.plan_adapter import AdapterKernel
 from fastlora_kernels.partials import sum_four_partials
-from fastlora_kernels.plan import Plan
-from fastlora_kernels.plan_adapter import AdapterKernel
 from fastlora_kernels.primitives import DROPPED
 from tests.kernel_harness import Harness, assert_exact
 

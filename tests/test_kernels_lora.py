@@ -6,15 +6,15 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="kernels need Triton; the other backends are tested without")
 
-from fastlora_kernels import plan as plans
 from fastlora_kernels import targets
-from fastlora_kernels.dora import dora_grad_product, dora_weight_norm
-from fastlora_kernels.lora_backward import lora_grad_a, lora_grad_s_b, lora_grad_x
-from fastlora_kernels.lora_down import lora_down
-from fastlora_kernels.lora_forward import lora_forward
-from fastlora_kernels.lora_grad_x_a import lora_grad_x_a
+from fastlora_kernels.choose import plan as plans
+from fastlora_kernels.choose.plan import Kernel, Plan, Shape
+from fastlora_kernels.lora.backward import lora_grad_a, lora_grad_s_b, lora_grad_x
+from fastlora_kernels.lora.dora import dora_grad_product, dora_weight_norm
+from fastlora_kernels.lora.down import lora_down
+from fastlora_kernels.lora.forward import lora_forward
+from fastlora_kernels.lora.grad_x_a import lora_grad_x_a
 from fastlora_kernels.partials import sum_partials, sum_two_partials
-from fastlora_kernels.plan import Kernel, Plan, Shape
 from tests.kernel_harness import Harness, assert_exact
 from tests.lora_yardstick import unpack_mask
 

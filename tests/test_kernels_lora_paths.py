@@ -5,11 +5,11 @@ import torch
 
 pytest.importorskip("triton", reason="kernels need Triton; the other backends are tested without")
 
-from fastlora_kernels import plan as plans
 from fastlora_kernels import targets
-from fastlora_kernels.lora_add import lora_add
-from fastlora_kernels.lora_single import lora_forward_single
-from fastlora_kernels.plan import Plan, Shape
+from fastlora_kernels.choose import plan as plans
+from fastlora_kernels.choose.plan import Plan, Shape
+from fastlora_kernels.lora.epilogue import lora_add
+from fastlora_kernels.lora.single import lora_forward_single
 from tests.kernel_harness import Harness, assert_exact
 from tests.test_kernels_lora import SHAPES, choose, shape_id
 

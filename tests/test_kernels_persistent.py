@@ -11,11 +11,11 @@ from torch import Tensor
 pytest.importorskip("triton", reason="kernels need Triton; the other backends are tested without")
 
 import fastlora
-from fastlora_kernels import plan as plans
 from fastlora_kernels import targets
-from fastlora_kernels.lora_persistent import lora_forward_persistent, lora_grad_x_a_persistent
-from fastlora_kernels.plan import Plan, Shape, Tile
-from fastlora_kernels.tuned import Choice
+from fastlora_kernels.choose import plan as plans
+from fastlora_kernels.choose.plan import Plan, Shape, Tile
+from fastlora_kernels.choose.tuned import Choice
+from fastlora_kernels.lora.persistent import lora_forward_persistent, lora_grad_x_a_persistent
 from tests.kernel_harness import Harness, assert_exact
 from tests.lora_yardstick import unpack_mask
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import fastlora
 from fastlora import LoRAConv2d, LoRALayer
-from fastlora.nn import conv as conv_module
+from fastlora.nn.lora import conv as conv_module
 from tests.exactness import assert_as_exact
 from tests.lora_models import randomize_adapters
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora import LoRAConv2d, LoRAEmbedding, LoRALayer, LoRALinear
-from fastlora.nn import LoRAModule, _norm_cache
-from fastlora.nn._folding import fold
+from fastlora.nn import LoRAModule
+from fastlora.nn.lora import norm_cache
+from fastlora.nn.lora.folding import fold
 
 MAKERS: dict[str, Callable[[], tuple[LoRAModule, nn.Module, Tensor]]] = {}
 
@@ -101,7 +102,7 @@ def test_rows_are_folded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         layer, _, _ = make()
         move(layer)
         whole = fold(layer, layer._weight())
-        monkeypatch.setattr("fastlora.nn._folding._ELEMENTS", 8)
+        monkeypatch.setattr("fastlora.nn.lora.folding._ELEMENTS", 8)
         torch.testing.assert_close(fold(layer, layer._weight()), whole)
         monkeypatch.undo()
 
@@ -117,7 +118,7 @@ def test_the_norm_is_kept_in_eval_mode_until_something_changes(
         calls.append(1)
         return fastlora.functional.dora_weight_norm(*arguments)
 
-    monkeypatch.setattr(_norm_cache, "dora_weight_norm", spy)
+    monkeypatch.setattr(norm_cache, "dora_weight_norm", spy)
     layer(x), layer(x)
     assert len(calls) == 2
     layer.eval()

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import LoRALayer, LoRALinear, LoRAMultiheadAttention
-from fastlora.nn import LoRAModule, _folding
+from fastlora.nn import LoRAModule
+from fastlora.nn.lora import folding
 from tests.lora_models import randomize_adapters, same_bits
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -75,7 +76,7 @@ def test_merged_and_unmerged_and_plain_agree_in_float64(make: Make) -> None:
 def test_the_merged_weight_is_rounded_once(
     dtype: torch.dtype, elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_folding, "_ELEMENTS", elements)
+    monkeypatch.setattr(folding, "_ELEMENTS", elements)
     module = LoRALinear(64, 63, rank=4, dtype=dtype)
     randomize_adapters(module)
     exact = module.weight.double() + module.scaling * module.lora_B.double() @ module.lora_A.double()

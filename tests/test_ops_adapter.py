@@ -218,7 +218,7 @@ def test_auto_follows_the_plan(
 ) -> None:
     targets = pytest.importorskip("fastlora_kernels.targets")
     monkeypatch.setattr(targets, "detect", lambda _: targets.TARGETS["sm_90"])
-    monkeypatch.setattr("fastlora._backend._automatic", lambda device, dtype: "triton")
+    monkeypatch.setattr("fastlora._core.backend._automatic", lambda device, dtype: "triton")
     used: list[str] = []
     apply = AdapterFunction.apply
 

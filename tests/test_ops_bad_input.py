@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import fastlora
-from fastlora import _backend
+from fastlora._core import backend as _backend
 from fastlora.functional import lora_linear
 
 M, N, K, R = 4, 5, 6, 2
@@ -102,7 +102,7 @@ def test_unknown_backend() -> None:
 
 
 def test_backend_named_in_the_environment_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastlora._backend._selected", "fast")
+    monkeypatch.setattr("fastlora._core.backend._selected", "fast")
     with pytest.raises(ValueError, match=r"got 'fast'; set it with fastlora.set_backend.*FASTLORA_BACKEND"):
         lora_linear(**arguments())
 
@@ -116,13 +116,13 @@ def test_use_backend_restores_on_error() -> None:
 
 
 def test_triton_by_name_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastlora._backend.interpreter_enabled", lambda: False)
+    monkeypatch.setattr("fastlora._core.backend.interpreter_enabled", lambda: False)
     with (
         fastlora.use_backend("triton"),
         pytest.raises(ValueError, match="serves CUDA tensors, got a tensor on cpu"),
     ):
         lora_linear(**arguments())
-    monkeypatch.setattr("fastlora._backend.triton_available", lambda: False)
+    monkeypatch.setattr("fastlora._core.backend.triton_available", lambda: False)
     with fastlora.use_backend("triton"), pytest.raises(ValueError, match="triton is not installed"):
         lora_linear(**arguments())
 

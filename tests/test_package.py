@@ -70,7 +70,7 @@ def test_only_one_file_reads_the_environment() -> None:
         for path in (ROOT / "fastlora").rglob("*.py")
         if "os.environ" in path.read_text() or "getenv" in path.read_text()
     }
-    assert readers == {"fastlora/_backend.py"}
+    assert readers == {"fastlora/_core/backend.py"}
 
 
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora import parameter_report
-from fastlora.adapters import apply_adapters
-from fastlora.prompting import apply_prompts
+from fastlora.inject.adapters import apply_adapters
+from fastlora.inject.prompts import apply_prompts
 from tests.lora_models import Snapshot, mlp, tiny_vit
 
 ROWS, WIDE, OUT = 5, 8, 4

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastlora._stages import head as find_head
-from fastlora.parameters import _anatomy as anatomy
+from fastlora.anatomy import attention as anatomy
+from fastlora.anatomy.stages import head as find_head
 from fastlora.parameters import measure
 from fastlora.parameters.models import LLAMA_7B, ModelSpec, build, describe_input, sample_input
 from fastlora.parameters.strategies import (

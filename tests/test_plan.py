@@ -7,9 +7,10 @@ import torch
 
 pytest.importorskip("triton", reason="plans are for the kernels")
 
-from fastlora_kernels import paths, targets
-from fastlora_kernels import plan as plans
-from fastlora_kernels.plan import Shape
+from fastlora_kernels import targets
+from fastlora_kernels.choose import paths
+from fastlora_kernels.choose import plan as plans
+from fastlora_kernels.choose.plan import Shape
 
 LARGE = Shape(m=8192, n=4096, k=4096, r=16)
 SHAPES = [LARGE, Shape(m=1, n=1, k=1, r=1), Shape(m=100, n=768, k=3072, r=256), Shape(m=0, n=0, k=0, r=1)]

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from fastlora_kernels import paths, plan, targets
-from fastlora_kernels.plan import Shape, Tile
+from fastlora_kernels import targets
+from fastlora_kernels.choose import paths, plan
+from fastlora_kernels.choose.plan import Shape, Tile
 from fastlora_kernels.predict import lora, peers
 from fastlora_kernels.predict.explain import OPS, Explanation, explain
 from fastlora_kernels.predict.launches import Launch, library_product, total_us

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
-from fastlora.prompting import apply_prompts, remove_prompts
+from fastlora.inject.prompts import apply_prompts, remove_prompts
 from tests.lora_models import Snapshot, mlp, tiny_vit
 from tests.prompt_models import text_model, vision_model
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.nn.prompts import PROMPTS
+from fastlora.nn.prompts.modules import PROMPTS
 from tests.adapter_models import randomize_bottlenecks
 from tests.lora_models import Snapshot, mlp, randomize_adapters, same_bits, tiny_vit
 from tests.prompt_models import IMAGES, TOKENS, main_output, prompts_of, text_model, vision_model

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.adapters import apply_adapters
+from fastlora.inject.adapters import apply_adapters
+from fastlora.inject.prompts import apply_prompts, remove_prompts
 from fastlora.nn import AdapterLayer, LoRAModule
-from fastlora.prompting import apply_prompts, remove_prompts
 from tests.lora_models import randomize_adapters, same_bits, tiny_vit
 from tests.prompt_models import IMAGES, TOKENS, prompts_of
 

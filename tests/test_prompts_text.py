@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastlora.prompting import apply_prompts
+from fastlora.inject.prompts import apply_prompts
 from tests.cases import cases
 from tests.prompt_models import TEXT_KINDS, TOKENS, main_output, prompts_of, text_model
 

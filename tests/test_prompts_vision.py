@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
-from fastlora.nn._prompt_settings import PromptSettings
-from fastlora.nn.prompts import VisualPrompts
-from fastlora.prompting import apply_prompts
+from fastlora.inject.prompts import apply_prompts
+from fastlora.nn.prompts.modules import VisualPrompts
+from fastlora.nn.prompts.settings import PromptSettings
 from tests.cases import cases
 from tests.lora_models import tiny_vit
 from tests.prompt_models import (

@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 from torchvision import models
 
-from fastlora._stages import head, stages
+from fastlora.anatomy.stages import head, stages
 from tests.adapter_models import timm_vit
 
 FAMILIES = {

@@ -8,8 +8,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from fastlora.transfer import backbones
-from fastlora.transfer.backbones import dinov2_onnx_path, dinov2_vits14
+from fastlora.transfer.models import backbones
+from fastlora.transfer.models.backbones import dinov2_onnx_path, dinov2_vits14
 
 
 def tokens(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:

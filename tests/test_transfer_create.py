@@ -14,9 +14,9 @@ from torch import nn
 from torchvision import models
 
 from fastlora import LoRAConv2d, create_transfer_model, merge_adapters, remove_adapters
-from fastlora._stages import head as find_head
+from fastlora.anatomy.stages import head as find_head
 from fastlora.transfer.data import pretrained_transforms
-from fastlora.transfer.efficientnet import efficientnet_lite0
+from fastlora.transfer.models.efficientnet import efficientnet_lite0
 from fastlora.transfer.strategies import STRATEGIES
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.transforms.functional import normalize
 
-from fastlora.transfer.datasets import MEAN, STD, ImageSet, Splits, load_images, normalise, split
+from fastlora.transfer.data.bundled import MEAN, STD, ImageSet, Splits, load_images, normalise, split
 
 
 def numbered(counts: tuple[int, ...]) -> ImageSet:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastlora.transfer.datasets import ImageSet
+from fastlora.transfer.data.bundled import ImageSet
 from fastlora.transfer.fit import Examples, Fit, FitSettings, Task, make_accelerator
 from fastlora.transfer.probe import StandardisedLinear, extract_features, mirrored, probe_task
 

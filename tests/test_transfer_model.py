@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from fastlora.transfer.freezing import keep_frozen_in_eval
-from fastlora.transfer.model import TransferLearningModel
+from fastlora.transfer.models.freezing import keep_frozen_in_eval
+from fastlora.transfer.models.wrapper import TransferLearningModel
 
 
 class Wrapped(nn.Module):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastlora._core.memory import PeakMemory
 from fastlora.transfer.fit import EpochResult
-from fastlora.transfer.memory import PeakMemory
 from fastlora.transfer.metrics import (
     accuracy,
     accuracy_interval,

@@ -13,17 +13,16 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import fastlora
-from fastlora import _tuned_file
 from fastlora.cli import app, tune
-from fastlora.ops import _choices, _lora_torch, _lora_triton
+from fastlora.ops import _choices, _lora_torch, _lora_triton, _tuned_file
 from fastlora.parameters.models import ModelSpec
 from fastlora.tuning import search, timing
 from fastlora.tuning.calls import LayerCall, calls_of_model, read_calls
 from fastlora.tuning.candidates import choices, draw, only, run_forward
 from fastlora.tuning.search import name_of
-from fastlora_kernels import tuned
-from fastlora_kernels.lora_forward import lora_forward
-from fastlora_kernels.tuned import Choice
+from fastlora_kernels.choose import tuned
+from fastlora_kernels.choose.tuned import Choice
+from fastlora_kernels.lora.forward import lora_forward
 from tests.tuning_models import CALL, GPU, device, pretend, record
 
 pytestmark = pytest.mark.usefixtures("kernel_device")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.transfer.data import LabelledImages
-from fastlora.transfer.freezing import freeze_stages
+from fastlora.transfer.models.freezing import freeze_stages
 from fastlora.transfer.training import Trainer, TrainResult, TrainSettings
 from fastlora.transfer.unfreezing import GradualUnfreezing
 

@@ -3,7 +3,7 @@
 import torch.distributed as dist
 
 import fastlora.tuning
-from fastlora_kernels import tuned
+from fastlora_kernels.choose import tuned
 from tests.launching import leave
 from tests.tuning_models import GPU, record
 

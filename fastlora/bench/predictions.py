@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastlora._backend import triton_available
+from fastlora._core.backend import triton_available
 from fastlora.bench.results import Row
 from fastlora.bench.work import lora_flops, lora_least_bytes
 
@@ -115,7 +115,7 @@ def _comparable(row: Row) -> bool:
 
 
 def _explain(name: str, size: tuple[int, int, int], dtype: str, target: "Target") -> Prediction:
-    from fastlora_kernels.plan import Shape
+    from fastlora_kernels.choose.plan import Shape
     from fastlora_kernels.predict.explain import explain
 
     m, k, n = size

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastlora._files import read_json
+from fastlora._core.files import read_json
 
 SCHEMA = 1
 OURS, PEFT, EAGER = "fastlora", "peft", "reference"

@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from fastlora._words import visible
+from fastlora._core.words import visible
 
 _PIPE_WIDTH = 120
 
@@ -24,7 +24,7 @@ class _PlainConsole(Console):
 def make_console(*, to_stderr: bool = False) -> Console:
     """A console on stdout, or on stderr where stdout is for a machine; of several processes, one speaks."""
     # slow to import, as what runs next
-    from fastlora._backend import launched_rank
+    from fastlora._core.backend import launched_rank
 
     console = _PlainConsole(
         stderr=to_stderr, quiet=launched_rank() != 0, markup=False, emoji=False, highlight=False

@@ -9,9 +9,9 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from fastlora._files import no_room
-from fastlora._interruption import Interrupted, raise_on_sigterm
-from fastlora._words import visible
+from fastlora._core.files import no_room
+from fastlora._core.interruption import Interrupted, raise_on_sigterm
+from fastlora._core.words import visible
 from fastlora.cli._words import in_options, options_of_command
 
 FAILURE, BAD_INPUT = 1, 2

@@ -10,7 +10,7 @@ import typer
 def conclude(report: dict[str, Any], show: Callable[[], None], *, as_json: bool) -> None:
     """End the run in all processes, and print its report on stdout, as JSON or as ``show`` does."""
     # as slow to import as what ran
-    from fastlora._backend import launched_rank
+    from fastlora._core.backend import launched_rank
     from fastlora.transfer.training.processes import leave_processes
 
     leave_processes()

@@ -113,7 +113,7 @@ def _table(report: dict[str, Any]) -> Table:
 
 
 def _parameters(method: dict[str, Any]) -> str:
-    from fastlora.parameters._text import readable_percent
+    from fastlora._core.text import readable_percent
 
     return f"{method['trainable_parameters']:,}\n({readable_percent(method['trainable_percent'])} %)"
 

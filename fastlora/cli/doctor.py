@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fastlora._core.words import visible
 from fastlora._version import __version__
-from fastlora._words import visible
 from fastlora.cli._console import make_console
 
 _DISTRIBUTION = "fastlora-triton"
@@ -50,15 +50,15 @@ def doctor(
 def findings() -> dict[str, Any]:
     """Everything that is shown."""
     # slow to import
-    from fastlora import _backend
+    from fastlora._core import backend
 
     return {
         "versions": {"fastlora": __version__, "python": platform.python_version()} | _versions(),
         "platform": platform.platform(),
         "devices": _devices(),
-        "backend": _backend.selected(),
+        "backend": backend.selected(),
         "problem": _problem(),
-        "cache": str(_backend.cache_folder()),
+        "cache": str(backend.cache_folder()),
         "missing": _missing(),
     }
 
@@ -86,12 +86,13 @@ def _devices() -> list[dict[str, Any]]:
 def _gpu(device: Any) -> dict[str, Any]:
     import torch
 
-    from fastlora import _backend, _tuned_file
+    from fastlora._core import backend
+    from fastlora.ops import _tuned_file
     from fastlora_kernels import targets
 
     target, gpu = targets.detect(device), _tuned_file.gpu_key(device)
     failure = (
-        _backend.launch_failure() if _backend.triton_available() else "the package triton is not installed"
+        backend.launch_failure() if backend.triton_available() else "the package triton is not installed"
     )
     pinned = target.tiles != "default" and not failure
     return {
@@ -108,11 +109,11 @@ def _problem() -> str:
     """Why the backend that is asked for can't run; empty where it can."""
     import torch
 
-    from fastlora import _backend
+    from fastlora._core import backend
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        _backend.resolve(device, torch.float32)
+        backend.resolve(device, torch.float32)
     except ValueError as error:
         return str(error)
     return ""

@@ -122,7 +122,7 @@ def _show(report: dict[str, Any], output: str, console: Console) -> None:
     if report.get("unchanged"):
         # the reporter has said so
         return
-    from fastlora.parameters._text import readable_percent
+    from fastlora._core.text import readable_percent
 
     scores, parameters = report["evaluation"], report["parameters"]
     table = Table(title=f"{report['model']}, {report['strategy']}", show_header=False)

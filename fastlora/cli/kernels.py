@@ -9,12 +9,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fastlora._files import write_file
+from fastlora._core.files import write_file
 from fastlora.cli._console import make_console
 from fastlora.cli._progress import LiveReporter
 
 if TYPE_CHECKING:
-    from fastlora_kernels.codegen_table import Row
+    from fastlora_kernels.compile.table import Row
 
 
 def kernels(
@@ -53,11 +53,11 @@ def kernels(
 
 def _compile(targets: list[str], for_table: bool, console: Console) -> "list[Row]":
     # slow to import
-    from fastlora._backend import triton_available
+    from fastlora._core.backend import triton_available
 
     if not triton_available():
         raise ImportError("compiling kernels needs the package triton: pip install triton")
-    from fastlora_kernels import codegen
+    from fastlora_kernels.compile import codegen
 
     named = targets or codegen.DEFAULT_TARGETS
     specs = codegen.gate_specs() if for_table else [spec for name in named for spec in codegen.specs(name)]
@@ -72,7 +72,7 @@ def _compile(targets: list[str], for_table: bool, console: Console) -> "list[Row
 def _write_table(rows: "list[Row]", path: Path) -> None:
     import triton
 
-    from fastlora_kernels.codegen_table import table_text
+    from fastlora_kernels.compile.table import table_text
 
     write_file(path, table_text(rows, triton.__version__).encode())
 

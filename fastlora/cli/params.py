@@ -167,7 +167,7 @@ def _table(costs: "Sequence[StrategyCost]", spec: "ModelSpec") -> Table:
 
 
 def _cells(cost: "StrategyCost", scale: int, measured: bool) -> list[str]:
-    from fastlora.parameters._text import readable_percent
+    from fastlora._core.text import readable_percent
 
     report = cost.report
     if report is None:

@@ -56,7 +56,7 @@ def plan(
     # torch takes a second to import
     import torch
 
-    from fastlora_kernels.plan import Shape
+    from fastlora_kernels.choose.plan import Shape
     from fastlora_kernels.predict.explain import explain
     from fastlora_kernels.targets import find_card
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from fastlora._files import check_file_place, printable, safe_cell, write_file
-from fastlora._words import visible
+from fastlora._core.files import check_file_place, printable, safe_cell, write_file
+from fastlora._core.words import visible
 from fastlora.cli._console import make_console
 from fastlora.cli._errors import FAILURE
 from fastlora.cli._progress import LiveReporter

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fastlora._words import visible
+from fastlora._core.words import visible
 from fastlora.cli._console import make_console
 from fastlora.cli._progress import LiveReporter
 from fastlora.cli.plan import Dtype
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from fastlora.tuning.calls import LayerCall
     from fastlora.tuning.search import LeftOut
-    from fastlora_kernels.tuned import Record
+    from fastlora_kernels.choose.tuned import Record
 
 
 def tune(
@@ -51,7 +51,7 @@ def tune(
     [bold]Example[/bold]: fastlora tune --model vit_b_16 --batch-size 64 --dropout 0.1
     """
     # slow to import
-    from fastlora import _tuned_file
+    from fastlora.ops import _tuned_file
 
     device = _device()
     gpu = _tuned_file.gpu_key(device)
@@ -71,7 +71,7 @@ def tune(
 
 
 def _kept(gpu: str) -> "list[Record]":
-    from fastlora import _tuned_file
+    from fastlora.ops import _tuned_file
 
     path = _tuned_file.path_of(gpu)
     try:
@@ -83,7 +83,7 @@ def _kept(gpu: str) -> "list[Record]":
 def _device() -> "torch.device":
     import torch
 
-    from fastlora._backend import triton_available
+    from fastlora._core.backend import triton_available
 
     if not torch.cuda.is_available() or not triton_available():
         raise ImportError(
@@ -115,7 +115,8 @@ def _calls(
 
 
 def _with_kernels(calls: "list[LayerCall]", device: "torch.device", console: Console) -> "list[LayerCall]":
-    from fastlora_kernels import paths, targets
+    from fastlora_kernels import targets
+    from fastlora_kernels.choose import paths
 
     target = targets.detect(device)
     kept = [call for call in calls if paths.has_kernels(call.shape, target)]

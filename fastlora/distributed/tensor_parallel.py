@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from fastlora.nn import LoRALinear
-from fastlora.nn.start import has_start
+from fastlora.nn.lora.start import has_start
 
 Local = Callable[..., Tensor]
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from fastlora._lazy import shown_lazily
+from fastlora._core.lazy import shown_lazily
 
 if not TYPE_CHECKING:
     __getattr__, __dir__ = shown_lazily(__name__)

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastlora.transfer._extras import require
+from fastlora._core.extras import require
 
 Array = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlora._option_checks import check_count, check_number, check_positive
+from fastlora._core.option_checks import check_count, check_number, check_positive
 from fastlora.domain._features import both, known_labels, source_labels_of, standardise
 from fastlora.domain.assessment import Readings, oracle, target_scores
 from fastlora.domain.methods.adversarial import domain_accuracy

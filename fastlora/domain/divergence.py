@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastlora._core.extras import require
 from fastlora.domain._features import Array, both, halves, logistic, standardise
-from fastlora.domain.kernels import BANDWIDTHS, gaussian_kernels, mmd_of, squared_distances
-from fastlora.transfer._extras import require
+from fastlora.domain.gaussian import BANDWIDTHS, gaussian_kernels, mmd_of, squared_distances
 
 _LOG = logging.getLogger("fastlora")
 LEAST = 8

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlora._option_checks import check_flag
+from fastlora._core.option_checks import check_flag
 from fastlora.domain.methods import Alignment, Domains
 from fastlora.domain.methods.adversarial import domain_accuracy, domain_loss
 from fastlora.domain.norms import separate_batch_norms, use_domain

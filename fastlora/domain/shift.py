@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fastlora._core.extras import require
 from fastlora.domain._features import (
     Array,
     Labels,
@@ -17,7 +18,6 @@ from fastlora.domain._features import (
     standardise,
 )
 from fastlora.domain.divergence import balanced_weights, domain_split
-from fastlora.transfer._extras import require
 
 _LEAST = 20
 _CONFIDENCE = 0.05

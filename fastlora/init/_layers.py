@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from fastlora._modules import clean_name, require_lora_layers
+from fastlora.anatomy.names import clean_name, require_lora_layers
 from fastlora.nn import LoRAModule
 
 

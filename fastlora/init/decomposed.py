@@ -5,11 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastlora._option_checks import check_count, check_flag
+from fastlora._core.option_checks import check_count, check_flag
 from fastlora.init._layers import check_unmerged, linear_layers
-from fastlora.inject import Model
+from fastlora.inject.lora import Model
 from fastlora.nn import LoRAModule
-from fastlora.nn.start import set_start
+from fastlora.nn.lora.start import set_start
 
 
 def pissa_(model: Model, *, niter: int | None = None, progress: bool = False) -> Model:

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora._option_checks import check_finite
+from fastlora._core.option_checks import check_finite
 from fastlora.init._layers import check_unmerged, linear_layers
-from fastlora.inject import Model
-from fastlora.nn import LoRAModule, shelf
+from fastlora.inject.lora import Model
+from fastlora.nn import LoRAModule
+from fastlora.nn.lora import shelf
 
 
 @dataclass

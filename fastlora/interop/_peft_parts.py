@@ -8,7 +8,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
-from fastlora._checks import FLOATING_DTYPES
+from fastlora._core.checks import FLOATING_DTYPES
 
 # types of tensors that are their values: no quantised, sharded, nested or masked ones
 PLAIN: frozenset[type] = frozenset({Tensor, nn.Parameter})

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from fastlora.transfer._extras import require
+from fastlora._core.extras import require
 
 _LOG = logging.getLogger("fastlora")
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlora._option_checks import check_count
+from fastlora._core.option_checks import check_count
 from fastlora.functional import adapter
-from fastlora.nn._settings import AdapterSettings, LayerNormPlace, Scale, check_dtype
+from fastlora.nn.settings import AdapterSettings, LayerNormPlace, Scale, check_dtype
 from fastlora.nn.tuner import TunerModule
 from fastlora.reference import Activation
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fastlora._option_checks import check_count, check_finite, check_positive
+from fastlora._core.option_checks import check_count, check_finite, check_positive
 from fastlora.ops.gradient_reversal import gradient_reversal
 
 

@@ -7,15 +7,15 @@ from torch import Tensor
 
 from fastlora.ops._keep_mask import drop_threshold, keep_probability
 from fastlora.ops._launch import current_device, is_aligned, row_major
-from fastlora_kernels import plan_adapter as plans
 from fastlora_kernels import targets
-from fastlora_kernels.adapter_backward import adapter_grad_h_weights, adapter_grad_z
-from fastlora_kernels.adapter_forward import adapter_down, adapter_forward, adapter_up
+from fastlora_kernels.adapter.backward import adapter_grad_h_weights, adapter_grad_z
+from fastlora_kernels.adapter.forward import adapter_down, adapter_forward, adapter_up
+from fastlora_kernels.choose import plan_adapter as plans
+from fastlora_kernels.choose.paths import choose_adapter_path, has_adapter_kernels
+from fastlora_kernels.choose.plan import Plan, Shape
+from fastlora_kernels.choose.plan_adapter import WIDEST as WIDEST
+from fastlora_kernels.choose.plan_adapter import AdapterKernel
 from fastlora_kernels.partials import sum_four_partials
-from fastlora_kernels.paths import choose_adapter_path, has_adapter_kernels
-from fastlora_kernels.plan import Plan, Shape
-from fastlora_kernels.plan_adapter import WIDEST as WIDEST
-from fastlora_kernels.plan_adapter import AdapterKernel
 
 
 def plans_library(h: Tensor, hidden: int, size: int, dtype: torch.dtype, *, dropping: bool) -> bool:

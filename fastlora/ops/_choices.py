@@ -4,11 +4,13 @@ import functools
 
 import torch
 
-from fastlora import _backend, _tuned_file
-from fastlora_kernels import paths, targets, tuned
-from fastlora_kernels.paths import Pass
-from fastlora_kernels.plan import Shape
-from fastlora_kernels.tuned import Choice, Record
+from fastlora._core import backend
+from fastlora.ops import _tuned_file
+from fastlora_kernels import targets
+from fastlora_kernels.choose import paths, tuned
+from fastlora_kernels.choose.paths import Pass
+from fastlora_kernels.choose.plan import Shape
+from fastlora_kernels.choose.tuned import Choice, Record
 
 
 def choose(
@@ -24,7 +26,7 @@ def choose(
     if choice is None or choice.path == tuned.REFERENCE:
         target = targets.detect(device)
         choice = Choice(paths.choose_path(part, shape, dtype, target, dropping=dropping, dora=dora))
-    if choice.path == "library" and (dropping or not _backend.is_automatic()):
+    if choice.path == "library" and (dropping or not backend.is_automatic()):
         return Choice("split")
     return choice
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from fastlora.ops._launch import is_aligned, row_major
-from fastlora_kernels import plan as plans
-from fastlora_kernels.lora_add import lora_add
-from fastlora_kernels.lora_single import lora_forward_single
-from fastlora_kernels.plan import Shape, Tile
+from fastlora_kernels.choose import plan as plans
+from fastlora_kernels.choose.plan import Shape, Tile
+from fastlora_kernels.lora.epilogue import lora_add
+from fastlora_kernels.lora.single import lora_forward_single
 from fastlora_kernels.targets import Target
 
 

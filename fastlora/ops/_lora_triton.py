@@ -8,16 +8,16 @@ from fastlora.ops._choices import choose
 from fastlora.ops._keep_mask import drop_threshold, keep_probability
 from fastlora.ops._launch import current_device, is_aligned, row_major
 from fastlora.ops._lora_paths import epilogue_forward, epilogue_grad_x, single_forward
-from fastlora_kernels import plan as plans
 from fastlora_kernels import targets
-from fastlora_kernels.dora import dora_grad_product, dora_weight_norm
-from fastlora_kernels.lora_backward import lora_grad_a, lora_grad_s_b, lora_grad_x
-from fastlora_kernels.lora_down import lora_down
-from fastlora_kernels.lora_forward import lora_forward
-from fastlora_kernels.lora_grad_x_a import lora_grad_x_a
-from fastlora_kernels.lora_persistent import lora_forward_persistent, lora_grad_x_a_persistent
+from fastlora_kernels.choose import plan as plans
+from fastlora_kernels.choose.plan import Kernel, Plan, Shape, Tile
+from fastlora_kernels.lora.backward import lora_grad_a, lora_grad_s_b, lora_grad_x
+from fastlora_kernels.lora.dora import dora_grad_product, dora_weight_norm
+from fastlora_kernels.lora.down import lora_down
+from fastlora_kernels.lora.forward import lora_forward
+from fastlora_kernels.lora.grad_x_a import lora_grad_x_a
+from fastlora_kernels.lora.persistent import lora_forward_persistent, lora_grad_x_a_persistent
 from fastlora_kernels.partials import sum_partials, sum_two_partials
-from fastlora_kernels.plan import Kernel, Plan, Shape, Tile
 from fastlora_kernels.primitives import MASK_WORD_BITS
 from fastlora_kernels.targets import Target
 

@@ -5,8 +5,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastlora import _backend, reference
-from fastlora._checks import check_adapter, check_adapter_size
+from fastlora import reference
+from fastlora._core import backend as _backend
+from fastlora._core.checks import check_adapter, check_adapter_size
 from fastlora.ops import _adapter_library
 from fastlora.ops._autocast import autocast_dtype
 from fastlora.ops._autograd import draw_seed, refuse_second_derivative

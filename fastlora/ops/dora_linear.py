@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora import _backend, reference
-from fastlora._checks import check_compute_dtype, check_lora_linear, check_magnitude
+from fastlora import reference
+from fastlora._core import backend as _backend
+from fastlora._core.checks import check_compute_dtype, check_lora_linear, check_magnitude
 from fastlora.ops import _dora_library
 from fastlora.ops._autocast import autocast_dtype
 from fastlora.ops._autograd import draw_seed, refuse_second_derivative

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora import _backend, reference
-from fastlora._checks import check_compute_dtype, check_lora_linear
+from fastlora import reference
+from fastlora._core import backend as _backend
+from fastlora._core.checks import check_compute_dtype, check_lora_linear
 from fastlora.ops import _lora_library
 from fastlora.ops._autocast import autocast_dtype, without_autocast
 from fastlora.ops._autograd import draw_seed, refuse_second_derivative
@@ -268,7 +269,7 @@ def choose_backend(
         return "reference" if eager else backend
     # imported late: Triton is not installed everywhere
     from fastlora.ops._choices import has_kernels, prefers_eager
-    from fastlora_kernels.plan import Shape
+    from fastlora_kernels.choose.plan import Shape
 
     n, k = weight.shape
     aligned = n % 16 == 0 and k % 16 == 0 and weight.stride(-1) == 1

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora.parameters._text import readable_bytes
+from fastlora._core.memory import PeakMemory
+from fastlora._core.text import readable_bytes
 from fastlora.parameters.models import ModelSpec, build, sample_input
 from fastlora.parameters.strategies import Measured, TuningSettings, apply_strategy
-from fastlora.transfer.memory import PeakMemory
 
 # the second step has the optimiser state that the first one makes
 STEPS = 2

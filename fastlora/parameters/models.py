@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora.transfer._extras import require
+from fastlora._core.extras import require
 
 LLAMA_7B = "llama-7b"
 TIMM_PREFIX = "timm:"

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora._modules import clean_name, unwrap
+from fastlora._core.text import common_name, readable_bytes, readable_percent, text_table
+from fastlora.anatomy.names import clean_name, unwrap
 from fastlora.parameters._kept import kept_by_module
-from fastlora.parameters._text import common_name, readable_bytes, readable_percent, text_table
 
 SampleInput = Tensor | Sequence[Any] | Mapping[str, Any]
 

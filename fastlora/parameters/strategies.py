@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from fastlora._stages import head as find_head
-from fastlora.adapters import apply_adapters
-from fastlora.inject import apply_lora
-from fastlora.parameters import _anatomy as anatomy
+from fastlora.anatomy import attention as anatomy
+from fastlora.anatomy.stages import head as find_head
+from fastlora.inject.adapters import apply_adapters
+from fastlora.inject.lora import apply_lora
+from fastlora.inject.prompts import apply_prompts
 from fastlora.parameters.models import ModelSpec, build, sample_input
 from fastlora.parameters.report import ParameterReport, parameter_report
-from fastlora.prompting import apply_prompts
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastlora.parameters._text import readable_percent
+from fastlora._core.text import readable_percent
 from fastlora.parameters.strategies import StrategyCost
 
 

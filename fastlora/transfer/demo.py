@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fastlora.transfer.datasets import load_images, split
+from fastlora.transfer.data.bundled import load_images, split
 from fastlora.transfer.eager import EagerComparison, lora_and_reference
 from fastlora.transfer.fit import make_accelerator
 from fastlora.transfer.methods import DEFAULT_METHODS, choose_methods

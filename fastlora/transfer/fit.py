@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlora.transfer._extras import require
-from fastlora.transfer.batching import count_batches, cut
+from fastlora._core.extras import require
+from fastlora.transfer.training.batching import count_batches, cut
 
 _EVALUATION_BATCH = 64
 

@@ -7,8 +7,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from fastlora._words import visible
-from fastlora.parameters._text import readable_percent
+from fastlora._core.text import readable_percent
+from fastlora._core.words import visible
 
 
 def page(template: str, **values: Any) -> str:

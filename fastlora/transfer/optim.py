@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import nn
 
-from fastlora._option_checks import check_number, check_positive
-from fastlora._stages import parts_of, stages
-from fastlora.nn.prompts import PromptModule
+from fastlora._core.option_checks import check_number, check_positive
+from fastlora.anatomy.stages import parts_of, stages
+from fastlora.nn.prompts.modules import PromptModule
 
 _UNDECAYED = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, PromptModule)
 # learned inputs, not weights: decay would pull them to zero for nothing

@@ -14,7 +14,7 @@ from matplotlib.ticker import EngFormatter
 from matplotlib.transforms import Bbox
 from torch import Tensor
 
-from fastlora._words import shortened
+from fastlora._core.words import shortened
 from fastlora.transfer.metrics import accuracy, accuracy_interval, balanced_accuracy
 from fastlora.transfer.report import MethodResult
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fastlora.transfer.datasets import ImageSet, normalise
+from fastlora._core.memory import PeakMemory
+from fastlora.transfer.data.bundled import ImageSet, normalise
 from fastlora.transfer.fit import Examples, Fit, FitSettings, Task, run_batched
-from fastlora.transfer.memory import PeakMemory
 from fastlora.transfer.report import MethodResult, parameter_counts
 from fastlora.transfer.study import Study
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora._files import write_file as write_file
-from fastlora._files import write_report as write_report
+from fastlora._core.files import write_file as write_file
+from fastlora._core.files import write_report as write_report
 from fastlora.transfer.fit import EpochResult
 from fastlora.transfer.metrics import (
     accuracy,
@@ -62,7 +62,7 @@ class MethodResult:
         num_classes: Number of classes.
         history: The epochs.
         seconds: Training time without evaluation.
-        peak_memory_bytes: See :class:`fastlora.transfer.memory.PeakMemory`; None where it can't be measured.
+        peak_memory_bytes: See :class:`fastlora._core.memory.PeakMemory`; None where it can't be measured.
         adapter_bytes: Size of a file that holds what was trained, or None where it isn't known.
         hyper_parameters: Whatever is needed to repeat the run.
         adapter_folder: Name of the folder that holds the file, or None where none is written.

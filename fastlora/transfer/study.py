@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from fastlora.transfer.backbones import dinov2_vits14
-from fastlora.transfer.datasets import Splits
+from fastlora.transfer.data.bundled import Splits
 from fastlora.transfer.fit import OnStep
+from fastlora.transfer.models.backbones import dinov2_vits14
 
 
 class Reporter(Protocol):

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastlora
-from fastlora import _backend
-from fastlora.transfer.datasets import normalise
+from fastlora._core import backend as _backend
+from fastlora._core.memory import PeakMemory
+from fastlora.transfer.data.bundled import normalise
 from fastlora.transfer.fit import Examples, Fit, FitSettings, OnStep, Task
-from fastlora.transfer.memory import PeakMemory
 from fastlora.transfer.report import MethodResult, parameter_counts
 from fastlora.transfer.study import Study
 

@@ -6,9 +6,9 @@ from typing import Literal, Self
 
 from torch import nn
 
-from fastlora._option_checks import check_flag
-from fastlora._stages import Stage
-from fastlora.transfer.freezing import freeze_stages
+from fastlora._core.option_checks import check_flag
+from fastlora.anatomy.stages import Stage
+from fastlora.transfer.models.freezing import freeze_stages
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastlora._files import read_json
-from fastlora._suggestions import did_you_mean
-from fastlora_kernels.plan import Shape
+from fastlora._core.files import read_json
+from fastlora._core.suggestions import did_you_mean
+from fastlora_kernels.choose.plan import Shape
 
 if TYPE_CHECKING:
     from fastlora.parameters.models import ModelSpec
@@ -88,7 +88,7 @@ def calls_of_model(spec: "ModelSpec", *, rank: int, dropout: float, dtype: str) 
     """The different calls of a model's LoRA layers, ``all-linear``, on one batch; no weights are held."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from fastlora.inject import apply_lora
+    from fastlora.inject.lora import apply_lora
     from fastlora.nn import LoRAModule
     from fastlora.parameters.models import build, sample_input
 

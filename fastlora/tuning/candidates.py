@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 
 from fastlora import reference
-from fastlora._backend import use_backend
+from fastlora._core.backend import use_backend
 from fastlora.ops._choices import gpu_of
 from fastlora.ops._keep_mask import keep_probability
 from fastlora.ops._lora_library import lora_linear_backward, lora_linear_forward
 from fastlora.tuning.calls import LayerCall
-from fastlora_kernels import paths, targets, tuned
-from fastlora_kernels import plan as plans
+from fastlora_kernels import targets
+from fastlora_kernels.choose import paths, tuned
+from fastlora_kernels.choose import plan as plans
+from fastlora_kernels.choose.paths import Pass
+from fastlora_kernels.choose.tuned import LARGE_KERNELS, Choice, Record
 from fastlora_kernels.layout import MASK_WORD_BITS
-from fastlora_kernels.paths import Pass
 from fastlora_kernels.predict.lora import Call
-from fastlora_kernels.tuned import LARGE_KERNELS, Choice, Record
 
 SCALING = 2.0
 

@@ -2,9 +2,9 @@
 
 import contextlib
 
-from fastlora import _tuned_file
-from fastlora_kernels import tuned
-from fastlora_kernels.tuned import Record
+from fastlora.ops import _tuned_file
+from fastlora_kernels.choose import tuned
+from fastlora_kernels.choose.tuned import Record
 
 
 def keep(record: Record, gpu: str) -> None:
@@ -12,7 +12,7 @@ def keep(record: Record, gpu: str) -> None:
 
     Args:
         record: What was measured.
-        gpu: As :func:`fastlora._tuned_file.gpu_key` names it.
+        gpu: As :func:`fastlora.ops._tuned_file.gpu_key` names it.
 
     Raises:
         OSError: The file can't be written.

@@ -20,9 +20,9 @@ from fastlora.tuning.candidates import (
     unpacked,
 )
 from fastlora.tuning.timing import Timer
-from fastlora_kernels.codegen_table import tile_text
-from fastlora_kernels.paths import Pass
-from fastlora_kernels.tuned import REFERENCE, Choice, Record
+from fastlora_kernels.choose.paths import Pass
+from fastlora_kernels.choose.tuned import REFERENCE, Choice, Record
+from fastlora_kernels.compile.table import tile_text
 
 # as in the tests: eager's own error in the same dtype, times this
 _FACTOR = 2.0

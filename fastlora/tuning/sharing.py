@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 
 from fastlora.ops._choices import gpu_of
-from fastlora_kernels import tuned
+from fastlora_kernels.choose import tuned
 
 
 def share() -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import fastlora
-from fastlora._words import visible
+from fastlora._core.words import visible
 from fastlora.cli import app
 from fastlora.domain.training.embedding import Cloud, draw_embedding
 from fastlora.domain.training.page import curves as domain_curves

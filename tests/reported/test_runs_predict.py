@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastlora._files import safe_cell
+from fastlora._core.files import safe_cell
 from fastlora.transfer.finetune import load_run
 from fastlora.transfer.finetune.predict import predict_files
 from tests.finetune_models import write_pictures

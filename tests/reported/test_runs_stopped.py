@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastlora._interruption import Interrupted
+from fastlora._core.interruption import Interrupted
 from fastlora.cli._progress import LiveReporter
 from fastlora.transfer.training.lock import LOCK, sole_use
 from tests.run_folders import PROBE, contents, invoke, make_run, refused

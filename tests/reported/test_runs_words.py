@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastlora._core.memory import check_fits
 from fastlora.cli._words import in_options
-from fastlora.transfer.memory import check_fits
 from tests.finetune_models import write_pictures
 from tests.run_folders import PROBE, RESNET, refused
 

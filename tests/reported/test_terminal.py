@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.testing import CliRunner
 
-from fastlora._words import shortened, visible
+from fastlora._core.words import shortened, visible
 from fastlora.cli import app
 from fastlora.cli._console import make_console
 from fastlora.cli._progress import LiveReporter

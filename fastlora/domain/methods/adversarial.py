@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlora._option_checks import check_count, check_flag
+from fastlora._core.option_checks import check_count, check_flag
 from fastlora.domain.methods.alignment import Alignment, Domains
 from fastlora.nn.gradient_reversal import GradientReversalLayer, ReversalSchedule
 

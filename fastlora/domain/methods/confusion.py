@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastlora._option_checks import check_positive
+from fastlora._core.option_checks import check_positive
 from fastlora.domain.methods.alignment import Alignment, Domains
 
 

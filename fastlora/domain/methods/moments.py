@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastlora._option_checks import check_positive
-from fastlora.domain.kernels import BANDWIDTHS, gaussian_kernels, mmd_of, squared_distances
+from fastlora._core.option_checks import check_positive
+from fastlora.domain.gaussian import BANDWIDTHS, gaussian_kernels, mmd_of, squared_distances
 from fastlora.domain.methods.alignment import Alignment, Domains
 
 

@@ -11,7 +11,7 @@ from fastlora.domain.registry import Method, domain_head
 from fastlora.domain.training.paired import PairedModel
 from fastlora.domain.training.settings import DomainSettings
 from fastlora.nn.gradient_reversal import ReversalSchedule
-from fastlora.transfer.heads import BottleneckHead
+from fastlora.transfer.models.heads import BottleneckHead
 
 _MOMENTUM = 0.05
 

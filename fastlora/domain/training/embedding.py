@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from fastlora.transfer._extras import require
+from fastlora._core.extras import require
 from fastlora.transfer.plots import drawn
 
 _DRAWN = 400

@@ -10,6 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from fastlora._core.memory import check_fits
 from fastlora.domain.assessment import Readings
 from fastlora.domain.pictures import open_target
 from fastlora.domain.registry import Method, find_method
@@ -38,8 +39,7 @@ from fastlora.transfer.finetune.saved import save_run
 from fastlora.transfer.finetune.settings import FinetuneSettings, as_config
 from fastlora.transfer.finetune.view import frozen_features
 from fastlora.transfer.fit import make_accelerator
-from fastlora.transfer.heads import BottleneckHead
-from fastlora.transfer.memory import check_fits
+from fastlora.transfer.models.heads import BottleneckHead
 from fastlora.transfer.plots import png
 from fastlora.transfer.report import check_output_folder, environment, reporting, write_file, write_report
 from fastlora.transfer.study import Reporter

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from fastlora._option_checks import check_count, check_flag, check_positive
+from fastlora._core.option_checks import check_count, check_flag, check_positive
 from fastlora.domain.names import Weighting
 
 Select = Literal[

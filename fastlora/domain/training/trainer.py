@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlora._core.extras import require
 from fastlora.domain.assessment import Readings, oracle, target_scores
 from fastlora.domain.divergence import LEAST, proxy_a_distance
 from fastlora.domain.methods import Domains
@@ -15,12 +16,11 @@ from fastlora.domain.norms import use_domain
 from fastlora.domain.training.paired import FeaturesAndLogits, PairedModel, PairedPart, paired
 from fastlora.domain.training.records import DomainRecord
 from fastlora.domain.training.settings import Select
-from fastlora.transfer._extras import require
-from fastlora.transfer.batching import leaves_one
 from fastlora.transfer.data import LabelledImages
 from fastlora.transfer.study import Reporter
 from fastlora.transfer.training import EpochRecord, Trainer, TrainSettings
 from fastlora.transfer.training.batches import BatchPlan, Part
+from fastlora.transfer.training.batching import leaves_one
 from fastlora.transfer.training.fingerprint import hashed
 from fastlora.transfer.training.prediction import predict
 from fastlora.transfer.training.randomness import derived_seed, seeded

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.transforms import InterpolationMode, v2
 
-from fastlora.transfer._extras import require
-from fastlora.transfer.names import DINOV2, EFFICIENTNET_LITE0, TIMM_PREFIX
+from fastlora._core.extras import require
+from fastlora.transfer.models.names import DINOV2, EFFICIENTNET_LITE0, TIMM_PREFIX
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _LITE_MEAN, _LITE_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from fastlora._lazy import shown_lazily
+from fastlora._core.lazy import shown_lazily
 
 if TYPE_CHECKING:
     from fastlora.transfer.finetune.export import Agreement, export_run

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fastlora._files import read_json
+from fastlora._core.files import read_json
 from fastlora.transfer.finetune.settings import LARGEST, OPTIONS
 from fastlora.transfer.places import MODEL, check_run
 from fastlora.transfer.strategies import STRATEGIES

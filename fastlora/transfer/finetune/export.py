@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from fastlora._backend import use_backend
-from fastlora._files import check_file_place
-from fastlora._modules import unwrap
-from fastlora.inject import merge_adapters, remove_adapters
+from fastlora._core.backend import use_backend
+from fastlora._core.extras import require
+from fastlora._core.files import check_file_place
+from fastlora.anatomy.names import unwrap
+from fastlora.inject.lora import merge_adapters, remove_adapters
 from fastlora.nn.adapted import AdaptedModule
-from fastlora.nn.base import LoRAModule
-from fastlora.nn.prompts import PromptModule
-from fastlora.transfer._extras import require
+from fastlora.nn.lora.base import LoRAModule
+from fastlora.nn.prompts.modules import PromptModule
 from fastlora.transfer.finetune.card import CARD, as_texts, card_of
 from fastlora.transfer.finetune.saved import SavedRun, load_run
 from fastlora.transfer.report import write_file

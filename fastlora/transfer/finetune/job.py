@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora._blocks import find_blocks
-from fastlora._stages import head as find_head
-from fastlora._stages import stages
+from fastlora.anatomy.blocks import find_blocks
+from fastlora.anatomy.stages import head as find_head
+from fastlora.anatomy.stages import stages
 from fastlora.parameters import ParameterReport, parameter_report
-from fastlora.transfer.create import check_model, create_transfer_model
 from fastlora.transfer.data import (
     LabelledImages,
     open_images,
@@ -24,7 +23,8 @@ from fastlora.transfer.data import (
 )
 from fastlora.transfer.finetune.saved import check_takes
 from fastlora.transfer.finetune.settings import FinetuneSettings
-from fastlora.transfer.heads import deepen_head
+from fastlora.transfer.models.create import check_model, create_transfer_model
+from fastlora.transfer.models.heads import deepen_head
 from fastlora.transfer.recommend import Recommendation, recommend_strategy
 from fastlora.transfer.strategies import Strategy, find_strategy
 from fastlora.transfer.study import Reporter

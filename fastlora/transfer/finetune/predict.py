@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastlora._interruption import leave_signals_to_parent
+from fastlora._core.interruption import leave_signals_to_parent
 from fastlora.transfer.data import Files, LabelledImages, find_pictures
 from fastlora.transfer.finetune.saved import SavedRun
 from fastlora.transfer.fit import best_device

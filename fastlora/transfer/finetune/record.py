@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastlora._files import read_json
+from fastlora._core.files import read_json
 from fastlora.transfer.finetune.description import ADAPTER, read_description
 from fastlora.transfer.finetune.job import Job
 from fastlora.transfer.training import TrainResult

@@ -7,6 +7,7 @@ from typing import Any
 
 import tomli_w
 
+from fastlora._core.memory import check_fits
 from fastlora.transfer.finetune.cached import HeadOnly
 from fastlora.transfer.finetune.evaluation import evaluate
 from fastlora.transfer.finetune.job import Job, prepare
@@ -22,7 +23,6 @@ from fastlora.transfer.finetune.saved import save_run
 from fastlora.transfer.finetune.settings import FinetuneSettings, as_config
 from fastlora.transfer.finetune.view import View, view_of
 from fastlora.transfer.fit import make_accelerator
-from fastlora.transfer.memory import check_fits
 from fastlora.transfer.report import check_output_folder, environment, reporting, write_file, write_report
 from fastlora.transfer.study import Reporter
 from fastlora.transfer.training import Trainer, TrainSettings

@@ -11,10 +11,9 @@ from safetensors.torch import load_file, save
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastlora._sound import check_sound
-from fastlora._stages import head as find_head
-from fastlora.state import load_into_active, save_adapter
-from fastlora.transfer.create import create_transfer_model
+from fastlora.anatomy.stages import head as find_head
+from fastlora.state.save_load import load_into_active, save_adapter
+from fastlora.state.sound import check_sound
 from fastlora.transfer.data import pretrained_transforms
 from fastlora.transfer.data.transforms import Transform
 from fastlora.transfer.finetune.description import (
@@ -25,8 +24,9 @@ from fastlora.transfer.finetune.description import (
     read_description,
 )
 from fastlora.transfer.finetune.settings import FinetuneSettings
-from fastlora.transfer.heads import deepen_head
-from fastlora.transfer.names import DINOV2, EFFICIENTNET_LITE0
+from fastlora.transfer.models.create import create_transfer_model
+from fastlora.transfer.models.heads import deepen_head
+from fastlora.transfer.models.names import DINOV2, EFFICIENTNET_LITE0
 from fastlora.transfer.places import MODEL as MODEL
 from fastlora.transfer.report import write_file, write_report
 from fastlora.transfer.strategies import Strategy, find_strategy

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from fastlora.transfer.names import DINOV2
+from fastlora.transfer.models.names import DINOV2
 from fastlora.transfer.training.settings import TrainSettings
 
 # far above what any model has, far below what breaks a machine before it is refused

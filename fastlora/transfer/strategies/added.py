@@ -5,9 +5,9 @@ from collections.abc import Collection
 
 from torch import nn
 
-from fastlora.adapters import apply_adapters
-from fastlora.inject import apply_lora, cannot_carry
-from fastlora.prompting import apply_prompts
+from fastlora.inject.adapters import apply_adapters
+from fastlora.inject.lora import apply_lora, cannot_carry
+from fastlora.inject.prompts import apply_prompts
 
 _CARRIERS = (nn.Conv2d, nn.Linear, nn.MultiheadAttention)
 

@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from fastlora._stages import stages
-from fastlora.transfer.freezing import freeze_stages
+from fastlora.anatomy.stages import stages
+from fastlora.transfer.models.freezing import freeze_stages
 from fastlora.transfer.unfreezing import GradualUnfreezing
 
 

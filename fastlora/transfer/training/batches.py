@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastlora._interruption import leave_signals_to_parent
-from fastlora.transfer.batching import count_batches, cut
+from fastlora._core.interruption import leave_signals_to_parent
 from fastlora.transfer.data import LabelledImages
+from fastlora.transfer.training.batching import count_batches, cut
 from fastlora.transfer.training.randomness import derived_seed, seeded
 from fastlora.transfer.training.settings import TrainSettings
 
@@ -109,7 +109,7 @@ class BatchPlan:
 
     def _share(self, batch: Sequence[int]) -> list[tuple[list[int], list[int]]]:
         pieces = self.accumulation * self.processes
-        # not one example in a part where a whole batch gives it more: see fastlora.transfer.batching
+        # not one example in a part where a whole batch gives it more: see fastlora.transfer.training.batching
         size = max(-(-len(batch) // pieces), min(2, -(-self.batch_size // pieces)))
         size += size % 2 if self.in_pairs else 0
         filled = [*batch, *[batch[-1]] * (pieces * size - len(batch))]

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from fastlora._files import read_json, room_wanted
-from fastlora._interruption import Interrupted
+from fastlora._core.files import read_json, room_wanted
+from fastlora._core.interruption import Interrupted
 
 _LOG = logging.getLogger("fastlora")
 CHECKPOINTS = "checkpoints"

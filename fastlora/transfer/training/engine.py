@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from fastlora._stages import Stage, stages
+from fastlora.anatomy.stages import Stage, stages
 from fastlora.transfer.optim import parameter_groups
 from fastlora.transfer.training.checks import several_examples
 from fastlora.transfer.training.schedule import make_schedule

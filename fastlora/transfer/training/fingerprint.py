@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from fastlora.transfer.batching import leaves_one
 from fastlora.transfer.data import LabelledImages
+from fastlora.transfer.training.batching import leaves_one
 from fastlora.transfer.training.settings import NOT_COMPARED, TrainSettings
 from fastlora.transfer.training.whole import digest
 

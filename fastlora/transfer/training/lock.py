@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastlora._backend import launched_rank
+from fastlora._core.backend import launched_rank
 
 LOCK = ".lock"
 _held: set[int] = set()

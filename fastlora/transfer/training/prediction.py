@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fastlora._interruption import leave_signals_to_parent
+from fastlora._core.interruption import leave_signals_to_parent
 from fastlora.transfer.data import LabelledImages
 from fastlora.transfer.training.engine import logits_of
 

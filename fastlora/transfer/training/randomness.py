@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastlora.transfer._extras import require
+from fastlora._core.extras import require
 
 _SEEDS = 2**63
 

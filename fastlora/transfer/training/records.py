@@ -60,7 +60,7 @@ class TrainResult:
         steps: Optimiser steps done.
         stopped_early: Whether ``patience`` ended it.
         seconds: Spent on optimiser steps, without validation, over all resumptions.
-        peak_memory_bytes: See :class:`fastlora.transfer.memory.PeakMemory`; of this process alone.
+        peak_memory_bytes: See :class:`fastlora._core.memory.PeakMemory`; of this process alone.
         resumed_at: The step that this process began at; None for a run from the start.
     """
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from fastlora.transfer.batching import count_batches
+from fastlora.transfer.training.batching import count_batches
 
 Schedule = Literal["cosine", "linear", "one_cycle", "constant"]
 Monitor = Literal["accuracy", "balanced_accuracy", "loss"]

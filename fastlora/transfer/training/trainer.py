@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora._interruption import Stop
-from fastlora._stages import head as find_head
+from fastlora._core.interruption import Stop
+from fastlora._core.memory import PeakMemory
+from fastlora.anatomy.stages import head as find_head
 from fastlora.transfer.data import LabelledImages
 from fastlora.transfer.fit import make_accelerator
-from fastlora.transfer.freezing import keep_frozen_in_eval
-from fastlora.transfer.memory import PeakMemory
+from fastlora.transfer.models.freezing import keep_frozen_in_eval
 from fastlora.transfer.report import check_output_folder
 from fastlora.transfer.study import Reporter
 from fastlora.transfer.training import checks

@@ -4,9 +4,9 @@ from typing import Literal
 
 import torch
 
-from fastlora_kernels import plan_adapter as plans
-from fastlora_kernels.plan import cdiv
-from fastlora_kernels.plan_adapter import AdapterKernel
+from fastlora_kernels.choose import plan_adapter as plans
+from fastlora_kernels.choose.plan import cdiv
+from fastlora_kernels.choose.plan_adapter import AdapterKernel
 from fastlora_kernels.predict.launches import LIBRARY_THIN, Launch, stream
 from fastlora_kernels.targets import Target
 

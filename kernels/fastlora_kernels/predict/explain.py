@@ -5,9 +5,9 @@ from typing import Literal, get_args
 
 import torch
 
-from fastlora_kernels import paths, plan
-from fastlora_kernels.paths import Candidate, Pass
-from fastlora_kernels.plan import Kernel, Shape, Tile
+from fastlora_kernels.choose import paths, plan
+from fastlora_kernels.choose.paths import Candidate, Pass
+from fastlora_kernels.choose.plan import Kernel, Shape, Tile
 from fastlora_kernels.predict import adapter, peers
 from fastlora_kernels.predict.launches import Launch, total_us
 from fastlora_kernels.predict.lora import Call

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fastlora_kernels import plan as plans
+from fastlora_kernels.choose import plan as plans
+from fastlora_kernels.choose.plan import Kernel, Path, Plan, Shape
 from fastlora_kernels.layout import MASK_WORD_BITS, TILES_PER_GROUP
-from fastlora_kernels.plan import Kernel, Path, Plan, Shape
 from fastlora_kernels.predict.launches import (
     LIBRARY_THIN,
     Launch,

@@ -1,0 +1,307 @@
+"""Put LoRA layers into a model by name, fold them in, and take them out again."""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from fastlora.anatomy.all_linear import tell_frozen_head
+from fastlora.anatomy.names import (
+    adapted_modules,
+    lora_layers,
+    named_modules,
+    replace_modules,
+    require_lora_layers,
+    unwrap,
+)
+from fastlora.anatomy.targets import ALL_LINEAR, select_targets
+from fastlora.inject.prompt_places import follow_blocks
+from fastlora.inject.trained import forget_tuners, logger, train_only_tuners
+from fastlora.nn import (
+    AdaptedModule,
+    LoRAConv2d,
+    LoRAEmbedding,
+    LoRALinear,
+    LoRAModule,
+    LoRAMultiheadAttention,
+)
+from fastlora.nn.lora.attention import check_attention
+from fastlora.nn.lora.parts import misfit
+from fastlora.nn.settings import LoRASettings, check_conv, check_embedding, check_linear
+from fastlora.state.pretrained import moved_apart
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# what can carry LoRA: how the LoRA layer is made of it, and what checks that it can
+_KINDS: dict[type[nn.Module], tuple[Callable[..., nn.Module], Callable[[object], None]]] = {
+    nn.Linear: (LoRALinear.from_linear, check_linear),
+    nn.MultiheadAttention: (LoRAMultiheadAttention.from_attention, check_attention),
+    nn.Conv2d: (LoRAConv2d.from_conv, check_conv),
+    nn.Embedding: (LoRAEmbedding.from_embedding, check_embedding),
+}
+
+
+def apply_lora(
+    model: Model,
+    *,
+    target_modules: str | Collection[str] = ALL_LINEAR,
+    rank: int = 16,
+    alpha: float = 32.0,
+    dropout: float = 0.0,
+    exclude_modules: str | Collection[str] | None = None,
+    modules_to_save: Collection[str] | None = None,
+    rslora: bool = False,
+    dora: bool = False,
+    adapter_dtype: torch.dtype | None = None,
+) -> Model:
+    """Replace layers of a model by LoRA layers (https://arxiv.org/abs/2106.09685) and freeze the rest.
+
+    Changes the model in place; its output stays what it was until training moves B away from zero. Weights
+    are shared with the layers replaced, not copied. Hooks on replaced layers are not carried over. What
+    changed is logged at INFO on the logger ``fastlora`` and told by :func:`fastlora.adapter_summary`. From
+    then on ``save_pretrained`` of a Hugging Face model writes every update into its weight, for
+    ``from_pretrained``, with A and B beside it, for a training that goes on.
+
+    Args:
+        model: Any model with ``nn.Linear``, ``nn.MultiheadAttention``, ``nn.Conv2d`` or ``nn.Embedding``.
+        target_modules: As in PEFT: a list of names, each the whole name of a module or the end of it
+            (``"query"`` means every ``….query``); or a regular expression for whole names; or
+            ``"all-linear"`` for every ``nn.Linear`` and ``nn.MultiheadAttention`` except what
+            ``model.get_output_embeddings()`` returns and the head of a classifier of Hugging Face or timm.
+            That head is trained whole, as PEFT does it for a classification task; ``exclude_modules`` leaves
+            it frozen. Other models' heads are linear layers like all. What else ``"all-linear"`` does not
+            reach (convolutions, the experts of a mixture kept in one tensor) is logged as a warning. An
+            attention includes its ``out_proj``; convolutions and embeddings are adapted where they are named,
+            never by ``"all-linear"``. Layers whose weights the model reads without calling them
+            (torchvision's Swin, see the warning logged) can't carry LoRA: ``"all-linear"`` leaves them out.
+        rank: Inner size of every update.
+        alpha: Strength of every update.
+        dropout: Probability in [0, 1] of zeroing an element of an update's input while training; an
+            embedding's update has none.
+        exclude_modules: Names or a regular expression to leave out of the targets.
+        modules_to_save: Names of modules to train whole, a new classification head, say; never adapted.
+            Bottleneck adapters in the model, and what was named when they were put in, go on training.
+        rslora: Scale by alpha/√rank instead of alpha/rank.
+        dora: Keep a trained norm for every output feature (DoRA, https://arxiv.org/abs/2402.09353); not for
+            ``nn.MultiheadAttention`` and convolutions with groups.
+        adapter_dtype: Dtype of A and B; None means float32 for 16-bit weights, else the weights' dtype.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: A module that matches but can't carry LoRA, a convolution whose groups do not divide
+            ``rank`` included (all are listed), or a wrong argument type.
+        ValueError: A name that matches nothing (near matches are listed), a layer that the model never
+            calls, a setting out of range, a model already adapted, or a model that itself is the layer. The
+            model is unchanged after any error.
+
+    Example:
+        >>> from torchvision.models import VisionTransformer
+        >>> model = VisionTransformer(8, 4, 1, 2, 8, 16, num_classes=3)
+        >>> model = apply_lora(model, target_modules=["self_attention", "mlp.0"], modules_to_save=["head"])
+        >>> sum(p.requires_grad for p in model.parameters())
+        8
+    """
+    settings = LoRASettings(rank, alpha, dropout, rslora, adapter_dtype, dora)
+    root = unwrap(model)
+    check_unadapted(root)
+    chosen, whole = select_targets(root, target_modules, exclude_modules, modules_to_save)
+    check_carriers(chosen, settings)
+    inject(root, {module: settings for module in chosen.values()}, whole)
+    if exclude_modules is None:
+        tell_frozen_head(root)
+    return model
+
+
+def merge_adapters(model: Model) -> Model:
+    """Fold every update into its weight, reversibly: inference then costs what it did without LoRA.
+
+    While merged, ``state_dict()`` is the plain model's, which the plain model loads; an adapted one starts
+    its updates afresh when it loads it. Tied weights that an update moves apart are logged as a warning.
+
+    Args:
+        model: An adapted model, changed in place.
+
+    Returns:
+        The same model. Call :func:`unmerge_adapters` before training on.
+
+    Raises:
+        ValueError: The model has no LoRA layers, or some that can't be folded in (convolutions with groups);
+            nothing is changed then. Bottleneck adapters can't be folded into anything, and stay.
+
+    Example:
+        >>> model = merge_adapters(apply_lora(nn.Sequential(nn.Linear(4, 2)), rank=1))
+        >>> model[0].merged
+        True
+    """
+    layers = require_lora_layers(model)
+    for name, layer in layers.items():
+        try:
+            layer.check_mergeable()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    for layer in layers.values():
+        layer.merge()
+    _warn_of_untied(model)
+    return model
+
+
+def unmerge_adapters(model: Model) -> Model:
+    """Put every original weight back, bit for bit.
+
+    Args:
+        model: An adapted model, changed in place.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: The model has no LoRA layers.
+
+    Example:
+        >>> model = merge_adapters(apply_lora(nn.Sequential(nn.Linear(4, 2)), rank=1))
+        >>> unmerge_adapters(model)[0].merged
+        False
+    """
+    for layer in require_lora_layers(model).values():
+        layer.unmerge()
+    return model
+
+
+def remove_adapters(model: Model) -> Model:
+    """Take every LoRA layer and bottleneck adapter out.
+
+    A LoRA layer is replaced by a plain one that shares its weight as it is now: after :func:`merge_adapters`
+    this is PEFT's ``merge_and_unload``, otherwise its ``unload``. A module with a bottleneck adapter stands
+    where it stood before, the same object. Parameters stay frozen; hooks on replaced layers are not carried
+    over.
+
+    Args:
+        model: An adapted model, changed in place.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: The model has neither, or is itself one.
+
+    Example:
+        >>> model = apply_lora(nn.Sequential(nn.Linear(4, 2)), rank=1)
+        >>> remove_adapters(model)
+        Sequential(
+          (0): Linear(in_features=4, out_features=2, bias=True)
+        )
+    """
+    root = unwrap(model)
+    layers, places = lora_layers(root), adapted_modules(root)
+    if not layers and not places:
+        require_lora_layers(root)
+    if isinstance(root, LoRAModule | AdaptedModule):
+        original = "original_module" if isinstance(root, AdaptedModule) else "to_base()"
+        raise ValueError(
+            f"expected a model around its layers, got a bare {type(root).__name__}; use its .{original}"
+        )
+    config: Any = getattr(root, "config", None)
+    if getattr(config, "tie_word_embeddings", False) and _merged_apart(root):
+        # or from_pretrained would tie what no longer is
+        config.tie_word_embeddings = False
+    replace_modules(root, {layer: layer.to_base() for layer in layers.values()})
+    originals: dict[nn.Module, nn.Module] = {place: place.original_module for place in places.values()}
+    replace_modules(root, originals)
+    follow_blocks(root, originals)
+    forget_tuners(root)
+    return model
+
+
+def _merged_apart(model: nn.Module) -> dict[str, list[str]]:
+    return {name: others for name, others in moved_apart(model).items() if lora_layers(model)[name].merged}
+
+
+def _warn_of_untied(model: nn.Module) -> None:
+    apart = _merged_apart(unwrap(model))
+    if apart:
+        name, others = next(iter(apart.items()))
+        logger.warning(
+            "%s shares its frozen weight with %s, which has not its update: merged they differ, and a model "
+            "that ties them can't load both (save_pretrained writes tie_word_embeddings=False)",
+            name,
+            ", ".join(others),
+        )
+
+
+def check_unadapted(model: nn.Module) -> None:
+    """Refuse a model that carries LoRA already, or is itself the layer to replace.
+
+    Raises:
+        ValueError: Either of these.
+    """
+    adapted = [
+        name or "the model itself"
+        for name, module in named_modules(model).items()
+        if isinstance(module, LoRAModule) or hasattr(module, "lora_A")
+    ]
+    if adapted:
+        raise ValueError(
+            f"expected a model without LoRA, got one adapted at {len(adapted)} places, {adapted[0]!r} first; "
+            "take it out with fastlora.remove_adapters first (PEFT: unload or merge_and_unload)"
+        )
+    for kind, (maker, _) in _KINDS.items():
+        if isinstance(model, kind):
+            raise ValueError(
+                f"expected a model around its layers, got a bare {type(model).__name__}; "
+                f"use fastlora.{maker.__qualname__}(layer)"
+            )
+
+
+def check_carriers(chosen: Mapping[str, nn.Module], settings: LoRASettings) -> None:
+    """Refuse modules that can't carry LoRA of this rank and kind, all in one error.
+
+    Raises:
+        TypeError: At least one can't.
+    """
+    found = {
+        name: cannot_carry(module) or misfit(module, settings.rank, dora=settings.dora)
+        for name, module in chosen.items()
+    }
+    problems = [f"  {name}: {problem}" for name, problem in found.items() if problem]
+    if problems:
+        shown = problems[:5] + ([f"  … and {len(problems) - 5} more"] if len(problems) > 5 else [])
+        raise TypeError(
+            f"expected only modules that can carry LoRA, got {len(problems)} that cannot; leave them out "
+            "with exclude_modules or name the others:\n" + "\n".join(shown)
+        )
+
+
+def cannot_carry(module: nn.Module) -> str | None:
+    """Why this module can't be replaced by a LoRA layer, or None if it can."""
+    check = next((check for kind, (_, check) in _KINDS.items() if isinstance(module, kind)), check_linear)
+    try:
+        check(module)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def inject(model: nn.Module, plan: Mapping[nn.Module, LoRASettings], whole: Collection[nn.Module]) -> None:
+    """Replace the plan's modules, freeze the rest, let the ``whole`` ones train. All is checked before."""
+    add_lora(model, plan)
+    train_only_tuners(model, whole)
+
+
+def add_lora(model: nn.Module, plan: Mapping[nn.Module, LoRASettings]) -> None:
+    """Replace the plan's modules by LoRA layers; ``train_only_tuners`` decides what trains."""
+    replace_modules(model, {module: _adapted(module, settings) for module, settings in plan.items()})
+
+
+def _adapted(module: nn.Module, settings: LoRASettings) -> nn.Module:
+    options = dict(vars(settings))
+    if isinstance(module, nn.Embedding):
+        # embeddings have no dropout, here as in PEFT
+        del options["dropout"]
+    if isinstance(module, nn.MultiheadAttention):
+        # which was refused before if it was asked for
+        del options["dora"]
+    maker = next(maker for kind, (maker, _) in _KINDS.items() if isinstance(module, kind))
+    return maker(module, **options)

@@ -1,0 +1,180 @@
+"""Add, choose and drop the named adapters of a model's LoRA layers."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from fastlora._core.suggestions import did_you_mean
+from fastlora.anatomy.names import require_lora_layers, unwrap
+from fastlora.inject.lora import Model
+from fastlora.inject.trained import logger
+from fastlora.nn import LoRAModule
+from fastlora.nn.lora import shelf
+from fastlora.nn.lora.parts import check_fit
+from fastlora.nn.settings import LoRASettings, check_parameter
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of a model's adapters, the active one first; the first that a model gets is called "default".
+
+    Raises:
+        ValueError: The model has no LoRA layers.
+
+    Example:
+        >>> from fastlora import apply_lora
+        >>> adapter_names(add_adapter(apply_lora(nn.Sequential(nn.Linear(4, 2))), "german", rank=4))
+        ['default', 'german']
+    """
+    return list(dict.fromkeys(name for layer in all_layers(model) for name in shelf.names(layer)))
+
+
+def add_adapter(
+    model: Model,
+    adapter_name: str,
+    *,
+    rank: int | None = None,
+    alpha: float | None = None,
+    dropout: float | None = None,
+    rslora: bool | None = None,
+    dora: bool | None = None,
+) -> Model:
+    """Put a fresh adapter beside those that every LoRA layer has; :func:`set_adapter` makes it active.
+
+    The model is changed in place and computes what it did. Adapters that are not active are frozen and cost
+    no time; they are part of the state dict. To be called before DDP or FSDP take the model.
+
+    Args:
+        model: A model with LoRA layers.
+        adapter_name: Without a dot.
+        rank: Of the new adapter; None, here and below, means as in the active one.
+        alpha: Strength of every update.
+        dropout: On the updates' input while training.
+        rslora: Scale by alpha/√rank.
+        dora: Keep a trained norm for every output feature.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: A wrong argument type.
+        ValueError: The model has no LoRA layers, has an adapter of this name, or can't carry such a one.
+    """
+    given = {"rank": rank, "alpha": alpha, "dropout": dropout, "rslora": rslora, "dora": dora}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+
+    def settings(layer: LoRAModule) -> LoRASettings:
+        active = shelf.settings_of(layer, shelf.active_name(layer))
+        own = {k: v for k, v in changes.items() if k != "dropout" or not layer._is_embedding}
+        return replace(active, **own)
+
+    put_in(model, adapter_name, settings)
+    return model
+
+
+def set_adapter(model: Model, adapter_name: str) -> Model:
+    """Let a model compute with this adapter; it trains if the one before did, and the others are frozen.
+
+    Merged layers are unmerged first. An optimiser for the new one has to be made after this.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: The model has no LoRA layers, or no adapter of this name (near ones are suggested).
+    """
+    layers = all_layers(model)
+    check_known(model, adapter_name)
+    _check_unsharded(layers)
+    for layer in layers:
+        shelf.activate(layer, adapter_name)
+    return model
+
+
+def delete_adapter(model: Model, adapter_name: str) -> Model:
+    """Drop an adapter that is not the active one.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: The model has no such adapter, or computes with it.
+    """
+    layers = all_layers(model)
+    check_known(model, adapter_name)
+    if adapter_name == shelf.active_name(layers[0]):
+        raise ValueError(
+            f"expected an adapter that is not active, got {adapter_name!r}; choose another one with "
+            "fastlora.set_adapter first, or take all of them out with fastlora.remove_adapters"
+        )
+    for layer in layers:
+        shelf.remove(layer, adapter_name)
+    return model
+
+
+def put_in(model: nn.Module, name: str, settings: Callable[[LoRAModule], LoRASettings]) -> None:
+    """Put a fresh adapter beside the others of every layer, once all is checked."""
+    layers = all_layers(model)
+    _check_new(model, name)
+    _check_unsharded(layers)
+    wanted = [(layer, settings(layer)) for layer in layers]
+    for layer, asked in wanted:
+        owner = layer._weight_owner()
+        check_fit(owner, asked.rank, dora=asked.dora)
+    for layer, asked in wanted:
+        shelf.add(layer, name, asked)
+    logger.info("%s: adapters %s", type(unwrap(model)).__name__, ", ".join(adapter_names(model)))
+
+
+def all_layers(model: nn.Module) -> list[LoRAModule]:
+    """Every LoRA layer, an attention's ``out_proj`` before the attention.
+
+    Raises:
+        ValueError: There is none.
+    """
+    require_lora_layers(model)
+    return [module for module in reversed(list(model.modules())) if isinstance(module, LoRAModule)]
+
+
+def check_known(model: nn.Module, name: str) -> None:
+    """Refuse a name that no adapter of the model has.
+
+    Raises:
+        ValueError: It has none.
+    """
+    known = adapter_names(model)
+    if name not in known:
+        raise ValueError(
+            f"expected an adapter out of {', '.join(map(repr, known))}, got {name!r}; "
+            f"{did_you_mean(name, known)}fastlora.add_adapter makes a new one"
+        )
+
+
+def check_name(name: object) -> None:
+    """Refuse what can't be an adapter's name.
+
+    Raises:
+        TypeError: No text.
+        ValueError: Empty, with a dot, or the name of a method of modules.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"expected adapter_name to be text, got {name!r}")
+    # nn.Module keeps a child's name as an attribute
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"expected adapter_name without a dot and no method's name, got {name!r}")
+
+
+def _check_new(model: nn.Module, name: str) -> None:
+    check_name(name)
+    if name in adapter_names(model):
+        raise ValueError(
+            f"expected the name of a new adapter, got {name!r}, which the model has; choose another, or drop "
+            "that one with fastlora.delete_adapter"
+        )
+
+
+def _check_unsharded(layers: list[LoRAModule]) -> None:
+    for layer in layers:
+        for part in layer.adapter_params():
+            check_parameter(f"{type(layer).__name__}.{part}", layer.get_parameter(part))

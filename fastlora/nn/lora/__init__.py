@@ -1,0 +1,1 @@
+"""LoRA layers, one file per kind of layer, and what they share."""

@@ -1,0 +1,150 @@
+"""LoRA for ``nn.Linear``: a drop-in layer, and a wrapper around a layer that stays as it is."""
+
+from typing import Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastlora._core.option_checks import check_flag
+from fastlora.nn.lora.base import LoRAModule
+from fastlora.nn.lora.start import factors
+from fastlora.nn.settings import LoRASettings, check_linear
+
+Linear = TypeVar("Linear", bound=nn.Linear)
+
+
+class LoRALinear(LoRAModule, nn.Linear):
+    """``nn.Linear`` with a frozen weight and a trainable low-rank update (https://arxiv.org/abs/2106.09685).
+
+    y = x·Wᵀ + bias + scaling · dropout(x)·Aᵀ·Bᵀ, with scaling = alpha/rank. B starts at zero, so the first
+    output equals the frozen layer's: bit for bit with library products (on a CPU), to rounding with the
+    kernels, whose sums run in another order. A plain ``nn.Linear`` state dict loads as it is.
+
+    Args:
+        in_features: Size of the last dimension of x ``[..., in_features]``.
+        out_features: Size of the last dimension of y.
+        bias: Whether there is a (frozen) bias.
+        rank: Inner size of the update, at least 1.
+        alpha: Strength of the update.
+        dropout: Probability in [0, 1] of zeroing an element of the update's input while training.
+        rslora: Scale by alpha/√rank instead (https://arxiv.org/abs/2312.03732).
+        dora: Keep a trained norm for every output feature (https://arxiv.org/abs/2402.09353).
+        device: Device of every parameter.
+        dtype: Dtype of weight and bias.
+        adapter_dtype: Dtype of A and B; None means float32 for a 16-bit weight, else the weight's dtype.
+
+    Raises:
+        TypeError: ``rank`` is no integer, ``alpha`` or ``dropout`` no number, a dtype not floating.
+        ValueError: ``rank`` < 1, ``dropout`` outside [0, 1], ``alpha`` not finite.
+
+    Example:
+        >>> layer = LoRALinear(8, 4, rank=2)
+        >>> [name for name, p in layer.named_parameters() if p.requires_grad]
+        ['lora_A', 'lora_B']
+        >>> x = torch.randn(3, 8)
+        >>> torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+        True
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        rank: int = 16,
+        alpha: float = 32.0,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        dora: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        """See the class."""
+        settings = LoRASettings(rank, alpha, dropout, rslora, adapter_dtype, dora)
+        check_flag("bias", bias)
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self._add_lora(settings)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        rank: int = 16,
+        alpha: float = 32.0,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        dora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """A LoRA layer around the weight and bias of ``linear``, which are shared and frozen, not copied.
+
+        Hooks are not carried over. A layer that ``nn.TransformerEncoderLayer`` reads through its fused
+        inference path must be put in by :func:`fastlora.apply_lora`, which switches that path off.
+
+        Args:
+            linear: The layer to adapt, with weight ``[out, in]``; device and train/eval mode are kept.
+            rank: As in the class, like the rest.
+            alpha: Strength of the update.
+            dropout: On the update's input.
+            rslora: Scale by alpha/√rank.
+            dora: Keep a trained norm for every output feature.
+            adapter_dtype: Dtype of A and B.
+
+        Raises:
+            TypeError: Not a plain ``nn.Linear`` with a floating Parameter as weight.
+            ValueError: The weight is on the meta device, or a setting is out of range.
+
+        Example:
+            >>> linear = nn.Linear(8, 4)
+            >>> LoRALinear.from_linear(linear, rank=2).weight is linear.weight
+            True
+        """
+        settings = LoRASettings(rank, alpha, dropout, rslora, adapter_dtype, dora)
+        check_linear(linear)
+        layer = cls.__new__(cls)
+        with_bias = linear.bias is not None
+        nn.Linear.__init__(layer, linear.in_features, linear.out_features, with_bias, device="meta")
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer._add_lora(settings)
+        return layer.train(linear.training)
+
+    @property
+    def dropout(self) -> float:
+        """Probability of zeroing an element of the update's input (:attr:`lora_dropout`)."""
+        return self.lora_dropout
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``."""
+        return self._project(input, self.weight, self.bias, *factors(self))
+
+    def reset_parameters(self) -> None:
+        """Draw the weight and bias as ``nn.Linear`` does, and start a fresh update."""
+        self.unmerge()
+        super().reset_parameters()
+        if "lora_A" in self._parameters:
+            self.reset_lora_parameters()
+
+    def to_base(self) -> nn.Linear:
+        """A plain ``nn.Linear`` sharing this layer's weight (folded in if merged) and bias."""
+        return share_linear(nn.Linear, self)
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows between the brackets."""
+        return f"{super().extra_repr()}, {describe(self)}"
+
+
+def describe(layer: LoRAModule) -> str:
+    """The LoRA part of a layer's ``extra_repr``."""
+    text = f"rank={layer.rank}, alpha={layer.alpha:g}, lora_dropout={layer.lora_dropout:g}"
+    flags = [name for name in ("rslora", "dora", "merged") if getattr(layer, name)]
+    return text + "".join(f", {name}=True" for name in flags)
+
+
+def share_linear(kind: type[Linear], linear: nn.Linear) -> Linear:
+    """A plain layer of this kind that shares weight and bias of ``linear``."""
+    plain = kind(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+    plain.weight, plain.bias = linear.weight, linear.bias
+    return plain.train(linear.training)

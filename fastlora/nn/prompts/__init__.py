@@ -1,0 +1,1 @@
+"""Learned prompts, and the parts of models that take them."""

@@ -1,0 +1,1 @@
+"""Pretrained models: by name, with their weights, a new head and what is frozen."""

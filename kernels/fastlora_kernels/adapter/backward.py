@@ -1,0 +1,228 @@
+"""Gradients of the bottleneck adapter: dz from dOut, then dh and the parameters' from one more read of it."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlora_kernels.choose.plan import Plan, cdiv
+from fastlora_kernels.primitives import activate, activation_slope, block_range, load_tile, store_tile
+
+
+@triton.jit
+def _adapter_grad_z_kernel(
+    dout_ptr,  # (M, H)
+    z_ptr,  # (M, D)
+    up_weight_ptr,  # (H, D)
+    dz_ptr,  # (M, D)
+    active_ptr,  # (M, D)
+    M,
+    H,
+    D,
+    stride_dm,
+    scale,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dz = scale · (dOut·W_u) ⊙ act'(z) and active = scale · act(z), accumulated in fp32.
+
+    Where z is marked as dropped both are exactly 0; scale is dropout's 1 / (1 - p).
+    """
+    offs_m = block_range(tl.program_id(0), BLOCK_M)
+    offs_d = block_range(tl.program_id(1), BLOCK_D)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    for start in range(0, H, BLOCK_H):
+        offs_h = start + tl.arange(0, BLOCK_H)
+        dout_tile = load_tile(dout_ptr, offs_m, offs_h, stride_dm, M, H)
+        w_tile = load_tile(up_weight_ptr, offs_h, offs_d, D, H, D).to(dout_tile.dtype)
+        acc = tl.dot(dout_tile, w_tile, acc, input_precision="ieee")
+    z = load_tile(z_ptr, offs_m, offs_d, D, M, D).to(tl.float32)
+    store_tile(dz_ptr, acc * (activation_slope(z, ACTIVATION) * scale), offs_m, offs_d, D, M, D)
+    store_tile(active_ptr, activate(z, ACTIVATION) * scale, offs_m, offs_d, D, M, D)
+
+
+def adapter_grad_z(
+    dout: Tensor,
+    z: Tensor,
+    up_weight: Tensor,
+    dz: Tensor,
+    active: Tensor,
+    *,
+    activation: str,
+    scale: float,
+    plan: Plan,
+) -> None:
+    """Fill ``dz [M, D]`` and ``active [M, D]`` from dOut ``[M, H]`` and the kept ``z [M, D]``."""
+    (m, hidden), d = dout.shape, z.shape[1]
+    tile = plan.tile
+    grid = (cdiv(m, tile.rows), cdiv(d, tile.rank))
+    if 0 in grid:
+        return
+    _adapter_grad_z_kernel[grid](
+        dout_ptr=dout,
+        z_ptr=z,
+        up_weight_ptr=up_weight,
+        dz_ptr=dz,
+        active_ptr=active,
+        M=m,
+        H=hidden,
+        D=d,
+        stride_dm=dout.stride(0),
+        scale=scale,
+        ACTIVATION=activation,
+        BLOCK_M=tile.rows,
+        BLOCK_H=tile.depth,
+        BLOCK_D=tile.rank,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+@triton.jit
+def _down_product(
+    dz_ptr,
+    down_weight_ptr,
+    offs_m,
+    offs_h,
+    M,
+    H,
+    D,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dz·W_d, BLOCK_D at a time so that any bottleneck fits."""
+    acc = tl.zeros((BLOCK_M, BLOCK_H), dtype=tl.float32)
+    for start in tl.range(0, D, BLOCK_D, num_stages=1):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        dz_tile = load_tile(dz_ptr, offs_m, offs_d, D, M, D)
+        w_tile = load_tile(down_weight_ptr, offs_d, offs_h, H, D, H).to(dz_tile.dtype)
+        acc = tl.dot(dz_tile, w_tile, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _adapter_grad_h_weights_kernel(
+    dout_ptr,  # (M, H)
+    h_ptr,  # (M, H)
+    dz_ptr,  # (M, D)
+    active_ptr,  # (M, D)
+    down_weight_ptr,  # (D, H)
+    dh_ptr,  # (M, H)
+    grads_partial_ptr,  # (row groups, 2·H·D + H + D)
+    M,
+    H,
+    D,
+    stride_dm,
+    stride_hm,
+    rows_per_group,
+    HAS_DH: tl.constexpr,
+    ADD_INPUT: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One read of dOut and h for dh = dz·W_d (+ dOut) and the partial gradients of all four parameters.
+
+    grads_partial[row group] holds dW_u = dOutᵀ·active ``(H, D)``, dW_d = dzᵀ·h ``(D, H)``, db_u = ΣdOut
+    ``(H,)`` and db_d = Σdz ``(D,)`` over the group's rows, one after the other, in fp32. D is cut into chunks
+    of BLOCK_D over the grid; ONE_CHUNK says that there is but one.
+    ADD_INPUT says that the residual was h itself. Without HAS_DH dh_ptr and down_weight_ptr are absent.
+    """
+    pid_h, group, pid_d = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    offs_h = block_range(pid_h, BLOCK_H)
+    offs_d = block_range(pid_d, BLOCK_D)
+    # both gradients with the longer axis first: matrix instructions want it so
+    D_FIRST: tl.constexpr = BLOCK_D > BLOCK_H
+    d_up = tl.zeros((BLOCK_D, BLOCK_H) if D_FIRST else (BLOCK_H, BLOCK_D), dtype=tl.float32)
+    d_down = tl.zeros((BLOCK_D, BLOCK_H) if D_FIRST else (BLOCK_H, BLOCK_D), dtype=tl.float32)
+    d_up_bias = tl.zeros((BLOCK_H,), dtype=tl.float32)
+    d_down_bias = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    if HAS_DH and ONE_CHUNK:
+        w_tile = load_tile(down_weight_ptr, offs_d, offs_h, H, D, H).to(dout_ptr.dtype.element_ty)
+
+    for m in range(group * rows_per_group, min(M, (group + 1) * rows_per_group), BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        dout_tile = load_tile(dout_ptr, offs_m, offs_h, stride_dm, M, H)
+        h_tile = load_tile(h_ptr, offs_m, offs_h, stride_hm, M, H)
+        active = load_tile(active_ptr, offs_m, offs_d, D, M, D)
+        dz = load_tile(dz_ptr, offs_m, offs_d, D, M, D)
+        if D_FIRST:
+            d_up = tl.dot(tl.trans(active), dout_tile, d_up, input_precision="ieee")
+            d_down = tl.dot(tl.trans(dz), h_tile, d_down, input_precision="ieee")
+        else:
+            d_up = tl.dot(tl.trans(dout_tile), active, d_up, input_precision="ieee")
+            d_down = tl.dot(tl.trans(h_tile), dz, d_down, input_precision="ieee")
+        d_up_bias += tl.sum(dout_tile.to(tl.float32), axis=0)
+        d_down_bias += tl.sum(dz.to(tl.float32), axis=0)
+        if HAS_DH and ONE_CHUNK:
+            dh = tl.dot(dz, w_tile, input_precision="ieee")
+            if ADD_INPUT:
+                dh += dout_tile.to(tl.float32)
+            store_tile(dh_ptr, dh, offs_m, offs_h, H, M, H)
+        if HAS_DH and not ONE_CHUNK:  # noqa: SIM102
+            # the programs of the chunks take the row tiles in turns; joined to the first `if`, this one would
+            # make it a branch that the compiler can't decide
+            if (m // BLOCK_M) % tl.num_programs(2) == pid_d:
+                dh = _down_product(
+                    dz_ptr, down_weight_ptr, offs_m, offs_h, M, H, D, BLOCK_M, BLOCK_H, BLOCK_D
+                )
+                if ADD_INPUT:
+                    dh += dout_tile.to(tl.float32)
+                store_tile(dh_ptr, dh, offs_m, offs_h, H, M, H)
+
+    grads_ptr = grads_partial_ptr + group.to(tl.int64) * (2 * H * D + H + D)
+    store_tile(grads_ptr, tl.trans(d_up) if D_FIRST else d_up, offs_h, offs_d, D, H, D)
+    grads_ptr += H * D
+    store_tile(grads_ptr, d_down if D_FIRST else tl.trans(d_down), offs_d, offs_h, H, D, H)
+    grads_ptr += H * D
+    # the first programs of each axis write the biases' gradients; a branch here would cost registers, and an
+    # `&` of a block with a scalar is no mask to the interpreter of Triton 3.9
+    tl.store(grads_ptr + offs_h, d_up_bias, mask=offs_h < tl.where(pid_d == 0, H, 0))
+    tl.store(grads_ptr + H + offs_d, d_down_bias, mask=offs_d < tl.where(pid_h == 0, D, 0))
+
+
+def adapter_grad_h_weights(
+    dout: Tensor,
+    h: Tensor,
+    dz: Tensor,
+    active: Tensor,
+    down_weight: Tensor,
+    dh: Tensor | None,
+    grads_partial: Tensor,
+    *,
+    add_input: bool,
+    plan: Plan,
+) -> None:
+    """Fill ``dh [M, H]``, if wanted, and ``grads_partial [plan.splits, 2·H·D + H + D]`` (fp32).
+
+    Each partial result holds dW_u ``[H, D]``, dW_d ``[D, H]``, db_u ``[H]`` and db_d ``[D]``, flattened.
+    """
+    (m, hidden), d = dout.shape, dz.shape[1]
+    tile = plan.tile
+    chunks = cdiv(d, tile.rank)
+    _adapter_grad_h_weights_kernel[(cdiv(hidden, tile.cols), plan.splits, chunks)](
+        dout_ptr=dout,
+        h_ptr=h,
+        dz_ptr=dz,
+        active_ptr=active,
+        down_weight_ptr=down_weight if dh is not None else None,
+        dh_ptr=dh,
+        grads_partial_ptr=grads_partial,
+        M=m,
+        H=hidden,
+        D=d,
+        stride_dm=dout.stride(0),
+        stride_hm=h.stride(0),
+        rows_per_group=cdiv(m, plan.splits * tile.rows) * tile.rows,
+        HAS_DH=dh is not None,
+        ADD_INPUT=add_input,
+        ONE_CHUNK=chunks == 1,
+        BLOCK_M=tile.rows,
+        BLOCK_H=tile.cols,
+        BLOCK_D=tile.rank,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )

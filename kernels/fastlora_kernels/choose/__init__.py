@@ -1,0 +1,1 @@
+"""Which path and tile a call takes."""

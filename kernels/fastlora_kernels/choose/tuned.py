@@ -1,0 +1,118 @@
+"""Choices of LoRA calls that were measured on a GPU here: they stand in for the predicted ones.
+
+A record belongs to one GPU and one layer shape with so many rows; a call with another number of rows takes
+the nearest record within a factor of two. Records are handed in from outside; nothing is read or timed here.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from fastlora_kernels.choose import paths
+from fastlora_kernels.choose import plan as plans
+from fastlora_kernels.choose.paths import Pass
+from fastlora_kernels.choose.plan import Kernel, Shape, Tile
+from fastlora_kernels.predict.lora import Call
+from fastlora_kernels.targets import Target
+
+REFERENCE = "reference"
+_FARTHEST = 2.0
+# whose tile a measured choice names
+LARGE_KERNELS: dict[tuple[Pass, str], Kernel] = {
+    ("forward", "split"): "lora_forward",
+    ("forward", "single"): "lora_forward_single",
+    ("backward", "split"): "lora_grad_x_a",
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What won for one pass.
+
+    Attributes:
+        path: One of the kernels' paths, or ``reference`` where the eager formula won forward and backward.
+        tile: Of the large product, where the path has one of ours.
+    """
+
+    path: str
+    tile: Tile | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was measured for one layer call.
+
+    Attributes:
+        shape: Of the call.
+        dtype: Of x: ``bfloat16``, ``float16`` or ``float32``.
+        dropping: Whether dropout was active.
+        forward: What won forward.
+        backward: What won backward.
+        microseconds: Median of every candidate by pass and name, the winners' included.
+    """
+
+    shape: Shape
+    dtype: str
+    dropping: bool
+    forward: Choice
+    backward: Choice
+    microseconds: Mapping[str, Mapping[str, float]] = field(default_factory=dict, hash=False)
+
+
+_Layer = tuple[int, int, int, str, bool]
+_pinned: dict[str, dict[_Layer, list[Record]]] = {}
+
+
+def pin(gpu: str, records: Iterable[Record]) -> None:
+    """Use these records for calls on a GPU from now on, and no others."""
+    _pinned[gpu] = {}
+    for record in records:
+        # unaligned calls have tiles of their own, too many to tell apart
+        if record.shape.aligned:
+            layer = _layer(record.shape, record.dtype, record.dropping)
+            _pinned[gpu].setdefault(layer, []).append(record)
+
+
+def pinned(gpu: str) -> list[Record]:
+    """The records in use for a GPU."""
+    return [record for records in _pinned.get(gpu, {}).values() for record in records]
+
+
+def gpus() -> list[str]:
+    """Those that records were handed in for."""
+    return list(_pinned)
+
+
+def find(gpu: str, shape: Shape, dtype: torch.dtype, *, dropping: bool) -> Record | None:
+    """The record for a call, if one is near enough."""
+    if gpu not in _pinned or not shape.aligned:
+        return None
+    records = _pinned[gpu].get(_layer(shape, str(dtype).removeprefix("torch."), dropping), ())
+    nearest = min(records, key=lambda record: _apart(record.shape.m, shape.m), default=None)
+    return nearest if nearest is not None and _apart(nearest.shape.m, shape.m) <= _FARTHEST else None
+
+
+def fits(record: Record, target: Target) -> bool:
+    """Whether a GPU's plans still offer what a record chose: tables of tiles change."""
+    dtype = getattr(torch, record.dtype)
+    call = Call(record.shape, dtype, target, record.dropping)
+    choices: dict[Pass, Choice] = {"forward": record.forward, "backward": record.backward}
+    if {choice.path for choice in choices.values()} == {REFERENCE}:
+        return True
+    for part, choice in choices.items():
+        offered = [each.path for each in paths.candidates(part, call) if not each.refused]
+        kernel = LARGE_KERNELS.get((part, choice.path))
+        tiles = () if kernel is None else tuple(plans.tiles(kernel, record.shape.r, dtype, target))
+        if choice.path not in offered or not (choice.tile is None or choice.tile in tiles):
+            return False
+    return True
+
+
+def _layer(shape: Shape, dtype: str, dropping: bool) -> _Layer:
+    return shape.n, shape.k, shape.r, dtype, dropping
+
+
+def _apart(one: int, other: int) -> float:
+    low, high = sorted((one, other))
+    return high / low if low else float("inf")

@@ -1,0 +1,1 @@
+"""The kernels compiled without a GPU, and what came out."""

@@ -1,0 +1,1 @@
+"""Kernels of the LoRA linear layer, DoRA among them."""

@@ -1,0 +1,106 @@
+"""S = scale · dropout(x)·Aᵀ, drawing the dropout mask on the way."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlora_kernels.choose.plan import Plan, cdiv
+from fastlora_kernels.primitives import (
+    MASK_WORD_BITS,
+    block_range,
+    draw_keep_words,
+    load_tile,
+    store_tile,
+    unpack_keep,
+)
+
+_WORD_BITS = tl.constexpr(MASK_WORD_BITS)
+
+
+# a threshold of 1 would arrive as a constant, which has no type to shift
+@triton.jit(do_not_specialize=["drop_threshold"])
+def _lora_down_kernel(
+    x_ptr,  # (M, K)
+    lora_a_ptr,  # (R, K)
+    seed_ptr,  # (1,)
+    mask_ptr,  # (M, K / 32)
+    s_partial_ptr,  # (splits, M, R)
+    M,
+    K,
+    R,
+    stride_xm,
+    k_per_split,
+    drop_threshold,
+    scale,
+    HAS_DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """s_partial[split] = scale · (mask ⊙ x)·Aᵀ over the split's part of K, accumulated in fp32.
+
+    With HAS_DROPOUT the packed mask is drawn from the seed and stored; without, seed_ptr and mask_ptr are
+    absent. scale carries alpha / r and dropout's 1 / (1 - p), so that neither is ever rounded to 16 bits.
+    """
+    split = tl.program_id(1)
+    offs_m = block_range(tl.program_id(0), BLOCK_M)
+    offs_r = block_range(tl.program_id(2), BLOCK_R)
+    k_end = min(K, (split + 1) * k_per_split)
+    words_per_row = tl.cdiv(K, _WORD_BITS)
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for k in range(split * k_per_split, k_end, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        x_tile = load_tile(x_ptr, offs_m, offs_k, stride_xm, M, K)
+        if HAS_DROPOUT:
+            words = k // _WORD_BITS + tl.arange(0, BLOCK_K // _WORD_BITS)
+            packed = draw_keep_words(seed, offs_m, words, words_per_row, drop_threshold)
+            if tl.program_id(2) == 0:
+                store_tile(mask_ptr, packed, offs_m, words, words_per_row, M, words_per_row)
+            x_tile = tl.where(unpack_keep(packed, BLOCK_M, BLOCK_K), x_tile, 0.0)
+        a_tile = load_tile(lora_a_ptr, offs_r, offs_k, K, R, K).to(x_tile.dtype)
+        acc = tl.dot(x_tile, tl.trans(a_tile), acc, input_precision="ieee")
+
+    s_ptr = s_partial_ptr + split.to(tl.int64) * M * R
+    store_tile(s_ptr, acc * scale, offs_m, offs_r, R, M, R)
+
+
+def lora_down(
+    x: Tensor,
+    lora_a: Tensor,
+    seed: Tensor | None,
+    mask: Tensor | None,
+    s_partial: Tensor,
+    *,
+    drop_threshold: int,
+    scale: float,
+    plan: Plan,
+) -> None:
+    """Fill ``s_partial [plan.splits, M, R]`` and, with a seed, the packed ``mask [M, ⌈K/32⌉]`` (int32)."""
+    (m, k), r = x.shape, lora_a.shape[0]
+    tile = plan.tile
+    grid = (cdiv(m, tile.rows), plan.splits, cdiv(r, tile.rank))
+    if 0 in grid:
+        return
+    _lora_down_kernel[grid](
+        x_ptr=x,
+        lora_a_ptr=lora_a,
+        seed_ptr=seed,
+        mask_ptr=mask,
+        s_partial_ptr=s_partial,
+        M=m,
+        K=k,
+        R=r,
+        stride_xm=x.stride(0),
+        k_per_split=cdiv(k, plan.splits * tile.depth) * tile.depth,
+        drop_threshold=drop_threshold,
+        scale=scale,
+        HAS_DROPOUT=seed is not None,
+        BLOCK_M=tile.rows,
+        BLOCK_K=tile.depth,
+        BLOCK_R=tile.rank,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )

@@ -1,0 +1,114 @@
+"""dX and dA in one launch: the programs of dA, bound by their one read of x, fill dX's last wave."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlora_kernels.choose.plan import Plan, cdiv, grad_a_part
+from fastlora_kernels.lora.backward import grad_a_tile, grad_x_tile
+from fastlora_kernels.primitives import TILES_PER_GROUP, grouped_tile
+
+
+@triton.jit
+def _lora_grad_x_a_kernel(
+    dy_ptr,  # (M, N)
+    weight_ptr,  # (N, K)
+    ds_ptr,  # (M, R)
+    lora_a_ptr,  # (R, K)
+    mask_ptr,  # (M, K / 32)
+    x_ptr,  # (M, K)
+    dx_ptr,  # (M, K)
+    da_partial_ptr,  # (row groups, R, K)
+    M,
+    N,
+    K,
+    R,
+    stride_dym,
+    stride_wn,
+    stride_xm,
+    rows_per_group,
+    HAS_DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M_A: tl.constexpr,
+    BLOCK_K_A: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """dX = dY·W + mask ⊙ (dS·A) and da_partial[row group] = dSᵀ·(mask ⊙ x), accumulated in fp32.
+
+    The first programs compute a tile of dX each, the others one of dA. Without HAS_DROPOUT mask_ptr is
+    absent.
+    """
+    pid = tl.program_id(0)
+    dx_tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(K, BLOCK_K)
+    if pid < dx_tiles:
+        pid_m, pid_k = grouped_tile(M, K, BLOCK_M, BLOCK_K, GROUP)
+        grad_x_tile(
+            pid_m, pid_k, dy_ptr, weight_ptr, ds_ptr, lora_a_ptr, mask_ptr, dx_ptr, M, N, K, R, stride_dym,
+            stride_wn, HAS_DROPOUT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
+        )  # fmt: skip
+    else:
+        pid_k, group, pid_r = grad_a_position(pid - dx_tiles, K, R, BLOCK_K_A, BLOCK_R)
+        grad_a_tile(
+            pid_k, group, pid_r, x_ptr, ds_ptr, mask_ptr, da_partial_ptr, M, K, R, stride_xm, rows_per_group,
+            HAS_DROPOUT, BLOCK_M_A, BLOCK_K_A, BLOCK_R,
+        )  # fmt: skip
+
+
+@triton.jit
+def grad_a_position(pid, K, R, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Column tile, row group and chunk of ranks of a tile of dA; the chunks, which share x, go together."""
+    chunks, k_tiles = tl.cdiv(R, BLOCK_R), tl.cdiv(K, BLOCK_K)
+    return (pid // chunks) % k_tiles, pid // (chunks * k_tiles), pid % chunks
+
+
+def lora_grad_x_a(
+    dy: Tensor,
+    weight: Tensor,
+    ds: Tensor,
+    lora_a: Tensor,
+    mask: Tensor | None,
+    x: Tensor,
+    dx: Tensor,
+    da_partial: Tensor,
+    *,
+    plan: Plan,
+) -> None:
+    """Fill ``dx [M, K]`` like ``lora_grad_x`` and ``da_partial [plan.splits, R, K]`` like ``lora_grad_a``."""
+    (m, n), (r, k) = dy.shape, lora_a.shape
+    tile = plan.tile
+    part = grad_a_part(tile)
+    dx_tiles = cdiv(m, tile.rows) * cdiv(k, tile.cols)
+    da_tiles = cdiv(k, part.cols) * plan.splits * cdiv(r, part.rank)
+    if dx_tiles + da_tiles == 0:
+        return
+    _lora_grad_x_a_kernel[(dx_tiles + da_tiles,)](
+        dy_ptr=dy,
+        weight_ptr=weight,
+        ds_ptr=ds,
+        lora_a_ptr=lora_a,
+        mask_ptr=mask,
+        x_ptr=x,
+        dx_ptr=dx,
+        da_partial_ptr=da_partial,
+        M=m,
+        N=n,
+        K=k,
+        R=r,
+        stride_dym=dy.stride(0),
+        stride_wn=weight.stride(0),
+        stride_xm=x.stride(0),
+        rows_per_group=cdiv(m, plan.splits * part.rows) * part.rows,
+        HAS_DROPOUT=mask is not None,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.depth,
+        BLOCK_K=tile.cols,
+        BLOCK_R=tile.rank,
+        BLOCK_M_A=part.rows,
+        BLOCK_K_A=part.cols,
+        GROUP=TILES_PER_GROUP,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
