@@ -15,10 +15,10 @@ from fastlora_kernels import targets
 from fastlora_kernels.adapter.backward import adapter_grad_h_weights, adapter_grad_z
 from fastlora_kernels.adapter.forward import adapter_down, adapter_forward, adapter_up
 from fastlora_kernels.choose import plan_adapter as plans
-from fastlora_kernels.choose.plan import Plan
 from fastlora_kernels.choose.plan_adapter import AdapterKernel
 from fastlora_kernels.partials import sum_four_partials
 from fastlora_kernels.primitives import DROPPED
+from fastlora_kernels.tile import Plan
 from tests.kernel_harness import Harness, assert_exact
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}

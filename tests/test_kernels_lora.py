@@ -8,13 +8,14 @@ pytest.importorskip("triton", reason="kernels need Triton; the other backends ar
 
 from fastlora_kernels import targets
 from fastlora_kernels.choose import plan as plans
-from fastlora_kernels.choose.plan import Kernel, Plan, Shape
+from fastlora_kernels.choose.plan import Kernel
 from fastlora_kernels.lora.backward import lora_grad_a, lora_grad_s_b, lora_grad_x
 from fastlora_kernels.lora.dora import dora_grad_product, dora_weight_norm
 from fastlora_kernels.lora.down import lora_down
 from fastlora_kernels.lora.forward import lora_forward
 from fastlora_kernels.lora.grad_x_a import lora_grad_x_a
 from fastlora_kernels.partials import sum_partials, sum_two_partials
+from fastlora_kernels.tile import Plan, Shape, cdiv
 from tests.kernel_harness import Harness, assert_exact
 from tests.lora_yardstick import unpack_mask
 
@@ -50,7 +51,7 @@ def test_lora_down_dropout(harness: Harness, shape: Shape, splits: int) -> None:
     x = harness.random(shape.m, shape.k, padded=True)
     a = harness.random(shape.r, shape.k, dtype=torch.float32)
     partial = harness.output(splits, shape.m, shape.r, dtype=torch.float32)
-    mask = harness.output(shape.m, plans.cdiv(shape.k, 32), dtype=torch.int32)
+    mask = harness.output(shape.m, cdiv(shape.k, 32), dtype=torch.int32)
     seed = torch.tensor([77], device=harness.device)
     plan = choose("lora_down", shape, harness.dtype, splits)
     lora_down(x, a, seed, mask, partial, drop_threshold=20000, scale=1.0, plan=plan)
@@ -120,7 +121,7 @@ def test_lora_grad_s_b(harness: Harness, shape: Shape, splits: int) -> None:
     dy = harness.random(shape.m, shape.n, padded=True)
     s, b = harness.random(shape.m, shape.r), harness.random(shape.n, shape.r)
     plan = choose("lora_grad_s_b", shape, harness.dtype, splits)
-    ds = harness.output(plans.cdiv(shape.n, plan.tile.cols), shape.m, shape.r, dtype=torch.float32)
+    ds = harness.output(cdiv(shape.n, plan.tile.cols), shape.m, shape.r, dtype=torch.float32)
     db = harness.output(splits, shape.n, shape.r, dtype=torch.float32)
     lora_grad_s_b(dy, s, b, ds, db, scale=0.5, plan=plan)
     assert_exact(ds.sum(0), lambda dy, b: 0.5 * dy @ b, dy, b)
@@ -228,6 +229,6 @@ def test_row_offsets_pass_two_to_the_31(kernel_device: torch.device) -> None:
 
 
 def _random_mask(harness: Harness, shape: Shape) -> tuple[Tensor, Tensor]:
-    words = torch.randint(-(2**31), 2**31, (shape.m, plans.cdiv(shape.k, 32)), dtype=torch.int64)
+    words = torch.randint(-(2**31), 2**31, (shape.m, cdiv(shape.k, 32)), dtype=torch.int64)
     mask = words.to(harness.device, torch.int32)
     return mask, unpack_mask(mask, shape.k)

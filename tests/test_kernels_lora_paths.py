@@ -7,9 +7,9 @@ pytest.importorskip("triton", reason="kernels need Triton; the other backends ar
 
 from fastlora_kernels import targets
 from fastlora_kernels.choose import plan as plans
-from fastlora_kernels.choose.plan import Plan, Shape
 from fastlora_kernels.lora.epilogue import lora_add
 from fastlora_kernels.lora.single import lora_forward_single
+from fastlora_kernels.tile import Plan, Shape
 from tests.kernel_harness import Harness, assert_exact
 from tests.test_kernels_lora import SHAPES, choose, shape_id
 

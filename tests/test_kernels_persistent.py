@@ -13,9 +13,9 @@ pytest.importorskip("triton", reason="kernels need Triton; the other backends ar
 import fastlora
 from fastlora_kernels import targets
 from fastlora_kernels.choose import plan as plans
-from fastlora_kernels.choose.plan import Plan, Shape, Tile
 from fastlora_kernels.choose.tuned import Choice
 from fastlora_kernels.lora.persistent import lora_forward_persistent, lora_grad_x_a_persistent
+from fastlora_kernels.tile import Plan, Shape, Tile, cdiv
 from tests.kernel_harness import Harness, assert_exact
 from tests.lora_yardstick import unpack_mask
 
@@ -133,7 +133,7 @@ def _check_grad_x_a(harness: Harness, shape: Shape, tile: Tile, programs: int, *
     dy, weight = padded(harness, shape.m, shape.n), padded(harness, shape.n, shape.k)
     x, ds = padded(harness, shape.m, shape.k), harness.random(shape.m, shape.r)
     a = harness.random(shape.r, shape.k)
-    words = torch.randint(-(2**31), 2**31, (shape.m, plans.cdiv(shape.k, 32)), dtype=torch.int64)
+    words = torch.randint(-(2**31), 2**31, (shape.m, cdiv(shape.k, 32)), dtype=torch.int64)
     mask = words.to(harness.device, torch.int32)
     keep = unpack_mask(mask, shape.k) if dropout else torch.ones_like(x)
     dx = harness.output(shape.m, shape.k)

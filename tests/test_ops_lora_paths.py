@@ -15,8 +15,8 @@ from fastlora.ops import _lora_paths, _lora_triton
 from fastlora.ops._keep_mask import keep_probability
 from fastlora.ops.lora_linear import LoRALinearFunction
 from fastlora_kernels import targets
-from fastlora_kernels.choose.plan import Shape
 from fastlora_kernels.choose.tuned import Choice
+from fastlora_kernels.tile import Shape
 from tests.lora_yardstick import (
     EACH_DTYPE,
     Case,

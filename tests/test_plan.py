@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="plans are for the kernels")
 from fastlora_kernels import targets
 from fastlora_kernels.choose import paths
 from fastlora_kernels.choose import plan as plans
-from fastlora_kernels.choose.plan import Shape
+from fastlora_kernels.tile import Shape, Tile
 
 LARGE = Shape(m=8192, n=4096, k=4096, r=16)
 SHAPES = [LARGE, Shape(m=1, n=1, k=1, r=1), Shape(m=100, n=768, k=3072, r=256), Shape(m=0, n=0, k=0, r=1)]
@@ -36,7 +36,7 @@ def test_every_plan_fits(target: targets.Target, dtype: torch.dtype, shape: Shap
 def test_choices_on_an_h100() -> None:
     """Changing what a usual shape gets is a decision, not a side effect."""
     forward = plans.choose("lora_forward", LARGE, torch.bfloat16, targets.TARGETS["sm_90"])
-    assert forward.tile == plans.Tile(128, 256, 64, 16, warps=8, stages=4, persistent=True)
+    assert forward.tile == Tile(128, 256, 64, 16, warps=8, stages=4, persistent=True)
     small = plans.choose("lora_forward", Shape(64, 512, 512, 16), torch.bfloat16, targets.TARGETS["sm_90"])
     assert (small.tile.rows, small.tile.cols) == (64, 64)
     down = plans.choose("lora_down", Shape(256, 4096, 4096, 16), torch.bfloat16, targets.TARGETS["sm_90"])

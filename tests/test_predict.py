@@ -5,11 +5,11 @@ import torch
 
 from fastlora_kernels import targets
 from fastlora_kernels.choose import paths, plan
-from fastlora_kernels.choose.plan import Shape, Tile
 from fastlora_kernels.predict import lora, peers
 from fastlora_kernels.predict.explain import OPS, Explanation, explain
 from fastlora_kernels.predict.launches import Launch, library_product, total_us
 from fastlora_kernels.predict.lora import Call
+from fastlora_kernels.tile import Plan, Shape, Tile
 
 H100 = targets.find_card("H100")
 # LoRAFusion's own setting on Hopper
@@ -170,7 +170,7 @@ def predicted_us(shape: Shape) -> float:
 
 
 def test_a_choice_is_made_once() -> None:
-    def choose() -> tuple[str, plan.Plan]:
+    def choose() -> tuple[str, Plan]:
         path = paths.choose_path("forward", square(4096), torch.bfloat16, H100, dropping=True)
         return path, plan.choose("lora_forward", square(4096), torch.bfloat16, H100)
 

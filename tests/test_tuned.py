@@ -10,7 +10,7 @@ import torch
 from fastlora.ops import _tuned_file
 from fastlora.tuning.kept import keep
 from fastlora_kernels.choose import tuned
-from fastlora_kernels.choose.plan import Tile
+from fastlora_kernels.tile import Tile
 from tests.launching import in_two_processes
 from tests.tuning_models import CALL, GPU, SMALL_CARD, record
 

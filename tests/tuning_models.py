@@ -10,8 +10,8 @@ from fastlora.tuning import candidates
 from fastlora.tuning.calls import LayerCall
 from fastlora_kernels import targets
 from fastlora_kernels.choose import tuned
-from fastlora_kernels.choose.plan import Tile
 from fastlora_kernels.choose.tuned import Choice, Record
+from fastlora_kernels.tile import Tile
 
 GPU = "a-card-7"
 CALL = LayerCall(rows=40, inputs=32, outputs=48, rank=16, dtype="float16")

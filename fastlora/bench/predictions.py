@@ -115,8 +115,8 @@ def _comparable(row: Row) -> bool:
 
 
 def _explain(name: str, size: tuple[int, int, int], dtype: str, target: "Target") -> Prediction:
-    from fastlora_kernels.choose.plan import Shape
     from fastlora_kernels.predict.explain import explain
+    from fastlora_kernels.tile import Shape
 
     m, k, n = size
     told = explain("lora_linear", Shape(m, n, k, RANK), _DTYPES[dtype], target, dropout=DROPOUT)

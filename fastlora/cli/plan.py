@@ -56,9 +56,9 @@ def plan(
     # torch takes a second to import
     import torch
 
-    from fastlora_kernels.choose.plan import Shape
     from fastlora_kernels.predict.explain import explain
     from fastlora_kernels.targets import find_card
+    from fastlora_kernels.tile import Shape
 
     rows, inputs, outputs = parse_shape(shape, adapter=op is Op.adapter)
     target = find_card(gpu)

@@ -12,10 +12,10 @@ from fastlora_kernels.adapter.backward import adapter_grad_h_weights, adapter_gr
 from fastlora_kernels.adapter.forward import adapter_down, adapter_forward, adapter_up
 from fastlora_kernels.choose import plan_adapter as plans
 from fastlora_kernels.choose.paths import choose_adapter_path, has_adapter_kernels
-from fastlora_kernels.choose.plan import Plan, Shape
 from fastlora_kernels.choose.plan_adapter import WIDEST as WIDEST
 from fastlora_kernels.choose.plan_adapter import AdapterKernel
 from fastlora_kernels.partials import sum_four_partials
+from fastlora_kernels.tile import Plan, Shape
 
 
 def plans_library(h: Tensor, hidden: int, size: int, dtype: torch.dtype, *, dropping: bool) -> bool:

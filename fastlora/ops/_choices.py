@@ -9,8 +9,8 @@ from fastlora.ops import _tuned_file
 from fastlora_kernels import targets
 from fastlora_kernels.choose import paths, tuned
 from fastlora_kernels.choose.paths import Pass
-from fastlora_kernels.choose.plan import Shape
 from fastlora_kernels.choose.tuned import Choice, Record
+from fastlora_kernels.tile import Shape
 
 
 def choose(

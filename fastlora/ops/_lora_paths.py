@@ -7,10 +7,10 @@ from torch import Tensor
 
 from fastlora.ops._launch import is_aligned, row_major
 from fastlora_kernels.choose import plan as plans
-from fastlora_kernels.choose.plan import Shape, Tile
 from fastlora_kernels.lora.epilogue import lora_add
 from fastlora_kernels.lora.single import lora_forward_single
 from fastlora_kernels.targets import Target
+from fastlora_kernels.tile import Shape, Tile
 
 
 def single_forward(

@@ -10,7 +10,7 @@ from fastlora.ops._launch import current_device, is_aligned, row_major
 from fastlora.ops._lora_paths import epilogue_forward, epilogue_grad_x, single_forward
 from fastlora_kernels import targets
 from fastlora_kernels.choose import plan as plans
-from fastlora_kernels.choose.plan import Kernel, Plan, Shape, Tile
+from fastlora_kernels.choose.plan import Kernel
 from fastlora_kernels.lora.backward import lora_grad_a, lora_grad_s_b, lora_grad_x
 from fastlora_kernels.lora.dora import dora_grad_product, dora_weight_norm
 from fastlora_kernels.lora.down import lora_down
@@ -20,11 +20,12 @@ from fastlora_kernels.lora.persistent import lora_forward_persistent, lora_grad_
 from fastlora_kernels.partials import sum_partials, sum_two_partials
 from fastlora_kernels.primitives import MASK_WORD_BITS
 from fastlora_kernels.targets import Target
+from fastlora_kernels.tile import Plan, Shape, Tile, cdiv
 
 
 def keep_mask_shape(rows: int, in_features: int) -> tuple[tuple[int, int], torch.dtype]:
     """One bit an element, 32 to a word."""
-    return (rows, plans.cdiv(in_features, MASK_WORD_BITS)), torch.int32
+    return (rows, cdiv(in_features, MASK_WORD_BITS)), torch.int32
 
 
 def forward(
@@ -188,7 +189,7 @@ def _grad_s_b(
     if r > plans.MOST_RANKS_PER_READ:
         torch.addmm(ds, dy, lora_B.to(dy.dtype), beta=0, alpha=scale, out=ds)
         return ds, (dy.t() @ s).to(lora_B.dtype), None
-    ds_partial = dy.new_empty(plans.cdiv(n, plan.tile.cols), m, r, dtype=torch.float32)
+    ds_partial = dy.new_empty(cdiv(n, plan.tile.cols), m, r, dtype=torch.float32)
     db_partial = dy.new_empty(plan.splits, n, r, dtype=torch.float32)
     lora_grad_s_b(dy, s, lora_B, ds_partial, db_partial, scale=scale, plan=plan)
     sum_partials(ds_partial, ds)

@@ -99,8 +99,8 @@ def _made_by(gpu: str) -> dict[str, Any]:
 
 
 def _record(values: Mapping[str, Any]) -> "Record":
-    from fastlora_kernels.choose.plan import Shape, Tile
     from fastlora_kernels.choose.tuned import Choice, Record
+    from fastlora_kernels.tile import Shape, Tile
 
     def choice(part: str) -> Choice:
         tile = values[part]["tile"]

@@ -269,7 +269,7 @@ def choose_backend(
         return "reference" if eager else backend
     # imported late: Triton is not installed everywhere
     from fastlora.ops._choices import has_kernels, prefers_eager
-    from fastlora_kernels.choose.plan import Shape
+    from fastlora_kernels.tile import Shape
 
     n, k = weight.shape
     aligned = n % 16 == 0 and k % 16 == 0 and weight.stride(-1) == 1

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlora._core.files import read_json
 from fastlora._core.suggestions import did_you_mean
-from fastlora_kernels.choose.plan import Shape
+from fastlora_kernels.tile import Shape
 
 if TYPE_CHECKING:
     from fastlora.parameters.models import ModelSpec

@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.choose.plan import Plan, cdiv
 from fastlora_kernels.primitives import activate, activation_slope, block_range, load_tile, store_tile
+from fastlora_kernels.tile import Plan, cdiv
 
 
 @triton.jit

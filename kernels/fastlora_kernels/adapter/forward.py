@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.choose.plan import Plan, cdiv
 from fastlora_kernels.primitives import (
     TILES_PER_GROUP,
     activate,
@@ -15,6 +14,7 @@ from fastlora_kernels.primitives import (
     load_vector,
     store_tile,
 )
+from fastlora_kernels.tile import Plan, cdiv
 
 
 @triton.jit

@@ -7,15 +7,15 @@ which kernels a call runs at all.
 
 import functools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
 
-from fastlora_kernels.layout import TILES_PER_GROUP
 from fastlora_kernels.predict.launches import kernel_product
 from fastlora_kernels.predict.occupancy import programs_at_once
 from fastlora_kernels.targets import Target
+from fastlora_kernels.tile import TILES_PER_GROUP, Plan, Shape, Tile, cdiv
 
 Kernel = Literal[
     "lora_down",
@@ -37,49 +37,6 @@ KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 MOST_RANKS_PER_READ = 32
 # the single launch has a second accumulator as wide as the rank
 MOST_RANKS_IN_ONE_LAUNCH = 64
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of one layer call: x ``[m, k]``, weight ``[n, k]``, rank r.
-
-    ``aligned`` says that n, k, the row strides and the addresses are multiples of 16, so that rows can be
-    read in wide words. Without it every element has an address of its own: large tiles run out of registers.
-    """
-
-    m: int
-    n: int
-    k: int
-    r: int
-    aligned: bool = True
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Block sizes of one program: output rows × cols, the step of the reduction, and ranks at a time.
-
-    A persistent one reads through tensor descriptors and takes one tile after another.
-    """
-
-    rows: int
-    cols: int
-    depth: int
-    rank: int
-    warps: int
-    stages: int
-    persistent: bool = False
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The choice for one kernel.
-
-    ``splits`` is into how many parts the reduction over a long axis is cut; their fp32 partial results are
-    summed in a second, deterministic step.
-    """
-
-    tile: Tile
-    splits: int = 1
 
 
 # rows, cols, depth, warps, stages; rank is filled in. Compiled without spills on their architecture.
@@ -133,11 +90,6 @@ def tiles(
     """Every tile that :func:`choose` can give this kernel at a rank."""
     for tile in _candidates(kernel, rank, dtype, _table(target, aligned)):
         yield _fitted(tile, kernel, dtype, target)
-
-
-def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
-    return -(-a // b)
 
 
 def grad_a_part(tile: Tile) -> Tile:

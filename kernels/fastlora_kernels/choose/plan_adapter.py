@@ -11,8 +11,8 @@ from typing import Literal
 
 import torch
 
-from fastlora_kernels.choose.plan import Plan, Tile, cdiv
 from fastlora_kernels.targets import Target
+from fastlora_kernels.tile import Plan, Tile, cdiv
 
 AdapterKernel = Literal[
     "adapter_forward", "adapter_down", "adapter_up", "adapter_grad_z", "adapter_grad_h_weights"

@@ -19,10 +19,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from fastlora_kernels.choose.plan import Tile
 from fastlora_kernels.compile.specs import Spec, constants, jit_function, signature, specs
 from fastlora_kernels.compile.table import Row, tile_text
 from fastlora_kernels.targets import TARGETS
+from fastlora_kernels.tile import Tile
 
 DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # what the command line and the tests take from here

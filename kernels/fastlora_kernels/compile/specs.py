@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from fastlora_kernels.choose import plan, plan_adapter
-from fastlora_kernels.choose.plan import Kernel, Tile
+from fastlora_kernels.choose.plan import Kernel
 from fastlora_kernels.choose.plan_adapter import AdapterKernel
 from fastlora_kernels.targets import TARGETS, Target
+from fastlora_kernels.tile import Tile
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # one rank for every chunk of ranks that a plan can choose

@@ -13,7 +13,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastlora_kernels.choose.plan import Tile
+    from fastlora_kernels.tile import Tile
 
 FILE = "codegen.csv"
 _VERSION_LINE = "# triton "

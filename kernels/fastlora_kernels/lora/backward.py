@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.choose.plan import Plan, cdiv
 from fastlora_kernels.primitives import (
     MASK_WORD_BITS,
     TILES_PER_GROUP,
@@ -15,6 +14,7 @@ from fastlora_kernels.primitives import (
     store_tile,
     unpack_keep,
 )
+from fastlora_kernels.tile import Plan, cdiv
 
 _WORD_BITS = tl.constexpr(MASK_WORD_BITS)
 

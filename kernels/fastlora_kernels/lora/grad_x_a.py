@@ -4,9 +4,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.choose.plan import Plan, cdiv, grad_a_part
+from fastlora_kernels.choose.plan import grad_a_part
 from fastlora_kernels.lora.backward import grad_a_tile, grad_x_tile
 from fastlora_kernels.primitives import TILES_PER_GROUP, grouped_tile
+from fastlora_kernels.tile import Plan, cdiv
 
 
 @triton.jit

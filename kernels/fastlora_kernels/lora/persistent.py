@@ -13,11 +13,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastlora_kernels.choose.plan import Plan, Tile, cdiv, grad_a_part
+from fastlora_kernels.choose.plan import grad_a_part
 from fastlora_kernels.lora import backward, forward
 from fastlora_kernels.lora.backward import grad_a_tile, masked_low_rank
 from fastlora_kernels.lora.grad_x_a import grad_a_position
 from fastlora_kernels.primitives import TILES_PER_GROUP, block_range, grouped_tile_at, load_vector
+from fastlora_kernels.tile import Plan, Tile, cdiv
 
 _add_s_b = forward.add_low_rank
 _add_ds_a = backward.add_low_rank

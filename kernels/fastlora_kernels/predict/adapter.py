@@ -5,10 +5,10 @@ from typing import Literal
 import torch
 
 from fastlora_kernels.choose import plan_adapter as plans
-from fastlora_kernels.choose.plan import cdiv
 from fastlora_kernels.choose.plan_adapter import AdapterKernel
 from fastlora_kernels.predict.launches import LIBRARY_THIN, Launch, stream
 from fastlora_kernels.targets import Target
+from fastlora_kernels.tile import cdiv
 
 AdapterPath = Literal["single", "split", "library"]
 

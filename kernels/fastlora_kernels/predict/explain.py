@@ -7,11 +7,12 @@ import torch
 
 from fastlora_kernels.choose import paths, plan
 from fastlora_kernels.choose.paths import Candidate, Pass
-from fastlora_kernels.choose.plan import Kernel, Shape, Tile
+from fastlora_kernels.choose.plan import Kernel
 from fastlora_kernels.predict import adapter, peers
 from fastlora_kernels.predict.launches import Launch, total_us
 from fastlora_kernels.predict.lora import Call
 from fastlora_kernels.targets import Target
+from fastlora_kernels.tile import Shape, Tile
 
 Op = Literal["lora_linear", "dora_linear", "adapter"]
 OPS: tuple[Op, ...] = get_args(Op)

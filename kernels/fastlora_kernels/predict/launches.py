@@ -13,7 +13,7 @@ from fastlora_kernels.predict.traffic import Wave, grouped_wave, lost, product_b
 from fastlora_kernels.targets import Target
 
 if TYPE_CHECKING:
-    from fastlora_kernels.choose.plan import Tile
+    from fastlora_kernels.tile import Tile
 
 Bound = Literal["products", "memory", "integers"]
 

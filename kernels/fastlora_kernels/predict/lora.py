@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from fastlora_kernels.choose import plan as plans
-from fastlora_kernels.choose.plan import Kernel, Path, Plan, Shape
-from fastlora_kernels.layout import MASK_WORD_BITS, TILES_PER_GROUP
+from fastlora_kernels.choose.plan import Kernel, Path
 from fastlora_kernels.predict.launches import (
     LIBRARY_THIN,
     Launch,
@@ -18,6 +17,7 @@ from fastlora_kernels.predict.launches import (
 )
 from fastlora_kernels.predict.occupancy import programs_at_once
 from fastlora_kernels.targets import Target
+from fastlora_kernels.tile import MASK_WORD_BITS, TILES_PER_GROUP, Plan, Shape, cdiv
 
 _WITH_A = ("lora_forward_single", "lora_grad_x_a")
 # integer operations for every element: drawing its bit by Philox, and taking it out of a packed word
@@ -59,7 +59,7 @@ class Call:
     @property
     def mask_bytes(self) -> int:
         """Of the packed mask."""
-        return self.shape.m * plans.cdiv(self.shape.k, MASK_WORD_BITS) * 4 if self.dropping else 0
+        return self.shape.m * cdiv(self.shape.k, MASK_WORD_BITS) * 4 if self.dropping else 0
 
     def elements(self, each: float) -> float:
         """An amount for every element of x that dropout touches."""
@@ -87,7 +87,7 @@ def backward(path: Path, call: Call) -> list[Launch]:
 def _down(call: Call) -> list[Launch]:
     (m, k, r), plan = (call.shape.m, call.shape.k, call.shape.r), call.plan("lora_down")
     # a higher rank reads x once for every chunk of it
-    reads = plans.cdiv(r, plan.tile.rank)
+    reads = cdiv(r, plan.tile.rank)
     partial = plan.splits * m * r * 4 if plan.splits > 1 else 0
     launch = stream(
         "lora_down",
@@ -96,7 +96,7 @@ def _down(call: Call) -> list[Launch]:
         flops=2.0 * m * k * r,
         integers=call.elements(_DRAW + _UNPACK) * reads,
         cached=partial,
-        programs=plans.cdiv(m, plan.tile.rows) * plan.splits * reads,
+        programs=cdiv(m, plan.tile.rows) * plan.splits * reads,
     )
     return [launch, *([_sum("S", partial, call.s_bytes, call.target)] if partial else [])]
 
@@ -150,7 +150,7 @@ def _grad_s_b(call: Call) -> list[Launch]:
     if r > plans.MOST_RANKS_PER_READ:
         return [_thin(call, "dS", call.y_bytes), _thin(call, "dB", call.y_bytes)]
     plan = call.plan("lora_grad_s_b")
-    tiles, reads = plans.cdiv(n, plan.tile.cols), plans.cdiv(r, plan.tile.rank)
+    tiles, reads = cdiv(n, plan.tile.cols), cdiv(r, plan.tile.rank)
     ds, db = tiles * m * r * 4, plan.splits * n * r * 4
     launch = stream(
         "lora_grad_s_b",
@@ -167,8 +167,8 @@ def _split_backward(call: Call) -> list[Launch]:
     n, k, r, plan = call.shape.n, call.shape.k, call.shape.r, call.plan("lora_grad_x_a")
     part = plans.grad_a_part(plan.tile)
     # a higher rank reads x once for every chunk of it
-    reads = plans.cdiv(r, part.rank)
-    programs = plans.cdiv(k, part.cols) * plan.splits * reads
+    reads = cdiv(r, part.rank)
+    programs = cdiv(k, part.cols) * plan.splits * reads
     read = reads * (call.x_bytes + call.mask_bytes)
     product = _own_product(
         call, "lora_grad_x_a", k, n, extra_bytes=call.mask_bytes + read,
@@ -180,7 +180,7 @@ def _split_backward(call: Call) -> list[Launch]:
 def _epilogue_backward(call: Call) -> list[Launch]:
     (m, n, k, r), b = (call.shape.m, call.shape.n, call.shape.k, call.shape.r), call.itemsize
     plan = call.plan("lora_grad_a")
-    reads = plans.cdiv(r, plan.tile.rank)
+    reads = cdiv(r, plan.tile.rank)
     grad_a = stream(
         "lora_grad_a",
         reads * (call.x_bytes + call.mask_bytes) + call.s_bytes,
@@ -188,7 +188,7 @@ def _epilogue_backward(call: Call) -> list[Launch]:
         flops=2.0 * m * k * r,
         integers=call.elements(_UNPACK) * reads,
         cached=plan.splits * r * k * 4,
-        programs=plans.cdiv(k, plan.tile.cols) * plan.splits * reads,
+        programs=cdiv(k, plan.tile.cols) * plan.splits * reads,
     )
     base = library_product("dY·W", m, k, n, b, call.target)
     add = _add(call, call.x_bytes, call.mask_bytes)

@@ -9,7 +9,7 @@ from fastlora_kernels.compile.table import Row, committed, tile_text
 from fastlora_kernels.targets import Target
 
 if TYPE_CHECKING:
-    from fastlora_kernels.choose.plan import Tile
+    from fastlora_kernels.tile import Tile
 
 # what the table leaves out differs little from what it holds
 _NAMES = {torch.float32: "fp32", torch.float16: "bf16", torch.bfloat16: "bf16"}

@@ -9,7 +9,7 @@ from fastlora_kernels.predict.launches import LIBRARY_THIN, Launch, kernel_produ
 from fastlora_kernels.targets import Target
 
 if TYPE_CHECKING:
-    from fastlora_kernels.choose.plan import Shape, Tile
+    from fastlora_kernels.tile import Shape, Tile
 
 
 def frozen(shape: "Shape", itemsize: int, target: Target) -> list[Launch]:
