@@ -97,7 +97,7 @@ def test_a_row_is_kept_until_its_fingerprint_changes(tmp_path: Path, monkeypatch
 
 
 def test_no_figure_is_worse_than_the_committed_one(rows: list[Row]) -> None:
-    """A new table is a decision: ``fastlora kernels --write-table kernels/fastlora_kernels/compile/codegen.csv``."""
+    """A new table is a decision: ``fastlora kernels --write-table`` writes ``compile/codegen.csv``."""
     made_with, before = table.committed()
     assert before
     if made_with != triton.__version__:

@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping
 
 from torch import nn
 
+from fastlora._core.log import logger
 from fastlora.anatomy.names import clean_name
 from fastlora.anatomy.stages import head as find_head
-from fastlora.inject.trained import logger
 
 # Hugging Face's classes whose head is new for every task
 _TASKS = re.compile("Classification|QuestionAnswering|MultipleChoice")

@@ -6,11 +6,11 @@ from collections.abc import Collection, Iterable
 
 from torch import nn
 
+from fastlora._core.log import logger
 from fastlora.anatomy.all_linear import all_linear, unreached
 from fastlora.anatomy.names import adaptable_modules, named_modules
 from fastlora.anatomy.tied import check_tied_targets, tell_of_ties
 from fastlora.anatomy.uncalled import bypassed
-from fastlora.inject.trained import logger
 
 ALL_LINEAR = "all-linear"
 _LISTED = 6

@@ -1,16 +1,14 @@
 """Parameters that several modules share, such as a language model's tied embeddings."""
 
 import copy
-import logging
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from fastlora._core.log import logger
 from fastlora.anatomy.names import clean_name
-
-logger = logging.getLogger("fastlora")
 
 
 @dataclass(frozen=True)

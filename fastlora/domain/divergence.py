@@ -1,6 +1,5 @@
 """How far two domains are apart: proxy A-distance, MMD, CORAL."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +8,10 @@ import numpy as np
 import torch
 
 from fastlora._core.extras import require
+from fastlora._core.log import logger
 from fastlora.domain._features import Array, both, halves, logistic, standardise
 from fastlora.domain.gaussian import BANDWIDTHS, gaussian_kernels, mmd_of, squared_distances
 
-_LOG = logging.getLogger("fastlora")
 LEAST = 8
 _SATURATED = 1.95
 
@@ -61,7 +60,7 @@ def proxy_a_distance(
     margin = _student(splits - 1) * float(np.std(values, ddof=1)) / splits**0.5
     saturated = mean > _SATURATED
     if saturated and warn:
-        _LOG.warning(
+        logger.warning(
             "proxy A-distance %.2f of %d and %d examples with %d features is saturated: a linear classifier "
             "tells the domains apart, which wide features always allow it with few examples",
             mean,

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from fastlora._core.log import logger
 from fastlora.anatomy.all_linear import tell_frozen_head
 from fastlora.anatomy.names import (
     adapted_modules,
@@ -16,8 +17,9 @@ from fastlora.anatomy.names import (
     unwrap,
 )
 from fastlora.anatomy.targets import ALL_LINEAR, select_targets
+from fastlora.inject.pretrained import moved_apart
 from fastlora.inject.prompt_places import follow_blocks
-from fastlora.inject.trained import forget_tuners, logger, train_only_tuners
+from fastlora.inject.trained import forget_tuners, train_only_tuners
 from fastlora.nn import (
     AdaptedModule,
     LoRAConv2d,
@@ -29,7 +31,6 @@ from fastlora.nn import (
 from fastlora.nn.lora.attention import check_attention
 from fastlora.nn.lora.parts import misfit
 from fastlora.nn.settings import LoRASettings, check_conv, check_embedding, check_linear
-from fastlora.state.pretrained import moved_apart
 
 Model = TypeVar("Model", bound=nn.Module)
 

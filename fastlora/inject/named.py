@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from fastlora._core.log import logger
 from fastlora._core.suggestions import did_you_mean
 from fastlora.anatomy.names import require_lora_layers, unwrap
 from fastlora.inject.lora import Model
-from fastlora.inject.trained import logger
 from fastlora.nn import LoRAModule
 from fastlora.nn.lora import shelf
 from fastlora.nn.lora.parts import check_fit

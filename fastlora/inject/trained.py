@@ -1,15 +1,13 @@
 """What trains in an adapted model, and what must be switched off so that adapters are not skipped."""
 
-import logging
 from collections.abc import Collection
 
 from torch import nn
 
+from fastlora._core.log import logger
 from fastlora.anatomy.names import holds_tuner, tuner_parameters
+from fastlora.inject.pretrained import forget_saving, save_training_too
 from fastlora.inject.summary import adapter_summary
-from fastlora.state.pretrained import forget_saving, save_training_too
-
-logger = logging.getLogger("fastlora")
 
 # torch's transformer encoder has a fused inference path that reads weights and calls no layer: adapters would
 # be silently ignored under eval() and no_grad(). class → the attribute that allows it, and its "off"

@@ -1,14 +1,12 @@
 """PEFT models on the fused op, in place and reversibly."""
 
-import logging
 from collections import Counter
 from typing import Any, TypeVar
 
 from torch import nn
 
 from fastlora._core.extras import require
-
-_LOG = logging.getLogger("fastlora")
+from fastlora._core.log import logger
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -59,7 +57,7 @@ def accelerate(model: Model) -> Model:
             layer.__class__ = linear.FusedLinear
     if left:
         told = ", ".join(f"{count} {reason}" for reason, count in sorted(left.items()))
-        _LOG.warning("%d of %d LoRA layers run fused; left to PEFT: %s", _fused(layers), len(layers), told)
+        logger.warning("%d of %d LoRA layers run fused; left to PEFT: %s", _fused(layers), len(layers), told)
     return model
 
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fastlora._core.log import logger
 from fastlora.anatomy.names import (
     adapted_modules,
     clean_name,
@@ -26,7 +27,7 @@ from fastlora.anatomy.uncalled import bypassed
 from fastlora.inject.lora import Model, add_lora, check_unadapted
 from fastlora.inject.places import Place, add_adapters
 from fastlora.inject.prompt_places import PromptPlace, add_prompts
-from fastlora.inject.trained import logger, train_only_tuners
+from fastlora.inject.trained import train_only_tuners
 from fastlora.inject.whole_modules import trained_whole
 from fastlora.nn import AdaptedModule, LoRALayer, LoRAModule
 from fastlora.nn.lora.start import file_part, fill_alpha, fill_part

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-import fastlora
+from fastlora._core.backend import use_backend
 from fastlora.transfer.fit import EpochResult
 from fastlora.transfer.report import MethodResult
 from fastlora.transfer.study import Study
@@ -81,4 +81,4 @@ def lora_and_reference(
 
 
 def _eager_backend() -> AbstractContextManager[None]:
-    return fastlora.use_backend("reference")
+    return use_backend("reference")

@@ -4,7 +4,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
-import fastlora
+from fastlora.inject.adapters import apply_adapters
+from fastlora.inject.lora import apply_lora
+from fastlora.inject.prompts import apply_prompts
 from fastlora.transfer.fit import FitSettings
 from fastlora.transfer.tuning import Tuning
 
@@ -48,7 +50,7 @@ def lora_tuning(fit: FitSettings, *, rank: int, alpha: float) -> Tuning:
     """LoRA on every linear layer of the backbone; ``alpha / rank`` is its strength."""
 
     def apply(model: nn.Module, rank: int, alpha: float) -> nn.Module:
-        return fastlora.apply_lora(model, rank=rank, alpha=alpha, modules_to_save=_HEAD)
+        return apply_lora(model, rank=rank, alpha=alpha, modules_to_save=_HEAD)
 
     return Tuning("lora", FUSED, fit, {"rank": rank, "alpha": alpha}, apply, "adapter", fused=True)
 
@@ -57,7 +59,7 @@ def adapter_tuning(fit: FitSettings, *, adapter_size: int) -> Tuning:
     """A bottleneck adapter after the attention and after the MLP of every block."""
 
     def apply(model: nn.Module, adapter_size: int) -> nn.Module:
-        return fastlora.apply_adapters(model, adapter_size=adapter_size, modules_to_save=_HEAD)
+        return apply_adapters(model, adapter_size=adapter_size, modules_to_save=_HEAD)
 
     return Tuning(
         "adapters", "Adapters", fit, {"adapter_size": adapter_size}, apply, "bottleneck", fused=True
@@ -68,7 +70,7 @@ def prompt_tuning(fit: FitSettings, *, num_tokens: int) -> Tuning:
     """Visual prompts: ``num_tokens`` learned tokens in every block."""
 
     def apply(model: nn.Module, num_tokens: int) -> nn.Module:
-        return fastlora.apply_prompts(model, num_tokens=num_tokens, deep=True, modules_to_save=_HEAD)
+        return apply_prompts(model, num_tokens=num_tokens, deep=True, modules_to_save=_HEAD)
 
     return Tuning("deep_prompts", "Visual prompts", fit, {"num_tokens": num_tokens}, apply, "prompts")
 

@@ -12,9 +12,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import fastlora
 from fastlora._core import backend as _backend
 from fastlora._core.memory import PeakMemory
+from fastlora.state.save_load import save_adapter
 from fastlora.transfer.data.bundled import normalise
 from fastlora.transfer.fit import Examples, Fit, FitSettings, OnStep, Task
 from fastlora.transfer.report import MethodResult, parameter_counts
@@ -143,7 +143,7 @@ def save_trained(result: MethodResult, tuning: Tuning, model: nn.Module, output:
     """
     if tuning.folder is None:
         return replace(result, adapter_bytes=len(save(model.state_dict())))
-    return result.with_adapter(fastlora.save_adapter(model, output / tuning.folder))
+    return result.with_adapter(save_adapter(model, output / tuning.folder))
 
 
 def _picture_task(study: Study) -> Task:

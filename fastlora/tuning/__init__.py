@@ -1,5 +1,5 @@
 """Measured choices instead of predicted ones: ``fastlora tune`` makes them, every process uses the same."""
 
-from fastlora.tuning.sharing import share
+from fastlora.distributed.tuned import share
 
 __all__ = ["share"]

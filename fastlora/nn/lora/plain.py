@@ -8,7 +8,6 @@ reads the weights, and the adapted one takes the update out of them again.
 import contextlib
 import copy
 import inspect
-import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
@@ -18,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastlora._core.log import logger
 from fastlora.nn.lora.folding import fold, unfold
 from fastlora.nn.lora.shelf import SHELF
 from fastlora.nn.lora.start import START_A, START_B, follow_start, take_start
 
 if TYPE_CHECKING:
     from fastlora.nn.lora.base import LoRAModule
-
-logger = logging.getLogger("fastlora")
 
 # before the names of A and B beside a weight that holds their product
 MERGED = "lora_merged."

@@ -1,7 +1,6 @@
 """Pictures that can't be decoded or are there twice, found before training and told by name."""
 
 import hashlib
-import logging
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +10,9 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
+from fastlora._core.log import logger
 from fastlora.transfer.data.images import LabelledImages
 
-_LOG = logging.getLogger("fastlora")
 _SHOWN = 5
 
 
@@ -67,7 +66,7 @@ def readable(
     emptied = sorted({images.classes[i] for i in images.labels} - {kept.classes[i] for i in kept.labels})
     if emptied:
         raise ValueError(f"{message}; skipping them leaves no picture of {', '.join(emptied)}")
-    _LOG.warning("%s; they are skipped", message)
+    logger.warning("%s; they are skipped", message)
     return kept
 
 
@@ -82,7 +81,7 @@ def tell_copies(images: LabelledImages) -> None:
         places[digest].append(index)
     copies = [same for same in places.values() if len(same) > 1]
     if copies:
-        _LOG.warning(
+        logger.warning(
             "%d of %d pictures are duplicates of others: %s; copies stay on one side of a split",
             sum(map(len, copies)) - len(copies),
             len(images),
@@ -93,7 +92,7 @@ def tell_copies(images: LabelledImages) -> None:
         named = [
             " = ".join(f"{images.names[i]} ({images.classes[images.labels[i]]})" for i in s) for s in torn
         ]
-        _LOG.warning("the same picture has more than one class: %s; correct the labels", _listed(named))
+        logger.warning("the same picture has more than one class: %s; correct the labels", _listed(named))
 
 
 def tell_overlap(train: LabelledImages, judged: LabelledImages, part: str) -> None:
@@ -110,7 +109,7 @@ def tell_overlap(train: LabelledImages, judged: LabelledImages, part: str) -> No
         message = (
             "%d of %d pictures for %s are duplicates of training pictures: %s; scores on them are too good"
         )
-        _LOG.warning(message, len(both), len(judged), part, _listed(both))
+        logger.warning(message, len(both), len(judged), part, _listed(both))
 
 
 def _looked_at(

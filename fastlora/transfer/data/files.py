@@ -1,7 +1,6 @@
 """Picture files: which ones there are in a folder, and what is left out of it."""
 
 import functools
-import logging
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -10,10 +9,10 @@ from pathlib import Path
 
 from PIL import Image, ImageFile
 
+from fastlora._core.log import logger
 from fastlora.transfer.data.picture import open_picture
 from fastlora.transfer.places import check_pictures
 
-_LOG = logging.getLogger("fastlora")
 # videos and drawings that Pillow knows by name but needs another program for
 _NOT_DECODED = ("MPEG", "EPS")
 # made by archivers and file managers
@@ -118,7 +117,9 @@ def tell_left_out(folder: Path, paths: Iterable[Path], why: str = "not pictures 
     """Log how many files of a folder are not used, by suffix."""
     if left_out := list(paths):
         files = "file" if len(left_out) == 1 else "files"
-        _LOG.warning("%d %s left out of %s: %s (%s)", len(left_out), files, folder, by_suffix(left_out), why)
+        logger.warning(
+            "%d %s left out of %s: %s (%s)", len(left_out), files, folder, by_suffix(left_out), why
+        )
 
 
 def _is_decoded(kind: str) -> bool:

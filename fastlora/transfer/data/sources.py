@@ -1,6 +1,5 @@
 """Where pictures come from: a folder of folders, a CSV file, a Hugging Face data set, any ``Dataset``."""
 
-import logging
 import math
 from collections.abc import Sized
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from fastlora._core.log import logger
 from fastlora.transfer.data.files import (
     Files,
     by_suffix,
@@ -25,8 +25,6 @@ from fastlora.transfer.data.order import natural
 from fastlora.transfer.data.picture import as_picture
 from fastlora.transfer.data.tables import IMAGE_COLUMNS, LABEL_COLUMNS, find_column, from_csv
 from fastlora.transfer.places import check_labelled
-
-_LOG = logging.getLogger("fastlora")
 
 
 def open_images(
@@ -62,7 +60,7 @@ def open_images(
     if layout is None:
         return _open(source, image_column, label_column)
     whole = source if isinstance(source, str | Path) else "the data"
-    _LOG.warning("only the part to train on is read of %s, which comes in parts", whole)
+    logger.warning("only the part to train on is read of %s, which comes in parts", whole)
     return _open(layout.train, image_column, label_column)
 
 
@@ -86,7 +84,7 @@ def open_parts(
         return _open(source, image_column, label_column), None
     if layout.left_out:
         left_out = ", ".join(layout.left_out)
-        _LOG.warning("left out of the data: %s; name pictures to test on by themselves (--test)", left_out)
+        logger.warning("left out of the data: %s; name pictures to test on by themselves (--test)", left_out)
     train = _open(layout.train, image_column, label_column)
     if layout.validation is None:
         return train, None

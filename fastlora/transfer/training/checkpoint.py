@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import logging
 import os
 import shutil
 import uuid
@@ -15,8 +14,8 @@ import torch
 
 from fastlora._core.files import read_json, room_wanted
 from fastlora._core.interruption import Interrupted
+from fastlora._core.log import logger
 
-_LOG = logging.getLogger("fastlora")
 CHECKPOINTS = "checkpoints"
 _KEPT = 2
 _STATE, _MANIFEST, PREFIX = "state.pt", "manifest.json", "step-"
@@ -83,7 +82,7 @@ class Checkpoints:
                 check(state)
                 return step, state
             except (OSError, ValueError) as error:
-                _LOG.warning("checkpoint %s is damaged (%s); it is skipped", folder, error)
+                logger.warning("checkpoint %s is damaged (%s); it is skipped", folder, error)
         if found:
             raise ValueError(
                 f"expected a whole checkpoint in {self.folder}, all {len(found)} are damaged; "

@@ -3,16 +3,15 @@
 import csv
 import importlib.util
 import io
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+from fastlora._core.log import logger
 from fastlora.transfer.report import write_file
 from fastlora.transfer.training.records import EpochRecord
 
-_LOG = logging.getLogger("fastlora")
 _COLUMNS = ("step", "epoch", "loss", "lr", "gradient_norm")
 EPOCHS, STEPS, TENSORBOARD = "epochs.csv", "steps.csv", "tensorboard"
 
@@ -87,7 +86,7 @@ def _open_steps(path: Path, step: int) -> IO[str]:
 
 def _open_board(folder: Path, step: int) -> Any:
     if importlib.util.find_spec("tensorboard") is None:
-        _LOG.info('no TensorBoard log: pip install "fastlora-triton[train]" brings it')
+        logger.info('no TensorBoard log: pip install "fastlora-triton[train]" brings it')
         return None
     from torch.utils.tensorboard import SummaryWriter
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastlora._core.interruption import Stop
 from fastlora._core.memory import PeakMemory
 from fastlora.anatomy.stages import head as find_head
+from fastlora.distributed.tuned import share
 from fastlora.transfer.data import LabelledImages
 from fastlora.transfer.fit import make_accelerator
 from fastlora.transfer.models.freezing import keep_frozen_in_eval
@@ -32,7 +33,6 @@ from fastlora.transfer.training.records import EpochRecord, TrainResult, scores
 from fastlora.transfer.training.settings import TrainSettings
 from fastlora.transfer.training.stage_switch import StageSwitch
 from fastlora.transfer.unfreezing import GradualUnfreezing
-from fastlora.tuning import share
 
 
 class Trainer:

@@ -2,8 +2,8 @@
 
 Triton's cross-compiler makes the machine code; registers, spills and shared memory come from the assembler's
 own report, so they are exact. The compiler and the interpreter can't share a process, so the work runs in
-subprocesses: ``python -m fastlora_kernels.compile.codegen`` reads specs from standard input and prints rows, as
-JSON; given a folder, it keeps there what it found, and compiles again only what has changed since.
+subprocesses: ``python -m fastlora_kernels.compile.codegen`` reads specs from standard input and prints rows,
+as JSON; given a folder, it keeps there what it found, and compiles again only what has changed since.
 """
 
 import hashlib

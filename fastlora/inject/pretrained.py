@@ -7,17 +7,15 @@ model's names and drops A and B: the training would be gone in silence.
 import contextlib
 import functools
 import inspect
-import logging
 from collections.abc import Iterator, Sized
 from typing import Any
 
 from torch import nn
 
+from fastlora._core.log import logger
 from fastlora.anatomy.names import adapted_modules, clean_name, holds_tuner, lora_layers, prompt_modules
 from fastlora.nn import LoRAModule
 from fastlora.nn.lora.plain import can_fold, fold_state, plain_states
-
-logger = logging.getLogger("fastlora")
 
 SAVE = "save_pretrained"
 # in bytes: more than any model has
