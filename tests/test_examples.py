@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.cases import cases
+
 ROOT = Path(__file__).parents[1]
 SHORT = {
     "news_with_trainer.py": ["--max-steps", "2", "--articles", "40"],
@@ -32,7 +34,9 @@ def test_a_configuration_is_read_by_accelerate(name: str, machines: int) -> None
     assert found.mixed_precision == "bf16"
 
 
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize(
+    "name", cases(["solar_cells_with_timm.py"], ["news_with_trainer.py", "digits_with_lightning.py"])
+)
 def test_an_example_runs(name: str) -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "examples" / name, *SHORT[name]],

@@ -121,10 +121,10 @@ def test_a_model_that_answers_otherwise_is_not_written(
         answer = original(*arguments)
         return lambda images: answer(images) + 1e-3
 
-    original = export._write_program
-    monkeypatch.setitem(export._EXPORTERS, "torch", wrong)
+    original = export._write_state_dict
+    monkeypatch.setitem(export._EXPORTERS, "state_dict", wrong)
     with pytest.raises(ValueError, match="expected the exported model to answer as the run's own"):
-        export_run(runs["lora"], "torch", tmp_path / "model.pt2")
+        export_run(runs["lora"], "state_dict", tmp_path / "merged.safetensors")
     assert not list(tmp_path.iterdir())
 
 

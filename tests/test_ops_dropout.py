@@ -12,6 +12,7 @@ import fastlora
 from fastlora.functional import lora_linear
 from fastlora.ops._keep_mask import draw_keep_mask, drop_threshold, keep_probability
 from fastlora.ops.lora_linear import LoRALinearFunction
+from tests.cases import cases
 from tests.lora_yardstick import unpack_mask
 
 
@@ -38,9 +39,9 @@ def draw(backend: str, shape: tuple[int, int], dropout: float, seed: int, device
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"], indirect=True)
-@pytest.mark.parametrize("dropout", [0.001, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("dropout", cases([0.1, 0.9], [0.001, 0.5]))
 def test_keep_rate(backend: str, device: torch.device, dropout: float) -> None:
-    shape = (200, 1000)
+    shape = (100, 1000)
     keep = draw(backend, shape, dropout, 3, device).double()
     deviation = (dropout * (1 - dropout) / keep.numel()) ** 0.5
     assert abs(keep.mean().item() - keep_probability(dropout)) < 5 * deviation
@@ -57,7 +58,7 @@ def test_keep_rate(backend: str, device: torch.device, dropout: float) -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "torch"], indirect=True)
 def test_neighbours_are_independent(backend: str, device: torch.device) -> None:
-    keep = draw(backend, (300, 512), 0.5, 4, device).double() - 0.5
+    keep = draw(backend, (150, 512), 0.5, 4, device).double() - 0.5
     for shift in (1, 2, 8, 16, 32, 64):
         correlation = 4 * (keep[:, shift:] * keep[:, :-shift]).mean()
         assert abs(correlation) < 5 * keep[:, shift:].numel() ** -0.5, shift
