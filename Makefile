@@ -28,6 +28,7 @@ test-oldest:
 lint: $(VENV)/.installed-dev
 	$(RUN) ruff format --check
 	$(RUN) ruff check
+	$(VENV)/bin/lint-imports
 	$(RUN) mypy
 
 # both end in benchmarks/results/<device>-<date>.json and a report in the folder of that name,

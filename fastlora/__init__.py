@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from fastlora._core.backend import set_backend, use_backend
     from fastlora.domain.model import DomainAdaptationModel
     from fastlora.inject.adapters import apply_adapters
+    from fastlora.inject.combining import add_weighted_adapter
     from fastlora.inject.lora import apply_lora, merge_adapters, remove_adapters, unmerge_adapters
-    from fastlora.inject.lora.combining import add_weighted_adapter
-    from fastlora.inject.lora.named import adapter_names, add_adapter, delete_adapter, set_adapter
+    from fastlora.inject.named import adapter_names, add_adapter, delete_adapter, set_adapter
     from fastlora.inject.prompts import apply_prompts, remove_prompts
     from fastlora.inject.summary import AdapterSummary, adapter_summary
     from fastlora.interop.peft import accelerate, restore
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     )
     from fastlora.ops.gradient_reversal import GradientReversal, gradient_reversal
     from fastlora.parameters import ParameterReport, parameter_report
+    from fastlora.state.named import load_adapter
     from fastlora.state.save_load import save_adapter
-    from fastlora.state.save_load.named import load_adapter
     from fastlora.transfer.models.create import create_transfer_model
     from fastlora.transfer.models.wrapper import TransferLearningModel
 

@@ -65,7 +65,7 @@ def tile_text(tile: "Tile") -> str:
 @functools.cache
 def committed() -> tuple[str, tuple[Row, ...]]:
     """The version of Triton that made the table, and its rows."""
-    text = files("fastlora_kernels").joinpath(FILE).read_text("utf-8")
+    text = files("fastlora_kernels.compile").joinpath(FILE).read_text("utf-8")
     version, _, rest = text.partition("\n")
     return version.removeprefix(_VERSION_LINE), tuple(map(_parsed, csv.DictReader(io.StringIO(rest))))
 
