@@ -1,11 +1,12 @@
 """Files that are there whole or not at all, and JSON that is read without a traceback."""
 
+import contextlib
 import errno
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +25,64 @@ def no_room(error: OSError) -> bool:
     return error.errno in _NO_ROOM
 
 
+@contextlib.contextmanager
+def aside(final: Path) -> Iterator[Path]:
+    """A name for a file or folder in the making, beside its final one, so that moving it there is one step.
+
+    What still has this name at the end is removed. ``tempfile`` would make files that only their owner reads.
+
+    Args:
+        final: Where it will be; the name in the making keeps its suffix.
+    """
+    path = final.with_name(f".{final.stem}.{uuid.uuid4().hex}.tmp{final.suffix}")
+    try:
+        yield path
+    finally:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def write_through(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that isn't there yet, and see it on the disk.
+
+    Raises:
+        OSError: There is one, or it can't be written.
+    """
+    with open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def settle(folder: Path) -> None:
+    """See a folder's names on the disk: a rename outlives a power cut only then."""
+    # not every system can open a folder
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file in one step, beside its final name first.
+    """Write a file in one step: readers see the old one or the whole new one, after a power cut too.
 
     Raises:
         NoRoomError: The disk is full; an older file is still there.
         OSError: It can't be written for another reason.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        with aside(path) as new:
+            write_through(new, content)
+            new.replace(path)
     except OSError as error:
         if no_room(error):
-            # what was half-written takes room itself
-            temporary.unlink(missing_ok=True)
             raise NoRoomError(error.errno, room_wanted(path, len(content), error)) from error
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    settle(path.parent)
 
 
 def room_wanted(path: Path, size: int, error: OSError) -> str:

@@ -1,6 +1,7 @@
 """Checks of options: every message says what was expected, what was given and what to do. Needs no torch."""
 
 import math
+from collections.abc import Iterable
 from numbers import Integral, Real
 
 
@@ -65,3 +66,30 @@ def check_positive(name: str, value: object, advice: str) -> float:
     if number <= 0:
         raise ValueError(f"expected {name} above 0, got {number}; {advice}")
     return number
+
+
+def check_probability(name: str, value: object) -> float:
+    """A dropout probability as a plain ``float``.
+
+    Raises:
+        TypeError: No real number.
+        ValueError: Outside [0, 1].
+    """
+    probability = check_number(name, value, "use 0.0 for none")
+    if not 0.0 <= probability <= 1.0:
+        raise ValueError(f"expected {name} in [0, 1], got {probability}; use 0.0 for none")
+    return probability
+
+
+def check_one_of(
+    name: str, value: object, accepted: Iterable[object], advice: str = "use one of these"
+) -> None:
+    """Refuse a value that is none of a few words.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    words = tuple(accepted)
+    # unhashable values must not raise an error of their own
+    if not any(value is word or (isinstance(value, str) and value == word) for word in words):
+        raise ValueError(f"expected {name} to be {', '.join(map(repr, words))}, got {value!r}; {advice}")

@@ -1,6 +1,9 @@
-"""Names and messages from outside, made fit to be shown: on a terminal, in a figure, on a page."""
+"""Names and lists of them made fit to be shown: in an error, on a terminal, in a figure, on a page."""
 
+import difflib
 import unicodedata
+from collections.abc import Collection, Iterable
+from itertools import islice
 
 # control and format characters, lone surrogates of undecodable file names, line and paragraph separators
 _HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -38,3 +41,25 @@ def shortened(text: object, length: int) -> str:
         return whole
     end = (length - 1) // 2
     return f"{whole[: length - 1 - end]}…{whole[len(whole) - end :]}"
+
+
+def first_few(texts: Collection[str], count: int) -> list[str]:
+    """So many of the texts, and how many more there are.
+
+    Example:
+        >>> first_few(["a", "b", "c", "d"], 2)
+        ['a', 'b', '… and 2 more']
+    """
+    left = len(texts) - count
+    return [*islice(texts, count), *([f"… and {left} more"] if left > 0 else [])]
+
+
+def did_you_mean(name: object, known: Iterable[str], *, count: int = 2, cutoff: float = 0.6) -> str:
+    """The nearest names as a question to begin an advice with; empty if none is near.
+
+    Example:
+        >>> did_you_mean("loar", ["lora", "full"])
+        "did you mean 'lora'? "
+    """
+    near = difflib.get_close_matches(str(name), list(known), n=count, cutoff=cutoff)
+    return f"did you mean {' or '.join(map(repr, near))}? " if near else ""

@@ -1,12 +1,12 @@
 """Which modules a request such as ``target_modules=["query", "value"]`` means."""
 
-import difflib
 import re
 from collections.abc import Collection, Iterable
 
 from torch import nn
 
 from fastlora._core.log import logger
+from fastlora._core.words import did_you_mean, first_few
 from fastlora.anatomy.all_linear import all_linear, unreached
 from fastlora.anatomy.names import adaptable_modules, named_modules
 from fastlora.anatomy.tied import check_tied_targets, tell_of_ties
@@ -135,8 +135,8 @@ def _pattern_matches(argument: str, pattern: str, names: Collection[str]) -> set
 def _no_match(argument: str, entry: str, names: Collection[str]) -> str:
     ends = dict.fromkeys(name.rpartition(".")[2] for name in names)
     candidates = dict.fromkeys([*ends, *names])
-    near = difflib.get_close_matches(entry, candidates, n=_LISTED, cutoff=0.5)
-    advice = f"did you mean {_some(near)}?" if near else f"names here end in {_some(list(ends))}"
+    near = did_you_mean(entry, candidates, count=_LISTED, cutoff=0.5).rstrip()
+    advice = near or f"names here end in {_some(ends)}"
     return f"expected {argument} to name modules of this model, got {entry!r}, which matches none; {advice}"
 
 
@@ -182,6 +182,5 @@ def _inventory(names: dict[str, nn.Module]) -> str:
     return f"no linear or attention layer{by_name}"
 
 
-def _some(words: list[str]) -> str:
-    more = f" and {len(words) - _LISTED} more" if len(words) > _LISTED else ""
-    return ", ".join(map(repr, words[:_LISTED])) + more
+def _some(words: Iterable[str]) -> str:
+    return ", ".join(first_few([repr(word) for word in words], _LISTED))

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Optional, get_args, get_origin, get_
 
 import typer
 
-from fastlora._core.suggestions import did_you_mean
+from fastlora._core.words import did_you_mean
 
 
 def options_of(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fastlora._core.suggestions import did_you_mean
+from fastlora._core.words import did_you_mean
 from fastlora.domain.methods import (
     CDAN,
     Alignment,

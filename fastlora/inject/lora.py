@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastlora._core.log import logger
+from fastlora._core.words import first_few
 from fastlora.anatomy.all_linear import tell_frozen_head
 from fastlora.anatomy.names import (
     adapted_modules,
@@ -266,12 +267,11 @@ def check_carriers(chosen: Mapping[str, nn.Module], settings: LoRASettings) -> N
         name: cannot_carry(module) or misfit(module, settings.rank, dora=settings.dora)
         for name, module in chosen.items()
     }
-    problems = [f"  {name}: {problem}" for name, problem in found.items() if problem]
+    problems = [f"{name}: {problem}" for name, problem in found.items() if problem]
     if problems:
-        shown = problems[:5] + ([f"  … and {len(problems) - 5} more"] if len(problems) > 5 else [])
         raise TypeError(
             f"expected only modules that can carry LoRA, got {len(problems)} that cannot; leave them out "
-            "with exclude_modules or name the others:\n" + "\n".join(shown)
+            "with exclude_modules or name the others:\n  " + "\n  ".join(first_few(problems, 5))
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from fastlora._core.log import logger
-from fastlora._core.suggestions import did_you_mean
+from fastlora._core.words import did_you_mean
 from fastlora.anatomy.names import require_lora_layers, unwrap
 from fastlora.inject.lora import Model
 from fastlora.nn import LoRAModule

@@ -7,6 +7,7 @@ from typing import Self
 import torch
 from torch import nn
 
+from fastlora._core.words import first_few
 from fastlora.anatomy.blocks import find_blocks, output_sizes
 from fastlora.anatomy.names import adapted_modules, lora_layers, named_modules, replace_modules
 from fastlora.anatomy.targets import left_out_names
@@ -132,12 +133,11 @@ def plan_places(
             settings.size(size)
             places[name] = Place(placement, size, settings)
         else:
-            problems.append(f"  {name}: {problem}")
+            problems.append(f"{name}: {problem}")
     if problems:
-        shown = problems[:5] + ([f"  … and {len(problems) - 5} more"] if len(problems) > 5 else [])
         raise ValueError(
             f"expected only modules that an adapter fits, got {len(problems)} others; leave them out with "
-            "exclude_modules or name other ones:\n" + "\n".join(shown)
+            "exclude_modules or name other ones:\n  " + "\n  ".join(first_few(problems, 5))
         )
     return places
 

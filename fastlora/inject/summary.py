@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from fastlora._core.words import first_few
 from fastlora.anatomy.names import (
     adapted_modules,
     clean_name,
@@ -60,8 +61,7 @@ class AdapterSummary:
             parts.append(f"{self.adapters} bottleneck adapters of size {sizes}")
         text = " and ".join([*parts, *self.prompts]) or "no LoRA layers"
         if (parts or self.prompts) and self.also_trainable:
-            shown, rest = self.also_trainable[:_LISTED], len(self.also_trainable) - _LISTED
-            text += f"; also training {', '.join(shown)}{f' and {rest} more' if rest > 0 else ''}"
+            text += f"; also training {', '.join(first_few(self.also_trainable, _LISTED))}"
         return (
             f"{text}; {self.trainable_parameters:,} of {self.total_parameters:,} parameters "
             f"train ({self.trainable_percent:.2f} %)"

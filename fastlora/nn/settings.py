@@ -6,13 +6,19 @@ from typing import Literal
 import torch
 from torch import nn
 
-from fastlora._core.option_checks import check_count, check_finite, check_flag, check_number
+from fastlora._core.checks import FLOATING_DTYPES
+from fastlora._core.option_checks import (
+    check_count,
+    check_finite,
+    check_flag,
+    check_one_of,
+    check_probability,
+)
 from fastlora.reference import ACTIVATIONS, Activation
 
 LayerNormPlace = Literal["pre", "post"]
 Scale = float | Literal["learned"]
 
-WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DTYPE_NAMES = "float16, bfloat16, float32 or float64"
 _ADAPTER_SIZE = 64
 
@@ -40,7 +46,10 @@ class LoRASettings:
     def __post_init__(self) -> None:
         """Check every value and turn numbers into plain ``int`` and ``float``."""
         rank = check_count("rank", self.rank, "use 8 or 16, say")
-        alpha, dropout = check_finite("alpha", self.alpha, "use 2 * rank, say"), probability(self.dropout)
+        alpha, dropout = (
+            check_finite("alpha", self.alpha, "use 2 * rank, say"),
+            check_probability("dropout", self.dropout),
+        )
         check_dtype("adapter_dtype", self.adapter_dtype)
         check_flag("rslora", self.rslora)
         check_flag("dora", self.dora)
@@ -81,11 +90,11 @@ class AdapterSettings:
         for name, advice in (("adapter_size", "use 64, say"), ("reduction_factor", "use 16, say")):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, check_count(name, getattr(self, name), advice))
-        _one_of("activation", self.activation, tuple(ACTIVATIONS))
-        _one_of("layer_norm", self.layer_norm, (None, "pre", "post"))
+        check_one_of("activation", self.activation, ACTIVATIONS)
+        check_one_of("layer_norm", self.layer_norm, (None, "pre", "post"))
         check_flag("bias", self.bias)
         object.__setattr__(self, "scale", _scale(self.scale))
-        object.__setattr__(self, "dropout", probability(self.dropout))
+        object.__setattr__(self, "dropout", check_probability("dropout", self.dropout))
 
     def size(self, hidden_size: int) -> int:
         """The bottleneck's width beside a layer of this width.
@@ -110,16 +119,8 @@ def check_dtype(name: str, dtype: torch.dtype | None) -> None:
     Raises:
         TypeError: Not floating, or not a dtype at all.
     """
-    if dtype is not None and dtype not in WEIGHT_DTYPES:
+    if dtype is not None and dtype not in FLOATING_DTYPES:
         raise TypeError(f"expected {name} to be {_DTYPE_NAMES}, got {dtype!r}; None chooses")
-
-
-def _one_of(name: str, value: object, accepted: tuple[object, ...]) -> None:
-    # unhashable values must not raise an error of their own
-    if not any(value is entry or (isinstance(value, str) and value == entry) for entry in accepted):
-        raise ValueError(
-            f"expected {name} to be {', '.join(map(repr, accepted))}, got {value!r}; use one of these"
-        )
 
 
 def _scale(value: object) -> Scale:
@@ -131,19 +132,6 @@ def _scale(value: object) -> Scale:
     if scale == 0.0:
         raise ValueError(f"expected scale to be finite and not zero, got {scale}; 1.0 scales nothing")
     return scale
-
-
-def probability(value: object) -> float:
-    """A dropout probability as a plain ``float``.
-
-    Raises:
-        TypeError: No number.
-        ValueError: Outside [0, 1].
-    """
-    dropout = check_number("dropout", value, "use 0.0 for none")
-    if not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"expected dropout in [0, 1], got {dropout}; use 0.0 for none")
-    return dropout
 
 
 def check_linear(linear: object) -> None:
@@ -224,7 +212,7 @@ def check_parameter(name: str, parameter: object) -> None:
             f"expected {name} to be a plain Parameter, got {type(parameter).__name__}; add LoRA before "
             "sharding, and take quantisation, parametrisation or weight norm off first"
         )
-    if parameter.dtype not in WEIGHT_DTYPES:
+    if parameter.dtype not in FLOATING_DTYPES:
         raise TypeError(
             f"expected {name} to be {_DTYPE_NAMES}, got {parameter.dtype}; dequantise or convert it first"
         )

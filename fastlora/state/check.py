@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastlora._core.checks import FLOATING_DTYPES
+from fastlora._core.words import first_few
 from fastlora.anatomy.blocks import output_sizes
 from fastlora.anatomy.names import clean_name, named_modules
 from fastlora.anatomy.tied import Holder, is_inside, shared_parameters, to_untie, without_parents
@@ -18,7 +20,6 @@ from fastlora.nn.adapted import ADAPTER
 from fastlora.nn.lora.parts import lora_parts, misfit
 from fastlora.nn.lora.start import file_settings
 from fastlora.nn.prompts.modules import PromptModule
-from fastlora.nn.settings import WEIGHT_DTYPES
 from fastlora.state.base_copies import BaseCopies
 from fastlora.state.keys import LORA_KEY, OUT_PROJ, PREFIX
 from fastlora.state.peft_config import AdapterConfig
@@ -175,11 +176,10 @@ class AdapterCheck:
         unexpected = [key for key in self._tensors if key not in self._explained]
         problems = self._problems + [f"{key}: nothing in the model takes it" for key in unexpected]
         if problems:
-            more = [f"… and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
             raise ValueError(
                 f"expected an adapter that fits this model, got {folder} (differences: "
                 f"{len(problems)}); load it into the model it was trained on. Nothing was changed:\n  "
-                + "\n  ".join(problems[:_LISTED] + more)
+                + "\n  ".join(first_few(problems, _LISTED))
             )
 
     def _twins(self, name: str) -> list[str]:
@@ -267,5 +267,5 @@ def _plain(owner: nn.Module) -> nn.Module:
 
 def _dtype_fits(tensor: Tensor, like: Tensor | None) -> bool:
     if like is None or like.is_floating_point():
-        return tensor.dtype in WEIGHT_DTYPES
+        return tensor.dtype in FLOATING_DTYPES
     return tensor.dtype == like.dtype

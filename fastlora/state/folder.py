@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from fastlora._core.files import read_json
+from fastlora._core.files import aside, read_json, settle, write_through
 from fastlora.state.own_config import FileConfig, parse_file_config
 from fastlora.state.sound import check_sound
 
@@ -78,30 +76,15 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, An
     text = (json.dumps(config, indent=2) + "\n").encode()
     with _clear_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with (
-            _temporary(folder / TENSORS, payload) as new_tensors,
-            _temporary(folder / CONFIG, text) as new_config,
-        ):
+        with aside(folder / TENSORS) as new_tensors, aside(folder / CONFIG) as new_config:
+            write_through(new_tensors, payload)
+            write_through(new_config, text)
             old = folder / CONFIG
             if old.exists() and old.read_bytes() != text:
                 old.unlink()
             new_tensors.replace(folder / TENSORS)
             new_config.replace(old)
-    _sync_folder(folder)
-
-
-@contextlib.contextmanager
-def _temporary(final: Path, content: bytes) -> Iterator[Path]:
-    # beside the final name, so that replacing is one step; tempfile would make files only their owner reads
-    path = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(path, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
+    settle(folder)
 
 
 @contextlib.contextmanager
@@ -118,13 +101,3 @@ def _clear_errors(folder: Path) -> Iterator[None]:
             f"expected a folder that can be written to, got {folder} ({error.strerror}); "
             "give another path or change its permissions"
         ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    # makes the new names durable; not every system can open a folder
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlora._core.files import read_json
-from fastlora._core.suggestions import did_you_mean
+from fastlora._core.words import did_you_mean
 from fastlora_kernels.tile import Shape
 
 if TYPE_CHECKING:

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from fastlora._core import files
 from fastlora._core.interruption import Interrupted
 from fastlora.cli._progress import LiveReporter
+from fastlora.transfer.training import checkpoint
 from fastlora.transfer.training.lock import LOCK, sole_use
 from tests.run_folders import PROBE, contents, invoke, make_run, refused
 from tests.training_runs import make_trainer
@@ -156,21 +158,21 @@ def test_a_finished_run_is_left_as_it_is(ended: tuple[Path, Path]) -> None:
 def test_a_full_disk_at_the_end_loses_nothing(
     ended: tuple[Path, Path], tmp_path: Path, name: str, monkeypatch: Any
 ) -> None:
-    def write(self: Path, content: bytes) -> int:
-        if name in self.name:
-            original(self, content[:7])
+    def write(path: Path, content: bytes) -> None:
+        if path.name.startswith(f".{Path(name).stem}.") and path.suffix == Path(name).suffix:
+            original(path, content[:7])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return original(self, content)
+        original(path, content)
 
-    original = Path.write_bytes
-    monkeypatch.setattr(Path, "write_bytes", write)
+    original = files.write_through
+    monkeypatch.setattr(files, "write_through", write)
     typed = ["finetune", ended[0], *PROBE, "--epochs", 2, "--output", tmp_path / "run"]
     told = refused(*typed, code=1, told=f"MiB at {tmp_path}/run/{name}, ")
     assert "Errno" not in told
     assert told.endswith("; make room; go on with: fastlora " + " ".join(map(str, typed)) + " --resume")
     assert not list((tmp_path / "run").rglob(".*"))
     assert steps_of(tmp_path / "run")
-    monkeypatch.setattr(Path, "write_bytes", original)
+    monkeypatch.setattr(files, "write_through", original)
     assert invoke(*typed, "--resume").exit_code == 0
     for file in ("model.safetensors", "model.json"):
         assert (tmp_path / "run" / file).read_bytes() == (ended[1] / file).read_bytes()
@@ -182,7 +184,7 @@ def test_a_full_disk_under_a_checkpoint_tells_how_to_go_on(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(checkpoint, "write_through", full)
     typed = ["finetune", ended[0], *PROBE, "--output", tmp_path]
     told = refused(*typed, code=1, told="there is none before it; make room")
     assert "Errno" not in told

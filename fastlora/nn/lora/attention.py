@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fastlora._core.option_checks import check_flag
+from fastlora._core.option_checks import check_flag, check_probability
 from fastlora.nn.lora.attend import attend, attention_mask, check_shapes
 from fastlora.nn.lora.base import LoRAModule
 from fastlora.nn.lora.linear import LoRALinear, describe, share_linear
 from fastlora.nn.lora.start import factors
-from fastlora.nn.settings import LoRASettings, check_linear, check_parameter, probability
+from fastlora.nn.settings import LoRASettings, check_linear, check_parameter
 
 Attention = TypeVar("Attention", bound=nn.MultiheadAttention)
 
@@ -78,7 +78,7 @@ class LoRAMultiheadAttention(LoRAModule, nn.MultiheadAttention):
     ) -> None:
         """See the class."""
         settings = LoRASettings(rank, alpha, lora_dropout, rslora, adapter_dtype)
-        probability(dropout)
+        check_probability("dropout", dropout)
         flags = {"bias": bias, "add_bias_kv": add_bias_kv, "add_zero_attn": add_zero_attn}
         for name, flag in (flags | {"batch_first": batch_first}).items():
             check_flag(name, flag)

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from fastlora._core.option_checks import check_count, check_flag
-from fastlora.nn.settings import probability
+from fastlora._core.option_checks import check_count, check_flag, check_one_of, check_probability
 
 PromptInit = Literal["auto", "uniform", "vocabulary"]
 
@@ -31,11 +30,7 @@ class PromptSettings:
         """Check every value and turn numbers into plain ``int`` and ``float``."""
         num_tokens = check_count("num_tokens", self.num_tokens, "use 10, say")
         check_flag("deep", self.deep, "True prompts every block")
-        dropout = probability(self.dropout)
-        if not isinstance(self.init, str) or self.init not in get_args(PromptInit):
-            raise ValueError(
-                f"expected init to be {', '.join(map(repr, get_args(PromptInit)))}, got {self.init!r}; "
-                "'auto' does what the papers do"
-            )
+        dropout = check_probability("dropout", self.dropout)
+        check_one_of("init", self.init, get_args(PromptInit), "'auto' does what the papers do")
         object.__setattr__(self, "num_tokens", num_tokens)
         object.__setattr__(self, "dropout", dropout)

@@ -1,8 +1,6 @@
 """Hand a fine-tuned model on, checked before it counts: merged weights, ONNX, a ``torch.export`` program."""
 
 import json
-import os
-import uuid
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 
 from fastlora._core.backend import use_backend
 from fastlora._core.extras import require
-from fastlora._core.files import check_file_place
+from fastlora._core.files import aside, check_file_place, settle
 from fastlora.anatomy.names import unwrap
 from fastlora.inject.lora import merge_adapters, remove_adapters
 from fastlora.nn.adapted import AdaptedModule
@@ -73,14 +71,13 @@ def export_run(folder: str | Path, format: Format, output: str | Path | None = N
     run = load_run(folder)
     check_file_place(path)
     model = _merged(run.model)
-    aside = path.with_name(f".{uuid.uuid4().hex}{SUFFIXES[format]}")
-    try:
+    # the exporters go by the suffix, whatever the name
+    with aside(path.with_suffix(SUFFIXES[format])) as new:
         with use_backend("reference"), torch.no_grad():
-            answer = _EXPORTERS[format](model, run, aside)
+            answer = _EXPORTERS[format](model, run, new)
             agreement = _compare(run, answer, path)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+        new.replace(path)
+    settle(path.parent)
     return agreement
 
 

@@ -9,7 +9,7 @@ from torchvision import models
 
 from fastlora._core.extras import require
 from fastlora._core.option_checks import check_flag
-from fastlora._core.suggestions import did_you_mean
+from fastlora._core.words import did_you_mean
 from fastlora.anatomy.stages import head as find_head
 from fastlora.transfer.models.backbones import dinov2_vits14
 from fastlora.transfer.models.efficientnet import efficientnet_lite0

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastlora._core.suggestions import did_you_mean
+from fastlora._core.words import did_you_mean
 from fastlora.transfer.strategies import added, freezing
 from fastlora.transfer.unfreezing import GradualUnfreezing
 

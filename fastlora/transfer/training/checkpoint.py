@@ -3,16 +3,14 @@
 import hashlib
 import io
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastlora._core.files import read_json, room_wanted
+from fastlora._core.files import aside, read_json, room_wanted, settle, write_through
 from fastlora._core.interruption import Interrupted
 from fastlora._core.log import logger
 
@@ -49,17 +47,16 @@ class Checkpoints:
         torch.save(state, buffer)
         content = buffer.getbuffer()
         target = self.folder / f"{PREFIX}{step:08d}"
-        aside = self.folder / f".{target.name}.{uuid.uuid4().hex}.tmp"
+        manifest = {"step": step, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         try:
-            aside.mkdir(parents=True)
-            _write(aside / _STATE, content)
-            manifest = {"step": step, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            _write(aside / _MANIFEST, json.dumps(manifest).encode())
-            _remove(target)
-            os.replace(aside, target)
-            _settle(self.folder)
+            with aside(target) as new:
+                new.mkdir(parents=True)
+                write_through(new / _STATE, content)
+                write_through(new / _MANIFEST, json.dumps(manifest).encode())
+                _remove(target)
+                new.replace(target)
+            settle(self.folder)
         except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
             raise OSError(error.errno, self._not_written(error, len(content))) from error
         self._tidy()
         return target
@@ -129,25 +126,8 @@ def _read(folder: Path) -> tuple[int, dict[str, Any]]:
     return step, state
 
 
-def _write(path: Path, content: Any) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _settle(folder: Path) -> None:
-    # a rename outlives a power cut only once its folder is on the disk
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _remove(folder: Path) -> None:
     if folder.exists():
         # out of sight first: a half-removed folder must not look like a torn checkpoint
-        aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
-        os.replace(folder, aside)
-        shutil.rmtree(aside, ignore_errors=True)
+        with aside(folder) as unseen:
+            folder.replace(unseen)
