@@ -33,7 +33,7 @@ def report(
     Speed-ups over PEFT and the eager formula, overheads over the frozen layer, a roofline, memory, and every
     case that is lost. What is predicted and not measured says so.
 
-    [bold]Example[/bold]: fastlora bench report benchmarks/results/amd-epyc-2026-11-26.json --gpu H100
+    [bold]Example[/bold]: fastlora bench report benchmarks/results/amd-epyc-2026-11-28.json --gpu H100
     """
     from fastlora.bench.results import load_results
 
