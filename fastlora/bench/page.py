@@ -13,7 +13,7 @@ from fastlora.bench.predictions import Predictions, predict
 from fastlora.bench.results import CEILINGS, EAGER, OURS, PEFT, Results, Row, geometric_mean, load_results
 from fastlora.bench.roofline import measured_rows, roofline_figure
 from fastlora.bench.style import SUITES, conditions, label, ordered, title
-from fastlora.transfer.html import inline, page
+from fastlora.transfer.report.page import inline, page
 from fastlora.transfer.plots import png
 from fastlora.transfer.report import check_output_folder, write_file
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastlora.parameters.report import ModuleRow, folded
 from fastlora.transfer.data import LabelledImages
-from fastlora.transfer.html import inline, page
+from fastlora.transfer.report.page import inline, page
 from fastlora.transfer.plots import draw_matrix, marked, matrix_side, png, shows_counts
 from fastlora.transfer.report import write_file
 
