@@ -12,7 +12,7 @@ from fastlora.bench.figures import speed_up_figure
 from fastlora.bench.results import load_results
 from fastlora.bench.work import lora_flops, lora_least_bytes
 from fastlora.cli import app
-from fastlora.transfer.plots import png
+from fastlora.transfer.report.style import png
 
 ROW: dict[str, Any] = {
     "suite": "layers",

@@ -9,21 +9,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from fastlora.bench.results import CEILINGS, EAGER, OURS, PEFT, Results, Row, geometric_mean
-from fastlora.bench.style import (
-    INK,
-    PASSES,
-    SUITES,
-    colour,
-    grouped,
-    heading,
-    label,
-    legend_below,
-    new_figure,
-    ordered,
-    plain,
-    title,
-)
-from fastlora.transfer.plots import drawn
+from fastlora.bench.style import PASSES, SUITES, colour, grouped, label, legend_below, ordered, title
+from fastlora.transfer.report.style import INK, drawn, heading, headline, new_figure, plain
 
 _BAR_INCHES, _PANEL_INCHES = 0.24, 0.75
 _MIB = 2**20
@@ -73,7 +60,7 @@ def speed_up_figure(results: Results, suite: str, passes: str) -> Figure | None:
         largest = max(value for row in rows if (value := row.speed_up(rival)))
         axes.set_xlim(0, 1.16 * max(largest, 1.0))
     names = " and ".join(_over(rival) for rival in rivals)
-    figure.suptitle(f"{SUITES[suite]}: fastlora's speed-up over {names}{left_out}", color=INK, fontsize=13)
+    headline(figure, f"{SUITES[suite]}: fastlora's speed-up over {names}{left_out}")
     faster, slower = Patch(color=colour(OURS)), _slower_patch()
     legend_below(figure, {"fastlora is faster": faster, "fastlora is slower": slower})
     return figure
@@ -116,7 +103,7 @@ def _speed_up_bars(axes: Axes, rows: Sequence[Row], rival: str) -> None:
     axes.set_yticks(range(len(rows)), [drawn(title(row), _LONGEST) for row in rows])
     # sharing an axis, both panels turn when one is turned
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    plain(axes)
+    plain(axes, grid="x")
 
 
 def overhead_figure(results: Results, suite: str) -> Figure | None:
@@ -141,7 +128,7 @@ def overhead_figure(results: Results, suite: str) -> Figure | None:
         axes.set_xlabel(f"Time ÷ that of {ceiling} (logarithmic)")
         axes.tick_params(labelbottom=True)
     text = f"{SUITES[suite]}: overhead over {ceiling} (dots: cases, number and bar: geometric mean)"
-    figure.suptitle(text, color=INK, fontsize=13)
+    headline(figure, text)
     return figure
 
 
@@ -171,7 +158,7 @@ def _overhead_dots(axes: Axes, rows: Sequence[Row], names: Sequence[str]) -> Non
     axes.set_yticks(range(len(names)), [drawn(label(name)) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     _plain_log_ticks(axes)
-    plain(axes)
+    plain(axes, grid="x")
 
 
 def _plain_log_ticks(axes: Axes) -> None:
@@ -207,7 +194,7 @@ def memory_figure(results: Results, suite: str) -> Figure | None:
     text = "Memory beside input, dY and weights (numbers: MiB)"
     if suite == "steps":
         text = "Memory of training steps beside inputs and weights"
-    figure.suptitle(text + left_out, color=INK, fontsize=13)
+    headline(figure, text + left_out)
     legend_below(figure, {drawn(label(name)): Patch(color=colour(name)) for name in names})
     return figure
 
@@ -233,7 +220,7 @@ def _memory_bars(
             )
     axes.set_yticks(range(len(rows)), [drawn(title(row), _LONGEST) for row in rows])
     axes.set_ylim(len(rows) - 0.45, -0.55)
-    plain(axes)
+    plain(axes, grid="x")
 
 
 def _short(value: float) -> str:

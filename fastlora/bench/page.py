@@ -13,9 +13,9 @@ from fastlora.bench.predictions import Predictions, predict
 from fastlora.bench.results import CEILINGS, EAGER, OURS, PEFT, Results, Row, geometric_mean, load_results
 from fastlora.bench.roofline import measured_rows, roofline_figure
 from fastlora.bench.style import SUITES, conditions, label, ordered, title
-from fastlora.transfer.report.page import inline, page
-from fastlora.transfer.plots import png
 from fastlora.transfer.report import check_output_folder, write_file
+from fastlora.transfer.report.page import page
+from fastlora.transfer.report.style import png
 
 PAGE, _TEMPLATE = "report.html", "bench/report.html.jinja"
 # what the first paragraph calls a suite's cases, and what nobody can beat
@@ -75,7 +75,7 @@ def render(results: Results, predictions: Predictions | None, pictures: Mapping[
         words=_words,
         results=results,
         predictions=predictions,
-        pictures={name: inline(data) for name, data in pictures.items()},
+        pictures=pictures,
         suites=SUITES,
         gains=gains(results),
         summary=summary(results),

@@ -14,7 +14,8 @@ from matplotlib.ticker import FuncFormatter
 
 from fastlora.bench.predictions import Prediction, Predictions
 from fastlora.bench.results import EAGER, OURS, PEFT, Results, Row
-from fastlora.bench.style import INK, colour, label, new_figure, plain
+from fastlora.bench.style import colour, label
+from fastlora.transfer.report.style import INK, headline, new_figure, plain
 
 _SHOWN = (EAGER, PEFT, OURS)
 _MARKERS = {OURS: "o", PEFT: "s", EAGER: "D"}
@@ -46,16 +47,12 @@ def roofline_figure(results: Results, predictions: Predictions) -> Figure:
         _key(axes, predictions.points)
     axes.set_xlabel("Operations per byte, each tensor moved once in either pass (FLOP/B, logarithmic)")
     axes.set_ylabel("Attained (TFLOP/s, logarithmic)")
-    plain(axes, grid="both")
+    plain(axes)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.legend(handles=handles, loc="lower right", fontsize=9, framealpha=1, edgecolor="none")
     kind = "measured and predicted" if rows else "predicted, nothing measured"
-    figure.suptitle(
-        f"Roofline of {target.card}: LoRA forward + backward, 16 bits, r = 16 ({kind})",
-        color=INK,
-        fontsize=13,
-    )
+    headline(figure, f"Roofline of {target.card}: LoRA forward + backward, 16 bits, r = 16 ({kind})")
     return figure
 
 

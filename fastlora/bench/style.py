@@ -1,27 +1,37 @@
-"""How every figure of the report looks: names and colours of candidates, dark on white."""
+"""Candidates and cases in the report: their names, their colours, their order."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fastlora.bench.results import Row
+from fastlora.transfer.report.style import (
+    BLACK,
+    BLUE,
+    DARK,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    SKY,
+    VERMILION,
+    YELLOW,
+)
 
-INK, GRID = "#222222", "#cccccc"
-# Okabe and Ito's palette, told apart with any colour vision; a candidate has its colour in every figure
+# a candidate has its colour in every figure
 COLOURS = {
-    "fastlora": "#0072B2",
-    "fastlora_compiled": "#56B4E9",
-    "reference": "#999999",
-    "peft": "#D55E00",
-    "peft_same_dtype": "#E69F00",
-    "peft_compiled": "#CC79A7",
-    "addmm": "#009E73",
-    "compiled": "#CC79A7",
-    "adapterhub": "#000000",
-    "products": "#444444",
-    "frozen": "#444444",
+    "fastlora": BLUE,
+    "fastlora_compiled": SKY,
+    "reference": GREY,
+    "peft": VERMILION,
+    "peft_same_dtype": ORANGE,
+    "peft_compiled": PINK,
+    "addmm": GREEN,
+    "compiled": PINK,
+    "adapterhub": BLACK,
+    "products": DARK,
+    "frozen": DARK,
 }
 LABELS = {
     "fastlora": "fastlora",
@@ -52,7 +62,7 @@ def label(candidate: str) -> str:
 
 def colour(candidate: str) -> str:
     """A candidate's colour."""
-    return COLOURS.get(candidate, "#F0E442")
+    return COLOURS.get(candidate, YELLOW)
 
 
 def ordered(candidates: Iterable[str]) -> list[str]:
@@ -80,29 +90,6 @@ def grouped(rows: Iterable[Row]) -> dict[str, list[Row]]:
     for row in rows:
         groups.setdefault(conditions(row), []).append(row)
     return groups
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure in the report's fonts' sizes."""
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
-
-
-def plain(axes: Axes, *, grid: str = "x") -> None:
-    """Dark text, a light grid behind the data, no frame where nothing is read off."""
-    axes.set_axisbelow(True)
-    if grid == "both":
-        axes.grid(color=GRID, linewidth=0.6)
-    else:
-        axes.grid(axis="x" if grid == "x" else "y", color=GRID, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=INK, labelsize=9)
-    axes.xaxis.label.set(color=INK, fontsize=9)
-    axes.yaxis.label.set(color=INK, fontsize=9)
-
-
-def heading(axes: Axes, text: str) -> None:
-    """A panel's heading."""
-    axes.set_title(text, loc="left", color=INK, fontsize=10, fontweight="bold")
 
 
 def legend_below(figure: Figure, handles: Mapping[str, Any], columns: int = 4) -> None:

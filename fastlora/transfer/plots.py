@@ -1,8 +1,6 @@
 """Pictures of a run: learning curves, accuracy against trainable parameters, confusion matrices."""
 
-import io
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -14,27 +12,16 @@ from matplotlib.ticker import EngFormatter
 from matplotlib.transforms import Bbox
 from torch import Tensor
 
-from fastlora._core.words import shortened
 from fastlora.transfer.metrics import accuracy, accuracy_interval, balanced_accuracy
 from fastlora.transfer.report import MethodResult
+from fastlora.transfer.report.style import SERIES, draw_line, drawn, heading, headline, new_figure, plain, png
 
-# Okabe and Ito's palette: told apart with any colour vision; markers and line styles differ as well
-_STYLES = (
-    ("#0072B2", "o", "-"),
-    ("#D55E00", "s", "-"),
-    ("#009E73", "^", "--"),
-    ("#CC79A7", "D", "-."),
-    ("#000000", "v", ":"),
-)
 _Horizontal = Literal["left", "center", "right"]
 _Vertical = Literal["bottom", "center", "top"]
 
 _SMALL_MATRIX, _MATRICES_PER_ROW = 4, 3
 # from here on a cell is too small for its number, and a matrix keeps its size
 _LARGE_MATRIX, _LARGE_SIDE, _NAMED_ROWS = 20, 10.0, 40
-_LONGEST_NAME = 24
-# pixels of a figure, whatever it shows
-_LARGEST = 24e6
 # pixels around a point's error bar that its marker may cover
 _MARKER_RADIUS = 8
 
@@ -79,31 +66,26 @@ def draw_curves(results: Sequence[MethodResult], title: str) -> bytes:
         results: Up to five methods.
         title: Model and data.
     """
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = new_figure(10, 4.2)
     loss, validation = figure.subplots(1, 2)
-    for result, (colour, marker, line) in zip(results, _STYLES, strict=False):
+    for result, style in zip(results, SERIES, strict=False):
         epochs = len(result.history)
         progress = [100 * epoch.epoch / epochs for epoch in result.history]
-        marks = {
-            "color": colour,
-            "marker": marker,
-            "linestyle": line,
-            "markersize": 4,
-            "markevery": marked(epochs),
-        }
         label = drawn(f"{result.title}: {epochs} epoch{'s' * (epochs > 1)}, {result.seconds:.0f} s", 60)
-        loss.plot(progress, [epoch.loss for epoch in result.history], label=label, **marks)
+        draw_line(loss, progress, [epoch.loss for epoch in result.history], label, style)
         right = [100 * epoch.validation_accuracy for epoch in result.history]
-        validation.plot(progress, right, label=label, **marks)
+        draw_line(validation, progress, right, label, style)
     highest = max(epoch.loss for result in results for epoch in result.history)
-    loss.set(title="Training loss", ylabel="Cross-entropy, mean over the epoch (nats)")
+    heading(loss, "Training loss")
+    loss.set(ylabel="Cross-entropy, mean over the epoch (nats)")
     loss.set_ylim(0, 1.08 * highest)
     loss.legend(loc="upper right")
-    validation.set(title="Validation accuracy", ylabel="Pictures labelled right (%)")
+    heading(validation, "Validation accuracy")
+    validation.set(ylabel="Pictures labelled right (%)")
     for axes in (loss, validation):
         axes.set(xlabel="Share of the method's training (%)", xlim=(0, 103))
-        axes.grid(alpha=0.3)
-    figure.suptitle(drawn(title, 90))
+        plain(axes)
+    headline(figure, drawn(title, 90))
     return png(figure)
 
 
@@ -119,10 +101,10 @@ def accuracy_figure(results: Sequence[MethodResult], title: str) -> Figure:
         results: Up to five methods.
         title: Model and data.
     """
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = new_figure(8, 5)
     axes = figure.subplots()
     points = [_scored(result) for result in results]
-    for point, (colour, marker, _) in zip(points, _STYLES, strict=False):
+    for point, (colour, marker, _) in zip(points, SERIES, strict=False):
         bar = [[point.y - point.low], [point.high - point.y]]
         axes.errorbar(point.x, point.y, yerr=bar, color=colour, marker=marker, markersize=8, capsize=4)
     lowest, highest = min(p.low for p in points), max(p.high for p in points)
@@ -133,9 +115,9 @@ def accuracy_figure(results: Sequence[MethodResult], title: str) -> Figure:
     axes.set_xlim(min(p.x for p in points) / 4, max(p.x for p in points) * 4)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set(xlabel="Trainable parameters (logarithmic)", ylabel="Test pictures labelled right (%)")
-    axes.set_title("Bars: 95 % intervals (Wilson)", fontsize=10)
-    axes.grid(alpha=0.3)
-    figure.suptitle(drawn(title, 90))
+    heading(axes, "Bars: 95 % intervals (Wilson)")
+    plain(axes)
+    headline(figure, drawn(title, 90))
     _label_points(figure, axes, points)
     return figure
 
@@ -211,7 +193,7 @@ def draw_confusions(results: Sequence[MethodResult], classes: Sequence[str], tit
     side = matrix_side(len(classes))
     columns = min(len(results), _MATRICES_PER_ROW)
     rows = math.ceil(len(results) / columns)
-    figure = Figure(figsize=(side * columns + 1, (side + 0.6) * rows), layout="constrained")
+    figure = new_figure(side * columns + 1, (side + 0.6) * rows)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in panels[len(results) :]:
         axes.remove()
@@ -223,7 +205,7 @@ def draw_confusions(results: Sequence[MethodResult], classes: Sequence[str], tit
         )
         axes.set_title(f"{drawn(result.title, 40)}\n{scores}", fontsize=11)
     figure.colorbar(image, ax=list(panels), label="Share of the true class (%)", shrink=0.8)
-    figure.suptitle(drawn(title, 90))
+    headline(figure, drawn(title, 90))
     return png(figure)
 
 
@@ -241,7 +223,8 @@ def draw_matrix(axes: Axes, confusion: Tensor, classes: Sequence[str]) -> AxesIm
     axes.set(xlabel="Predicted class", ylabel="True class")
     places = range(0, count, math.ceil(count / _NAMED_ROWS))
     names, size = [drawn(classes[place]) for place in places], 10 if shows_counts(count) else 7
-    upright = sum(map(len, names)) > (20 if small else 40)
+    # a name has to fit under its cell
+    upright = len(names) * max(map(len, names)) > 40
     axes.set_xticks(places, names, rotation=90 if upright else 0, fontsize=size)
     lying = small and not upright
     axes.set_yticks(places, names, rotation=90 if lying else 0, va="center", fontsize=size)
@@ -264,30 +247,3 @@ def matrix_side(count: int) -> float:
 def shows_counts(count: int) -> bool:
     """Whether a matrix of so many classes has its counts written into it."""
     return count <= _LARGE_MATRIX
-
-
-def marked(epochs: int) -> int:
-    """Every how many epochs a line has a marker: a single one has its own, of many not all do."""
-    return max(1, epochs // 10)
-
-
-def drawn(name: str, length: int = _LONGEST_NAME) -> str:
-    r"""A name as a figure's text: not too long, a dollar no formula, no underscore that hides it in legends.
-
-    Example:
-        >>> drawn("_$5^$"), drawn("a name that is longer than most", 15)
-        (' _\\$5^\\$', 'a name …an most')
-    """
-    text = shortened(name, length).replace("$", r"\$")
-    return f" {text}" if text.startswith("_") else text
-
-
-def png(figure: Figure, dpi: float = 150) -> bytes:
-    """A figure as a PNG; of a very large one each inch has fewer pixels."""
-    width, height = figure.get_size_inches()
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        # of what the font lacks boxes are drawn; the page beside has the names
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(buffer, format="png", dpi=min(dpi, math.sqrt(_LARGEST / (width * height))))
-    return buffer.getvalue()

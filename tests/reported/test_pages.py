@@ -25,10 +25,11 @@ from fastlora.transfer.data import LabelledImages
 from fastlora.transfer.finetune.evaluation import evaluate
 from fastlora.transfer.finetune.page import TEMPLATE, _matrix, confused, curves, render
 from fastlora.transfer.fit import EpochResult
-from fastlora.transfer.report.page import percent
 from fastlora.transfer.metrics import accuracy_interval
-from fastlora.transfer.plots import draw_accuracies, draw_confusions, draw_curves, drawn, png
+from fastlora.transfer.plots import draw_accuracies, draw_confusions, draw_curves
 from fastlora.transfer.report import MethodResult, ReportError
+from fastlora.transfer.report.page import percent
+from fastlora.transfer.report.style import drawn, png
 from tests.finetune_models import write_pictures
 
 # mathtext, TeX, formats, HTML, what legends leave out, other scripts, what fonts lack, control characters

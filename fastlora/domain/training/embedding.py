@@ -11,10 +11,9 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from fastlora._core.extras import require
-from fastlora.transfer.plots import drawn
+from fastlora.transfer.report.style import GREY, PALETTE, drawn, heading, new_figure
 
 _DRAWN = 400
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 _MARKERS = {"source": "o", "target": "x"}
 
 
@@ -58,12 +57,13 @@ def draw_embedding(
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(source_classes), generator=generator)[:_DRAWN]
     others = torch.randperm(len(target_classes), generator=generator)[:_DRAWN]
-    figure = Figure(figsize=(5.4 * len(clouds), 5.2), layout="constrained")
+    figure = new_figure(5.4 * len(clouds), 5.2)
     for axes, cloud in zip(np.atleast_1d(figure.subplots(1, len(clouds))), clouds, strict=True):
         placed = _placed(torch.cat([cloud.source[rows], cloud.target[others]]), seed)
         _scatter(axes, placed[: len(rows)], source_classes[rows], "source")
         _scatter(axes, placed[len(rows) :], target_classes[others], "target")
-        axes.set(title=cloud.title, xticks=[], yticks=[])
+        heading(axes, cloud.title)
+        axes.set(xticks=[], yticks=[])
     figure.legend(handles=_legend(names, target_note), loc="outside lower center", ncols=4, fontsize=9)
     return figure
 
@@ -80,7 +80,7 @@ def _placed(features: Tensor, seed: int) -> Tensor:
 
 
 def _scatter(axes: Axes, points: Tensor, classes: Tensor, domain: str) -> None:
-    colours = [_COLOURS[int(label) % len(_COLOURS)] for label in classes]
+    colours = [PALETTE[int(label) % len(PALETTE)] for label in classes]
     axes.scatter(
         points[:, 0].numpy(),
         points[:, 1].numpy(),
@@ -94,16 +94,16 @@ def _scatter(axes: Axes, points: Tensor, classes: Tensor, domain: str) -> None:
 
 def _legend(names: Sequence[str], target_note: str) -> list[Line2D]:
     domains = [
-        Line2D([], [], color="grey", linestyle="", marker=marker, label=label)
+        Line2D([], [], color=GREY, linestyle="", marker=marker, label=label)
         for marker, label in (("o", "source"), ("x", f"target ({target_note})"))
     ]
-    if len(names) > len(_COLOURS):
+    if len(names) > len(PALETTE):
         # a colour that stands for several classes has no name
         return [
             *domains,
-            Line2D([], [], linestyle="", label=f"{len(names)} classes in {len(_COLOURS)} colours"),
+            Line2D([], [], linestyle="", label=f"{len(names)} classes in {len(PALETTE)} colours"),
         ]
     return domains + [
         Line2D([], [], color=colour, linestyle="", marker="s", label=drawn(name))
-        for colour, name in zip(_COLOURS, names, strict=False)
+        for colour, name in zip(PALETTE, names, strict=False)
     ]

@@ -8,11 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fastlora.transfer.data import LabelledImages
-from fastlora.transfer.finetune.page import PAGE, draw_line, render
+from fastlora.transfer.finetune.page import PAGE, render
 from fastlora.transfer.report import write_file
+from fastlora.transfer.report.style import SERIES, draw_line, finish_epochs, heading, new_figure
 
 TEMPLATE = "domain/training/report.html.jinja"
-_STYLES = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", ":"))
 
 
 def write_page(folder: Path, report: dict[str, Any], images: LabelledImages, embedding: Figure) -> None:
@@ -35,7 +35,7 @@ def curves(epochs: Sequence[dict[str, Any]], kept: int) -> Figure:
         epochs: As in ``report.json``.
         kept: Number of the epoch that was kept, counted from 1.
     """
-    figure = Figure(figsize=(13, 3.9), layout="constrained")
+    figure = new_figure(13, 3.9)
     accuracies, domains, distance = figure.subplots(1, 3)
     _draw(
         accuracies,
@@ -47,23 +47,22 @@ def curves(epochs: Sequence[dict[str, Any]], kept: int) -> Figure:
         },
         100,
     )
-    accuracies.set(title="Accuracy", ylabel="Pictures labelled right (%)")
+    heading(accuracies, "Accuracy")
+    accuracies.set(ylabel="Pictures labelled right (%)")
     _draw(domains, epochs, {"domain classifier right": "domain_accuracy", "λ": "strength"})
-    domains.set(title="Reversal", ylabel="Share of 1")
+    heading(domains, "Reversal")
+    domains.set(ylabel="Share of 1")
     _draw(distance, epochs, {"proxy A-distance": "a_distance"})
-    distance.set(title="How far apart the features are", ylabel="0 (alike) to 2", ylim=(-0.05, 2.05))
+    heading(distance, "How far apart the features are")
+    distance.set(ylabel="0 (alike) to 2", ylim=(-0.05, 2.05))
     for axes in (accuracies, domains, distance):
-        axes.axvline(kept, color="grey", linestyle=":", label=f"kept ({kept})")
-        axes.set(xlabel="Epoch", xlim=(0.5, len(epochs) + 0.5))
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        finish_epochs(axes, [epoch["epoch"] for epoch in epochs], kept, "kept")
     return figure
 
 
 def _draw(axes: Axes, epochs: Sequence[dict[str, Any]], lines: dict[str, str], factor: float = 1) -> None:
     numbers = [epoch["epoch"] for epoch in epochs]
-    for (label, name), style in zip(lines.items(), _STYLES, strict=False):
+    for (label, name), style in zip(lines.items(), SERIES, strict=False):
         if epochs[0][name] is not None:
             values = [factor * epoch[name] for epoch in epochs]
             draw_line(axes, numbers, values, label, style)

@@ -40,8 +40,8 @@ from fastlora.transfer.finetune.settings import FinetuneSettings, as_config
 from fastlora.transfer.finetune.view import frozen_features
 from fastlora.transfer.fit import make_accelerator
 from fastlora.transfer.models.heads import BottleneckHead
-from fastlora.transfer.plots import png
 from fastlora.transfer.report import check_output_folder, environment, reporting, write_file, write_report
+from fastlora.transfer.report.style import png
 from fastlora.transfer.study import Reporter
 from fastlora.transfer.training import TrainResult, TrainSettings
 from fastlora.transfer.training.checks import check_unused

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from fastlora.parameters.report import ModuleRow, folded
 from fastlora.transfer.data import LabelledImages
-from fastlora.transfer.report.page import inline, page
-from fastlora.transfer.plots import draw_matrix, marked, matrix_side, png, shows_counts
+from fastlora.transfer.plots import draw_matrix, matrix_side, shows_counts
 from fastlora.transfer.report import write_file
+from fastlora.transfer.report.page import page
+from fastlora.transfer.report.style import SERIES, draw_line, finish_epochs, heading, new_figure, png
 
 PAGE, TEMPLATE = "report.html", "transfer/finetune/report.html.jinja"
 _THUMBNAIL, _CONFUSED = 160, 20
@@ -50,11 +50,11 @@ def render(
     return page(
         template,
         report=report,
-        confusion=inline(png(_matrix(confusion, classes))),
+        confusion=png(_matrix(confusion, classes)),
         confused=[] if shows_counts(len(classes)) else confused(confusion, classes),
         worst=[(row, _thumbnail(images, row["index"])) for row in report["evaluation"]["worst"]],
         modules=folded([row for row in modules if row.trainable_parameters]),
-        **{name: inline(png(figure)) for name, figure in figures.items()},
+        **{name: png(figure) for name, figure in figures.items()},
     )
 
 
@@ -65,7 +65,7 @@ def curves(epochs: Sequence[dict[str, Any]], best: int) -> Figure:
         epochs: As in ``report.json``.
         best: Number of the best epoch, counted from 1.
     """
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    figure = new_figure(10, 3.8)
     loss, right = figure.subplots(1, 2)
     numbers = [epoch["epoch"] for epoch in epochs]
     for axes, lines in (
@@ -73,35 +73,14 @@ def curves(epochs: Sequence[dict[str, Any]], best: int) -> Figure:
         (right, {"Accuracy": "accuracy", "Balanced accuracy": "balanced_accuracy"}),
     ):
         factor = 1 if axes is loss else 100
-        styles = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"))
-        for (label, name), style in zip(lines.items(), styles, strict=True):
-            values = [factor * epoch[name] for epoch in epochs]
-            draw_line(axes, numbers, values, label, style)
-        axes.axvline(best, color="grey", linestyle=":", label=f"best epoch ({best})")
-        axes.set(xlabel="Epoch", xlim=(min(numbers) - 0.5, max(numbers) + 0.5))
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    loss.set(title="Loss", ylabel="Cross-entropy (nats)")
-    right.set(title="Validation", ylabel="Pictures labelled right (%)")
+        for (label, name), style in zip(lines.items(), SERIES, strict=False):
+            draw_line(axes, numbers, [factor * epoch[name] for epoch in epochs], label, style)
+        finish_epochs(axes, numbers, best, "best epoch")
+    heading(loss, "Loss")
+    loss.set(ylabel="Cross-entropy (nats)")
+    heading(right, "Validation")
+    right.set(ylabel="Pictures labelled right (%)")
     return figure
-
-
-def draw_line(
-    axes: Axes, epochs: Sequence[int], values: Sequence[float], label: str, style: tuple[str, str, str]
-) -> None:
-    """A line over the epochs, of this colour, marker and kind."""
-    colour, marker, line = style
-    axes.plot(
-        epochs,
-        values,
-        label=label,
-        color=colour,
-        marker=marker,
-        linestyle=line,
-        markersize=4,
-        markevery=marked(len(epochs)),
-    )
 
 
 def confused(confusion: list[list[int]], classes: Sequence[str]) -> list[dict[str, Any]]:
@@ -130,20 +109,20 @@ def confused(confusion: list[list[int]], classes: Sequence[str]) -> list[dict[st
 
 def _matrix(confusion: list[list[int]], classes: Sequence[str]) -> Figure:
     side = matrix_side(len(classes))
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    figure = new_figure(side + 1, side)
     axes = figure.subplots()
     image = draw_matrix(axes, torch.tensor(confusion), classes)
     figure.colorbar(image, ax=axes, label="Share of the true class (%)", shrink=0.8)
     return figure
 
 
-def _thumbnail(images: LabelledImages, index: int) -> str:
+def _thumbnail(images: LabelledImages, index: int) -> bytes:
     found = images.read(index)
     picture = _as_picture(found) if isinstance(found, Tensor) else found
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
     buffer = io.BytesIO()
     picture.convert("RGB").save(buffer, "PNG")
-    return inline(buffer.getvalue())
+    return buffer.getvalue()
 
 
 def _as_picture(pixels: Tensor) -> Image.Image:

@@ -1,7 +1,6 @@
 """Pages that need no other file: templates, their numbers and their pictures."""
 
 import base64
-from importlib import resources
 from typing import Any
 
 import jinja2
@@ -15,17 +14,22 @@ def page(template: str, **values: Any) -> str:
     """A page; strings are escaped and their control characters shown.
 
     Args:
-        template: Path of a template inside this package.
-        values: What it shows.
+        template: Path of a template inside this package, which fills the blocks of ``base.html.jinja``.
+        values: What it shows; of a picture the bytes of its PNG, which the filter ``inline`` puts in place.
     """
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_source),
+        loader=jinja2.PackageLoader("fastlora", ""),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         finalize=_shown,
     )
-    environment.filters |= {"percent": percent, "mib": _mib, "readable": readable_percent}
+    environment.filters |= {
+        "inline": _inline,
+        "mib": _mib,
+        "percent": percent,
+        "readable": readable_percent,
+    }
     return environment.get_template(template).render(values)
 
 
@@ -39,13 +43,9 @@ def percent(share: float | None) -> str:
     return "–" if share is None or share != share else f"{100 * share:.1f} %"
 
 
-def inline(picture: bytes) -> str:
+def _inline(picture: bytes) -> str:
     """A PNG as an address that holds it."""
     return "data:image/png;base64," + base64.b64encode(picture).decode()
-
-
-def _source(path: str) -> str:
-    return resources.files("fastlora").joinpath(path).read_text("utf-8")
 
 
 def _shown(value: Any) -> Any:
