@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 import fastlora
 from fastlora import reference
 from fastlora.functional import adapter
-from fastlora.ops._keep_mask import keep_probability
 from fastlora.ops.adapter import AdapterFunction
+from fastlora.ops.keep_mask import keep_probability
 from tests.adapter_yardstick import Case, assert_as_exact_as_eager, eager, make_case, outputs_and_gradients
 from tests.cases import cases
 from tests.lora_yardstick import DTYPES, EACH_DTYPE

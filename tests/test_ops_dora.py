@@ -11,8 +11,8 @@ import fastlora
 from fastlora import reference
 from fastlora.functional import dora_linear, dora_weight_norm
 from fastlora.ops._dora_library import dora_linear_forward
-from fastlora.ops._keep_mask import keep_probability
 from fastlora.ops.dora_linear import DoRALinearFunction
+from fastlora.ops.keep_mask import keep_probability
 from tests.exactness import assert_as_exact
 from tests.lora_yardstick import DTYPES, EACH_DTYPE, Case, make_case, unpack_mask
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora.functional import lora_linear
-from fastlora.ops._keep_mask import draw_keep_mask, drop_threshold, keep_probability
+from fastlora.ops.keep_mask import draw_keep_mask, drop_threshold, keep_probability
 from fastlora.ops.lora_linear import LoRALinearFunction
 from tests.cases import cases
 from tests.lora_yardstick import unpack_mask
@@ -87,7 +87,7 @@ def test_keep_rate_of_any_size(shape: tuple[int, int], dropout: float) -> None:
 
 def test_splitmix_stream_of_other_devices() -> None:
     """The stream of devices other than the CPU, against the published splitmix64 of a plain loop."""
-    from fastlora.ops import _keep_mask
+    from fastlora.ops import keep_mask
 
     seed, expected, state = 1234567, [], 1234567
     for _ in range(6):
@@ -96,7 +96,7 @@ def test_splitmix_stream_of_other_devices() -> None:
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
         expected.append(z ^ (z >> 31))
-    words = _keep_mask._splitmix64(torch.tensor([seed]), 6)
+    words = keep_mask._splitmix64(torch.tensor([seed]), 6)
     assert words.numpy().view(np.uint64).tolist() == expected
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import fastlora
 from fastlora.functional import lora_linear
-from fastlora.ops._keep_mask import keep_probability
+from fastlora.ops.keep_mask import keep_probability
 from fastlora.ops.lora_linear import LoRALinearFunction
 from tests.cases import cases
 from tests.lora_yardstick import (

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlora.ops import _tuned_file
+from fastlora.ops import tuned_file
 from fastlora.tuning.kept import keep
 from fastlora_kernels.choose import tuned
 from fastlora_kernels.tile import Tile
@@ -46,14 +46,14 @@ def test_a_file_gives_back_what_was_kept(folder: Path) -> None:
     keep(second, GPU)
     again = record(path="epilogue")
     keep(again, GPU)
-    assert _tuned_file.read(_tuned_file.path_of(GPU), GPU) == [second, again]
+    assert tuned_file.read(tuned_file.path_of(GPU), GPU) == [second, again]
     assert tuned.pinned(GPU) == [second, again]
     assert [path.name for path in folder.iterdir()] == [f"tuned-{GPU}.json"]
 
 
 def test_a_crash_while_writing_leaves_the_old_file(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     keep(record(), GPU)
-    before = _tuned_file.path_of(GPU).read_bytes()
+    before = tuned_file.path_of(GPU).read_bytes()
 
     def full(self: Path, content: bytes) -> int:
         raise OSError("no space left on device")
@@ -61,7 +61,7 @@ def test_a_crash_while_writing_leaves_the_old_file(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="no space left"):
         keep(record(path="split"), GPU)
-    assert _tuned_file.path_of(GPU).read_bytes() == before
+    assert tuned_file.path_of(GPU).read_bytes() == before
     assert len(list(folder.iterdir())) == 1
 
 
@@ -78,12 +78,12 @@ def test_a_crash_while_writing_leaves_the_old_file(monkeypatch: pytest.MonkeyPat
 )
 def test_a_file_that_does_not_fit_is_ignored_with_a_warning(change, message: str) -> None:  # type: ignore[no-untyped-def]
     keep(record(), GPU)
-    path = _tuned_file.path_of(GPU)
+    path = tuned_file.path_of(GPU)
     path.write_text(change(path.read_text()))
     with pytest.raises(ValueError, match=message):
-        _tuned_file.read(path, GPU)
+        tuned_file.read(path, GPU)
     with pytest.warns(UserWarning, match=r"predicted instead of measured.*run fastlora tune again"):
-        assert _tuned_file.read_or_warn(GPU, SMALL_CARD) == []
+        assert tuned_file.read_or_warn(GPU, SMALL_CARD) == []
     # and the next measurement replaces it
     keep(record(), GPU)
     assert json.loads(path.read_text())["gpu"] == GPU
@@ -104,21 +104,21 @@ def test_a_choice_that_the_plans_do_not_offer_is_not_taken(stale: tuned.Record) 
     with pytest.warns(
         UserWarning, match=r"1 of \d choices.*name paths or tiles that the plans for sm_80 don't have"
     ):
-        taken = _tuned_file.read_or_warn(GPU, SMALL_CARD)
+        taken = tuned_file.read_or_warn(GPU, SMALL_CARD)
     assert taken == []
 
 
 @pytest.mark.parametrize("wrong", ['"dtype": "float17"', '"dtype": 16'])
 def test_an_edited_record_is_ignored_with_a_warning(wrong: str) -> None:
     keep(record(), GPU)
-    path = _tuned_file.path_of(GPU)
+    path = tuned_file.path_of(GPU)
     path.write_text(path.read_text().replace('"dtype": "float16"', wrong))
     with pytest.warns(UserWarning, match="predicted instead of measured"):
-        assert _tuned_file.read_or_warn(GPU, SMALL_CARD) == []
+        assert tuned_file.read_or_warn(GPU, SMALL_CARD) == []
 
 
 def test_no_file_is_no_warning(recwarn: pytest.WarningsRecorder) -> None:
-    assert _tuned_file.read_or_warn(GPU, SMALL_CARD) == []
+    assert tuned_file.read_or_warn(GPU, SMALL_CARD) == []
     assert not recwarn.list
 
 

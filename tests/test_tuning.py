@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import fastlora
 from fastlora.cli import app, tune
-from fastlora.ops import _choices, _lora_torch, _lora_triton, _tuned_file
+from fastlora.ops import decide, lora_torch, lora_triton, tuned_file
 from fastlora.parameters.models import ModelSpec
 from fastlora.tuning import search, timing
 from fastlora.tuning.calls import LayerCall, calls_of_model, read_calls
@@ -67,7 +67,7 @@ def test_eager_wins_where_it_is_faster() -> None:
     found, _ = search.tune_call(CALL, device(), counting_timer(1000, -1), lambda what: None)
     assert found.forward == found.backward == Choice(tuned.REFERENCE)
     tuned.pin(GPU, [found])
-    assert _choices.prefers_eager(CALL.shape, torch.float16, device(), dropping=False)
+    assert decide.prefers_eager(CALL.shape, torch.float16, device(), dropping=False)
 
 
 @pytest.mark.usefixtures("card")
@@ -75,7 +75,7 @@ def test_a_wrong_result_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(x: Tensor, *rest: Any, **more: Any) -> None:
         lora_forward(x * 1.05, *rest, **more)
 
-    monkeypatch.setattr(_lora_triton, "lora_forward", wrong)
+    monkeypatch.setattr(lora_triton, "lora_forward", wrong)
     found, left_out = search.tune_call(CALL, device(), counting_timer(1, 1), lambda what: None)
     assert all(each.wrong and "where eager errs by" in each.reason for each in left_out)
     assert {each.candidate.split()[1] for each in left_out} == {"split"}
@@ -95,7 +95,7 @@ def noting(function: Callable[..., Any], name: str, ran: list[str]) -> Callable[
 def test_the_op_takes_what_is_pinned(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = draw(CALL, device())
     ran: list[str] = []
-    modules = {"single_forward": _lora_triton, "epilogue_forward": _lora_triton, "forward": _lora_torch}
+    modules = {"single_forward": lora_triton, "epilogue_forward": lora_triton, "forward": lora_torch}
     for name, module in modules.items():
         monkeypatch.setattr(module, name, noting(getattr(module, name), name, ran))
     with only("forward", CALL, Choice(path), device()):
@@ -109,9 +109,9 @@ def test_the_kernels_asked_for_by_name_never_leave_to_the_library() -> None:
     tuned.pin(GPU, [record(path="library")])
     arguments = ("forward", CALL.shape, torch.float16, device())
     with fastlora.use_backend("triton"):
-        assert _choices.choose(*arguments, dropping=False).path == "split"  # type: ignore[arg-type]
+        assert decide.choose(*arguments, dropping=False).path == "split"  # type: ignore[arg-type]
     with fastlora.use_backend("auto"):
-        assert _choices.choose(*arguments, dropping=False).path == "library"  # type: ignore[arg-type]
+        assert decide.choose(*arguments, dropping=False).path == "library"  # type: ignore[arg-type]
 
 
 def test_calls_of_a_model_include_its_attention() -> None:
@@ -176,7 +176,7 @@ def test_the_command_measures_keeps_and_shows(tmp_path: Path, monkeypatch: pytes
     """The whole command on the interpreter: one call that kernels serve, one whose sizes they don't."""
     monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tune, "_device", device)
-    monkeypatch.setattr(_tuned_file, "gpu_key", lambda device: GPU)
+    monkeypatch.setattr(tuned_file, "gpu_key", lambda device: GPU)
     monkeypatch.setattr(timing, "graph_timer", lambda device: counting_timer(1, 1))
     calls = [
         {"rows": 20, "inputs": 32, "outputs": 48, "dtype": "float16"},

@@ -87,10 +87,10 @@ def _gpu(device: Any) -> dict[str, Any]:
     import torch
 
     from fastlora._core import backend
-    from fastlora.ops import _tuned_file
+    from fastlora.ops import tuned_file
     from fastlora_kernels import targets
 
-    target, gpu = targets.detect(device), _tuned_file.gpu_key(device)
+    target, gpu = targets.detect(device), tuned_file.gpu_key(device)
     failure = (
         backend.launch_failure() if backend.triton_available() else "the package triton is not installed"
     )
@@ -101,7 +101,7 @@ def _gpu(device: Any) -> dict[str, Any]:
         "target": target.name,
         "plans": f"as {target.card}" if pinned else "none: library products",
         "auto": "triton" if pinned else "torch",
-        "measured": len(_tuned_file.read_or_warn(gpu, target)),
+        "measured": len(tuned_file.read_or_warn(gpu, target)),
     } | ({"kernels": failure} if failure else {})
 
 

@@ -51,10 +51,10 @@ def tune(
     [bold]Example[/bold]: fastlora tune --model vit_b_16 --batch-size 64 --dropout 0.1
     """
     # slow to import
-    from fastlora.ops import _tuned_file
+    from fastlora.ops import tuned_file
 
     device = _device()
-    gpu = _tuned_file.gpu_key(device)
+    gpu = tuned_file.gpu_key(device)
     if show:
         _print(_kept(gpu), as_json)
         return
@@ -71,11 +71,11 @@ def tune(
 
 
 def _kept(gpu: str) -> "list[Record]":
-    from fastlora.ops import _tuned_file
+    from fastlora.ops import tuned_file
 
-    path = _tuned_file.path_of(gpu)
+    path = tuned_file.path_of(gpu)
     try:
-        return _tuned_file.read(path, gpu)
+        return tuned_file.read(path, gpu)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"nothing was measured for {gpu} so far: there is no {path}") from error
 

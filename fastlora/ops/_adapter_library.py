@@ -5,9 +5,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastlora.ops import _adapter_torch
+from fastlora.ops import adapter_torch
 from fastlora.ops._autocast import unrecorded
-from fastlora.ops._registration import register, rows_of, runs_directly, without_none
+from fastlora.ops.runtime import register, rows_of, runs_directly, without_none
 
 Gradients = tuple[Tensor | None, ...]
 _FORWARD_SCHEMA = (
@@ -65,11 +65,11 @@ class Implementation(Protocol):
 def implementation(backend: str) -> Implementation:
     """The module behind a backend's name."""
     if backend == "torch":
-        return _adapter_torch
+        return adapter_torch
     # imported late: Triton is not installed everywhere
-    from fastlora.ops import _adapter_triton
+    from fastlora.ops import adapter_triton
 
-    return _adapter_triton
+    return adapter_triton
 
 
 def adapter_forward(

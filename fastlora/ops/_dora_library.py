@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastlora.ops._autocast import unrecorded
 from fastlora.ops._lora_library import fake_forward, implementation
-from fastlora.ops._registration import register, rows_of, runs_directly
+from fastlora.ops.runtime import register, rows_of, runs_directly
 
 _FORWARD_SCHEMA = (
     "dora_linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor factor, "

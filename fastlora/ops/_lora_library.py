@@ -6,9 +6,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastlora.ops import _lora_torch
+from fastlora.ops import lora_torch
 from fastlora.ops._autocast import unrecorded
-from fastlora.ops._registration import in_dtype, register, rows_of, runs_directly, without_none
+from fastlora.ops.runtime import in_dtype, register, rows_of, runs_directly, without_none
 
 _FORWARD_SCHEMA = (
     "lora_linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? seed, "
@@ -81,11 +81,11 @@ class Implementation(Protocol):
 def implementation(backend: str) -> Implementation:
     """The module behind a backend's name."""
     if backend == "torch":
-        return _lora_torch
+        return lora_torch
     # imported late: Triton is not installed everywhere
-    from fastlora.ops import _lora_triton
+    from fastlora.ops import lora_triton
 
-    return _lora_triton
+    return lora_triton
 
 
 def scalar_values(scalars: Tensor | None, scaling: float, dropout: float) -> tuple[float, float]:

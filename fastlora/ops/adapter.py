@@ -12,7 +12,7 @@ from fastlora.ops import _adapter_library
 from fastlora.ops._autocast import autocast_dtype
 from fastlora.ops._autograd import draw_seed, refuse_second_derivative
 from fastlora.ops._packing import needs_no_packing
-from fastlora.ops._registration import in_dtype
+from fastlora.ops.runtime import in_dtype
 from fastlora.reference import Activation
 
 # multiplications of the down-projection up to which eager was faster on a CPU (AMD's Zen 4, by 1 to 29 %)
@@ -203,7 +203,7 @@ def _choose_backend(
     if backend != "triton":
         return backend
     # imported late: Triton is not installed everywhere
-    from fastlora.ops._adapter_triton import WIDEST, plans_library
+    from fastlora.ops.adapter_triton import WIDEST, plans_library
 
     if _backend.is_automatic():
         return "torch" if plans_library(h, hidden, size, compute_dtype, dropping=dropping) else "triton"

@@ -13,8 +13,8 @@ from fastlora.ops import _lora_library
 from fastlora.ops._autocast import autocast_dtype, without_autocast
 from fastlora.ops._autograd import draw_seed, refuse_second_derivative
 from fastlora.ops._packing import needs_no_packing, packed
-from fastlora.ops._registration import in_dtype, rows_of
 from fastlora.ops._scalars import Scalars
+from fastlora.ops.runtime import in_dtype, rows_of
 
 # multiplications of the frozen product up to which eager was faster on a CPU (AMD's Zen 4, by 2 to 15 %)
 _SMALL = 2**22
@@ -268,7 +268,7 @@ def choose_backend(
         eager = backend == "torch" and not (dropping or dora) and _is_small(x, weight, lora_A, compute_dtype)
         return "reference" if eager else backend
     # imported late: Triton is not installed everywhere
-    from fastlora.ops._choices import has_kernels, prefers_eager
+    from fastlora.ops.decide import has_kernels, prefers_eager
     from fastlora_kernels.tile import Shape
 
     n, k = weight.shape

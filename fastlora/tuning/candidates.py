@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fastlora import reference
 from fastlora._core.backend import use_backend
-from fastlora.ops._choices import gpu_of
-from fastlora.ops._keep_mask import keep_probability
 from fastlora.ops._lora_library import lora_linear_backward, lora_linear_forward
+from fastlora.ops.decide import gpu_of
+from fastlora.ops.keep_mask import keep_probability
 from fastlora.tuning.calls import LayerCall
 from fastlora_kernels import targets
 from fastlora_kernels.choose import paths, tuned

@@ -2,7 +2,7 @@
 
 import contextlib
 
-from fastlora.ops import _tuned_file
+from fastlora.ops import tuned_file
 from fastlora_kernels.choose import tuned
 from fastlora_kernels.choose.tuned import Record
 
@@ -12,17 +12,17 @@ def keep(record: Record, gpu: str) -> None:
 
     Args:
         record: What was measured.
-        gpu: As :func:`fastlora.ops._tuned_file.gpu_key` names it.
+        gpu: As :func:`fastlora.ops.tuned_file.gpu_key` names it.
 
     Raises:
         OSError: The file can't be written.
     """
-    path, before = _tuned_file.path_of(gpu), []
+    path, before = tuned_file.path_of(gpu), []
     # a damaged file, or one of another version, is replaced
     with contextlib.suppress(OSError, ValueError):
-        before = _tuned_file.read(path, gpu)
+        before = tuned_file.read(path, gpu)
     records = [*(each for each in before if _call(each) != _call(record)), record]
-    _tuned_file.write(path, gpu, records)
+    tuned_file.write(path, gpu, records)
     tuned.pin(gpu, records)
 
 

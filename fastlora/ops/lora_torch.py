@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastlora.ops._keep_mask import KEEP_MASK_DTYPE, draw_keep_mask, keep_probability, mask_, masked
 from fastlora.ops._packing import packed
-from fastlora.ops._registration import in_dtype
+from fastlora.ops.keep_mask import KEEP_MASK_DTYPE, draw_keep_mask, keep_probability, mask_, masked
+from fastlora.ops.runtime import in_dtype
 
 _ELEMENTS_PER_BLOCK = 1 << 19
 

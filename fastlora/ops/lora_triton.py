@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from fastlora.ops import _lora_torch
-from fastlora.ops._choices import choose
-from fastlora.ops._keep_mask import drop_threshold, keep_probability
+from fastlora.ops import lora_torch
 from fastlora.ops._launch import current_device, is_aligned, row_major
 from fastlora.ops._lora_paths import epilogue_forward, epilogue_grad_x, single_forward
+from fastlora.ops.decide import choose
+from fastlora.ops.keep_mask import drop_threshold, keep_probability
 from fastlora_kernels import targets
 from fastlora_kernels.choose import plan as plans
 from fastlora_kernels.choose.plan import Kernel
@@ -54,7 +54,7 @@ def forward(
     choice = choose("forward", shape, x.dtype, x.device, dropping=seed is not None, dora=factor is not None)
     layer = (x, weight, bias, lora_A, lora_B)
     if choice.path == "library":
-        return _lora_torch.forward(
+        return lora_torch.forward(
             *layer, None, scaling=scaling, dropout=0.0, y=y, factor=factor, product=product
         )
     with current_device(x):
@@ -129,7 +129,7 @@ def backward(
     target = targets.detect(dy.device)
     choice = choose("backward", shape, dy.dtype, dy.device, dropping=mask is not None)
     if choice.path == "library":
-        return _lora_torch.backward(
+        return lora_torch.backward(
             dy, x, weight, lora_A, lora_B, s, None,
             scaling=scaling, dropout=0.0, need_x=need_x, need_A=need_A, need_B=need_B,
         )  # fmt: skip

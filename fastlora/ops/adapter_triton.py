@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastlora.ops._keep_mask import drop_threshold, keep_probability
 from fastlora.ops._launch import current_device, is_aligned, row_major
+from fastlora.ops.keep_mask import drop_threshold, keep_probability
 from fastlora_kernels import targets
 from fastlora_kernels.adapter.backward import adapter_grad_h_weights, adapter_grad_z
 from fastlora_kernels.adapter.forward import adapter_down, adapter_forward, adapter_up

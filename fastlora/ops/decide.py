@@ -5,7 +5,7 @@ import functools
 import torch
 
 from fastlora._core import backend
-from fastlora.ops import _tuned_file
+from fastlora.ops import tuned_file
 from fastlora_kernels import targets
 from fastlora_kernels.choose import paths, tuned
 from fastlora_kernels.choose.paths import Pass
@@ -48,9 +48,9 @@ def gpu_of(device: torch.device) -> str:
     """The name under which a device's records go; its file is read once, so that nothing changes later."""
     if device.type != "cuda":
         return device.type
-    gpu = _tuned_file.gpu_key(device)
+    gpu = tuned_file.gpu_key(device)
     if gpu not in tuned.gpus():
-        tuned.pin(gpu, _tuned_file.read_or_warn(gpu, targets.detect(device)))
+        tuned.pin(gpu, tuned_file.read_or_warn(gpu, targets.detect(device)))
     return gpu
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastlora.ops._keep_mask import draw_keep_mask, keep_probability
 from fastlora.ops._packing import packed
-from fastlora.ops._registration import in_dtype
+from fastlora.ops.keep_mask import draw_keep_mask, keep_probability
+from fastlora.ops.runtime import in_dtype
 from fastlora.reference import ACTIVATIONS
 
 # where dropout strikes, z is set to a value at which every activation and its slope are exactly 0
