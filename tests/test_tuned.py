@@ -1,6 +1,7 @@
 """Measured choices: found again, kept on disk, refused when they don't fit, the same on every rank."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,10 +56,10 @@ def test_a_crash_while_writing_leaves_the_old_file(monkeypatch: pytest.MonkeyPat
     keep(record(), GPU)
     before = tuned_file.path_of(GPU).read_bytes()
 
-    def full(self: Path, content: bytes) -> int:
+    def full(descriptor: int) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space left"):
         keep(record(path="split"), GPU)
     assert tuned_file.path_of(GPU).read_bytes() == before
