@@ -14,7 +14,6 @@ import fastlora
 from fastlora import LoRAConv2d, LoRAEmbedding, LoRALayer, LoRALinear
 from fastlora.nn import LoRAModule
 from fastlora.nn.lora import norm_cache
-from fastlora.nn.lora.folding import fold
 
 MAKERS: dict[str, Callable[[], tuple[LoRAModule, nn.Module, Tensor]]] = {}
 
@@ -101,9 +100,9 @@ def test_rows_are_folded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     for make in MAKERS.values():
         layer, _, _ = make()
         move(layer)
-        whole = fold(layer, layer._weight())
+        whole = layer._fold(layer._weight())
         monkeypatch.setattr("fastlora.nn.lora.folding._ELEMENTS", 8)
-        torch.testing.assert_close(fold(layer, layer._weight()), whole)
+        torch.testing.assert_close(layer._fold(layer._weight()), whole)
         monkeypatch.undo()
 
 

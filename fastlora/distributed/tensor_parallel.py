@@ -1,6 +1,5 @@
 """Tensor parallelism of LoRA layers: styles for ``torch.distributed.tensor.parallel.parallelize_module``."""
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +10,53 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from fastlora.nn import LoRALinear
 from fastlora.nn.lora.start import has_start
 
-Local = Callable[..., Tensor]
+
+class _ParallelLinear(LoRALinear):
+    def check_mergeable(self) -> None:
+        """Refuse to merge.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "expected whole weights to merge, got a tensor-parallel layer; merge before "
+            "parallelize_module, or save the adapter and merge it into a model of one process"
+        )
+
+
+class ColwiseLoRALinear(_ParallelLinear):
+    """What :class:`LoRAColwiseParallel` makes of a LoRALinear: whole rows of W and B here."""
+
+    def _lora_linear(self, x: Any, weight: Any, bias: Any | None, lora_A: Any, lora_B: Any) -> Tensor:
+        # dX and dA are sums over the processes
+        y = super()._lora_linear(
+            x.to_local(grad_placements=[Partial()]),
+            weight.to_local(),
+            None if bias is None else bias.to_local(),
+            lora_A.to_local(grad_placements=[Partial()]),
+            lora_B.to_local(),
+        )
+        return DTensor.from_local(y, weight.device_mesh, [Shard(-1)], run_check=False)
+
+
+class RowwiseLoRALinear(_ParallelLinear):
+    """What :class:`LoRARowwiseParallel` makes of a LoRALinear: whole columns of W and A here."""
+
+    def _lora_linear(self, x: Any, weight: Any, bias: Any | None, lora_A: Any, lora_B: Any) -> Tensor:
+        # y and dB are sums over the processes
+        mesh = weight.device_mesh
+        if bias is not None:
+            bias = bias.to_local(grad_placements=[Partial()])
+            # it must not be summed over the processes, and a trained one needs a gradient in all of them
+            bias = bias if mesh.get_local_rank() == 0 else bias * 0
+        y = super()._lora_linear(
+            x.to_local(),
+            weight.to_local(),
+            bias,
+            lora_A.to_local(),
+            lora_B.to_local(grad_placements=[Partial()]),
+        )
+        return DTensor.from_local(y, mesh, [Partial()], run_check=False)
 
 
 class LoRAColwiseParallel(ColwiseParallel):
@@ -32,8 +77,7 @@ class LoRAColwiseParallel(ColwiseParallel):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        layer = _checked(module, type(self).__name__)
-        layer._parallel = _colwise
+        _checked(module, type(self).__name__).__class__ = ColwiseLoRALinear
         return super()._apply(module, device_mesh)
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
@@ -54,8 +98,7 @@ class LoRARowwiseParallel(RowwiseParallel):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        layer = _checked(module, type(self).__name__)
-        layer._parallel = _rowwise
+        _checked(module, type(self).__name__).__class__ = RowwiseLoRALinear
         return super()._apply(module, device_mesh)
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
@@ -64,7 +107,7 @@ class LoRARowwiseParallel(RowwiseParallel):
 
 
 def _checked(module: nn.Module, style: str) -> LoRALinear:
-    if not isinstance(module, LoRALinear):
+    if type(module) is not LoRALinear:
         raise TypeError(
             f"expected a fastlora.LoRALinear for {style}, got {type(module).__name__}; call "
             "fastlora.apply_lora first, and use torch's own styles for other modules"
@@ -87,32 +130,3 @@ def _distribute(
     for name, parameter in list(module.named_parameters(recurse=False)):
         cut = distribute_tensor(parameter, mesh, [placements[name]], src_data_rank=src_data_rank)
         module.register_parameter(name, nn.Parameter(cut, requires_grad=parameter.requires_grad))
-
-
-def _colwise(project: Local, x: Any, weight: Any, bias: Any | None, lora_A: Any, lora_B: Any) -> Tensor:
-    """Whole rows of W and B here; dX and dA are sums over the processes."""
-    y = project(
-        x.to_local(grad_placements=[Partial()]),
-        weight.to_local(),
-        None if bias is None else bias.to_local(),
-        lora_A.to_local(grad_placements=[Partial()]),
-        lora_B.to_local(),
-    )
-    return DTensor.from_local(y, weight.device_mesh, [Shard(-1)], run_check=False)
-
-
-def _rowwise(project: Local, x: Any, weight: Any, bias: Any | None, lora_A: Any, lora_B: Any) -> Tensor:
-    """Whole columns of W and A here; y and dB are sums over the processes."""
-    mesh = weight.device_mesh
-    if bias is not None:
-        bias = bias.to_local(grad_placements=[Partial()])
-        # it must not be summed over the processes, and a trained one needs a gradient in all of them
-        bias = bias if mesh.get_local_rank() == 0 else bias * 0
-    y = project(
-        x.to_local(),
-        weight.to_local(),
-        bias,
-        lora_A.to_local(),
-        lora_B.to_local(grad_placements=[Partial()]),
-    )
-    return DTensor.from_local(y, mesh, [Partial()], run_check=False)

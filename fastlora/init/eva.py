@@ -11,7 +11,6 @@ from fastlora._core.option_checks import check_finite
 from fastlora.init._layers import check_unmerged, linear_layers
 from fastlora.inject.lora import Model
 from fastlora.nn import LoRAModule
-from fastlora.nn.lora import shelf
 
 
 @dataclass
@@ -156,7 +155,7 @@ def _start(layer: LoRAModule, rank: int, directions: _Directions) -> None:
     if rank == layer.rank:
         layer._reset_own()
     else:
-        active = shelf.settings_of(layer, shelf.active_name(layer))
+        active = layer._settings()
         ratio = (rank / active.rank) ** (0.5 if active.rslora else 1)
         layer._new_update(replace(active, rank=rank, alpha=active.alpha * ratio))
     assert directions.vectors is not None

@@ -1,6 +1,5 @@
 """A new adapter out of several: weighted sums of their updates, exact, of a lower rank, or sparse."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -13,7 +12,7 @@ from fastlora._core.option_checks import check_count, check_finite
 from fastlora.inject.lora import Model
 from fastlora.inject.named import all_layers, check_known, put_in
 from fastlora.nn import LoRAModule
-from fastlora.nn.lora import shelf
+from fastlora.nn.lora.shelf import Shelf
 from fastlora.nn.settings import LoRASettings
 
 CombinationType = Literal[
@@ -85,7 +84,7 @@ def add_weighted_adapter(
     weights = [check_finite("a weight", weight, "1.0 takes an adapter as it is") for weight in weights]
     for name in adapters:
         check_known(model, name)
-    settings = [shelf.settings_of(layer, name) for layer in layers for name in adapters]
+    settings = [Shelf(layer).settings(name) for layer in layers for name in adapters]
     _check(adapters, weights, combination_type, density, majority_sign_method, settings)
     _check_layers(layers)
     recipes = {
@@ -93,9 +92,7 @@ def add_weighted_adapter(
             adapters,
             weights,
             combination_type,
-            _rank(
-                [shelf.factors_of(layer, name)[0].shape[0] for name in adapters], combination_type, svd_rank
-            ),
+            _rank([Shelf(layer).factors(name)[0].shape[0] for name in adapters], combination_type, svd_rank),
             density,
             majority_sign_method,
         )
@@ -106,7 +103,7 @@ def add_weighted_adapter(
     put_in(model, adapter_name, lambda layer: _new_settings(layer, recipes[layer].rank))
     with torch.no_grad():
         for layer, parts in combined.items():
-            for parameter, values in zip(shelf.parts_of(layer, adapter_name), parts, strict=True):
+            for parameter, values in zip(Shelf(layer).parts(adapter_name), parts, strict=True):
                 parameter.copy_(values.view_as(parameter))
     return model
 
@@ -164,14 +161,14 @@ def _rank(ranks: list[int], combination_type: str, svd_rank: int | None) -> int:
 
 
 def _new_settings(layer: LoRAModule, rank: int) -> LoRASettings:
-    dtype = shelf.parts_of(layer, shelf.active_name(layer))[0].dtype
+    dtype = layer._settings().adapter_dtype
     return LoRASettings(rank=rank, alpha=float(rank), adapter_dtype=dtype)
 
 
 def _combine(layer: LoRAModule, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """A and B of the new adapter as matrices ``[rank, …]`` and ``[out, rank]``."""
     pairs = [_matrices(layer, name) for name in recipe.adapters]
-    scalings = [_scaling(shelf.settings_of(layer, name)) for name in recipe.adapters]
+    scalings = [Shelf(layer).settings(name).scaling for name in recipe.adapters]
     scales = [weight * scaling for weight, scaling in zip(recipe.weights, scalings, strict=True)]
     kind = recipe.combination_type
     if kind in ("cat", "svd"):
@@ -193,12 +190,8 @@ def _combine(layer: LoRAModule, recipe: Recipe) -> tuple[Tensor, Tensor]:
 
 
 def _matrices(layer: LoRAModule, name: str) -> tuple[Tensor, Tensor]:
-    lora_A, lora_B = shelf.factors_of(layer, name)
+    lora_A, lora_B = Shelf(layer).factors(name)
     return lora_A.detach().flatten(1).float(), lora_B.detach().flatten(1).float()
-
-
-def _scaling(settings: LoRASettings) -> float:
-    return settings.alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
 
 
 def _truncated(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Put LoRA layers into a model by name, fold them in, and take them out again."""
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -29,9 +30,9 @@ from fastlora.nn import (
     LoRAModule,
     LoRAMultiheadAttention,
 )
-from fastlora.nn.lora.attention import check_attention
-from fastlora.nn.lora.parts import misfit
-from fastlora.nn.settings import LoRASettings, check_conv, check_embedding, check_linear
+from fastlora.nn.lora.checks import check_attention, check_conv, check_embedding, check_linear
+from fastlora.nn.lora.layout import layout_of
+from fastlora.nn.settings import LoRASettings
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -264,7 +265,7 @@ def check_carriers(chosen: Mapping[str, nn.Module], settings: LoRASettings) -> N
         TypeError: At least one can't.
     """
     found = {
-        name: cannot_carry(module) or misfit(module, settings.rank, dora=settings.dora)
+        name: cannot_carry(module) or layout_of(module).misfit(module, settings.rank, dora=settings.dora)
         for name, module in chosen.items()
     }
     problems = [f"{name}: {problem}" for name, problem in found.items() if problem]
@@ -297,12 +298,7 @@ def add_lora(model: nn.Module, plan: Mapping[nn.Module, LoRASettings]) -> None:
 
 
 def _adapted(module: nn.Module, settings: LoRASettings) -> nn.Module:
-    options = dict(vars(settings))
-    if isinstance(module, nn.Embedding):
-        # embeddings have no dropout, here as in PEFT
-        del options["dropout"]
-    if isinstance(module, nn.MultiheadAttention):
-        # which was refused before if it was asked for
-        del options["dora"]
+    if not layout_of(module).drops:
+        settings = replace(settings, dropout=0.0)
     maker = next(maker for kind, (maker, _) in _KINDS.items() if isinstance(module, kind))
-    return maker(module, **options)
+    return maker(module, **vars(settings))

@@ -11,9 +11,10 @@ from fastlora._core.words import did_you_mean
 from fastlora.anatomy.names import require_lora_layers, unwrap
 from fastlora.inject.lora import Model
 from fastlora.nn import LoRAModule
-from fastlora.nn.lora import shelf
-from fastlora.nn.lora.parts import check_fit
-from fastlora.nn.settings import LoRASettings, check_parameter
+from fastlora.nn.lora.checks import check_parameter
+from fastlora.nn.lora.layout import check_fit
+from fastlora.nn.lora.shelf import Shelf
+from fastlora.nn.settings import LoRASettings
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -27,7 +28,7 @@ def adapter_names(model: nn.Module) -> list[str]:
         >>> adapter_names(add_adapter(apply_lora(nn.Sequential(nn.Linear(4, 2))), "german", rank=4))
         ['default', 'german']
     """
-    return list(dict.fromkeys(name for layer in all_layers(model) for name in shelf.names(layer)))
+    return list(dict.fromkeys(name for layer in all_layers(model) for name in Shelf(layer).names()))
 
 
 def add_adapter(
@@ -65,9 +66,8 @@ def add_adapter(
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
 
     def settings(layer: LoRAModule) -> LoRASettings:
-        active = shelf.settings_of(layer, shelf.active_name(layer))
-        own = {k: v for k, v in changes.items() if k != "dropout" or not layer._is_embedding}
-        return replace(active, **own)
+        own = {k: v for k, v in changes.items() if k != "dropout" or layer._layout.drops}
+        return replace(layer._settings(), **own)
 
     put_in(model, adapter_name, settings)
     return model
@@ -88,7 +88,7 @@ def set_adapter(model: Model, adapter_name: str) -> Model:
     check_known(model, adapter_name)
     _check_unsharded(layers)
     for layer in layers:
-        shelf.activate(layer, adapter_name)
+        Shelf(layer).activate(adapter_name)
     return model
 
 
@@ -103,13 +103,13 @@ def delete_adapter(model: Model, adapter_name: str) -> Model:
     """
     layers = all_layers(model)
     check_known(model, adapter_name)
-    if adapter_name == shelf.active_name(layers[0]):
+    if adapter_name == Shelf(layers[0]).active:
         raise ValueError(
             f"expected an adapter that is not active, got {adapter_name!r}; choose another one with "
             "fastlora.set_adapter first, or take all of them out with fastlora.remove_adapters"
         )
     for layer in layers:
-        shelf.remove(layer, adapter_name)
+        Shelf(layer).remove(adapter_name)
     return model
 
 
@@ -120,10 +120,9 @@ def put_in(model: nn.Module, name: str, settings: Callable[[LoRAModule], LoRASet
     _check_unsharded(layers)
     wanted = [(layer, settings(layer)) for layer in layers]
     for layer, asked in wanted:
-        owner = layer._weight_owner()
-        check_fit(owner, asked.rank, dora=asked.dora)
+        check_fit(layer._weight_owner(), asked)
     for layer, asked in wanted:
-        shelf.add(layer, name, asked)
+        Shelf(layer).add(name, asked)
     logger.info("%s: adapters %s", type(unwrap(model)).__name__, ", ".join(adapter_names(model)))
 
 

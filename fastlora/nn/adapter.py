@@ -36,7 +36,7 @@ class AdapterLayer(TunerModule):
 
     Attributes:
         down_proj: W_down, ``[adapter_size, hidden_size]``. Read, not called: hooks on it do not run.
-        up_proj: W_up, ``[hidden_size, adapter_size]``, likewise.
+        up_proj: W_up, ``[hidden_size, adapter_size]``. Read, not called: hooks on it do not run.
         norm: The layer norm, or None.
         scale: A float, or with ``"learned"`` a Parameter ``[1]``.
 

@@ -1,10 +1,10 @@
-"""What a LoRA layer or an adapter is asked to be, and what a frozen layer must be to carry LoRA."""
+"""What a LoRA layer or a bottleneck adapter is asked to be."""
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import torch
-from torch import nn
 
 from fastlora._core.checks import FLOATING_DTYPES
 from fastlora._core.option_checks import (
@@ -14,12 +14,13 @@ from fastlora._core.option_checks import (
     check_one_of,
     check_probability,
 )
+from fastlora._core.words import did_you_mean
 from fastlora.reference import ACTIVATIONS, Activation
 
 LayerNormPlace = Literal["pre", "post"]
 Scale = float | Literal["learned"]
 
-_DTYPE_NAMES = "float16, bfloat16, float32 or float64"
+DTYPE_NAMES = "float16, bfloat16, float32 or float64"
 _ADAPTER_SIZE = 64
 
 
@@ -46,16 +47,56 @@ class LoRASettings:
     def __post_init__(self) -> None:
         """Check every value and turn numbers into plain ``int`` and ``float``."""
         rank = check_count("rank", self.rank, "use 8 or 16, say")
-        alpha, dropout = (
-            check_finite("alpha", self.alpha, "use 2 * rank, say"),
-            check_probability("dropout", self.dropout),
-        )
+        alpha = check_finite("alpha", self.alpha, "use 2 * rank, say")
+        dropout = check_probability("dropout", self.dropout)
         check_dtype("adapter_dtype", self.adapter_dtype)
         check_flag("rslora", self.rslora)
         check_flag("dora", self.dora)
-        object.__setattr__(self, "rank", rank)
-        object.__setattr__(self, "alpha", alpha)
-        object.__setattr__(self, "dropout", dropout)
+        for name, value in (("rank", rank), ("alpha", alpha), ("dropout", dropout)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the update: alpha/rank, or alpha/√rank with ``rslora``."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+class LoRAOptions(TypedDict, total=False):
+    """The options of a LoRA layer, each with a default.
+
+    Attributes:
+        rank: Inner size of the update, at least 1; 16.
+        alpha: Strength of the update, a finite number; 32.0.
+        dropout: Probability in [0, 1] of zeroing an element of the update's input while training; 0.0. An
+            embedding has none.
+        rslora: Scale by alpha/√rank (https://arxiv.org/abs/2312.03732) instead of alpha/rank; False.
+        dora: Keep a trained norm for every output feature (https://arxiv.org/abs/2402.09353); False. Not for
+            attention and convolutions with groups.
+        adapter_dtype: Dtype of A and B; None, the default, means float32 for 16-bit weights, else the
+            weights' dtype.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    rslora: bool
+    dora: bool
+    adapter_dtype: torch.dtype | None
+
+
+def lora_settings(**options: Unpack[LoRAOptions]) -> LoRASettings:
+    """The options, checked.
+
+    Raises:
+        TypeError: An option of another name (near ones are suggested), or a value of a wrong type.
+        ValueError: ``rank`` < 1, ``dropout`` outside [0, 1], ``alpha`` not finite.
+    """
+    for name in options:
+        if name not in LoRAOptions.__annotations__:
+            known = ", ".join(LoRAOptions.__annotations__)
+            advice = did_you_mean(name, LoRAOptions.__annotations__) or "leave it out"
+            raise TypeError(f"expected options out of {known}, got {name!r}; {advice.rstrip()}")
+    return LoRASettings(**options)
 
 
 @dataclass(frozen=True)
@@ -120,7 +161,7 @@ def check_dtype(name: str, dtype: torch.dtype | None) -> None:
         TypeError: Not floating, or not a dtype at all.
     """
     if dtype is not None and dtype not in FLOATING_DTYPES:
-        raise TypeError(f"expected {name} to be {_DTYPE_NAMES}, got {dtype!r}; None chooses")
+        raise TypeError(f"expected {name} to be {DTYPE_NAMES}, got {dtype!r}; None chooses")
 
 
 def _scale(value: object) -> Scale:
@@ -132,91 +173,3 @@ def _scale(value: object) -> Scale:
     if scale == 0.0:
         raise ValueError(f"expected scale to be finite and not zero, got {scale}; 1.0 scales nothing")
     return scale
-
-
-def check_linear(linear: object) -> None:
-    """Refuse anything but a plain ``nn.Linear`` whose weight can be shared and read.
-
-    Raises:
-        TypeError: Not an ``nn.Linear``, one that computes something else (quantised, already adapted), or
-            one whose weight is no plain floating Parameter.
-        ValueError: The weight is on the meta device.
-    """
-    _check_plain(linear, nn.Linear)
-
-
-def check_conv(conv: object) -> None:
-    """Refuse anything but a plain ``nn.Conv2d`` whose weight can be shared and read.
-
-    Raises:
-        TypeError: Not an ``nn.Conv2d``, one that computes something else (quantised, already adapted), or
-            one whose weight is no plain floating Parameter.
-        ValueError: The weight is on the meta device.
-    """
-    _check_plain(conv, nn.Conv2d)
-
-
-def check_embedding(embedding: object) -> None:
-    """Refuse anything but a plain ``nn.Embedding`` whose weight can be shared and stays as it is.
-
-    Raises:
-        TypeError: Not an ``nn.Embedding``, one that computes something else (scaled, already adapted), or
-            one whose weight is no plain floating Parameter.
-        ValueError: ``max_norm`` or ``sparse`` is set, or the weight is on the meta device.
-    """
-    _check_plain(embedding, nn.Embedding)
-    assert isinstance(embedding, nn.Embedding)
-    if embedding.max_norm is not None:
-        raise ValueError(
-            f"expected an nn.Embedding without max_norm, got max_norm={embedding.max_norm}, which rewrites "
-            "the frozen weight in every forward; renormalise the weight once and set max_norm = None"
-        )
-    if embedding.sparse:
-        raise ValueError(
-            "expected an nn.Embedding with sparse=False, got sparse=True; the gradient of a LoRA update is "
-            "dense and small, so set embedding.sparse = False"
-        )
-
-
-def _check_plain(layer: object, wanted: type[nn.Linear | nn.Conv2d | nn.Embedding]) -> None:
-    kind, name = type(layer).__name__, wanted.__name__
-    if not isinstance(layer, wanted):
-        raise TypeError(
-            f"expected an nn.{name}, got {kind}; LoRA is for nn.Linear, nn.Conv2d, nn.Embedding and "
-            "nn.MultiheadAttention, other layers cannot carry it yet"
-        )
-    changed = [
-        method
-        for method in ("forward", "_conv_forward")
-        if getattr(type(layer), method, None) is not getattr(wanted, method, None) or method in vars(layer)
-    ]
-    if changed:
-        raise TypeError(
-            f"expected a plain nn.{name}, got {kind} with a forward of its own (quantised, hooked or already "
-            f"adapted); convert it back to nn.{name} first"
-        )
-    check_parameter(f"{kind}.weight", layer._parameters.get("weight"))
-    if getattr(layer, "bias", None) is not None:
-        check_parameter(f"{kind}.bias", layer._parameters.get("bias"))
-
-
-def check_parameter(name: str, parameter: object) -> None:
-    """Refuse a weight that is not a plain, materialised floating Parameter.
-
-    Raises:
-        TypeError: A tensor subclass (quantised, sharded), a computed weight, or a non-floating dtype.
-        ValueError: On the meta device.
-    """
-    if type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor:
-        raise TypeError(
-            f"expected {name} to be a plain Parameter, got {type(parameter).__name__}; add LoRA before "
-            "sharding, and take quantisation, parametrisation or weight norm off first"
-        )
-    if parameter.dtype not in FLOATING_DTYPES:
-        raise TypeError(
-            f"expected {name} to be {_DTYPE_NAMES}, got {parameter.dtype}; dequantise or convert it first"
-        )
-    if parameter.is_meta:
-        raise ValueError(
-            f"expected {name} to hold values, got a meta tensor; load the model's weights before adding LoRA"
-        )

@@ -1,6 +1,5 @@
 """Does an adapter's content fit a model? Everything is compared before anything is changed."""
 
-import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -15,14 +14,21 @@ from fastlora.anatomy.tied import Holder, is_inside, shared_parameters, to_untie
 from fastlora.inject.lora import cannot_carry
 from fastlora.inject.places import Place, cannot_adapt
 from fastlora.inject.prompt_places import PromptPlace, host_name
-from fastlora.nn import AdaptedModule, LoRALayer, LoRAModule
-from fastlora.nn.adapted import ADAPTER
-from fastlora.nn.lora.parts import lora_parts, misfit
-from fastlora.nn.lora.start import file_settings
+from fastlora.nn import AdaptedModule, LoRAModule
+from fastlora.nn.lora.layout import layout_of, lora_parts
 from fastlora.nn.prompts.modules import PromptModule
 from fastlora.state.base_copies import BaseCopies
-from fastlora.state.keys import LORA_KEY, OUT_PROJ, PREFIX
 from fastlora.state.peft_config import AdapterConfig
+from fastlora.state.slots import (
+    LORA_KEY,
+    OUT_PROJ,
+    PREFIX,
+    adapter_key,
+    file_settings,
+    plain_layer,
+    prompt_key,
+    tensor_slots,
+)
 
 _LISTED = 5
 
@@ -69,7 +75,7 @@ class AdapterCheck:
                 self._misfit(name, problem)
                 continue
             for key, owner, part in tensor_slots(name, module, dora=dora):
-                self._compare(key, lora_parts(_plain(owner), rank, dora=dora)[part])
+                self._compare(key, lora_parts(plain_layer(owner), rank, dora=dora)[part])
 
     def no_layers(self, layers: Iterable[str], kind: str) -> None:
         """Note layers of a kind that the file does not hold."""
@@ -231,38 +237,8 @@ def _lora_difference(module: nn.Module, rank: int, *, dora: bool) -> str | None:
         return f"expected rank {file_settings(module).rank} as in the model, got {rank}"
     if isinstance(module, LoRAModule) and module.dora != dora:
         return f"expected dora={module.dora} as in the model, got {dora}"
-    return misfit(module, rank, dora=dora)
-
-
-def tensor_slots(name: str, layer: nn.Module, *, dora: bool) -> list[tuple[str, nn.Module, str]]:
-    """File key, owner and attribute of every A, B and magnitude of one layer, adapted or about to be."""
-    pairs = [(name, layer)]
-    if isinstance(layer, nn.MultiheadAttention):
-        pairs.append((name + OUT_PROJ, layer.out_proj))
-    return [
-        (f"{PREFIX}{key}.{part}" + (".weight" if part in ("lora_A", "lora_B") else ""), owner, part)
-        for key, owner in pairs
-        for part in lora_parts(_plain(owner), rank=1, dora=dora)
-    ]
-
-
-def file_dtype(tensors: Mapping[str, Tensor], keys: Iterable[str]) -> torch.dtype:
-    """What these tensors of a file have in common: a loaded adapter keeps its dtype."""
-    return functools.reduce(torch.promote_types, (tensors[key].dtype for key in keys))
-
-
-def adapter_key(name: str, part: str) -> str:
-    """File key of one parameter of the adapter at this place."""
-    return f"{PREFIX}{name}.{ADAPTER}.{part}"
-
-
-def prompt_key(name: str) -> str:
-    """File key of the tokens of these prompts."""
-    return f"{PREFIX}{name}.tokens"
-
-
-def _plain(owner: nn.Module) -> nn.Module:
-    return owner.original_layer if isinstance(owner, LoRALayer) else owner
+    plain = plain_layer(module)
+    return layout_of(plain).misfit(plain, rank, dora=dora)
 
 
 def _dtype_fits(tensor: Tensor, like: Tensor | None) -> bool:

@@ -1,6 +1,5 @@
 """Names in adapter files as the model that reads them has them, whatever wrapped the one that wrote them."""
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
@@ -8,11 +7,8 @@ from torch import Tensor, nn
 
 from fastlora.anatomy.names import clean_name, named_modules
 from fastlora.state.own_config import FileConfig
+from fastlora.state.slots import LORA_KEY, PREFIX
 
-PREFIX = "base_model.model."
-# PEFT wraps nn.MultiheadAttention and leaves the output projection inside the wrapped layer
-OUT_PROJ = ".base_layer.out_proj"
-LORA_KEY = re.compile(re.escape(PREFIX) + r"(.+)\.(?:lora_[AB]\.weight|lora_embedding_[AB])")
 _PARALLEL = "module."
 
 

@@ -17,7 +17,7 @@ from fastlora.inject.named import (
 )
 from fastlora.inject.whole_modules import trained_whole
 from fastlora.nn import LoRAModule
-from fastlora.nn.lora import shelf
+from fastlora.nn.lora.shelf import Shelf
 from fastlora.nn.settings import LoRASettings
 from fastlora.state.folder import read_adapter
 from fastlora.state.keys import in_model_names
@@ -68,7 +68,7 @@ def load_adapter(model: Model, path: str | os.PathLike[str], *, adapter_name: st
     if not lora_layers(unwrap(model)):
         load_into_active(model, path)
         for layer in all_layers(model):
-            shelf.rename_active(layer, adapter_name)
+            Shelf(layer).active = adapter_name
         return model
     active, known = adapter_names(model)[0], adapter_names(model)
     if adapter_name not in known:

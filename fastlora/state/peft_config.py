@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastlora.nn import LoRAModule
-from fastlora.nn.lora.start import file_settings
 from fastlora.nn.settings import LoRASettings
+from fastlora.state.slots import file_settings
 
 _UNDERSTOOD = {
     "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_dropout", "modules_to_save",
@@ -174,7 +174,7 @@ def build_config(
     rank = _most_common(entry.rank for entry in settings.values())
     alpha = _most_common(entry.alpha for entry in settings.values())
     # an embedding has none
-    dropouts = [layer.lora_dropout for layer in layers.values() if not layer._is_embedding]
+    dropouts = [layer.lora_dropout for layer in layers.values() if layer._layout.drops]
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": base_model,

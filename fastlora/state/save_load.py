@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +30,22 @@ from fastlora.inject.prompt_places import PromptPlace, add_prompts
 from fastlora.inject.trained import train_only_tuners
 from fastlora.inject.whole_modules import trained_whole
 from fastlora.nn import AdaptedModule, LoRALayer, LoRAModule
-from fastlora.nn.lora.start import file_part, fill_alpha, fill_part
 from fastlora.nn.settings import LoRASettings
-from fastlora.state.check import AdapterCheck, adapter_key, file_dtype, prompt_key, tensor_slots
+from fastlora.state.check import AdapterCheck
 from fastlora.state.folder import read_adapter, write_adapter
-from fastlora.state.keys import PREFIX, in_model_names
+from fastlora.state.keys import in_model_names
 from fastlora.state.own_config import FileConfig, build_file_config
 from fastlora.state.peft_config import AdapterConfig, build_config
+from fastlora.state.slots import (
+    PREFIX,
+    adapter_key,
+    file_dtype,
+    file_part,
+    fill_alpha,
+    fill_part,
+    prompt_key,
+    tensor_slots,
+)
 
 _PEFT_APPLIES_TWICE = (
     "This adapter was saved by PEFT and covers nn.MultiheadAttention. PEFT up to 0.21.2 adds the update of "
@@ -186,7 +195,7 @@ def _tensors(
 ) -> dict[str, Tensor]:
     names = named_modules(model)
     tensors = {
-        key: plain_tensor(file_part(cast(LoRAModule, owner), part))
+        key: plain_tensor(file_part(owner, part))
         for name, layer in layers.items()
         for key, owner, part in tensor_slots(name, layer, dora=layer.dora)
     }

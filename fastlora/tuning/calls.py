@@ -1,5 +1,6 @@
 """Which layer calls to tune: named in a JSON file, or those that a model makes."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,15 +96,15 @@ def calls_of_model(spec: "ModelSpec", *, rank: int, dropout: float, dtype: str) 
     model = apply_lora(build(spec), rank=rank)
     seen: dict[LayerCall, None] = {}
 
-    def note(project: Callable[..., Tensor], x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    def note(op: Callable[..., Tensor], x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
         rows = x.shape[:-1].numel()
         seen[LayerCall(rows, weight.shape[1], weight.shape[0], rank, dropout, dtype)] = None
-        return project(x, weight, *rest)
+        return op(x, weight, *rest)
 
     for module in model.modules():
         if isinstance(module, LoRAModule):
-            # where tensor parallelism stands between a layer and its op
-            module._parallel = note
+            # all linear layers and attentions go through it
+            vars(module)["_lora_linear"] = functools.partial(note, module._lora_linear)
     batch = sample_input(spec, model)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model(**batch) if isinstance(batch, Mapping) else model(batch)

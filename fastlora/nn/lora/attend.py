@@ -43,7 +43,7 @@ def attention_mask(
         q: ``[N, heads, L, head_dim]``.
         k: ``[N, heads, S, head_dim]``.
         attn_mask: ``[L, S]`` or ``[N·heads, L, S]``; True hides, a float is added.
-        key_padding_mask: ``[N, S]``, or ``[S]`` for N = 1; likewise.
+        key_padding_mask: ``[N, S]``, or ``[S]`` for N = 1; True hides, a float is added.
 
     Returns:
         Broadcastable to ``[N, heads, L, S]`` in q's dtype, or None without masks.
@@ -74,7 +74,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
     Args:
         q: ``[N, heads, L, head_dim]``.
         k: ``[N, heads, S, head_dim]``.
-        v: As k.
+        v: ``[N, heads, S, head_dim]``.
         mask: Added to the scores, or None.
         dropout: Probability of dropping an attention weight; 0 drops none.
 

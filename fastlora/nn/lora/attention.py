@@ -1,6 +1,6 @@
 """LoRA for ``nn.MultiheadAttention``, whose projections are no modules that could be replaced one by one."""
 
-from typing import Self, TypeVar
+from typing import Self, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from fastlora._core.option_checks import check_flag, check_probability
 from fastlora.nn.lora.attend import attend, attention_mask, check_shapes
 from fastlora.nn.lora.base import LoRAModule
+from fastlora.nn.lora.checks import check_attention, check_packed
 from fastlora.nn.lora.linear import LoRALinear, describe, share_linear
-from fastlora.nn.lora.start import factors
-from fastlora.nn.settings import LoRASettings, check_linear, check_parameter
+from fastlora.nn.settings import LoRAOptions, LoRASettings, lora_settings
 
 Attention = TypeVar("Attention", bound=nn.MultiheadAttention)
 
@@ -33,7 +33,7 @@ class LoRAMultiheadAttention(LoRAModule, nn.MultiheadAttention):
         add_bias_kv: Not supported.
         add_zero_attn: Not supported.
         kdim: Not supported unless equal to ``embed_dim``.
-        vdim: Likewise.
+        vdim: Not supported unless equal to ``embed_dim``.
         batch_first: ``[N, L, E]`` instead of ``[L, N, E]``.
         device: Device of every parameter.
         dtype: Dtype of the frozen weights.
@@ -95,40 +95,29 @@ class LoRAMultiheadAttention(LoRAModule, nn.MultiheadAttention):
             device,
             dtype,
         )
-        _check_packed(self)
+        check_packed(self)
         self._add_lora(settings)
 
     @classmethod
-    def from_attention(
-        cls,
-        attention: nn.MultiheadAttention,
-        *,
-        rank: int = 16,
-        alpha: float = 32.0,
-        dropout: float = 0.0,
-        rslora: bool = False,
-        adapter_dtype: torch.dtype | None = None,
-    ) -> Self:
+    def from_attention(cls, attention: nn.MultiheadAttention, **options: Unpack[LoRAOptions]) -> Self:
         """A LoRA layer around the parameters of ``attention``, which are shared and frozen, not copied.
 
         Args:
             attention: The module to adapt; device, attention dropout and train/eval mode are kept.
-            rank: As in the class, like the rest.
-            alpha: Strength of the updates.
-            dropout: On the updates' input (the class calls it ``lora_dropout``).
-            rslora: Scale by alpha/√rank.
-            adapter_dtype: Dtype of A and B.
+            **options: ``rank`` (16), ``alpha`` (32.0), ``dropout`` (0.0, of the updates' input, not of the
+                attention weights), ``rslora`` (False) and ``adapter_dtype`` (None), see
+                :class:`fastlora.nn.settings.LoRAOptions`.
 
         Raises:
-            TypeError: Not a plain ``nn.MultiheadAttention`` with floating Parameters.
-            ValueError: An unsupported option, a meta weight, or a setting out of range.
+            TypeError: Not a plain ``nn.MultiheadAttention`` with floating Parameters, or an unknown option.
+            ValueError: An attention of another kind, a meta weight, a setting out of range, or ``dora=True``.
 
         Example:
             >>> attention = nn.MultiheadAttention(8, 2)
             >>> LoRAMultiheadAttention.from_attention(attention).in_proj_weight is attention.in_proj_weight
             True
         """
-        settings = LoRASettings(rank, alpha, dropout, rslora, adapter_dtype)
+        settings = lora_settings(**options)
         check_attention(attention)
         layer = _share_attention(cls.__new__(cls), attention)
         layer._add_lora(settings)
@@ -149,8 +138,8 @@ class LoRAMultiheadAttention(LoRAModule, nn.MultiheadAttention):
 
         Args:
             query: ``[L, N, E]``, ``[N, L, E]`` with ``batch_first``, or ``[L, E]``.
-            key: The same with S instead of L.
-            value: As key.
+            key: ``[S, N, E]``, ``[N, S, E]`` with ``batch_first``, or ``[S, E]``.
+            value: ``[S, N, E]``, ``[N, S, E]`` or ``[S, E]``, as many as there are keys.
             key_padding_mask: ``[N, S]`` or ``[S]``; True, or a float that is added, hides a key.
             need_weights: Return the attention weights too; without them the fused attention runs.
             attn_mask: ``[L, S]`` or ``[N·heads, L, S]``; True, or a float that is added, hides a pair.
@@ -173,11 +162,11 @@ class LoRAMultiheadAttention(LoRAModule, nn.MultiheadAttention):
         # as in the original: the hint replaces the mask only where nothing else has to be masked or returned
         causal = is_causal and key_padding_mask is None and not need_weights
         mask = None if causal else attention_mask(q, k, attn_mask, key_padding_mask)
-        dropout = self.dropout if self.training else 0.0
+        attention_dropout = self.dropout if self.training else 0.0
         if not need_weights:
-            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
+            out = F.scaled_dot_product_attention(q, k, v, mask, attention_dropout, causal)
             return self.out_proj(self._join_heads(out, query)), None
-        out, weights = attend(q, k, v, mask, dropout)
+        out, weights = attend(q, k, v, mask, attention_dropout)
         if average_attn_weights:
             weights = weights.mean(dim=1)
         if query.dim() == 2:
@@ -227,8 +216,11 @@ class LoRAMultiheadAttention(LoRAModule, nn.MultiheadAttention):
     def _project_rows(self, x: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
         rows = slice(start * self.embed_dim, stop * self.embed_dim)
         bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
-        lora_A, lora_B = factors(self)
-        out = self._project(x, self.in_proj_weight[rows], bias, lora_A, lora_B[rows])
+        if self.merged:
+            out = F.linear(x, self.in_proj_weight[rows], bias)
+        else:
+            lora_A, lora_B = self._factors()
+            out = self._lora_linear(x, self.in_proj_weight[rows], bias, lora_A, lora_B[rows])
         return out.chunk(stop - start, dim=-1)
 
     def _split_heads(self, x: Tensor) -> Tensor:
@@ -242,45 +234,6 @@ class LoRAMultiheadAttention(LoRAModule, nn.MultiheadAttention):
         if query.dim() == 2:
             return out.squeeze(0).transpose(0, 1).flatten(-2)
         return (out.transpose(1, 2) if self.batch_first else out.permute(2, 0, 1, 3)).flatten(-2)
-
-
-def check_attention(attention: object) -> None:
-    """Refuse anything but a plain ``nn.MultiheadAttention`` that packs q, k and v into one weight.
-
-    Raises:
-        TypeError: Not an ``nn.MultiheadAttention``, one with a forward of its own, or with weights that are
-            no plain floating Parameters.
-        ValueError: ``kdim``/``vdim`` other than ``embed_dim``, ``add_bias_kv``, ``add_zero_attn``, or meta.
-    """
-    kind = type(attention).__name__
-    if not isinstance(attention, nn.MultiheadAttention):
-        raise TypeError(
-            f"expected an nn.MultiheadAttention, got {kind}; other attention cannot carry LoRA whole"
-        )
-    if type(attention).forward is not nn.MultiheadAttention.forward or "forward" in vars(attention):
-        raise TypeError(
-            f"expected a plain nn.MultiheadAttention, got {kind} with a forward of its own (quantised, "
-            "hooked or already adapted); convert it back first"
-        )
-    _check_packed(attention)
-    check_parameter(f"{kind}.in_proj_weight", attention._parameters.get("in_proj_weight"))
-    if attention.in_proj_bias is not None:
-        check_parameter(f"{kind}.in_proj_bias", attention._parameters.get("in_proj_bias"))
-    check_linear(attention.out_proj)
-
-
-def _check_packed(attention: nn.MultiheadAttention) -> None:
-    given = {
-        "kdim or vdim unlike embed_dim": not attention._qkv_same_embed_dim,
-        "add_bias_kv": attention.bias_k is not None or attention.bias_v is not None,
-        "add_zero_attn": attention.add_zero_attn,
-    }
-    unsupported = [name for name, present in given.items() if present]
-    if unsupported:
-        raise ValueError(
-            f"expected nn.MultiheadAttention with one packed q, k, v weight and no extra keys, got "
-            f"{', '.join(unsupported)}; leave this layer out"
-        )
 
 
 def _share_attention(target: Attention, source: nn.MultiheadAttention) -> Attention:

@@ -1,6 +1,6 @@
 """LoRA for ``nn.Conv2d``: a drop-in layer in PEFT's layout."""
 
-from typing import Literal, Self, TypeVar
+from typing import Literal, Self, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from fastlora._core.option_checks import check_flag
 from fastlora.nn.lora.base import LoRAModule
+from fastlora.nn.lora.checks import check_conv
 from fastlora.nn.lora.linear import describe
-from fastlora.nn.lora.parts import check_fit
-from fastlora.nn.settings import LoRASettings, check_conv
+from fastlora.nn.settings import LoRAOptions, LoRASettings, lora_settings
 
 Conv = TypeVar("Conv", bound=nn.Conv2d)
 Size = int | tuple[int, int]
@@ -32,7 +32,7 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
         in_channels: Channels of x ``[N, in_channels, H, W]`` or ``[in_channels, H, W]``.
         out_channels: Channels of y.
         kernel_size: Height and width of the kernel, in pixels.
-        stride: As in ``nn.Conv2d``, like the rest up to ``padding_mode``.
+        stride: Step of the kernel over the image, in pixels.
         padding: Pixels on each side, ``"same"`` or ``"valid"``.
         dilation: Distance of the kernel's elements, in pixels.
         groups: Blocks of channels that are convolved apart; they must divide ``rank``.
@@ -101,21 +101,10 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
             device=device,
             dtype=dtype,
         )
-        check_fit(self, settings.rank, dora=settings.dora)
         self._add_lora(settings)
 
     @classmethod
-    def from_conv(
-        cls,
-        conv: nn.Conv2d,
-        *,
-        rank: int = 16,
-        alpha: float = 32.0,
-        dropout: float = 0.0,
-        rslora: bool = False,
-        dora: bool = False,
-        adapter_dtype: torch.dtype | None = None,
-    ) -> Self:
+    def from_conv(cls, conv: nn.Conv2d, **options: Unpack[LoRAOptions]) -> Self:
         """A LoRA layer around the weight and bias of ``conv``, which are shared and frozen, not copied.
 
         Hooks are not carried over.
@@ -123,15 +112,11 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
         Args:
             conv: The layer to adapt, with weight ``[out, in / groups, kh, kw]``; device and train/eval mode
                 are kept.
-            rank: As in the class, like the rest.
-            alpha: Strength of the update.
-            dropout: On the update's input.
-            rslora: Scale by alpha/√rank.
-            dora: Keep a trained norm for every output feature.
-            adapter_dtype: Dtype of A and B.
+            **options: ``rank`` (16), ``alpha`` (32.0), ``dropout`` (0.0), ``rslora`` (False),
+                ``dora`` (False) and ``adapter_dtype`` (None), see :class:`fastlora.nn.settings.LoRAOptions`.
 
         Raises:
-            TypeError: Not a plain ``nn.Conv2d`` with a floating Parameter as weight.
+            TypeError: Not a plain ``nn.Conv2d`` with a floating Parameter as weight, or an unknown option.
             ValueError: The weight is on the meta device, the groups do not divide ``rank``, or a setting is
                 out of range.
 
@@ -140,9 +125,8 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
             >>> LoRAConv2d.from_conv(conv, rank=2).weight is conv.weight
             True
         """
-        settings = LoRASettings(rank, alpha, dropout, rslora, adapter_dtype, dora)
+        settings = lora_settings(**options)
         check_conv(conv)
-        check_fit(conv, settings.rank, dora=settings.dora)
         layer = _share_conv(cls.__new__(cls), conv)
         layer._add_lora(settings)
         return layer.train(conv.training)
@@ -188,11 +172,11 @@ def convolve(layer: LoRAModule, conv: nn.Conv2d, x: Tensor) -> Tensor:
         conv: Holds weight, bias and geometry.
         x: ``[N, in_channels, H, W]``, also without N.
     """
-    if not layer.merged and _is_pointwise(conv) and _pixels_are_rows(x):
-        weights = (conv.weight.flatten(1), conv.bias, layer.lora_A.flatten(1), layer.lora_B.flatten(1))
-        return layer._project(x.permute(0, 2, 3, 1), *weights).permute(0, 3, 1, 2)
     if layer.merged:
         return nn.Conv2d.forward(conv, x)
+    if _is_pointwise(conv) and _pixels_are_rows(x):
+        weights = (conv.weight.flatten(1), conv.bias, layer.lora_A.flatten(1), layer.lora_B.flatten(1))
+        return layer._lora_linear(x.permute(0, 2, 3, 1), *weights).permute(0, 3, 1, 2)
     # with DoRA the bias joins at the end
     out = conv._conv_forward(x, conv.weight, None if layer.dora else conv.bias)
     x, padding = F.dropout(x, layer.lora_dropout, layer.training), conv.padding

@@ -1,6 +1,6 @@
 """LoRA for ``nn.Embedding``: a drop-in layer in PEFT's layout."""
 
-from typing import Self, TypeVar
+from typing import Self, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 from fastlora._core.option_checks import check_flag
 from fastlora.nn.lora.base import LoRAModule
+from fastlora.nn.lora.checks import check_embedding
 from fastlora.nn.lora.linear import describe
-from fastlora.nn.settings import LoRASettings, check_embedding
+from fastlora.nn.settings import LoRAOptions, LoRASettings, lora_settings
 
 Embedding = TypeVar("Embedding", bound=nn.Embedding)
 
@@ -86,16 +87,7 @@ class LoRAEmbedding(LoRAModule, nn.Embedding):
         self._add_lora(settings)
 
     @classmethod
-    def from_embedding(
-        cls,
-        embedding: nn.Embedding,
-        *,
-        rank: int = 16,
-        alpha: float = 32.0,
-        rslora: bool = False,
-        dora: bool = False,
-        adapter_dtype: torch.dtype | None = None,
-    ) -> Self:
+    def from_embedding(cls, embedding: nn.Embedding, **options: Unpack[LoRAOptions]) -> Self:
         """A LoRA layer around the weight of ``embedding``, which is shared and frozen, not copied.
 
         Hooks are not carried over.
@@ -103,23 +95,20 @@ class LoRAEmbedding(LoRAModule, nn.Embedding):
         Args:
             embedding: The layer to adapt, with weight ``[num_embeddings, embedding_dim]``; device and
                 train/eval mode are kept.
-            rank: As in the class, like the rest.
-            alpha: Strength of the update.
-            rslora: Scale by alpha/√rank.
-            dora: Keep a trained norm for every output feature.
-            adapter_dtype: Dtype of A and B.
+            **options: ``rank`` (16), ``alpha`` (32.0), ``rslora`` (False), ``dora`` (False) and
+                ``adapter_dtype`` (None), see :class:`fastlora.nn.settings.LoRAOptions`.
 
         Raises:
-            TypeError: Not a plain ``nn.Embedding`` with a floating Parameter as weight.
-            ValueError: ``max_norm`` or ``sparse`` is set, the weight is on the meta device, or a setting is
-                out of range.
+            TypeError: Not a plain ``nn.Embedding`` with a floating Parameter as weight, or an unknown option.
+            ValueError: ``max_norm`` or ``sparse`` is set, the weight is on the meta device, a setting is out
+                of range, or ``dropout`` is given.
 
         Example:
             >>> embedding = nn.Embedding(10, 4)
             >>> LoRAEmbedding.from_embedding(embedding, rank=2).weight is embedding.weight
             True
         """
-        settings = LoRASettings(rank, alpha, rslora=rslora, adapter_dtype=adapter_dtype, dora=dora)
+        settings = lora_settings(**options)
         check_embedding(embedding)
         layer = _share_embedding(cls.__new__(cls), embedding)
         layer._add_lora(settings)

@@ -4,14 +4,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastlora.nn.lora.base import LoRAModule
+from fastlora.nn.lora.checks import check_conv, check_embedding, check_linear
 from fastlora.nn.lora.conv import check_groups, convolve
 from fastlora.nn.lora.embedding import embed
 from fastlora.nn.lora.linear import describe
-from fastlora.nn.lora.parts import check_fit
-from fastlora.nn.lora.start import factors
-from fastlora.nn.settings import LoRASettings, check_conv, check_embedding, check_linear
+from fastlora.nn.settings import LoRASettings
 
 
 class LoRALayer(LoRAModule):
@@ -59,11 +59,8 @@ class LoRALayer(LoRAModule):
         settings = LoRASettings(rank, alpha, dropout, rslora, adapter_dtype, dora)
         if isinstance(original_layer, nn.Conv2d):
             check_conv(original_layer)
-            check_fit(original_layer, settings.rank, dora=settings.dora)
         elif isinstance(original_layer, nn.Embedding):
             check_embedding(original_layer)
-            if settings.dropout:
-                raise ValueError(f"expected no dropout for an nn.Embedding, got {dropout}; leave it out")
         else:
             check_linear(original_layer)
         super().__init__()
@@ -83,7 +80,10 @@ class LoRALayer(LoRAModule):
             return convolve(self, layer, input)
         if isinstance(layer, nn.Embedding):
             return embed(self, layer, input)
-        return self._project(input, layer.weight, layer.bias, *factors(self))
+        if self.merged:
+            return F.linear(input, layer.weight, layer.bias)
+        lora_A, lora_B = self._factors()
+        return self._lora_linear(input, layer.weight, layer.bias, lora_A, lora_B)
 
     def check_mergeable(self) -> None:
         """Refuse to merge a convolution with groups.
@@ -91,7 +91,6 @@ class LoRALayer(LoRAModule):
         Raises:
             ValueError: There are groups.
         """
-        super().check_mergeable()
         if isinstance(self.original_layer, nn.Conv2d):
             check_groups(self.original_layer)
 

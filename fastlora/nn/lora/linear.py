@@ -1,14 +1,15 @@
-"""LoRA for ``nn.Linear``: a drop-in layer, and a wrapper around a layer that stays as it is."""
+"""LoRA for ``nn.Linear``: a drop-in layer."""
 
-from typing import Self, TypeVar
+from typing import Self, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastlora._core.option_checks import check_flag
 from fastlora.nn.lora.base import LoRAModule
-from fastlora.nn.lora.start import factors
-from fastlora.nn.settings import LoRASettings, check_linear
+from fastlora.nn.lora.checks import check_linear
+from fastlora.nn.settings import LoRAOptions, LoRASettings, lora_settings
 
 Linear = TypeVar("Linear", bound=nn.Linear)
 
@@ -68,17 +69,7 @@ class LoRALinear(LoRAModule, nn.Linear):
         self._add_lora(settings)
 
     @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        *,
-        rank: int = 16,
-        alpha: float = 32.0,
-        dropout: float = 0.0,
-        rslora: bool = False,
-        dora: bool = False,
-        adapter_dtype: torch.dtype | None = None,
-    ) -> Self:
+    def from_linear(cls, linear: nn.Linear, **options: Unpack[LoRAOptions]) -> Self:
         """A LoRA layer around the weight and bias of ``linear``, which are shared and frozen, not copied.
 
         Hooks are not carried over. A layer that ``nn.TransformerEncoderLayer`` reads through its fused
@@ -86,15 +77,11 @@ class LoRALinear(LoRAModule, nn.Linear):
 
         Args:
             linear: The layer to adapt, with weight ``[out, in]``; device and train/eval mode are kept.
-            rank: As in the class, like the rest.
-            alpha: Strength of the update.
-            dropout: On the update's input.
-            rslora: Scale by alpha/√rank.
-            dora: Keep a trained norm for every output feature.
-            adapter_dtype: Dtype of A and B.
+            **options: ``rank`` (16), ``alpha`` (32.0), ``dropout`` (0.0), ``rslora`` (False),
+                ``dora`` (False) and ``adapter_dtype`` (None), see :class:`fastlora.nn.settings.LoRAOptions`.
 
         Raises:
-            TypeError: Not a plain ``nn.Linear`` with a floating Parameter as weight.
+            TypeError: Not a plain ``nn.Linear`` with a floating Parameter as weight, or an unknown option.
             ValueError: The weight is on the meta device, or a setting is out of range.
 
         Example:
@@ -102,7 +89,7 @@ class LoRALinear(LoRAModule, nn.Linear):
             >>> LoRALinear.from_linear(linear, rank=2).weight is linear.weight
             True
         """
-        settings = LoRASettings(rank, alpha, dropout, rslora, adapter_dtype, dora)
+        settings = lora_settings(**options)
         check_linear(linear)
         layer = cls.__new__(cls)
         with_bias = linear.bias is not None
@@ -117,8 +104,11 @@ class LoRALinear(LoRAModule, nn.Linear):
         return self.lora_dropout
 
     def forward(self, input: Tensor) -> Tensor:
-        """``[..., in_features]`` to ``[..., out_features]``."""
-        return self._project(input, self.weight, self.bias, *factors(self))
+        """x·Wᵀ + bias + scaling · dropout(x)·Aᵀ·Bᵀ, ``[..., in_features]`` to ``[..., out_features]``."""
+        if self.merged:
+            return F.linear(input, self.weight, self.bias)
+        lora_A, lora_B = self._factors()
+        return self._lora_linear(input, self.weight, self.bias, lora_A, lora_B)
 
     def reset_parameters(self) -> None:
         """Draw the weight and bias as ``nn.Linear`` does, and start a fresh update."""

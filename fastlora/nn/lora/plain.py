@@ -12,18 +12,16 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastlora._core.log import logger
-from fastlora.nn.lora.folding import fold, unfold
+from fastlora.nn.lora.folding import unfold
 from fastlora.nn.lora.shelf import SHELF
 from fastlora.nn.lora.start import START_A, START_B, follow_start, take_start
-
-if TYPE_CHECKING:
-    from fastlora.nn.lora.base import LoRAModule
+from fastlora.nn.lora.update import LoRAUpdate
 
 # before the names of A and B beside a weight that holds their product
 MERGED = "lora_merged."
@@ -54,7 +52,7 @@ def plain_states(*, keep_updates: bool) -> Iterator[None]:
         _form.reset(token)
 
 
-def write_plain(layer: "LoRAModule", state: dict[str, Any], prefix: str) -> None:
+def write_plain(layer: LoRAUpdate, state: dict[str, Any], prefix: str) -> None:
     """Turn what a layer wrote into a state dict into what its plain layer would, where that is wanted."""
     if layer.merged:
         _drop_update(layer, state, prefix, keep=False)
@@ -78,7 +76,7 @@ def _inside(function: str) -> bool:
     return False
 
 
-def can_fold(layer: "LoRAModule") -> bool:
+def can_fold(layer: LoRAUpdate) -> bool:
     """Whether a weight can hold the update; most can."""
     try:
         layer.check_mergeable()
@@ -88,18 +86,18 @@ def can_fold(layer: "LoRAModule") -> bool:
 
 
 @torch.no_grad()
-def fold_state(layer: "LoRAModule", state: dict[str, Any], prefix: str, *, keep: bool) -> None:
+def fold_state(layer: LoRAUpdate, state: dict[str, Any], prefix: str, *, keep: bool) -> None:
     """Put the update that a state dict holds for this layer into the weight that it holds."""
     key = _weight_key(layer, prefix)
     if key not in state:
         return
     weight = _whole(state[key])
     # on to the CPU, where it is bound for: a second set of weights may not fit beside the model
-    state[key] = fold(_with_parts(layer, state, prefix, weight.device), weight).to("cpu")
+    state[key] = _with_parts(layer, state, prefix, weight.device)._fold(weight).to("cpu")
     _drop_update(layer, state, prefix, keep=keep)
 
 
-def _drop_update(layer: "LoRAModule", state: dict[str, Any], prefix: str, *, keep: bool) -> None:
+def _drop_update(layer: LoRAUpdate, state: dict[str, Any], prefix: str, *, keep: bool) -> None:
     for name in _own_names(layer):
         tensor = state.pop(prefix + name, None)
         if keep and tensor is not None:
@@ -114,7 +112,7 @@ def _drop_update(layer: "LoRAModule", state: dict[str, Any], prefix: str, *, kee
 
 
 def before_load(
-    layer: "LoRAModule", state: dict[str, Any], prefix: str, metadata: Mapping[str, Any], errors: list[str]
+    layer: LoRAUpdate, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any], errors: list[str]
 ) -> None:
     """Make of a state dict what this layer has to load: of a plain one too, and of one in merged form."""
     if not _holds_same(layer, state, prefix):
@@ -131,7 +129,7 @@ def before_load(
     follow_start(layer, state, prefix)
 
 
-def after_load(layer: "LoRAModule", state: dict[str, Any], prefix: str, missing: list[str]) -> None:
+def after_load(layer: LoRAUpdate, state: dict[str, Any], prefix: str, missing: list[str]) -> None:
     """Report no update as missing that need not be there.
 
     A plain layer's state dict is complete without an adapter; half an adapter, or none at all to fill meta
@@ -155,11 +153,11 @@ def after_load(layer: "LoRAModule", state: dict[str, Any], prefix: str, missing:
         layer._reset_magnitude()
 
 
-def _lacks_update(layer: "LoRAModule", state: Mapping[str, Any], prefix: str) -> bool:
+def _lacks_update(layer: LoRAUpdate, state: Mapping[str, Any], prefix: str) -> bool:
     return not any(prefix + name in state for name in layer.adapter_params())
 
 
-def _holds_same(layer: "LoRAModule", state: Mapping[str, Any], prefix: str) -> bool:
+def _holds_same(layer: LoRAUpdate, state: Mapping[str, Any], prefix: str) -> bool:
     """Whether a state dict is the plain one that this layer, merged, writes."""
     given = state.get(_weight_key(layer, prefix))
     plain = layer.merged and _lacks_update(layer, state, prefix)
@@ -167,11 +165,11 @@ def _holds_same(layer: "LoRAModule", state: Mapping[str, Any], prefix: str) -> b
 
 
 @torch.no_grad()
-def _take_out(layer: "LoRAModule", state: dict[str, Any], prefix: str, errors: list[str]) -> None:
+def _take_out(layer: LoRAUpdate, state: dict[str, Any], prefix: str, errors: list[str]) -> None:
     key = _weight_key(layer, prefix)
     merged, frozen = state[key], layer._weight()
     if not frozen.is_meta and frozen.shape == merged.shape:
-        again = fold(_with_parts(layer, state, prefix, frozen.device), frozen.detach()).to(merged)
+        again = _with_parts(layer, state, prefix, frozen.device)._fold(frozen.detach()).to(merged)
         if torch.allclose(again, merged, rtol=8 * torch.finfo(merged.dtype).eps, atol=1e-12):
             # the weight that was trained beside, bit for bit
             state[key] = frozen.detach()
@@ -187,21 +185,20 @@ def _take_out(layer: "LoRAModule", state: dict[str, Any], prefix: str, errors: l
         "weights in the state dict, which rounds them; build the model from the same pretrained weights",
         stacklevel=2,
     )
-    state[key] = unfold(_with_parts(layer, state, prefix, merged.device), merged)
+    given = _with_parts(layer, state, prefix, merged.device)
+    state[key] = unfold(merged, *layer._layout.factors(*given._factors()), layer.scaling)
 
 
 @torch.no_grad()
-def _check_other_weight(layer: "LoRAModule", given: Tensor, *, merged: bool) -> None:
+def _check_other_weight(layer: LoRAUpdate, given: Tensor, *, merged: bool) -> None:
     """A plain weight comes alone: the update that it holds must not be added again, and others not unseen."""
-    names = layer.adapter_params()[:2]
-    pair = [layer.get_parameter(name) for name in names]
+    pair = layer._pair()
     if pair[0].is_meta or not all(part.any() for part in pair):
         return
     if merged:
         logger.debug("the loaded weights hold an update already: %s starts afresh", type(layer).__name__)
         take_start(layer)
-        # what is zero at the start
-        pair[0 if layer._is_embedding else 1].zero_()
+        layer.get_parameter(layer._layout.zero).zero_()
     elif not _equal(layer._weight(), given):
         warnings.warn(
             "a state dict without A and B brings other weights, and the model keeps its own A and B, which "
@@ -217,23 +214,21 @@ def _equal(weight: Tensor, given: Tensor) -> bool:
     return torch.equal(weight, given.to(weight))
 
 
-def _weight_key(layer: "LoRAModule", prefix: str) -> str:
+def _weight_key(layer: LoRAUpdate, prefix: str) -> str:
     inner = "" if layer._weight_owner() is layer else "original_layer."
     return f"{prefix}{inner}{layer._weight_name}"
 
 
-def _own_names(layer: "LoRAModule") -> list[str]:
+def _own_names(layer: LoRAUpdate) -> list[str]:
     return [*layer.adapter_params(), START_A, START_B, *_shelved(layer)]
 
 
-def _shelved(layer: "LoRAModule") -> dict[str, Tensor]:
+def _shelved(layer: LoRAUpdate) -> dict[str, Tensor]:
     shelf = layer._modules.get(SHELF)
     return {} if shelf is None else {f"{SHELF}.{name}": value for name, value in shelf.state_dict().items()}
 
 
-def _with_parts(
-    layer: "LoRAModule", state: Mapping[str, Any], prefix: str, device: torch.device
-) -> "LoRAModule":
+def _with_parts(layer: LoRAUpdate, state: Mapping[str, Any], prefix: str, device: torch.device) -> LoRAUpdate:
     """This layer with the A, B and magnitude of a state dict, to compute with; its own stay."""
     changed = copy.copy(layer)
     changed.__dict__["_parameters"] = dict(layer._parameters)

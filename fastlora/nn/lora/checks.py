@@ -1,0 +1,139 @@
+"""What a frozen layer must be to carry LoRA."""
+
+import torch
+from torch import nn
+
+from fastlora._core.checks import FLOATING_DTYPES
+from fastlora.nn.settings import DTYPE_NAMES
+
+
+def check_linear(linear: object) -> None:
+    """Refuse anything but a plain ``nn.Linear`` whose weight can be shared and read.
+
+    Raises:
+        TypeError: Not an ``nn.Linear``, one that computes something else (quantised, already adapted), or
+            one whose weight is no plain floating Parameter.
+        ValueError: The weight is on the meta device.
+    """
+    _check_plain(linear, nn.Linear)
+
+
+def check_conv(conv: object) -> None:
+    """Refuse anything but a plain ``nn.Conv2d`` whose weight can be shared and read.
+
+    Raises:
+        TypeError: Not an ``nn.Conv2d``, one that computes something else (quantised, already adapted), or
+            one whose weight is no plain floating Parameter.
+        ValueError: The weight is on the meta device.
+    """
+    _check_plain(conv, nn.Conv2d)
+
+
+def check_embedding(embedding: object) -> None:
+    """Refuse anything but a plain ``nn.Embedding`` whose weight can be shared and stays as it is.
+
+    Raises:
+        TypeError: Not an ``nn.Embedding``, one that computes something else (scaled, already adapted), or
+            one whose weight is no plain floating Parameter.
+        ValueError: ``max_norm`` or ``sparse`` is set, or the weight is on the meta device.
+    """
+    _check_plain(embedding, nn.Embedding)
+    assert isinstance(embedding, nn.Embedding)
+    if embedding.max_norm is not None:
+        raise ValueError(
+            f"expected an nn.Embedding without max_norm, got max_norm={embedding.max_norm}, which rewrites "
+            "the frozen weight in every forward; renormalise the weight once and set max_norm = None"
+        )
+    if embedding.sparse:
+        raise ValueError(
+            "expected an nn.Embedding with sparse=False, got sparse=True; the gradient of a LoRA update is "
+            "dense and small, so set embedding.sparse = False"
+        )
+
+
+def check_attention(attention: object) -> None:
+    """Refuse anything but a plain ``nn.MultiheadAttention`` that packs q, k and v into one weight.
+
+    Raises:
+        TypeError: Not an ``nn.MultiheadAttention``, one with a forward of its own, or with weights that are
+            no plain floating Parameters.
+        ValueError: ``kdim``/``vdim`` other than ``embed_dim``, ``add_bias_kv``, ``add_zero_attn``, or meta.
+    """
+    kind = type(attention).__name__
+    if not isinstance(attention, nn.MultiheadAttention):
+        raise TypeError(
+            f"expected an nn.MultiheadAttention, got {kind}; other attention cannot carry LoRA whole"
+        )
+    if type(attention).forward is not nn.MultiheadAttention.forward or "forward" in vars(attention):
+        raise TypeError(
+            f"expected a plain nn.MultiheadAttention, got {kind} with a forward of its own (quantised, "
+            "hooked or already adapted); convert it back first"
+        )
+    check_packed(attention)
+    check_parameter(f"{kind}.in_proj_weight", attention._parameters.get("in_proj_weight"))
+    if attention.in_proj_bias is not None:
+        check_parameter(f"{kind}.in_proj_bias", attention._parameters.get("in_proj_bias"))
+    check_linear(attention.out_proj)
+
+
+def check_packed(attention: nn.MultiheadAttention) -> None:
+    """Refuse an ``nn.MultiheadAttention`` that does not pack q, k and v into one weight, or adds keys.
+
+    Raises:
+        ValueError: ``kdim``/``vdim`` other than ``embed_dim``, ``add_bias_kv`` or ``add_zero_attn``.
+    """
+    given = {
+        "kdim or vdim unlike embed_dim": not attention._qkv_same_embed_dim,
+        "add_bias_kv": attention.bias_k is not None or attention.bias_v is not None,
+        "add_zero_attn": attention.add_zero_attn,
+    }
+    unsupported = [name for name, present in given.items() if present]
+    if unsupported:
+        raise ValueError(
+            f"expected nn.MultiheadAttention with one packed q, k, v weight and no extra keys, got "
+            f"{', '.join(unsupported)}; leave this layer out"
+        )
+
+
+def _check_plain(layer: object, wanted: type[nn.Linear | nn.Conv2d | nn.Embedding]) -> None:
+    kind, name = type(layer).__name__, wanted.__name__
+    if not isinstance(layer, wanted):
+        raise TypeError(
+            f"expected an nn.{name}, got {kind}; LoRA is for nn.Linear, nn.Conv2d, nn.Embedding and "
+            "nn.MultiheadAttention, other layers cannot carry it yet"
+        )
+    changed = [
+        method
+        for method in ("forward", "_conv_forward")
+        if getattr(type(layer), method, None) is not getattr(wanted, method, None) or method in vars(layer)
+    ]
+    if changed:
+        raise TypeError(
+            f"expected a plain nn.{name}, got {kind} with a forward of its own (quantised, hooked or already "
+            f"adapted); convert it back to nn.{name} first"
+        )
+    check_parameter(f"{kind}.weight", layer._parameters.get("weight"))
+    if getattr(layer, "bias", None) is not None:
+        check_parameter(f"{kind}.bias", layer._parameters.get("bias"))
+
+
+def check_parameter(name: str, parameter: object) -> None:
+    """Refuse a weight that is not a plain, materialised floating Parameter.
+
+    Raises:
+        TypeError: A tensor subclass (quantised, sharded), a computed weight, or a non-floating dtype.
+        ValueError: On the meta device.
+    """
+    if type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor:
+        raise TypeError(
+            f"expected {name} to be a plain Parameter, got {type(parameter).__name__}; add LoRA before "
+            "sharding, and take quantisation, parametrisation or weight norm off first"
+        )
+    if parameter.dtype not in FLOATING_DTYPES:
+        raise TypeError(
+            f"expected {name} to be {DTYPE_NAMES}, got {parameter.dtype}; dequantise or convert it first"
+        )
+    if parameter.is_meta:
+        raise ValueError(
+            f"expected {name} to hold values, got a meta tensor; load the model's weights before adding LoRA"
+        )

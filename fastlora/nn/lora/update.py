@@ -1,0 +1,243 @@
+"""The update of a frozen weight: its two matrices, and folding them into the weight and out again."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.functional import dora_linear, lora_linear
+from fastlora.nn.lora.folding import fold
+from fastlora.nn.lora.layout import Layout, adapter_dtype, check_fit, layout_of, lora_parts
+from fastlora.nn.lora.norm_cache import NormCache
+from fastlora.nn.lora.start import take_start, with_start
+from fastlora.nn.settings import LoRASettings
+from fastlora.nn.tuner import TunerModule
+from fastlora.ops._scalars import Scalars
+from fastlora.ops.lora_linear import lora_linear_by_scalars
+
+_SCALAR_SETTINGS = ("rank", "alpha", "rslora", "lora_dropout")
+
+
+class LoRAUpdate(TunerModule):
+    """What :class:`LoRAModule` is but for its state dict."""
+
+    rank: int
+    alpha: float
+    lora_dropout: float
+    rslora: bool
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_magnitude_vector: nn.Parameter
+    dora: bool = False
+    _scalars: Scalars
+
+    # the name of the frozen weight in its owner, and the untouched weight while another one stands there.
+    # a tuple hides the Parameter from nn.Module, which would list it beside the merged one
+    _weight_name: ClassVar[str] = "weight"
+    _unmerged: tuple[nn.Parameter] | None = None
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the update: alpha/rank, or alpha/√rank with ``rslora``."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the update is folded into the weight."""
+        return self._unmerged is not None
+
+    def adapter_params(self) -> list[str]:
+        """Names of this layer's own trainable parameters."""
+        return list(lora_parts(self._weight_owner(), self.rank, dora=self.dora))
+
+    def reset_lora_parameters(self) -> None:
+        """Start a fresh update: A random, B zero, so that the layer computes exactly the frozen one.
+
+        The paper draws A from a Gaussian. Like its published code, PEFT and ``nn.Linear``, we draw it
+        uniformly from ±1/√in (``kaiming_uniform_`` with a = √5), from torch's default generator.
+        A merged layer is unmerged first.
+        """
+        self.unmerge()
+        self._reset_own()
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold the update into the weight: one matrix product per forward, as without LoRA.
+
+        W + scaling·B·A, with DoRA scaled to the trained norms, is computed in float64, some rows at a time,
+        and rounded once into a new tensor that takes the weight's place. The original is kept aside for
+        :meth:`unmerge` and untouched, so a module that shares it keeps its values. A merged layer gives A and
+        B no gradient. Merging twice changes nothing.
+
+        Raises:
+            ValueError: The weight can't hold the update (:class:`LoRAConv2d` with groups).
+        """
+        if self.merged:
+            return
+        self.check_mergeable()
+        original = self._weight()
+        self._set_weight(nn.Parameter(self._fold(original), requires_grad=False))
+        self._unmerged = (original,)
+
+    def check_mergeable(self) -> None:
+        """Refuse to merge an update that the weight can't hold; most can.
+
+        Raises:
+            ValueError: It can't.
+        """
+
+    def unmerge(self) -> None:
+        """Put the original weight back: the same object, hence the same bits. Without a merge, nothing."""
+        if self._unmerged is not None:
+            self._set_weight(self._unmerged[0])
+            self._unmerged = None
+
+    def to_base(self) -> nn.Module:
+        """The plain layer, sharing this one's weight as it is now (folded in if merged), still frozen."""
+        raise NotImplementedError
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As ``nn.Module``'s; what compiled graphs read follows the settings."""
+        super().__setattr__(name, value)
+        if name in _SCALAR_SETTINGS and all(setting in vars(self) for setting in _SCALAR_SETTINGS):
+            self.__dict__["_scalars"] = Scalars(self.scaling, self.lora_dropout)
+
+    def train(self, mode: bool = True) -> Self:
+        """As ``nn.Module.train``; DoRA's norms are computed anew."""
+        if self.dora:
+            self._norms.clear()
+        return super().train(mode)
+
+    def _add_lora(self, settings: LoRASettings) -> None:
+        check_fit(self._weight_owner(), settings)
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        self._new_update(settings)
+
+    def _settings(self) -> LoRASettings:
+        dtype = self._pair()[0].dtype
+        return LoRASettings(self.rank, self.alpha, self.lora_dropout, self.rslora, dtype, self.dora)
+
+    def _apply_settings(self, settings: LoRASettings) -> None:
+        self.rank, self.alpha = settings.rank, settings.alpha
+        self.lora_dropout, self.rslora = settings.dropout, settings.rslora
+        self.dora, self._norms = settings.dora, NormCache()
+
+    def _new_update(self, settings: LoRASettings) -> None:
+        self._apply_settings(settings)
+        weight = self._weight()
+        dtype = settings.adapter_dtype or adapter_dtype(weight.dtype)
+        parts = lora_parts(self._weight_owner(), self.rank, dora=self.dora)
+        for name, shape in parts.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype)))
+        self._reset_own()
+
+    def _reset_own(self) -> None:
+        take_start(self)
+        self._layout.draw(*self._pair())
+        self._reset_magnitude()
+
+    @property
+    def _layout(self) -> Layout:
+        return layout_of(self._weight_owner())
+
+    def _pair(self) -> tuple[Tensor, Tensor]:
+        """A and B, whatever they are called here."""
+        # not get_parameter: torch.func puts plain tensors in their place
+        lora_A, lora_B = (getattr(self, name) for name in self._layout.names)
+        return lora_A, lora_B
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """A and B that the layer computes with: with a start to subtract, of twice the rank."""
+        return with_start(self, *self._pair())
+
+    def _lora_linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor
+    ) -> Tensor:
+        """The op of a linear layer with these settings; with DoRA, the one that scales to the norms."""
+        if self.dora:
+            return dora_linear(
+                x,
+                weight,
+                bias,
+                lora_A,
+                lora_B,
+                self.lora_magnitude_vector.view(-1),
+                scaling=self.scaling,
+                dropout=self.lora_dropout,
+                training=self.training,
+                weight_norm=self._weight_norm(),
+            )
+        if torch.compiler.is_compiling() and x.is_cpu:
+            return lora_linear_by_scalars(
+                x, weight, bias, lora_A, lora_B, scalars=self._scalars, training=self.training
+            )
+        return lora_linear(
+            x,
+            weight,
+            bias,
+            lora_A,
+            lora_B,
+            scaling=self.scaling,
+            dropout=self.lora_dropout,
+            training=self.training,
+        )
+
+    def _fold(self, weight: Tensor) -> Tensor:
+        """A weight in this one's place with the update in it."""
+        left, right = self._layout.factors(*self._factors())
+        magnitude = self.lora_magnitude_vector if self.dora else None
+        columns = self._layout.columns
+        return fold(weight, left, right, self.scaling, magnitude=magnitude, columns=columns)
+
+    def _output_factor(self) -> Tensor:
+        """DoRA's m/‖W + s·B·A‖ ``[out]``."""
+        norm = self._weight_norm()
+        return self.lora_magnitude_vector.view(-1).to(norm.dtype) / norm
+
+    def _weight_norm(self) -> Tensor:
+        sources = (self._weight(), *self._pair())
+        weight, lora_A, lora_B = (tensor.flatten(1) for tensor in sources)
+        # a row for every output feature
+        rows = (weight.T if self._layout.columns else weight, lora_A, lora_B)
+        return self._norms.norm(sources, rows, self.scaling, training=self.training)
+
+    @torch.no_grad()
+    def _reset_magnitude(self) -> None:
+        if self.dora:
+            self.lora_magnitude_vector.copy_(self._weight_norm().view_as(self.lora_magnitude_vector))
+
+    def _weight_owner(self) -> nn.Module:
+        return self
+
+    def _weight(self) -> nn.Parameter:
+        # torch.func may put a plain tensor in its place
+        weight: nn.Parameter = getattr(self._weight_owner(), self._weight_name)
+        return weight
+
+    def _set_weight(self, weight: nn.Parameter) -> None:
+        setattr(self._weight_owner(), self._weight_name, weight)
+
+    @contextlib.contextmanager
+    def _original_in_place(self) -> Iterator[None]:
+        if self._unmerged is None:
+            yield
+            return
+        merged = self._weight()
+        self._set_weight(self._unmerged[0])
+        try:
+            yield
+        finally:
+            self._unmerged = (self._weight(),)
+            self._set_weight(merged)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        # the original moves as the Parameter it is, so that it stays shared with whoever else holds it
+        with self._original_in_place():
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.merged:
+            self._set_weight(nn.Parameter(fn(self._weight().data), requires_grad=False))
+        return self
