@@ -1,7 +1,10 @@
-"""The console of every command: it shows names as they are, whatever they hold."""
+"""What every command prints with: names as they are, JSON for machines, one voice of several processes."""
 
+import json
+from collections.abc import Callable
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
@@ -33,3 +36,16 @@ def make_console(*, to_stderr: bool = False) -> Console:
         # a pipe has no width of its own to fit into
         console.width = max(console.width, _PIPE_WIDTH)
     return console
+
+
+def conclude(report: dict[str, Any], show: Callable[[], None], *, as_json: bool) -> None:
+    """End the run in all processes, and print its report on stdout, as JSON or as ``show`` does."""
+    # as slow to import as what ran
+    from fastlora._core.backend import launched_rank
+    from fastlora.transfer.training.processes import leave_processes
+
+    leave_processes()
+    if not as_json:
+        show()
+    elif launched_rank() == 0:
+        typer.echo(json.dumps(report, indent=2))

@@ -1,71 +1,64 @@
 """Options of a command, made from the dataclass that they fill: one place for name, default and help."""
 
+import functools
 import inspect
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from fastlora._core.words import did_you_mean
 
 
-def options_of(
-    kinds: Iterable[type], *, arguments: Iterable[str] = (), leave_out: Iterable[str] = ()
-) -> list[inspect.Parameter]:
-    """A keyword parameter for Typer for each field of dataclasses, with the help of their docstrings.
+def with_options(
+    command: Callable[..., None],
+    kinds: Iterable[type],
+    *,
+    arguments: Iterable[str] = (),
+    leave_out: Iterable[str] = (),
+) -> Callable[..., None]:
+    """A command whose ``**values`` are options: the fields of dataclasses, with the help of their docstrings.
 
     Of a name that two have, the first counts.
 
     Args:
+        command: Takes ``**values`` beside options of its own.
         kinds: Dataclasses whose docstrings list their attributes.
         arguments: Fields that are given without a name.
         leave_out: Fields that are no options.
     """
-    made: dict[str, inspect.Parameter] = {}
+    own = inspect.signature(command).parameters.values()
+    made = {p.name: p.replace(kind=p.KEYWORD_ONLY) for p in own if p.kind is not p.VAR_KEYWORD}
     for kind in kinds:
         helps, hints = attribute_help(kind), get_type_hints(kind)
         for field in fields(kind):
-            if field.name in leave_out:
+            if field.name in made or field.name in leave_out:
                 continue
             info: Any = typer.Argument if field.name in arguments else typer.Option
-            default = inspect.Parameter.empty if field.default is MISSING else field.default
-            made.setdefault(
+            made[field.name] = inspect.Parameter(
                 field.name,
-                inspect.Parameter(
-                    field.name,
-                    inspect.Parameter.KEYWORD_ONLY,
-                    default=default,
-                    annotation=Annotated[_shown(hints[field.name]), info(help=helps[field.name])],
-                ),
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if field.default is MISSING else field.default,
+                annotation=Annotated[hints[field.name], info(help=helps[field.name])],
             )
-    return list(made.values())
 
-
-def with_options(command: Callable[..., None], options: Iterable[inspect.Parameter]) -> Callable[..., None]:
-    """A command whose ``**values`` are these options."""
-    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    parameters = [*own, *options]
-
+    @functools.wraps(command)
     def run(**values: Any) -> None:
-        command(**{name: _plain(value) for name, value in values.items()})
+        command(**values)
 
-    run.__doc__, run.__name__ = command.__doc__, command.__name__
-    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
-    )
-    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    run.__signature__ = inspect.Signature(list(made.values()))  # type: ignore[attr-defined]
+    run.__annotations__ = {name: parameter.annotation for name, parameter in made.items()}
     return run
 
 
 def settings_of(kinds: Iterable[type], values: Mapping[str, Any], **more: Any) -> list[Any]:
     """An object of each dataclass, filled with the options of its fields' names and with ``more``.
 
-    Of a name that two have, the first takes it, as in :func:`options_of`.
+    Of a name that two have, the first takes it, as :func:`with_options` takes its option.
     """
     left, made = dict(values), []
     for kind in kinds:
@@ -129,17 +122,4 @@ def attribute_help(kind: type) -> Mapping[str, str]:
     text = inspect.getdoc(kind) or ""
     section = text.partition("Attributes:\n")[2].partition("\n\n")[0]
     entries = re.findall(r"^    (\w+): (.*(?:\n     +.*)*)", section, flags=re.MULTILINE)
-    return {name: re.sub(r"\s+", " ", words).replace("``", "").replace('"', "") for name, words in entries}
-
-
-def _shown(hint: Any) -> Any:
-    """The type that Typer understands: choices become an enum."""
-    if get_origin(hint) is Literal:
-        # Typer shows an enum's values
-        return Enum("Choice", {str(value): str(value) for value in get_args(hint)})
-    inner = [part for part in get_args(hint) if part is not type(None)]
-    return Optional[inner[0]] if len(inner) == 1 and type(None) in get_args(hint) else hint  # noqa: UP045
-
-
-def _plain(value: Any) -> Any:
-    return value.value if isinstance(value, Enum) else value
+    return {name: " ".join(words.split()).replace("``", "").replace('"', "") for name, words in entries}

@@ -7,16 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fastlora.cli._console import make_console
-from fastlora.cli._options import (
-    ConfigOption,
-    JsonOption,
-    ResumeOption,
-    options_of,
-    settings_of,
-    with_options,
-)
-from fastlora.cli._processes import conclude
+from fastlora.cli._console import conclude, make_console
+from fastlora.cli._options import ConfigOption, JsonOption, ResumeOption, settings_of, with_options
 from fastlora.cli._progress import LiveReporter
 
 
@@ -55,7 +47,7 @@ def make_command() -> Callable[..., None]:
     """The command with an option for every setting."""
     from fastlora.domain.training.settings import UNUSED
 
-    return with_options(adapt, options_of(_kinds(), leave_out=UNUSED))
+    return with_options(adapt, _kinds(), leave_out=UNUSED)
 
 
 def _kinds() -> tuple[type, ...]:

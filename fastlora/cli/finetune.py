@@ -9,16 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastlora.cli._console import make_console
-from fastlora.cli._options import (
-    ConfigOption,
-    JsonOption,
-    ResumeOption,
-    options_of,
-    settings_of,
-    with_options,
-)
-from fastlora.cli._processes import conclude
+from fastlora.cli._console import conclude, make_console
+from fastlora.cli._options import ConfigOption, JsonOption, ResumeOption, settings_of, with_options
 from fastlora.cli._progress import LiveReporter
 
 if TYPE_CHECKING:
@@ -73,7 +65,7 @@ def make_command() -> Callable[..., None]:
     from fastlora.transfer.finetune.settings import FinetuneSettings
     from fastlora.transfer.training.settings import TrainSettings
 
-    return with_options(finetune, options_of((FinetuneSettings, TrainSettings), arguments=("data",)))
+    return with_options(finetune, (FinetuneSettings, TrainSettings), arguments=("data",))
 
 
 def _plan(settings: Any, training: Any, console: Console, as_json: bool) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastlora._core.memory import check_fits
-from fastlora.cli._words import in_options
+from fastlora.cli._errors import in_options
 from tests.finetune_models import write_pictures
 from tests.run_folders import PROBE, RESNET, refused
 
