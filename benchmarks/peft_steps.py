@@ -8,14 +8,12 @@ transformers 4.57, and knows the model: MiniLM, without the attention's output p
     python -m benchmarks.peft_steps --output docs/results/peft
 """
 
-import argparse
 import copy
 import importlib
 import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +21,13 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import fastlora
+from benchmarks.runs import page_parser, table
 from benchmarks.turns import environment, peak_bytes, take_turns
 from fastlora._core.extras import package_folder, require
 from fastlora.bench.results import geometric_mean
 from fastlora.transfer.report import write_file, write_report
 
-RANK, ALPHA, BATCH, TOKENS, PIXELS = 16, 32.0, 16, 128, 112
+RANK, ALPHA, BATCH, TOKENS, PIXELS = 16, 32, 16, 128, 112
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # asked once: imported, the package has no spec any more
 HAS_ADAPTERHUB = importlib.util.find_spec("adapters") is not None
@@ -189,10 +188,7 @@ def _kept(model: nn.Module, batch: dict[str, Tensor]) -> int:
 
 def main() -> None:
     """Time every case and write the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, default=Path("docs/results/peft"))
+    parser = page_parser(__doc__, "docs/results/peft")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--no-compile", action="store_true", help="Leave torch.compile out.")
@@ -237,12 +233,7 @@ def page(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     """The table, and where it was measured."""
     names = [name for name in CANDIDATES if name in rows[0]["median_ms"]]
     heads = ["model", "dtype", "trained", "frozen, ms", *names, "PEFT / fastlora", "kept", "peak"]
-    lines = [
-        INTRODUCTION.format(rounds=machine["rounds"]),
-        f"| {' | '.join(heads)} |",
-        "|---" * len(heads) + "|",
-    ]
-    gains = []
+    lines, gains = [], []
     for row in rows:
         times = row["median_ms"]
         gains.append(times["peft"] / times["fastlora"])
@@ -251,10 +242,14 @@ def page(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
         cells.append(f"**{gains[-1]:.2f}×**")
         for memory in (row["kept_bytes"], row["peak_bytes"]):
             cells.append(", ".join(f"{memory[name] / 2**20:.0f}" for name in ("peft", "fastlora")))
-        lines.append(f"| {' | '.join(cells)} |")
-    lines.append(f"\nGeometric mean of PEFT / fastlora: {geometric_mean(gains):.2f}×.")
-    lines.append(f"\n{', '.join(f'{name} {value}' for name, value in machine.items())}.")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    text = [
+        INTRODUCTION.format(rounds=machine["rounds"]),
+        *table(heads, lines),
+        f"\nGeometric mean of PEFT / fastlora: {geometric_mean(gains):.2f}×.",
+        f"\n{', '.join(f'{name} {value}' for name, value in machine.items())}.",
+    ]
+    return "\n".join(text) + "\n"
 
 
 if __name__ == "__main__":

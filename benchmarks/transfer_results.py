@@ -3,24 +3,22 @@
 Each run is kept as one line of ``runs.jsonl``; what is there is not run again. ``make results``.
 """
 
-import argparse
-import json
 import statistics
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from benchmarks.runs import Runs, page_parser, percent, table
 from fastlora._core.extras import package_folder
 from fastlora.cli._progress import LiveReporter
 from fastlora.transfer.data import LabelledImages, open_images, stratified_split
 from fastlora.transfer.data.bundled import load_images
 from fastlora.transfer.finetune import FinetuneSettings, finetune
+from fastlora.transfer.report.style import BLUE, VERMILION, heading, headline, new_figure, plain
 from fastlora.transfer.training import TrainSettings
 
 MODELS = ("dinov2_vits14", "efficientnet_lite0")
@@ -142,16 +140,14 @@ def run(data: str, model: str, strategy: str, seed: int, reporter: LiveReporter)
 
 def main() -> None:
     """Run what is missing and write the table and the plot."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("docs/results/finetune"))
+    parser = page_parser(__doc__, "docs/results/finetune")
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--data", nargs="+", default=list(DATA), choices=DATA)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--reverse", action="store_true", help="Begin at the end, beside another process.")
     parser.add_argument("--table-only", action="store_true", help="Draw what is there, and run nothing.")
     arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / "runs.jsonl"
+    runs = Runs(arguments.output / "runs.jsonl", "data", "model", "strategy", "seed")
     wanted = [
         (data, model, strategy, seed)
         for seed in arguments.seeds
@@ -161,49 +157,35 @@ def main() -> None:
         if model == MODELS[0] or strategy not in TRANSFORMER_ONLY
     ]
     console = Console()
-    for number, key in enumerate(reversed(wanted) if arguments.reverse else wanted, start=1):
-        # another process may have done it since
-        done = {(row["data"], row["model"], row["strategy"], row["seed"]) for row in read(path)}
-        if key in done or arguments.table_only:
+    for number, key in enumerate(wanted[::-1] if arguments.reverse else wanted, start=1):
+        if arguments.table_only or runs.has(*key):
             continue
         with LiveReporter(console) as reporter:
-            row = run(*key, reporter=reporter)
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            row = run(*key, reporter)
+        runs.add(row)
         console.print(f"{number}/{len(wanted)} {key}: {row['accuracy']:.1%} in {row['seconds']:.0f} s")
-    rows = read(path)
-    (arguments.output / "README.md").write_text(table(rows))
+    rows = runs.rows()
+    (arguments.output / "README.md").write_text(page(rows))
     draw(rows).savefig(arguments.output / "accuracy.png", dpi=120)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The runs that are there."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.1f} ± {deviation:.1f}"
-
-
-def table(rows: list[dict[str, Any]]) -> str:
+def page(rows: list[dict[str, Any]]) -> str:
     """The page: one table for each data set."""
     text = [INTRODUCTION.format(device=rows[0]["device"], precision=rows[0]["precision"])]
     for data, spec in DATA.items():
         text += [f"\n## {spec.title}: {spec.parts[0]} training, {spec.parts[2]} test pictures\n"]
-        text += ["| model | strategy | trains | accuracy % | balanced % | seconds | seeds |"]
-        text += ["|---|---|---|---|---|---|---|"]
+        heads = ("model", "strategy", "trains", "accuracy %", "balanced %", "seconds", "seeds")
+        cells = []
         for model in MODELS:
             for strategy in STRATEGIES:
                 found = [r for r in rows if (r["data"], r["model"], r["strategy"]) == (data, model, strategy)]
                 if found:
-                    accuracy = spread([100 * r["accuracy"] for r in found])
-                    balanced = spread([100 * r["balanced_accuracy"] for r in found])
+                    accuracy = percent([r["accuracy"] for r in found])
+                    balanced = percent([r["balanced_accuracy"] for r in found])
                     seconds = f"{min(r['seconds'] for r in found):.0f}"
                     trains = f"{found[0]['trainable_percent']:.3g} %"
-                    cells = (model, strategy, trains, accuracy, balanced, seconds, str(len(found)))
-                    text.append(f"| {' | '.join(cells)} |")
+                    cells.append([model, strategy, trains, accuracy, balanced, seconds, str(len(found))])
+        text += table(heads, cells)
     return "\n".join(text) + "\n"
 
 
@@ -233,7 +215,7 @@ of one class; small defects vanish at 84 px. ELPV gains with size and time: at 1
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
     """Mean accuracy with its standard deviation, a panel for each data set and model."""
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure = new_figure(11, 7)
     panels = figure.subplots(len(MODELS), len(DATA), squeeze=False)
     for line, model in zip(panels, MODELS, strict=True):
         for axes, (data, spec) in zip(line, DATA.items(), strict=True):
@@ -244,12 +226,13 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
             names = [name for name in reversed(STRATEGIES) if name in found]
             means = [statistics.mean(found[name]) for name in names]
             errors = [statistics.stdev(found[n]) if len(found[n]) > 1 else 0.0 for n in names]
-            colours = ["#D55E00" if name in ("lora", "adapter", "prompt") else "#0072B2" for name in names]
+            colours = [VERMILION if name in ("lora", "adapter", "prompt") else BLUE for name in names]
             for name, mean, error, colour in zip(names, means, errors, colours, strict=True):
                 axes.errorbar(mean, name, xerr=error, color=colour, marker="o", capsize=3)
-            axes.set(title=f"{model}\n{spec.title}", xlabel="Test pictures labelled right (%)")
-            axes.grid(axis="x", alpha=0.3)
-    figure.suptitle("Orange: what is added to a frozen model trains; blue: the model's own layers")
+            heading(axes, f"{model}\n{spec.title}")
+            axes.set(xlabel="Test pictures labelled right (%)")
+            plain(axes, grid="x")
+    headline(figure, "Orange: what is added to a frozen model trains; blue: the model's own layers")
     return figure
 
 

@@ -10,7 +10,7 @@ import time
 import timm
 import torch
 from peft import LoraConfig, get_peft_model
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch.nn import functional as F
 
 import fastlora
