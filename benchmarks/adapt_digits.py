@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from benchmarks.runs import Runs, page_parser, percent, table
 from fastlora._core.extras import require
+from fastlora._core.files import write_file
 from fastlora.domain.methods import SourceOnly
 from fastlora.domain.model import DomainAdaptationModel
 from fastlora.nn.gradient_reversal import ReversalSchedule
 from fastlora.transfer.data import stratified_split
 from fastlora.transfer.data.bundled import load_images
 from fastlora.transfer.metrics import accuracy, balanced_accuracy, confusion_matrix
-from fastlora.transfer.report import write_file
 
 CLASSES, SIZE, TEST_SHARE = 10, 28, 0.2
 BATCH, RATE, MOMENTUM = 64, 0.01, 0.9

@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks import emoji
 from benchmarks.runs import Runs, page_parser, percent, table
 from fastlora._core.extras import package_folder
+from fastlora._core.files import write_file, write_report
 from fastlora.domain._features import logistic, standardise
 from fastlora.domain.adaptation import METHODS, AdaptSettings, adapt_features
 from fastlora.domain.bound import ben_david_bound
@@ -26,7 +27,6 @@ from fastlora.transfer.data import Files, LabelledImages, cached_features, pretr
 from fastlora.transfer.finetune.cached import read_by
 from fastlora.transfer.metrics import accuracy, balanced_accuracy, confusion_matrix
 from fastlora.transfer.models.backbones import dinov2_vits14
-from fastlora.transfer.report import write_file, write_report
 
 SEEDS = range(5)
 CELLS = ("functional", "defective")

@@ -12,8 +12,8 @@ import torch
 
 from benchmarks.shapes import Case
 from benchmarks.turns import environment, processor
+from fastlora._core.files import write_report
 from fastlora.bench.results import SCHEMA
-from fastlora.transfer.report import write_report
 
 _CLOCKS = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.limit,temperature.gpu"
 

@@ -21,12 +21,13 @@ from fastlora.cli import app
 from fastlora.transfer import demo as demo_module
 from fastlora.transfer.data.bundled import load_images, normalise, split
 from fastlora.transfer.eager import EAGER, lora_and_reference
-from fastlora.transfer.fit import FitSettings, make_accelerator, run_batched
+from fastlora.transfer.fit import FitSettings, run_batched
 from fastlora.transfer.methods import FUSED, lora_tuning
 from fastlora.transfer.models.backbones import dinov2_vits14
 from fastlora.transfer.recipes import RECIPES, Recipe
 from fastlora.transfer.report import MethodResult
 from fastlora.transfer.study import Study
+from fastlora.transfer.training.device import make_accelerator
 from tests.cases import cases
 
 SIZE, STEPS, SEED = 28, 3, 5

@@ -18,13 +18,14 @@ import fastlora
 from fastlora.cli import app
 from fastlora.transfer import demo as demo_module
 from fastlora.transfer.data.bundled import Splits, load_images, normalise, split
-from fastlora.transfer.fit import make_accelerator, run_batched
+from fastlora.transfer.fit import run_batched
 from fastlora.transfer.methods import METHODS, choose_methods
 from fastlora.transfer.models.backbones import dinov2_vits14
 from fastlora.transfer.plots import accuracy_figure, draw_accuracies
 from fastlora.transfer.recipes import RECIPES
 from fastlora.transfer.report import MethodResult
 from fastlora.transfer.study import Study
+from fastlora.transfer.training.device import make_accelerator
 from fastlora.transfer.tuning import Tuning, TuningRun, _speed_up_attention, tune
 from tests.cases import cases
 

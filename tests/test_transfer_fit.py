@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.transfer.data.bundled import ImageSet
-from fastlora.transfer.fit import Examples, Fit, FitSettings, Task, make_accelerator
+from fastlora.transfer.fit import Examples, Fit, FitSettings, Task
 from fastlora.transfer.probe import StandardisedLinear, extract_features, mirrored, probe_task
+from fastlora.transfer.training.device import make_accelerator
 
 SETTINGS = FitSettings(epochs=4, batch_size=8, learning_rate=0.05)
 

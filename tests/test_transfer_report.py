@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastlora._core.environment import environment
+from fastlora._core.files import check_output_folder, write_file, write_report
 from fastlora._core.memory import PeakMemory
 from fastlora.transfer.fit import EpochResult
 from fastlora.transfer.metrics import (
@@ -18,7 +20,7 @@ from fastlora.transfer.metrics import (
     confusion_matrix,
 )
 from fastlora.transfer.plots import accuracy_figure, draw_accuracies, draw_confusions, draw_curves
-from fastlora.transfer.report import MethodResult, check_output_folder, environment, write_file, write_report
+from fastlora.transfer.report import MethodResult
 
 
 def test_scores_against_their_definitions() -> None:

@@ -167,6 +167,29 @@ def check_file_place(path: Path) -> None:
         raise PermissionError(f"expected a folder that can be written to for {path.name}, got {folder}")
 
 
+def check_output_folder(folder: Path) -> None:
+    """Make the folder and see that files can be written there, so that no run ends with nothing.
+
+    Raises:
+        NotADirectoryError: It is a file, or lies under one.
+        PermissionError: It can't be made or written to.
+    """
+    advice = f"expected a folder to write to, got {folder}"
+    probe = folder / f".{uuid.uuid4().hex}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(
+            f"{advice}, which is or lies under a file; choose another --output"
+        ) from error
+    except OSError as error:
+        raise PermissionError(
+            f"{advice}, which can't be written to ({error.strerror}); choose another --output"
+        ) from error
+
+
 def printable(text: str) -> str:
     """Text that any stream takes: bytes of a file's name that are no UTF-8 are written as escapes."""
     return text.encode("utf-8", "backslashreplace").decode()

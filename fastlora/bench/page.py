@@ -8,12 +8,12 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
+from fastlora._core.files import check_output_folder, write_file
 from fastlora.bench.figures import measured_figures
 from fastlora.bench.predictions import Predictions, predict
 from fastlora.bench.results import CEILINGS, EAGER, OURS, PEFT, Results, Row, geometric_mean, load_results
 from fastlora.bench.roofline import measured_rows, roofline_figure
 from fastlora.bench.style import SUITES, conditions, label, ordered, title
-from fastlora.transfer.report import check_output_folder, write_file
 from fastlora.transfer.report.page import page
 from fastlora.transfer.report.style import png
 

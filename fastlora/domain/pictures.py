@@ -23,11 +23,11 @@ from fastlora.transfer.data import (
 )
 from fastlora.transfer.data.files import printable, visible_folders
 from fastlora.transfer.finetune.cached import read_by
-from fastlora.transfer.fit import best_device
 from fastlora.transfer.models.create import create_transfer_model
 from fastlora.transfer.models.names import DINOV2
 from fastlora.transfer.places import is_list
 from fastlora.transfer.recommend import recommend_strategy
+from fastlora.transfer.training.device import best_device
 
 Told = Callable[[str, int, int], None]
 

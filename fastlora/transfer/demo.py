@@ -7,22 +7,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fastlora._core.environment import environment
+from fastlora._core.files import check_output_folder, write_file, write_report
+from fastlora._core.progress import Reporter
 from fastlora.transfer.data.bundled import load_images, split
 from fastlora.transfer.eager import EagerComparison, lora_and_reference
-from fastlora.transfer.fit import make_accelerator
+from fastlora.transfer.finetune.record import reporting
 from fastlora.transfer.methods import DEFAULT_METHODS, choose_methods
 from fastlora.transfer.plots import draw_accuracies, draw_confusions, draw_curves
 from fastlora.transfer.probe import linear_probe
 from fastlora.transfer.recipes import RECIPES, Recipe
-from fastlora.transfer.report import (
-    MethodResult,
-    check_output_folder,
-    environment,
-    reporting,
-    write_file,
-    write_report,
-)
-from fastlora.transfer.study import Reporter, Study
+from fastlora.transfer.report import MethodResult
+from fastlora.transfer.study import Study
+from fastlora.transfer.training.device import make_accelerator
 from fastlora.transfer.tuning import save_trained, tune
 
 _MODEL = "DINOv2 ViT-S/14"

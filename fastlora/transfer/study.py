@@ -2,25 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
+from fastlora._core.progress import Reporter
 from fastlora.transfer.data.bundled import Splits
 from fastlora.transfer.fit import OnStep
 from fastlora.transfer.models.backbones import dinov2_vits14
-
-
-class Reporter(Protocol):
-    """Where a run tells how it gets on."""
-
-    def note(self, text: str) -> None:
-        """Say something once."""
-
-    def advance(
-        self, task: str, done: int, total: int, loss: float | None, memory: int | None = None
-    ) -> None:
-        """Say that ``done`` of ``total`` units of a task are done, with the last loss and the peak bytes."""
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.domain.norms import adapt_batch_norm
-from fastlora.transfer.fit import Examples, Fit, FitSettings, Task, make_accelerator
+from fastlora.transfer.fit import Examples, Fit, FitSettings, Task
 from fastlora.transfer.training import Trainer, TrainSettings
 from fastlora.transfer.training.batches import BatchPlan
 from fastlora.transfer.training.batching import count_batches, cut
+from fastlora.transfer.training.device import make_accelerator
 from fastlora.transfer.training.fingerprint import check_same, fingerprint
 from tests.domain_runs import make_domain_trainer
 from tests.training_runs import make_net, pictures

@@ -24,10 +24,11 @@ from fastlora.domain.training.page import curves as domain_curves
 from fastlora.transfer.data import LabelledImages
 from fastlora.transfer.finetune.evaluation import evaluate
 from fastlora.transfer.finetune.page import TEMPLATE, _matrix, confused, curves, render
+from fastlora.transfer.finetune.record import ReportError
 from fastlora.transfer.fit import EpochResult
 from fastlora.transfer.metrics import accuracy_interval
 from fastlora.transfer.plots import draw_accuracies, draw_confusions, draw_curves
-from fastlora.transfer.report import MethodResult, ReportError
+from fastlora.transfer.report import MethodResult
 from fastlora.transfer.report.page import percent
 from fastlora.transfer.report.style import drawn, png
 from tests.finetune_models import write_pictures

@@ -7,9 +7,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fastlora._core.files import write_file
 from fastlora.transfer.data import LabelledImages
 from fastlora.transfer.finetune.page import PAGE, render
-from fastlora.transfer.report import write_file
 from fastlora.transfer.report.style import SERIES, draw_line, finish_epochs, heading, new_figure
 
 TEMPLATE = "domain/training/report.html.jinja"

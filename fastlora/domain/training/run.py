@@ -10,7 +10,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from fastlora._core.environment import environment
+from fastlora._core.files import check_output_folder, write_file, write_report
 from fastlora._core.memory import check_fits
+from fastlora._core.progress import Reporter
 from fastlora.domain.assessment import Readings
 from fastlora.domain.pictures import open_target
 from fastlora.domain.registry import Method, find_method
@@ -32,19 +35,18 @@ from fastlora.transfer.finetune.record import (
     bytes_of_adapter,
     job_record,
     report_of_ended,
+    reporting,
     training_record,
 )
 from fastlora.transfer.finetune.run import CONFIG
 from fastlora.transfer.finetune.saved import save_run
 from fastlora.transfer.finetune.settings import FinetuneSettings, as_config
 from fastlora.transfer.finetune.view import frozen_features
-from fastlora.transfer.fit import make_accelerator
 from fastlora.transfer.models.heads import BottleneckHead
-from fastlora.transfer.report import check_output_folder, environment, reporting, write_file, write_report
 from fastlora.transfer.report.style import png
-from fastlora.transfer.study import Reporter
 from fastlora.transfer.training import TrainResult, TrainSettings
 from fastlora.transfer.training.checks import check_unused
+from fastlora.transfer.training.device import make_accelerator
 from fastlora.transfer.training.lock import sole_use
 from fastlora.transfer.training.randomness import derived_seed, seeded
 

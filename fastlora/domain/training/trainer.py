@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora._core.extras import require
+from fastlora._core.progress import Reporter
 from fastlora.domain.assessment import Readings, oracle, target_scores
 from fastlora.domain.divergence import LEAST, proxy_a_distance
 from fastlora.domain.methods import Domains
@@ -17,7 +18,6 @@ from fastlora.domain.training.paired import FeaturesAndLogits, PairedModel, Pair
 from fastlora.domain.training.records import DomainRecord
 from fastlora.domain.training.settings import Select
 from fastlora.transfer.data import LabelledImages
-from fastlora.transfer.study import Reporter
 from fastlora.transfer.training import EpochRecord, Trainer, TrainSettings
 from fastlora.transfer.training.batches import BatchPlan, Part
 from fastlora.transfer.training.batching import leaves_one

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from fastlora._core.files import write_file
 from fastlora.transfer.data.images import LabelledImages
-from fastlora.transfer.report import write_file
 
 
 def cached_features(

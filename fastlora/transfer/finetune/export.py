@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastlora._core.backend import use_backend
 from fastlora._core.extras import require
-from fastlora._core.files import aside, check_file_place, settle
+from fastlora._core.files import aside, check_file_place, settle, write_file
 from fastlora.anatomy.names import unwrap
 from fastlora.inject.lora import merge_adapters, remove_adapters
 from fastlora.nn.adapted import AdaptedModule
@@ -21,7 +21,6 @@ from fastlora.nn.lora.base import LoRAModule
 from fastlora.nn.prompts.modules import PromptModule
 from fastlora.transfer.finetune.card import CARD, as_texts, card_of
 from fastlora.transfer.finetune.saved import SavedRun, load_run
-from fastlora.transfer.report import write_file
 
 Format = Literal["state_dict", "onnx", "torch"]
 SUFFIXES: dict[str, str] = {"state_dict": ".safetensors", "onnx": ".onnx", "torch": ".pt2"}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora._core.progress import Reporter
 from fastlora.anatomy.blocks import find_blocks
 from fastlora.anatomy.stages import head as find_head
 from fastlora.anatomy.stages import stages
@@ -27,7 +28,6 @@ from fastlora.transfer.models.create import check_model, create_transfer_model
 from fastlora.transfer.models.heads import deepen_head
 from fastlora.transfer.recommend import Recommendation, recommend_strategy
 from fastlora.transfer.strategies import Strategy, find_strategy
-from fastlora.transfer.study import Reporter
 from fastlora.transfer.training.checks import several_examples
 from fastlora.transfer.training.randomness import seeded
 from fastlora.transfer.training.settings import TrainSettings

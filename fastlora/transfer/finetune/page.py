@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from fastlora._core.files import write_file
 from fastlora.parameters.report import ModuleRow, folded
 from fastlora.transfer.data import LabelledImages
 from fastlora.transfer.plots import draw_matrix, matrix_side, shows_counts
-from fastlora.transfer.report import write_file
 from fastlora.transfer.report.page import page
 from fastlora.transfer.report.style import SERIES, draw_line, finish_epochs, heading, new_figure, png
 

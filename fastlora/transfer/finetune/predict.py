@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastlora._core.interruption import leave_signals_to_parent
 from fastlora.transfer.data import Files, LabelledImages, find_pictures
 from fastlora.transfer.finetune.saved import SavedRun
-from fastlora.transfer.fit import best_device
+from fastlora.transfer.training.device import best_device
 from fastlora.transfer.training.engine import logits_of
 
 _NOT_FINITE = "the model's scores of it are not finite"

@@ -1,6 +1,7 @@
 """What ``report.json`` says of a run, apart from its scores."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,29 @@ from fastlora.transfer.finetune.job import Job
 from fastlora.transfer.training import TrainResult
 
 REPORT = "report.json"
+
+
+class ReportError(OSError):
+    """What a run trained is saved, but not all that is told about it could be written."""
+
+
+@contextlib.contextmanager
+def reporting(output: Path) -> Iterator[None]:
+    """Where the report of a finished run is written.
+
+    Raises:
+        ReportError: Something failed inside; it says that the model is not lost.
+    """
+    try:
+        yield
+    except OSError:
+        # of the disk, and says so itself
+        raise
+    except Exception as error:
+        raise ReportError(
+            f"the trained model is saved in {output}, but its report can't be written: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def job_record(job: Job) -> dict[str, Any]:

@@ -7,7 +7,10 @@ from typing import Any
 
 import tomli_w
 
+from fastlora._core.environment import environment
+from fastlora._core.files import check_output_folder, write_file, write_report
 from fastlora._core.memory import check_fits
+from fastlora._core.progress import Reporter
 from fastlora.transfer.finetune.cached import HeadOnly
 from fastlora.transfer.finetune.evaluation import evaluate
 from fastlora.transfer.finetune.job import Job, prepare
@@ -17,16 +20,15 @@ from fastlora.transfer.finetune.record import (
     bytes_of_adapter,
     job_record,
     report_of_ended,
+    reporting,
     training_record,
 )
 from fastlora.transfer.finetune.saved import save_run
 from fastlora.transfer.finetune.settings import FinetuneSettings, as_config
 from fastlora.transfer.finetune.view import View, view_of
-from fastlora.transfer.fit import make_accelerator
-from fastlora.transfer.report import check_output_folder, environment, reporting, write_file, write_report
-from fastlora.transfer.study import Reporter
 from fastlora.transfer.training import Trainer, TrainSettings
 from fastlora.transfer.training.checks import check_unused
+from fastlora.transfer.training.device import make_accelerator
 from fastlora.transfer.training.lock import sole_use
 
 CONFIG = "config.toml"

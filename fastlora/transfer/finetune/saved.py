@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fastlora._core.files import write_file, write_report
 from fastlora.anatomy.stages import head as find_head
 from fastlora.state.save_load import load_into_active, save_adapter
 from fastlora.state.sound import check_sound
@@ -28,7 +29,6 @@ from fastlora.transfer.models.create import create_transfer_model
 from fastlora.transfer.models.heads import deepen_head
 from fastlora.transfer.models.names import DINOV2, EFFICIENTNET_LITE0
 from fastlora.transfer.places import MODEL as MODEL
-from fastlora.transfer.report import write_file, write_report
 from fastlora.transfer.strategies import Strategy, find_strategy
 from fastlora.transfer.training.whole import whole
 

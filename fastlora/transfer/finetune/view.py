@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from fastlora._core.progress import Reporter
 from fastlora.transfer.data import LabelledImages
 from fastlora.transfer.finetune.cached import features_of
 from fastlora.transfer.finetune.job import Job
 from fastlora.transfer.finetune.settings import FinetuneSettings
-from fastlora.transfer.study import Reporter
 
 FEATURES = "features"
 

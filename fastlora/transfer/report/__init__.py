@@ -1,19 +1,12 @@
 """What a run gave: one record per method, written as JSON."""
 
-import contextlib
-import platform
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fastlora._core.files import write_file as write_file
-from fastlora._core.files import write_report as write_report
 from fastlora.transfer.fit import EpochResult
 from fastlora.transfer.metrics import (
     accuracy,
@@ -22,31 +15,6 @@ from fastlora.transfer.metrics import (
     balanced_accuracy,
     confusion_matrix,
 )
-
-_PACKAGES = ("fastlora-triton", "torch", "torchvision", "triton", "accelerate")
-
-
-class ReportError(OSError):
-    """What a run trained is saved, but not all that is told about it could be written."""
-
-
-@contextlib.contextmanager
-def reporting(output: Path) -> Iterator[None]:
-    """Where the report of a finished run is written.
-
-    Raises:
-        ReportError: Something failed inside; it says that the model is not lost.
-    """
-    try:
-        yield
-    except OSError:
-        # of the disk, and says so itself
-        raise
-    except Exception as error:
-        raise ReportError(
-            f"the trained model is saved in {output}, but its report can't be written: "
-            f"{type(error).__name__}: {error}"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -126,45 +94,3 @@ def parameter_counts(*modules: nn.Module) -> tuple[int, int]:
     parameters = list(nn.ModuleList(modules).parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     return trainable, sum(parameter.numel() for parameter in parameters)
-
-
-def environment(device: torch.device, precision: str) -> dict[str, Any]:
-    """Device, precision and versions: what a reader needs to judge the timings."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    return {
-        "device": str(device),
-        "device_name": name or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "precision": precision,
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES},
-    }
-
-
-def check_output_folder(folder: Path) -> None:
-    """Make the folder and see that files can be written there, so that no run ends with nothing.
-
-    Raises:
-        NotADirectoryError: It is a file, or lies under one.
-        PermissionError: It can't be made or written to.
-    """
-    advice = f"expected a folder to write to, got {folder}"
-    probe = folder / f".{uuid.uuid4().hex}.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except (FileExistsError, NotADirectoryError) as error:
-        raise NotADirectoryError(
-            f"{advice}, which is or lies under a file; choose another --output"
-        ) from error
-    except OSError as error:
-        raise PermissionError(
-            f"{advice}, which can't be written to ({error.strerror}); choose another --output"
-        ) from error
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+from fastlora._core.files import write_file
 from fastlora._core.log import logger
-from fastlora.transfer.report import write_file
 from fastlora.transfer.training.records import EpochRecord
 
 _COLUMNS = ("step", "epoch", "loss", "lr", "gradient_norm")

@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlora._core.files import check_output_folder
 from fastlora._core.interruption import Stop
 from fastlora._core.memory import PeakMemory
+from fastlora._core.progress import Reporter
 from fastlora.anatomy.stages import head as find_head
 from fastlora.distributed.tuned import share
 from fastlora.transfer.data import LabelledImages
-from fastlora.transfer.fit import make_accelerator
 from fastlora.transfer.models.freezing import keep_frozen_in_eval
-from fastlora.transfer.report import check_output_folder
-from fastlora.transfer.study import Reporter
 from fastlora.transfer.training import checks
 from fastlora.transfer.training.average import WeightAverage
 from fastlora.transfer.training.batches import BatchPlan, Part
 from fastlora.transfer.training.checkpoint import CHECKPOINTS, Checkpoints
+from fastlora.transfer.training.device import make_accelerator
 from fastlora.transfer.training.engine import Engine, logits_of
 from fastlora.transfer.training.fingerprint import check_same, fingerprint
 from fastlora.transfer.training.logs import NoLogs, RunLogs
