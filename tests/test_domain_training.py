@@ -226,6 +226,21 @@ def test_a_target_without_labels_has_no_oracle(domains: list[object], tmp_path: 
     assert [e["dev"] for e in json.loads(again.stdout)["epochs"]] == [e["dev"] for e in report["epochs"]]
 
 
+def test_both_domains_are_lists_with_columns_of_other_names(domains: list[object], tmp_path: Path) -> None:
+    lists = []
+    for name, folder in zip(
+        ("source", "target"), (Path(str(domains[1])), Path(str(domains[3]))), strict=True
+    ):
+        lines = [f"{path},{path.parent.name}" for path in sorted(folder.glob("*/*.png"))]
+        lists.append(tmp_path / f"{name}.csv")
+        lists[-1].write_text("\n".join(["photo,kind", *lines]))
+    columns = ["--image-column", "photo", "--label-column", "kind", "--cache-features"]
+    arguments = ["--source", lists[0], "--target", lists[1], *columns, *RESNET, *SHORT]
+    result = invoke(*arguments, "--output", tmp_path / "run", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["evaluation"]["pictures"] == 20
+
+
 def test_bad_input_is_told_in_one_line(domains: list[object], tmp_path: Path) -> None:
     other = write_pictures(tmp_path / "other", classes=("dark", "new"))
     (tmp_path / "empty").mkdir()

@@ -32,16 +32,29 @@ from fastlora.transfer.training.device import best_device
 Told = Callable[[str, int, int], None]
 
 
-def open_target(source: LabelledImages, folder: Path) -> tuple[LabelledImages, bool]:
-    """The target's pictures, and whether they are labelled: class folders with the source's names.
+def open_target(
+    source: LabelledImages,
+    place: Path,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> tuple[LabelledImages, bool]:
+    """The target's pictures, and whether they are labelled: with classes of the source's names.
+
+    Args:
+        source: The labelled pictures of the other domain.
+        place: A folder of pictures, or of a folder for each class, or a .csv file.
+        image_column: Column of paths in a .csv file; None looks for a usual name.
+        label_column: Column of classes in a .csv file; None looks for a usual name.
 
     Raises:
-        FileNotFoundError: There is no such folder, or no pictures in it.
-        ValueError: It has class folders of other names than the source.
+        FileNotFoundError: There is no such folder or file, or no pictures in it.
+        ValueError: It has classes that the source has not, or a .csv file has no such column.
     """
-    if is_list(folder) or (folder.is_dir() and visible_folders(folder)):
-        return open_images(folder).with_classes(source.classes), True
-    paths = find_pictures(folder)
+    if is_list(place) or (place.is_dir() and visible_folders(place)):
+        labelled = open_images(place, image_column=image_column, label_column=label_column)
+        return labelled.with_classes(source.classes), True
+    paths = find_pictures(place)
     names = tuple(printable(path.name) for path in paths)
     return LabelledImages(source.classes, (0,) * len(paths), names, Files(paths)), False
 

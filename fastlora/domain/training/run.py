@@ -1,34 +1,26 @@
 """Adapt a pretrained model to a second domain, and write all that is worth keeping of it."""
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from fastlora._core.environment import environment
 from fastlora._core.files import check_output_folder, write_file, write_report
-from fastlora._core.memory import check_fits
 from fastlora._core.progress import Reporter
 from fastlora.domain.assessment import Readings
-from fastlora.domain.pictures import open_target
-from fastlora.domain.registry import Method, find_method
-from fastlora.domain.training.build import Adapting, take_apart
+from fastlora.domain.training.build import Adapting
 from fastlora.domain.training.embedding import Cloud, draw_embedding
+from fastlora.domain.training.job import DomainJob, prepare, rows
 from fastlora.domain.training.page import write_page
 from fastlora.domain.training.records import DomainRecord
 from fastlora.domain.training.settings import UNUSED, DomainSettings
 from fastlora.domain.training.trainer import DomainTrainer, a_distance
-from fastlora.domain.weighting import ImportanceWeights, source_weights
-from fastlora.parameters import ParameterReport
-from fastlora.transfer.data import LabelledImages, readable
-from fastlora.transfer.finetune.cached import HeadOnly, Rows
 from fastlora.transfer.finetune.evaluation import evaluate
-from fastlora.transfer.finetune.job import Job, prepare
 from fastlora.transfer.finetune.page import PAGE
 from fastlora.transfer.finetune.record import (
     REPORT,
@@ -41,14 +33,10 @@ from fastlora.transfer.finetune.record import (
 from fastlora.transfer.finetune.run import CONFIG
 from fastlora.transfer.finetune.saved import save_run
 from fastlora.transfer.finetune.settings import FinetuneSettings, as_config
-from fastlora.transfer.finetune.view import frozen_features
-from fastlora.transfer.models.heads import BottleneckHead
 from fastlora.transfer.report.style import png
 from fastlora.transfer.training import TrainResult, TrainSettings
 from fastlora.transfer.training.checks import check_unused
-from fastlora.transfer.training.device import make_accelerator
 from fastlora.transfer.training.lock import sole_use
-from fastlora.transfer.training.randomness import derived_seed, seeded
 
 EMBEDDING = "embedding.png"
 
@@ -91,18 +79,15 @@ def adapt(
     check_output_folder(output)
     with sole_use(output):
         check_unused(output, resume=resume)
-        run = _prepare(domain, settings, training, reporter, images)
+        run = prepare(domain, settings, training, reporter, images)
         return _adapt(run, reporter, output, started, resume=resume)
 
 
-def _adapt(run: "_Run", reporter: Reporter, output: Path, started: float, *, resume: bool) -> dict[str, Any]:
-    parameters = run.job.parameters()
-    half = str(run.accelerator.mixed_precision) != "no"
-    check_fits(parameters.training_bytes, run.accelerator.device, half=half)
-    before = run.pretrained(reporter)
-    weights = run.weights(before)
-    adapting = run.take_apart(before)
-    trainer = run.trainer(adapting, before, weights, reporter)
+def _adapt(
+    run: DomainJob, reporter: Reporter, output: Path, started: float, *, resume: bool
+) -> dict[str, Any]:
+    adapting = run.take_apart()
+    trainer = _trainer(run, adapting, output, reporter)
     result = trainer.fit(resume=resume)
     ended = report_of_ended(output, result, (CONFIG, PAGE, EMBEDDING))
     if ended is not None:
@@ -110,176 +95,91 @@ def _adapt(run: "_Run", reporter: Reporter, output: Path, started: float, *, res
         return ended
     readings = trainer.read()
     adapting.restore()
-    judged = run.judged()
+    job, judged = run.job, run.judged
     size = int(judged[0][0].shape[-1])
     files = save_run(
-        output, run.job.model, run.job.strategy, run.settings, judged.classes, size, is_main=trainer.is_main
+        output, job.model, job.strategy, run.settings, judged.classes, size, is_main=trainer.is_main
     )
     report = {
-        **run.record(),
-        **_parameter_record(parameters),
+        **_record(run),
         **training_record(result),
-        **run.scores(result, readings, before),
-        "effective_sample_size": None if weights is None else weights.effective_sample_size,
+        **_scores(run, result, readings),
         "files": files,
         "adapter_bytes": bytes_of_adapter(output),
-        **environment(trainer.accelerator.device, str(trainer.accelerator.mixed_precision)),
+        **environment(run.accelerator.device, str(run.accelerator.mixed_precision)),
         "total_seconds": time.perf_counter() - started,
     }
     if trainer.is_main:
         with reporting(output):
             write_file(output / CONFIG, tomli_w.dumps(report["config"]).encode())
             write_report(output / REPORT, report)
-            figure = run.embedding(before, readings)
+            figure = _embedding(run, readings)
             write_file(output / EMBEDDING, png(figure))
             write_page(output, report, judged, figure)
     return report
 
 
-@dataclass(frozen=True)
-class _Pretrained:
-    """What the pretrained model's head reads, as examples that can be trained on."""
-
-    train: LabelledImages
-    validation: LabelledImages
-    target: LabelledImages
-
-    def domains(self) -> tuple[Tensor, Tensor]:
-        return _rows(self.train), _rows(self.target)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Everything an adaptation needs, made and checked before the first step."""
-
-    job: Job
-    head: BottleneckHead
-    method: Method
-    domain: DomainSettings
-    settings: FinetuneSettings
-    target: LabelledImages
-    labelled: bool
-    accelerator: Any
-
-    def pretrained(self, reporter: Reporter) -> _Pretrained:
-        output, plain = Path(self.settings.output), self.job.validation.transform
-        parts = (self.job.train, self.job.validation, self.target)
-        return _Pretrained(
-            *(frozen_features(self.job, part.with_transform(plain), output, reporter) for part in parts)
-        )
-
-    def weights(self, before: _Pretrained) -> ImportanceWeights | None:
-        source, target = before.domains()
-        labels = self.job.train.labels
-        return source_weights(self.domain.weighting, source, labels, target, seed=self.job.training.seed)
-
-    def take_apart(self, before: _Pretrained) -> Adapting:
-        job, heads = self.job, set(self.head.parameters())
-        trains = any(p.requires_grad for p in job.model.parameters() if p not in heads)
-        with seeded(derived_seed(job.training.seed, "domain classifier")):
-            return take_apart(
-                HeadOnly(self.head) if self.settings.cache_features else job.model,
-                self.head,
-                self.method,
-                self.domain,
-                before.domains(),
-                job.training.total_steps(len(job.train)),
-                body_trains=trains or job.unfreezing is not None,
-            )
-
-    def trainer(
-        self, adapting: Adapting, before: _Pretrained, weights: ImportanceWeights | None, reporter: Reporter
-    ) -> DomainTrainer:
-        job, cached = self.job, self.settings.cache_features
-        plain = job.validation.transform
-        pictures = self.target.with_transform(job.train.transform), self.target.with_transform(plain)
-        compared = self.settings.compared() | self.domain.compared()
-        return DomainTrainer(
-            adapting.paired,
-            before.train if cached else job.train,
-            before.validation if cached else job.validation,
-            (before.target, before.target) if cached else pictures,
-            job.training,
-            output=Path(self.settings.output),
-            heads=adapting.heads,
-            select=self.domain.select,
-            target_is_labelled=self.labelled,
-            weights=None if weights is None else torch.from_numpy(weights.weights).float(),
-            unfreezing=job.unfreezing,
-            configuration={"strategy": job.strategy.name, **compared},
-            reporter=reporter,
-            accelerator=self.accelerator,
-        )
-
-    def judged(self) -> LabelledImages:
-        plain = self.job.validation.transform
-        return self.target.with_transform(plain) if self.labelled else self.job.validation
-
-    def record(self) -> dict[str, Any]:
-        job = self.job
-        record = {
-            "model": self.settings.model,
-            "dataset": f"{self.domain.source} to {self.domain.target}",
-            "method": self.method.name,
-            "method_title": self.method.title,
-            "config": _config(self.settings, job.training, self.domain),
-            **job_record(job),
-        }
-        record["pictures"] |= {"target": len(self.target)}
-        return record
-
-    def scores(self, result: TrainResult, readings: Readings, before: _Pretrained) -> dict[str, Any]:
-        scores = evaluate(readings.target_logits if self.labelled else readings.source_logits, self.judged())
-        seed = self.job.training.seed
-        right = readings.source_logits.argmax(dim=1) == readings.source_labels
-        return {
-            "accuracy": scores["accuracy"],
-            "balanced_accuracy": scores["balanced_accuracy"],
-            "evaluated_on": "target" if self.labelled else "validation",
-            "evaluation": scores,
-            "source_accuracy": float(right.double().mean()),
-            "target": _oracles(result) if self.labelled else None,
-            "a_distance": {
-                "before": a_distance(*before.domains(), seed),
-                "after": a_distance(readings.source_features, readings.target_features, seed),
-            },
-        }
-
-    def embedding(self, before: _Pretrained, readings: Readings) -> Figure:
-        known, predicted = torch.tensor(self.target.labels), readings.target_logits.argmax(dim=1)
-        return draw_embedding(
-            (
-                Cloud("Before", _rows(before.validation), _rows(before.target)),
-                Cloud("After", readings.source_features, readings.target_features),
-            ),
-            readings.source_labels,
-            known if self.labelled else predicted,
-            self.job.train.classes,
-            target_note="true classes" if self.labelled else "predicted classes",
-            seed=self.job.training.seed,
-        )
-
-
-def _prepare(
-    domain: DomainSettings,
-    settings: FinetuneSettings,
-    training: TrainSettings,
-    reporter: Reporter,
-    images: Any,
-) -> _Run:
-    method, accelerator = find_method(domain.method), make_accelerator(training.precision)
-    settings = replace(settings, data=domain.source, hidden=domain.hidden)
-    job = prepare(settings, training, reporter, images)
-    found, labelled = open_target(job.train, Path(domain.target))
-    target = readable(
-        found,
-        on_corrupt=settings.on_corrupt,
-        on_done=lambda done, total: reporter.advance("check target", done, total, None),
+def _trainer(run: DomainJob, adapting: Adapting, output: Path, reporter: Reporter) -> DomainTrainer:
+    job, before, target = run.job, run.before, run.target
+    if run.settings.cache_features:
+        source, held_out, others = before.train, before.validation, (before.target, before.target)
+    else:
+        source, held_out = job.train, job.validation
+        others = target.with_transform(job.train.transform), target.with_transform(job.validation.transform)
+    return DomainTrainer(
+        adapting.paired,
+        source,
+        held_out,
+        others,
+        job.training,
+        output=output,
+        heads=adapting.heads,
+        select=run.domain.select,
+        target_is_labelled=run.labelled,
+        weights=None if run.weights is None else torch.from_numpy(run.weights.weights).float(),
+        unfreezing=job.unfreezing,
+        configuration={"strategy": job.strategy.name} | run.settings.compared() | run.domain.compared(),
+        reporter=reporter,
+        accelerator=run.accelerator,
     )
-    job.model.to(accelerator.device)
-    assert isinstance(job.head, BottleneckHead)
-    settings = replace(settings, strategy=job.strategy.name, lr=job.training.lr)
-    return _Run(job, job.head, method, domain, settings, target, labelled, accelerator)
+
+
+def _record(run: DomainJob) -> dict[str, Any]:
+    """What was adapted, to what and how."""
+    config = as_config(run.settings, run.job.training) | asdict(run.domain)
+    record = job_record(run.job)
+    record["pictures"] |= {"target": len(run.target)}
+    return {
+        "model": run.settings.model,
+        "dataset": f"{run.domain.source} to {run.domain.target}",
+        "method": run.method.name,
+        "method_title": run.method.title,
+        "config": {name: value for name, value in sorted(config.items()) if name not in UNUSED},
+        **record,
+        "parameters": run.parameters.as_json(),
+        "trainable_parameters": run.parameters.trainable_parameters,
+        "total_parameters": run.parameters.total_parameters,
+    }
+
+
+def _scores(run: DomainJob, result: TrainResult, readings: Readings) -> dict[str, Any]:
+    """How good the result is: on the target where it has labels, and on held-out source pictures."""
+    scores = evaluate(readings.target_logits if run.labelled else readings.source_logits, run.judged)
+    right = readings.source_logits.argmax(dim=1) == readings.source_labels
+    seed = run.job.training.seed
+    return {
+        "accuracy": scores["accuracy"],
+        "balanced_accuracy": scores["balanced_accuracy"],
+        "evaluated_on": "target" if run.labelled else "validation",
+        "evaluation": scores,
+        "source_accuracy": float(right.double().mean()),
+        "target": _oracles(result) if run.labelled else None,
+        "a_distance": {
+            "before": a_distance(*run.before.domains(), seed),
+            "after": a_distance(readings.source_features, readings.target_features, seed),
+        },
+        "effective_sample_size": None if run.weights is None else run.weights.effective_sample_size,
+    }
 
 
 def _oracles(result: TrainResult) -> dict[str, dict[str, Any]]:
@@ -300,19 +200,17 @@ def _oracles(result: TrainResult) -> dict[str, dict[str, Any]]:
     }
 
 
-def _config(settings: FinetuneSettings, training: TrainSettings, domain: DomainSettings) -> dict[str, Any]:
-    table = as_config(settings, training) | asdict(domain)
-    return {name: value for name, value in sorted(table.items()) if name not in UNUSED}
-
-
-def _parameter_record(report: ParameterReport) -> dict[str, Any]:
-    return {
-        "parameters": report.as_json(),
-        "trainable_parameters": report.trainable_parameters,
-        "total_parameters": report.total_parameters,
-    }
-
-
-def _rows(images: LabelledImages) -> Tensor:
-    assert isinstance(images.read, Rows)
-    return images.read.features
+def _embedding(run: DomainJob, readings: Readings) -> Figure:
+    """Both domains before and after, the target in its true classes where they are known."""
+    predicted = readings.target_logits.argmax(dim=1)
+    return draw_embedding(
+        (
+            Cloud("Before", rows(run.before.validation), rows(run.before.target)),
+            Cloud("After", readings.source_features, readings.target_features),
+        ),
+        readings.source_labels,
+        torch.tensor(run.target.labels) if run.labelled else predicted,
+        run.job.train.classes,
+        target_note="true classes" if run.labelled else "predicted classes",
+        seed=run.job.training.seed,
+    )
