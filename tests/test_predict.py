@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from fastlora_kernels import targets
-from fastlora_kernels.choose import paths, plan
-from fastlora_kernels.predict import lora, peers
-from fastlora_kernels.predict.explain import OPS, Explanation, explain
+from fastlora_kernels.choose import lora, paths, plan
+from fastlora_kernels.choose.explain import OPS, Explanation, explain
+from fastlora_kernels.choose.lora import Call
+from fastlora_kernels.predict import peers
 from fastlora_kernels.predict.launches import Launch, library_product, total_us
-from fastlora_kernels.predict.lora import Call
 from fastlora_kernels.tile import Plan, Shape, Tile
 
 H100 = targets.find_card("H100")

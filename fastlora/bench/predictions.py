@@ -115,7 +115,7 @@ def _comparable(row: Row) -> bool:
 
 
 def _explain(name: str, size: tuple[int, int, int], dtype: str, target: "Target") -> Prediction:
-    from fastlora_kernels.predict.explain import explain
+    from fastlora_kernels.choose.explain import explain
     from fastlora_kernels.tile import Shape
 
     m, k, n = size

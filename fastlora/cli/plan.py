@@ -13,7 +13,7 @@ from rich.table import Table
 from fastlora.cli._console import make_console
 
 if TYPE_CHECKING:
-    from fastlora_kernels.predict.explain import Explanation
+    from fastlora_kernels.choose.explain import Explanation
 
 
 class Op(StrEnum):
@@ -56,7 +56,7 @@ def plan(
     # torch takes a second to import
     import torch
 
-    from fastlora_kernels.predict.explain import explain
+    from fastlora_kernels.choose.explain import explain
     from fastlora_kernels.targets import find_card
     from fastlora_kernels.tile import Shape
 

@@ -7,12 +7,11 @@ from typing import Literal, cast, get_args
 
 import torch
 
-from fastlora_kernels.choose import plan_adapter
+from fastlora_kernels.choose import adapter, lora, plan_adapter
+from fastlora_kernels.choose.adapter import AdapterPath
+from fastlora_kernels.choose.lora import Call
 from fastlora_kernels.choose.plan import MOST_RANKS_IN_ONE_LAUNCH, Path
-from fastlora_kernels.predict import adapter, lora
-from fastlora_kernels.predict.adapter import AdapterPath
 from fastlora_kernels.predict.launches import Launch, total_us
-from fastlora_kernels.predict.lora import Call
 from fastlora_kernels.targets import Target
 from fastlora_kernels.tile import Shape
 

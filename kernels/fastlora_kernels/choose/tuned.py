@@ -11,9 +11,9 @@ import torch
 
 from fastlora_kernels.choose import paths
 from fastlora_kernels.choose import plan as plans
+from fastlora_kernels.choose.lora import Call
 from fastlora_kernels.choose.paths import Pass
 from fastlora_kernels.choose.plan import Kernel
-from fastlora_kernels.predict.lora import Call
 from fastlora_kernels.targets import Target
 from fastlora_kernels.tile import Shape, Tile
 

@@ -5,12 +5,12 @@ from typing import Literal, get_args
 
 import torch
 
-from fastlora_kernels.choose import paths, plan
+from fastlora_kernels.choose import adapter, paths, plan
+from fastlora_kernels.choose.lora import Call
 from fastlora_kernels.choose.paths import Candidate, Pass
 from fastlora_kernels.choose.plan import Kernel
-from fastlora_kernels.predict import adapter, peers
+from fastlora_kernels.predict import peers
 from fastlora_kernels.predict.launches import Launch, total_us
-from fastlora_kernels.predict.lora import Call
 from fastlora_kernels.targets import Target
 from fastlora_kernels.tile import Shape, Tile
 
