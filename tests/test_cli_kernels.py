@@ -14,10 +14,11 @@ pytest.importorskip("triton", reason="compiling kernels needs Triton")
 import triton
 
 from fastlora.cli import app
+from fastlora_kernels import compiled
 from fastlora_kernels.compile import codegen
-from fastlora_kernels.compile import table as codegen_table
 from fastlora_kernels.compile.codegen import Spec
-from fastlora_kernels.compile.table import Row
+from fastlora_kernels.compile.table import table_text
+from fastlora_kernels.compiled import Row
 
 KEYS = {"kernel", "target", "dtype", "tile", "warps", "stages", "registers", "spills", "shared_bytes"}
 
@@ -89,13 +90,13 @@ def test_unknown_target_is_bad_input() -> None:
 def test_a_table_is_written_of_what_the_gate_compiles(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    row = codegen_table.committed()[1][0]
+    row = compiled.committed()[1][0]
     monkeypatch.setattr(codegen, "gate_specs", lambda: ["a spec"])
     monkeypatch.setattr(codegen, "compile_rows", lambda specs: iter([row] * len(specs)))
     table = tmp_path / "table.csv"
     result = CliRunner().invoke(app, ["kernels", "--write-table", str(table)])
     assert result.exit_code == 0, result.output
-    assert table.read_text() == codegen_table.table_text([row], triton.__version__)
+    assert table.read_text() == table_text([row], triton.__version__)
     both = CliRunner().invoke(app, ["kernels", "--write-table", str(table), "--target", "sm_90"])
     assert both.exit_code == 2
     assert "either --gpu or --write-table" in both.stderr

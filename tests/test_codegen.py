@@ -10,14 +10,15 @@ pytest.importorskip("triton", reason="compiling kernels needs Triton")
 
 import triton
 
-from fastlora_kernels import targets
-from fastlora_kernels.choose import plan, plan_adapter
+from fastlora_kernels import compiled, targets
+from fastlora_kernels.choose import plan
 from fastlora_kernels.compile import codegen, table
 from fastlora_kernels.compile.specs import Spec
-from fastlora_kernels.compile.table import Row
+from fastlora_kernels.compiled import Row
+from fastlora_kernels.lora import kernels
 
 # DoRA's norm is a float32 product of float32 matrices, the gradient of its product no product at all
-_NO_UNITS = ("dora_weight_norm", "dora_grad_product")
+_NO_UNITS = (kernels.DORA_WEIGHT_NORM.name, kernels.DORA_GRAD_PRODUCT.name)
 MATRIX_INSTRUCTION = {"sm_80": "mma", "sm_86": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 
 
@@ -27,9 +28,9 @@ def few_specs() -> list[Spec]:
     for spec in codegen.gate_specs():
         if spec.dtype == "bf16" and spec.aligned:
             found.setdefault((spec.kernel, spec.target), spec)
-    kernels, others = sorted({kernel for kernel, _ in found}), ("sm_80", "sm_100", "gfx942", "sm_86")
-    return [found[kernel, "sm_90"] for kernel in kernels] + [
-        found[kernel, others[index % len(others)]] for index, kernel in enumerate(kernels)
+    names, others = sorted({kernel for kernel, _ in found}), ("sm_80", "sm_100", "gfx942", "sm_86")
+    return [found[name, "sm_90"] for name in names] + [
+        found[name, others[index % len(others)]] for index, name in enumerate(names)
     ]
 
 
@@ -44,7 +45,7 @@ def rows(request: pytest.FixtureRequest) -> list[Row]:
 
 
 def test_nothing_spills(rows: list[Row]) -> None:
-    made_with = table.committed()[0]
+    made_with = compiled.committed()[0]
     if made_with != triton.__version__:
         # Triton 3.6 for one keeps 16 bytes of an adapter's tile on sm_100 in memory
         pytest.skip(f"the tiles were chosen for Triton {made_with}, not {triton.__version__}")
@@ -61,7 +62,9 @@ def test_sixteen_bit_products_use_the_matrix_units(rows: list[Row]) -> None:
     # tiles for unaligned rows are too small for a whole warp group, and so is a rank, which comes first in dA
     # where a masked x would serialise the warp group's instruction
     aligned = [
-        row for row in sixteen_bit if row.aligned and (row.kernel, row.dropout) != ("lora_grad_a", True)
+        row
+        for row in sixteen_bit
+        if row.aligned and (row.kernel, row.dropout) != (kernels.LORA_GRAD_A.name, True)
     ]
     wrong = [row for row in aligned if MATRIX_INSTRUCTION[row.target] not in row.matrix_instructions]
     assert (without, wrong) == ([], [])
@@ -74,31 +77,31 @@ def test_the_large_products_keep_their_pipeline(rows: list[Row]) -> None:
 
 def test_every_kernel_is_there_for_every_target() -> None:
     wanted = {(spec.kernel, spec.target) for spec in codegen.gate_specs()}
-    kernels = {*plan.KERNELS, *plan_adapter.KERNELS}
-    assert {kernel for kernel, _ in wanted} == kernels == {spec.kernel for spec in few_specs()}
-    assert len(wanted) == 5 * len(kernels)
+    names = {kernel.name for kernel in plan.KERNELS}
+    assert {kernel for kernel, _ in wanted} == names == {spec.kernel for spec in few_specs()}
+    assert len(wanted) == 5 * len(names) == 5 * len(plan.KERNELS)
     assert {spec.target for spec in few_specs()} == {*codegen.DEFAULT_TARGETS, "sm_86"}
 
 
 def test_a_row_is_kept_until_its_fingerprint_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, compiled = table.committed()[1], list[Spec]()
+    before, asked = compiled.committed()[1], list[Spec]()
 
     def compile_spec(spec: Spec) -> Row:
-        compiled.append(spec)
-        return before[len(compiled)]
+        asked.append(spec)
+        return before[len(asked)]
 
     monkeypatch.setattr(codegen, "compile_spec", compile_spec)
     monkeypatch.setattr(codegen, "_fingerprint", lambda spec: f"{spec.kernel}-{spec.target}")
-    spec, other = (spec for spec in few_specs() if spec.kernel == "dora_grad_product")
+    spec, other = (spec for spec in few_specs() if spec.kernel == kernels.DORA_GRAD_PRODUCT.name)
     rows = [codegen._cached_row(each, tmp_path) for each in (spec, other, spec, other)]
-    assert (compiled, rows) == ([spec, other], [before[1], before[2]] * 2)
+    assert (asked, rows) == ([spec, other], [before[1], before[2]] * 2)
     (tmp_path / f"{spec.kernel}-{spec.target}.json").write_text("{", "utf-8")
     assert codegen._cached_row(spec, tmp_path) == before[3]
 
 
 def test_no_figure_is_worse_than_the_committed_one(rows: list[Row]) -> None:
     """A new table is a decision: ``fastlora kernels --write-table`` writes ``compile/codegen.csv``."""
-    made_with, before = table.committed()
+    made_with, before = compiled.committed()
     assert before
     if made_with != triton.__version__:
         pytest.skip(f"the committed figures are Triton {made_with}'s, not {triton.__version__}'s")
@@ -118,18 +121,17 @@ def test_no_figure_is_worse_than_the_committed_one(rows: list[Row]) -> None:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_the_gate_notices(change: dict[str, Any], told: str) -> None:
-    row = next(
-        row for row in table.committed()[1] if row.kernel == "lora_forward" and row.matrix_instructions
-    )
+    before = compiled.committed()[1]
+    row = next(row for row in before if row.kernel == kernels.LORA_FORWARD.name and row.matrix_instructions)
     assert table.worse_than_committed([row]) == []
     (line,) = table.worse_than_committed([replace(row, **change)])
     assert told in line
 
 
 def test_a_table_reads_back_as_it_was_written() -> None:
-    version, before = table.committed.__wrapped__()
+    version, before = compiled.committed.__wrapped__()
     text = table.table_text(reversed(before), version)
-    assert text == Path(table.__file__).with_name(table.FILE).read_text("utf-8")
+    assert text == Path(table.__file__).with_name(compiled.FILE).read_text("utf-8")
 
 
 def test_unknown_target() -> None:

@@ -12,13 +12,14 @@ from torch.nn import functional as F
 pytest.importorskip("triton", reason="kernels need Triton; the other backends are tested without")
 
 from fastlora_kernels import targets
+from fastlora_kernels.adapter import kernels
 from fastlora_kernels.adapter.backward import adapter_grad_h_weights, adapter_grad_z
 from fastlora_kernels.adapter.forward import adapter_down, adapter_forward, adapter_up
-from fastlora_kernels.choose import plan_adapter as plans
-from fastlora_kernels.choose.plan_adapter import AdapterKernel
+from fastlora_kernels.choose import plan as plans
+from fastlora_kernels.kernel import Kernel
 from fastlora_kernels.partials import sum_four_partials
 from fastlora_kernels.primitives import DROPPED
-from fastlora_kernels.tile import Plan
+from fastlora_kernels.tile import Plan, Shape
 from tests.kernel_harness import Harness, assert_exact
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
@@ -44,8 +45,8 @@ CASES = [*((size, "gelu") for size in SIZES), (BASE, "relu"), (BASE, "silu")]
 WIDE = [replace(BASE, d=100), replace(BASE, d=256, h=31)]
 
 
-def choose(kernel: AdapterKernel, size: Size, dtype: torch.dtype, splits: int = 1) -> Plan:
-    chosen = plans.choose(kernel, size.m, size.h, size.d, dtype, targets.DEFAULT)
+def choose(kernel: Kernel, size: Size, dtype: torch.dtype, splits: int = 1) -> Plan:
+    chosen = plans.choose(kernel, Shape(size.m, size.h, size.h, size.d), dtype, targets.DEFAULT)
     return Plan(chosen.tile, splits)
 
 
@@ -91,7 +92,7 @@ def rounded(tensors: Tensors, dtype: torch.dtype) -> list[Tensor]:
 def test_adapter_forward(harness: Harness, size: Size, activation: str) -> None:
     tensors = make(harness, size, parameters=torch.float32)
     z, out = harness.output(size.m, size.d), harness.output(size.m, size.h)
-    plan = choose("adapter_forward", size, harness.dtype)
+    plan = choose(kernels.ADAPTER_FORWARD, size, harness.dtype)
     adapter_forward(
         tensors.h, *tensors.parameters, tensors.residual, None, z, out,
         activation=activation, drop_threshold=1, scale=1.0, plan=plan,
@@ -107,7 +108,8 @@ def test_adapter_forward_without_biases_and_residual(harness: Harness) -> None:
     z, out = harness.output(BASE.m, BASE.d), harness.output(BASE.m, BASE.h)
     adapter_forward(
         tensors.h, tensors.down_weight, None, tensors.up_weight, None, None, None, z, out,
-        activation="gelu", drop_threshold=1, scale=1.0, plan=choose("adapter_forward", BASE, harness.dtype),
+        activation="gelu", drop_threshold=1, scale=1.0,
+        plan=choose(kernels.ADAPTER_FORWARD, BASE, harness.dtype),
     )  # fmt: skip
     assert_exact(
         out, lambda h, wd, wu: F.gelu(h @ wd.t()) @ wu.t(), tensors.h, tensors.down_weight, tensors.up_weight
@@ -121,12 +123,13 @@ def test_adapter_down_and_up(harness: Harness, size: Size) -> None:
     out = harness.output(size.m, size.h)
     adapter_down(
         tensors.h, tensors.down_weight, tensors.down_bias, None, z, active,
-        activation="silu", drop_threshold=1, scale=1.0, plan=choose("adapter_down", size, harness.dtype),
+        activation="silu", drop_threshold=1, scale=1.0,
+        plan=choose(kernels.ADAPTER_DOWN, size, harness.dtype),
     )  # fmt: skip
     operands = rounded(tensors, harness.dtype)
     assert_exact(z, lambda h, wd, bd, *_: h @ wd.t() + bd, *operands)
     assert_exact(active, lambda h, wd, bd, *_: F.silu(h @ wd.t() + bd), *operands)
-    plan = choose("adapter_up", size, harness.dtype)
+    plan = choose(kernels.ADAPTER_UP, size, harness.dtype)
     adapter_up(active, tensors.up_weight, tensors.up_bias, tensors.residual, out, plan=plan)
     assert_exact(out, lambda a, wu, bu, r: r + a @ wu.t() + bu, active, *operands[3:])
 
@@ -138,11 +141,11 @@ def test_dropped_elements_are_marked_and_vanish(harness: Harness, one_launch: bo
     z, out = harness.output(size.m, size.d), harness.output(size.m, size.h)
     settings: dict[str, Any] = {"activation": "gelu", "drop_threshold": threshold, "scale": scale}
     if one_launch:
-        plan = choose("adapter_forward", size, harness.dtype)
+        plan = choose(kernels.ADAPTER_FORWARD, size, harness.dtype)
         adapter_forward(tensors.h, *tensors.parameters, None, seed, z, out, **settings, plan=plan)
     else:
         active = harness.output(size.m, size.d)
-        plan = choose("adapter_down", size, harness.dtype)
+        plan = choose(kernels.ADAPTER_DOWN, size, harness.dtype)
         down = (tensors.h, tensors.down_weight, tensors.down_bias, seed, z, active)
         adapter_down(*down, **settings, plan=plan)
         adapter_up(
@@ -151,7 +154,7 @@ def test_dropped_elements_are_marked_and_vanish(harness: Harness, one_launch: bo
             tensors.up_bias,
             None,
             out,
-            plan=choose("adapter_up", size, harness.dtype),
+            plan=choose(kernels.ADAPTER_UP, size, harness.dtype),
         )
     keep = z != torch.tensor(DROPPED).to(z)
     kept, expected = float(keep.float().mean()), 1 - threshold / 65536
@@ -170,7 +173,7 @@ def test_adapter_grad_z(harness: Harness, size: Size, activation: str) -> None:
     z[::3, ::2] = DROPPED
     up_weight = harness.random(size.h, size.d)
     dz, active = harness.output(size.m, size.d), harness.output(size.m, size.d)
-    plan = choose("adapter_grad_z", size, harness.dtype)
+    plan = choose(kernels.ADAPTER_GRAD_Z, size, harness.dtype)
     adapter_grad_z(dout, z, up_weight, dz, active, activation=activation, scale=1.5, plan=plan)
 
     def grad_z(dout: Tensor, z: Tensor, up_weight: Tensor) -> Tensor:
@@ -192,7 +195,7 @@ def test_adapter_grad_h_weights(harness: Harness, size: Size, add_input: bool, s
     dz, active = harness.random(size.m, size.d), harness.random(size.m, size.d)
     down_weight = harness.random(size.d, size.h)
     dh, partial = harness.output(size.m, size.h), _partial(harness, size, splits)
-    plan = choose("adapter_grad_h_weights", size, harness.dtype, splits)
+    plan = choose(kernels.ADAPTER_GRAD_H_WEIGHTS, size, harness.dtype, splits)
     adapter_grad_h_weights(dout, h, dz, active, down_weight, dh, partial, add_input=add_input, plan=plan)
     assert_exact(dh, lambda dz, w, dout: dz @ w + (dout if add_input else 0), dz, down_weight, dout)
     d_up, d_down, d_up_bias, d_down_bias = _sections(partial.sum(0), size)
@@ -206,7 +209,7 @@ def test_parameter_gradients_without_dh(harness: Harness) -> None:
     dout, h = (harness.random(BASE.m, BASE.h) for _ in range(2))
     dz, active = (harness.random(BASE.m, BASE.d) for _ in range(2))
     partial = _partial(harness, BASE, 1)
-    plan = choose("adapter_grad_h_weights", BASE, harness.dtype)
+    plan = choose(kernels.ADAPTER_GRAD_H_WEIGHTS, BASE, harness.dtype)
     unused = harness.random(BASE.d, BASE.h)
     adapter_grad_h_weights(dout, h, dz, active, unused, None, partial, add_input=True, plan=plan)
     assert_exact(_sections(partial[0], BASE)[0], lambda dout, active: dout.t() @ active, dout, active)
@@ -232,24 +235,26 @@ def test_pinned_tiles_compute_the_same(target: str, d: int, kernel_device: torch
     harness, size = Harness(torch.float16, kernel_device), Size(m=150, h=144, d=d)
     gpu = targets.TARGETS[target]
 
-    def plan(kernel: AdapterKernel) -> Plan:
-        return plans.choose(kernel, size.m, size.h, size.d, harness.dtype, gpu)
+    def plan(kernel: Kernel) -> Plan:
+        return plans.choose(kernel, Shape(size.m, size.h, size.h, size.d), harness.dtype, gpu)
 
     tensors, z = make(harness, size), harness.output(size.m, size.d)
     out, active = harness.output(size.m, size.h), harness.output(size.m, size.d)
     settings: dict[str, Any] = {"activation": "gelu", "drop_threshold": 1, "scale": 1.0}
     act = (tensors.h, *tensors.parameters)
-    if plans.one_launch(d):
-        adapter_forward(*act, tensors.residual, None, z, out, **settings, plan=plan("adapter_forward"))
+    if kernels.one_launch(d):
+        adapter_forward(*act, tensors.residual, None, z, out, **settings, plan=plan(kernels.ADAPTER_FORWARD))
     else:
         down = (tensors.h, tensors.down_weight, tensors.down_bias, None, z, active)
-        adapter_down(*down, **settings, plan=plan("adapter_down"))
-        adapter_up(active, tensors.up_weight, tensors.up_bias, tensors.residual, out, plan=plan("adapter_up"))
+        adapter_down(*down, **settings, plan=plan(kernels.ADAPTER_DOWN))
+        adapter_up(
+            active, tensors.up_weight, tensors.up_bias, tensors.residual, out, plan=plan(kernels.ADAPTER_UP)
+        )
     operands = rounded(tensors, harness.dtype)
     assert_exact(out, lambda h, wd, bd, wu, bu, r: r + F.gelu(h @ wd.t() + bd) @ wu.t() + bu, *operands)
 
     dout, dz = harness.random(size.m, size.h), harness.random(size.m, size.d)
-    backward = plan("adapter_grad_h_weights")
+    backward = plan(kernels.ADAPTER_GRAD_H_WEIGHTS)
     dh, partial = harness.output(size.m, size.h), _partial(harness, size, backward.splits)
     source = harness.random(size.m, size.d)
     arguments = (dout, tensors.h, dz, source, tensors.down_weight, dh, partial)
@@ -267,7 +272,7 @@ def test_nan_reaches_the_output(activation: str, kernel_device: torch.device) ->
     tensors = make(harness, BASE)
     tensors.h[3, 0] = float("nan")
     z, out = harness.output(BASE.m, BASE.d), harness.output(BASE.m, BASE.h)
-    plan = choose("adapter_forward", BASE, harness.dtype)
+    plan = choose(kernels.ADAPTER_FORWARD, BASE, harness.dtype)
     settings: dict[str, Any] = {"activation": activation, "drop_threshold": 1, "scale": 1.0}
     adapter_forward(tensors.h, *tensors.parameters, None, None, z, out, **settings, plan=plan)
     assert out[3].isnan().all()
@@ -282,7 +287,7 @@ def test_row_offsets_pass_two_to_the_31(kernel_device: torch.device) -> None:
     h.copy_(torch.randn(rows, hidden))
     down, up = torch.randn(d, hidden).to(h), torch.randn(hidden, d).to(h)
     z, out = torch.empty(rows, d).to(h), torch.empty(rows, hidden).to(h)
-    plan = choose("adapter_forward", Size(rows, hidden, d), h.dtype)
+    plan = choose(kernels.ADAPTER_FORWARD, Size(rows, hidden, d), h.dtype)
     settings: dict[str, Any] = {"activation": "relu", "drop_threshold": 1, "scale": 1.0}
     adapter_forward(h, down, None, up, None, h, None, z, out, **settings, plan=plan)
     assert_exact(out, lambda h, down, up: h + F.relu(h @ down.t()) @ up.t(), h, down, up)

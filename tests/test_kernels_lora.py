@@ -8,7 +8,8 @@ pytest.importorskip("triton", reason="kernels need Triton; the other backends ar
 
 from fastlora_kernels import targets
 from fastlora_kernels.choose import plan as plans
-from fastlora_kernels.choose.plan import Kernel
+from fastlora_kernels.kernel import Kernel
+from fastlora_kernels.lora import kernels
 from fastlora_kernels.lora.backward import lora_grad_a, lora_grad_s_b, lora_grad_x
 from fastlora_kernels.lora.dora import dora_grad_product, dora_weight_norm
 from fastlora_kernels.lora.down import lora_down
@@ -40,7 +41,7 @@ def choose(kernel: Kernel, shape: Shape, dtype: torch.dtype, splits: int = 1) ->
 def test_lora_down(harness: Harness, shape: Shape, splits: int) -> None:
     x, a = harness.random(shape.m, shape.k, padded=True), harness.random(shape.r, shape.k)
     partial = harness.output(splits, shape.m, shape.r, dtype=torch.float32)
-    plan = choose("lora_down", shape, harness.dtype, splits)
+    plan = choose(kernels.LORA_DOWN, shape, harness.dtype, splits)
     lora_down(x, a, None, None, partial, drop_threshold=1, scale=1.5, plan=plan)
     assert_exact(partial.sum(0), lambda x, a: 1.5 * x @ a.t(), x, a)
 
@@ -53,7 +54,7 @@ def test_lora_down_dropout(harness: Harness, shape: Shape, splits: int) -> None:
     partial = harness.output(splits, shape.m, shape.r, dtype=torch.float32)
     mask = harness.output(shape.m, cdiv(shape.k, 32), dtype=torch.int32)
     seed = torch.tensor([77], device=harness.device)
-    plan = choose("lora_down", shape, harness.dtype, splits)
+    plan = choose(kernels.LORA_DOWN, shape, harness.dtype, splits)
     lora_down(x, a, seed, mask, partial, drop_threshold=20000, scale=1.0, plan=plan)
     keep = unpack_mask(mask, shape.k)
     assert_exact(partial.sum(0), lambda x, a: (x * keep) @ a.t(), x, a.to(harness.dtype))
@@ -66,7 +67,7 @@ def test_lora_forward(harness: Harness, shape: Shape, bias: bool) -> None:
     s, b = harness.random(shape.m, shape.r), harness.random(shape.n, shape.r)
     offset = harness.random(1, shape.n)
     y = harness.output(shape.m, shape.n)
-    plan = choose("lora_forward", shape, harness.dtype)
+    plan = choose(kernels.LORA_FORWARD, shape, harness.dtype)
     lora_forward(x, weight, offset[0] if bias else None, s, b, y, plan=plan)
     assert_exact(y, lambda x, w, s, b, o: x @ w.t() + s @ b.t() + (o if bias else 0), x, weight, s, b, offset)
 
@@ -80,7 +81,7 @@ def test_dora_forward(harness: Harness, shape: Shape, bias: bool) -> None:
     y, product = harness.output(shape.m, shape.n), harness.output(shape.m, shape.n)
     operands = (x, weight, offset[0] if bias else None, s, b, y)
     lora_forward(
-        *operands, plan=choose("dora_forward", shape, harness.dtype), factor=factor[0], product=product
+        *operands, plan=choose(kernels.DORA_FORWARD, shape, harness.dtype), factor=factor[0], product=product
     )
     assert_exact(product, lambda x, w, s, b: x @ w.t() + s @ b.t(), x, weight, s, b)
     assert_exact(
@@ -95,7 +96,7 @@ def test_dora_weight_norm(harness: Harness, shape: Shape) -> None:
     weight = harness.random(shape.n, shape.k, padded=True)
     a, b = harness.random(shape.r, shape.k), harness.random(shape.n, shape.r, dtype=torch.float32)
     norm = harness.output(shape.n, dtype=torch.float32)
-    plan = choose("dora_weight_norm", shape, harness.dtype)
+    plan = choose(kernels.DORA_WEIGHT_NORM, shape, harness.dtype)
     dora_weight_norm(weight, a, b, norm, scale=0.5, plan=plan)
     assert_exact(norm, lambda w, a, b: (w + 0.5 * b @ a).norm(dim=1), weight, a, b)
 
@@ -105,7 +106,7 @@ def test_dora_weight_norm(harness: Harness, shape: Shape) -> None:
 def test_dora_grad_product(harness: Harness, shape: Shape, splits: int) -> None:
     dy, product = harness.random(shape.m, shape.n, padded=True), harness.random(shape.m, shape.n)
     factor = harness.random(1, shape.n, dtype=torch.float32)
-    plan = choose("dora_grad_product", shape, harness.dtype, splits)
+    plan = choose(kernels.DORA_GRAD_PRODUCT, shape, harness.dtype, splits)
     dproduct, dfactor = harness.output(shape.m, shape.n), harness.output(splits, shape.n, dtype=torch.float32)
     dora_grad_product(dy, product, factor[0], dproduct, dfactor, plan=plan)
     assert_exact(dproduct, lambda dy, g: dy * g, dy, factor)
@@ -120,7 +121,7 @@ def test_dora_grad_product(harness: Harness, shape: Shape, splits: int) -> None:
 def test_lora_grad_s_b(harness: Harness, shape: Shape, splits: int) -> None:
     dy = harness.random(shape.m, shape.n, padded=True)
     s, b = harness.random(shape.m, shape.r), harness.random(shape.n, shape.r)
-    plan = choose("lora_grad_s_b", shape, harness.dtype, splits)
+    plan = choose(kernels.LORA_GRAD_S_B, shape, harness.dtype, splits)
     ds = harness.output(cdiv(shape.n, plan.tile.cols), shape.m, shape.r, dtype=torch.float32)
     db = harness.output(splits, shape.n, shape.r, dtype=torch.float32)
     lora_grad_s_b(dy, s, b, ds, db, scale=0.5, plan=plan)
@@ -135,7 +136,7 @@ def test_lora_grad_x(harness: Harness, shape: Shape, dropout: bool) -> None:
     ds, a = harness.random(shape.m, shape.r), harness.random(shape.r, shape.k)
     mask, keep = _random_mask(harness, shape)
     dx = harness.output(shape.m, shape.k)
-    plan = choose("lora_grad_x", shape, harness.dtype)
+    plan = choose(kernels.LORA_GRAD_X, shape, harness.dtype)
     lora_grad_x(dy, weight, ds, a, mask if dropout else None, dx, plan=plan)
     assert_exact(dx, lambda dy, w, ds, a: dy @ w + (ds @ a) * (keep if dropout else 1), dy, weight, ds, a)
 
@@ -147,7 +148,7 @@ def test_lora_grad_a(harness: Harness, shape: Shape, dropout: bool, splits: int)
     x, ds = harness.random(shape.m, shape.k, padded=True), harness.random(shape.m, shape.r)
     mask, keep = _random_mask(harness, shape)
     da = harness.output(splits, shape.r, shape.k, dtype=torch.float32)
-    plan = choose("lora_grad_a", shape, harness.dtype, splits)
+    plan = choose(kernels.LORA_GRAD_A, shape, harness.dtype, splits)
     lora_grad_a(x, ds, mask if dropout else None, da, plan=plan)
     assert_exact(da.sum(0), lambda x, ds: ds.t() @ (x * (keep if dropout else 1)), x, ds)
 
@@ -162,7 +163,7 @@ def test_lora_grad_x_a(harness: Harness, shape: Shape, dropout: bool) -> None:
     keep = keep if dropout else torch.ones_like(keep)
     dx = harness.output(shape.m, shape.k)
     da = harness.output(2, shape.r, shape.k, dtype=torch.float32)
-    plan = choose("lora_grad_x_a", shape, harness.dtype, splits=2)
+    plan = choose(kernels.LORA_GRAD_X_A, shape, harness.dtype, splits=2)
     lora_grad_x_a(dy, weight, ds, a, mask if dropout else None, x, dx, da, plan=plan)
     assert_exact(dx, lambda dy, w, ds, a: dy @ w + (ds @ a) * keep, dy, weight, ds, a)
     assert_exact(da.sum(0), lambda x, ds: ds.t() @ (x * keep), x, ds)
@@ -202,7 +203,7 @@ def test_pinned_tiles_compute_the_same(target: str, kernel_device: torch.device)
     s, b = harness.random(shape.m, shape.r), harness.random(shape.n, shape.r)
     dy, ds, a = harness.random(shape.m, shape.n), s, harness.random(shape.r, shape.k)
     mask, keep = _random_mask(harness, shape)
-    tiles = plans.tiles("lora_forward", shape.r, harness.dtype, targets.TARGETS[target])
+    tiles = plans.tiles(kernels.LORA_FORWARD, shape.r, harness.dtype, targets.TARGETS[target])
     for tile in (tile for tile in tiles if not tile.persistent):
         y = harness.output(shape.m, shape.n)
         lora_forward(x, weight, None, s, b, y, plan=Plan(tile))
@@ -223,7 +224,7 @@ def test_row_offsets_pass_two_to_the_31(kernel_device: torch.device) -> None:
     x.copy_(torch.randn(rows, columns))
     weight, s, b = (torch.randn(n, k).to(x) for n, k in ((50, columns), (rows, 4), (50, 4)))
     y = torch.empty(rows, 50).to(x)
-    plan = choose("lora_forward", Shape(m=rows, n=50, k=columns, r=4), x.dtype)
+    plan = choose(kernels.LORA_FORWARD, Shape(m=rows, n=50, k=columns, r=4), x.dtype)
     lora_forward(x, weight, None, s, b, y, plan=plan)
     assert_exact(y, lambda x, w, s, b: x @ w.t() + s @ b.t(), x.clone(), weight, s, b)
 

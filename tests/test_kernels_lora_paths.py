@@ -7,6 +7,7 @@ pytest.importorskip("triton", reason="kernels need Triton; the other backends ar
 
 from fastlora_kernels import targets
 from fastlora_kernels.choose import plan as plans
+from fastlora_kernels.lora import kernels
 from fastlora_kernels.lora.epilogue import lora_add
 from fastlora_kernels.lora.single import lora_forward_single
 from fastlora_kernels.tile import Plan, Shape
@@ -24,7 +25,7 @@ def test_lora_forward_single(harness: Harness, shape: Shape) -> None:
     a, b = harness.random(shape.r, shape.k), harness.random(shape.n, shape.r)
     offset = harness.random(1, shape.n)
     s, y = harness.output(shape.m, shape.r), harness.output(shape.m, shape.n)
-    plan = choose("lora_forward_single", shape, harness.dtype)
+    plan = choose(kernels.LORA_FORWARD_SINGLE, shape, harness.dtype)
     operands = (x, weight, offset[0] if bias else None, a, b, s, y)
     lora_forward_single(*operands, scale=SCALE, plan=plan)
     assert_exact(s, lambda x, a: SCALE * (x @ a.t()), x, a)
@@ -35,7 +36,7 @@ def test_single_rounds_fp32_adapters_once(harness: Harness) -> None:
     x, weight = harness.random(33, 41), harness.random(37, 41)
     a, b = harness.random(5, 41, dtype=torch.float32), harness.random(37, 5, dtype=torch.float32)
     s, y = harness.output(33, 5), harness.output(33, 37)
-    plan = choose("lora_forward_single", Shape(m=33, n=37, k=41, r=5), harness.dtype)
+    plan = choose(kernels.LORA_FORWARD_SINGLE, Shape(m=33, n=37, k=41, r=5), harness.dtype)
     lora_forward_single(x, weight, None, a, b, s, y, scale=SCALE, plan=plan)
     a, b = a.to(harness.dtype), b.to(harness.dtype)
     assert_exact(s, lambda x, a: SCALE * (x @ a.t()), x, a)
@@ -47,7 +48,7 @@ def test_the_single_launch_holds_the_whole_rank(rank: int) -> None:
     for target in (*targets.TARGETS.values(), targets.DEFAULT):
         for dtype in (torch.bfloat16, torch.float32):
             for aligned in (True, False):
-                for tile in plans.tiles("lora_forward_single", rank, dtype, target, aligned=aligned):
+                for tile in plans.tiles(kernels.LORA_FORWARD_SINGLE, rank, dtype, target, aligned=aligned):
                     assert rank <= tile.rank <= max(16, 2 * rank - 1)
 
 
@@ -65,7 +66,7 @@ def test_lora_add(harness: Harness, shape: Shape, transposed: bool, dropout: boo
     keep = keep if dropout else torch.ones_like(keep)
     out = harness.output(shape.m, shape.n)
     out.copy_(before)
-    plan = choose("lora_add", shape, harness.dtype)
+    plan = choose(kernels.LORA_ADD, shape, harness.dtype)
     lora_add(left, right, mask if dropout else None, out, transposed=transposed, plan=plan)
     assert_exact(
         out,
@@ -81,7 +82,7 @@ def test_pinned_tiles_compute_the_same(target: str, kernel_device: torch.device)
     shape = Shape(m=150, n=270, k=145, r=96)
     harness = Harness(torch.float16, kernel_device)
     x, weight = harness.random(shape.m, shape.k), harness.random(shape.n, shape.k)
-    for tile in plans.tiles("lora_forward_single", 40, harness.dtype, targets.TARGETS[target]):
+    for tile in plans.tiles(kernels.LORA_FORWARD_SINGLE, 40, harness.dtype, targets.TARGETS[target]):
         a, b = harness.random(40, shape.k), harness.random(shape.n, 40)
         s, y = harness.output(shape.m, 40), harness.output(shape.m, shape.n)
         lora_forward_single(x, weight, None, a, b, s, y, scale=0.5, plan=Plan(tile))
@@ -89,7 +90,7 @@ def test_pinned_tiles_compute_the_same(target: str, kernel_device: torch.device)
         assert_exact(y, lambda x, w, s, b: x @ w.t() + s @ b.t(), x, weight, s, b)
     left, right = harness.random(shape.m, shape.r), harness.random(shape.r, shape.n)
     before, (mask, keep) = harness.random(shape.m, shape.n), harness.mask(shape.m, shape.n)
-    for tile in plans.tiles("lora_add", shape.r, harness.dtype, targets.TARGETS[target]):
+    for tile in plans.tiles(kernels.LORA_ADD, shape.r, harness.dtype, targets.TARGETS[target]):
         out = harness.output(shape.m, shape.n)
         out.copy_(before)
         lora_add(left, right, mask, out, transposed=False, plan=Plan(tile))

@@ -14,6 +14,8 @@ import fastlora
 from fastlora_kernels import targets
 from fastlora_kernels.choose import plan as plans
 from fastlora_kernels.choose.tuned import Choice
+from fastlora_kernels.kernel import Kernel
+from fastlora_kernels.lora.kernels import LORA_FORWARD, LORA_GRAD_X_A
 from fastlora_kernels.lora.persistent import lora_forward_persistent, lora_grad_x_a_persistent
 from fastlora_kernels.tile import Plan, Shape, Tile, cdiv
 from tests.kernel_harness import Harness, assert_exact
@@ -65,7 +67,7 @@ def test_pinned_tiles_compute_the_same(target: str, kernel_device: torch.device)
     """The large tiles that GPUs get, with ranks in chunks and a ragged edge on every axis."""
     shape = Shape(m=150, n=272, k=144, r=96)
     harness = Harness(torch.float16, kernel_device)
-    tiles = plans.tiles("lora_grad_x_a", shape.r, harness.dtype, targets.TARGETS[target])
+    tiles = plans.tiles(LORA_GRAD_X_A, shape.r, harness.dtype, targets.TARGETS[target])
     for tile in (tile for tile in tiles if tile.persistent):
         _check_forward(harness, shape, tile, programs=3, bias=True)
         _check_grad_x_a(harness, shape, tile, programs=3, dropout=True)
@@ -79,7 +81,7 @@ def test_only_aligned_16_bit_rows_get_descriptors() -> None:
                 for aligned in (True, False):
                     found = any(t.persistent for t in plans.tiles(kernel, 16, dtype, target, aligned=aligned))
                     fitting = target.tiles in ("sm_90", "sm_100") and dtype != torch.float32 and aligned
-                    assert found == (fitting and kernel in ("lora_forward", "lora_grad_x_a"))
+                    assert found == (fitting and kernel in (LORA_FORWARD, LORA_GRAD_X_A))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5], ids=["no-dropout", "dropout"])
@@ -105,9 +107,9 @@ def test_the_op_launches_what_the_plan_says(
     expected, launched = run(), []
     choose = plans.choose
 
-    def persistent(kernel: plans.Kernel, *arguments: Any, **options: Any) -> Plan:
+    def persistent(kernel: Kernel, *arguments: Any, **options: Any) -> Plan:
         plan = choose(kernel, *arguments, **options)
-        if kernel not in ("lora_forward", "lora_grad_x_a"):
+        if kernel not in (LORA_FORWARD, LORA_GRAD_X_A):
             return plan
         launched.append(kernel)
         return replace(plan, tile=TILE)
@@ -115,7 +117,7 @@ def test_the_op_launches_what_the_plan_says(
     monkeypatch.setattr(plans, "choose", persistent)
     for got, wanted in zip(run(), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=2e-3, atol=2e-3 * float(wanted.abs().max()))
-    assert launched == ["lora_forward", "lora_grad_x_a"]
+    assert launched == [LORA_FORWARD, LORA_GRAD_X_A]
 
 
 def _check_forward(harness: Harness, shape: Shape, tile: Tile, programs: int, *, bias: bool) -> None:

@@ -10,6 +10,8 @@ pytest.importorskip("triton", reason="plans are for the kernels")
 from fastlora_kernels import targets
 from fastlora_kernels.choose import paths
 from fastlora_kernels.choose import plan as plans
+from fastlora_kernels.kernel import Kernel
+from fastlora_kernels.lora.kernels import LORA_DOWN, LORA_FORWARD
 from fastlora_kernels.tile import Shape, Tile
 
 LARGE = Shape(m=8192, n=4096, k=4096, r=16)
@@ -35,17 +37,17 @@ def test_every_plan_fits(target: targets.Target, dtype: torch.dtype, shape: Shap
 
 def test_choices_on_an_h100() -> None:
     """Changing what a usual shape gets is a decision, not a side effect."""
-    forward = plans.choose("lora_forward", LARGE, torch.bfloat16, targets.TARGETS["sm_90"])
+    forward = plans.choose(LORA_FORWARD, LARGE, torch.bfloat16, targets.TARGETS["sm_90"])
     assert forward.tile == Tile(128, 256, 64, 16, warps=8, stages=4, persistent=True)
-    small = plans.choose("lora_forward", Shape(64, 512, 512, 16), torch.bfloat16, targets.TARGETS["sm_90"])
+    small = plans.choose(LORA_FORWARD, Shape(64, 512, 512, 16), torch.bfloat16, targets.TARGETS["sm_90"])
     assert (small.tile.rows, small.tile.cols) == (64, 64)
-    down = plans.choose("lora_down", Shape(256, 4096, 4096, 16), torch.bfloat16, targets.TARGETS["sm_90"])
+    down = plans.choose(LORA_DOWN, Shape(256, 4096, 4096, 16), torch.bfloat16, targets.TARGETS["sm_90"])
     assert down.splits > 1
 
 
 @pytest.mark.parametrize("target", targets.CARDS.values(), ids=lambda target: target.card)
-@pytest.mark.parametrize("kernel", plans.LARGE)
-def test_a_measured_tile_is_taken_as_it_is(kernel: plans.Kernel, target: targets.Target) -> None:
+@pytest.mark.parametrize("kernel", plans.KERNELS, ids=lambda kernel: kernel.name)
+def test_a_measured_tile_is_taken_as_it_is(kernel: Kernel, target: targets.Target) -> None:
     for tile in plans.tiles(kernel, 16, torch.bfloat16, target):
         assert plans.choose(kernel, LARGE, torch.bfloat16, target, tile=tile).tile == tile
 
@@ -71,10 +73,10 @@ def test_path(shape: Shape, dtype: torch.dtype, dropping: bool, path: str) -> No
 
 def test_shared_memory_limits_the_pipeline() -> None:
     little = replace(targets.TARGETS["sm_90"], name="sm_998", shared_bytes=101_376)
-    stages = {tile.stages for tile in plans.tiles("lora_forward", 16, torch.bfloat16, little)}
+    stages = {tile.stages for tile in plans.tiles(LORA_FORWARD, 16, torch.bfloat16, little)}
     assert min(stages) == 1
     # a pipeline that hides nothing is not chosen
-    assert plans.choose("lora_forward", LARGE, torch.bfloat16, little).tile.stages == 3
+    assert plans.choose(LORA_FORWARD, LARGE, torch.bfloat16, little).tile.stages == 3
 
 
 def test_interpreter_and_cpu_get_the_default() -> None:

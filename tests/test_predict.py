@@ -6,10 +6,11 @@ import torch
 from fastlora_kernels import targets
 from fastlora_kernels.choose import lora, paths, plan
 from fastlora_kernels.choose.explain import OPS, Explanation, explain
-from fastlora_kernels.choose.lora import Call
-from fastlora_kernels.predict import peers
+from fastlora_kernels.choose.lora import Call, Path
+from fastlora_kernels.lora.kernels import LORA_FORWARD
 from fastlora_kernels.predict.launches import Launch, library_product, total_us
 from fastlora_kernels.tile import Plan, Shape, Tile
+from tests import peers
 
 H100 = targets.find_card("H100")
 # LoRAFusion's own setting on Hopper
@@ -73,7 +74,7 @@ def flops_of(shape: Shape) -> float:
 
 
 @pytest.mark.parametrize("path", ["split", "single", "epilogue", "library"])
-def test_every_path_has_the_flops_of_the_formula(path: plan.Path) -> None:
+def test_every_path_has_the_flops_of_the_formula(path: Path) -> None:
     shape = Shape(512, 768, 1024, 16)
     call = Call(shape, torch.bfloat16, H100, dropping=False)
     launches = lora.forward(path, call) + lora.backward("split" if path == "single" else path, call)
@@ -172,7 +173,7 @@ def predicted_us(shape: Shape) -> float:
 def test_a_choice_is_made_once() -> None:
     def choose() -> tuple[str, Plan]:
         path = paths.choose_path("forward", square(4096), torch.bfloat16, H100, dropping=True)
-        return path, plan.choose("lora_forward", square(4096), torch.bfloat16, H100)
+        return path, plan.choose(LORA_FORWARD, square(4096), torch.bfloat16, H100)
 
     first = choose()
     made = paths.choose_path.cache_info().misses, plan.choose.cache_info().misses

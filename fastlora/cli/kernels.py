@@ -14,7 +14,7 @@ from fastlora.cli._console import make_console
 from fastlora.cli._progress import LiveReporter
 
 if TYPE_CHECKING:
-    from fastlora_kernels.compile.table import Row
+    from fastlora_kernels.compiled import Row
 
 
 def kernels(

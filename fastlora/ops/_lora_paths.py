@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastlora.ops._launch import is_aligned, row_major
 from fastlora_kernels.choose import plan as plans
+from fastlora_kernels.lora import kernels
 from fastlora_kernels.lora.epilogue import lora_add
 from fastlora_kernels.lora.single import lora_forward_single
 from fastlora_kernels.targets import Target
@@ -28,7 +29,7 @@ def single_forward(
 ) -> Tensor:
     """Fill y ``[M, N]`` in one launch; S."""
     s = x.new_empty(shape.m, shape.r)
-    plan = plans.choose("lora_forward_single", shape, x.dtype, target, tile=tile)
+    plan = plans.choose(kernels.LORA_FORWARD_SINGLE, shape, x.dtype, target, tile=tile)
     lora_forward_single(x, weight, bias, lora_A, lora_B, s, y, scale=scaling, plan=plan)
     return s
 
@@ -72,5 +73,5 @@ def _add(
     transposed: bool,
 ) -> None:
     # out is read and written here, x and the weight are not
-    plan = plans.choose("lora_add", replace(shape, aligned=is_aligned(out)), out.dtype, target)
+    plan = plans.choose(kernels.LORA_ADD, replace(shape, aligned=is_aligned(out)), out.dtype, target)
     lora_add(left, right, mask, out, transposed=transposed, plan=plan)

@@ -8,12 +8,13 @@ from torch import Tensor
 from fastlora.ops._launch import current_device, is_aligned, row_major
 from fastlora.ops.keep_mask import drop_threshold, keep_probability
 from fastlora_kernels import targets
+from fastlora_kernels.adapter import kernels
 from fastlora_kernels.adapter.backward import adapter_grad_h_weights, adapter_grad_z
 from fastlora_kernels.adapter.forward import adapter_down, adapter_forward, adapter_up
-from fastlora_kernels.choose import plan_adapter as plans
+from fastlora_kernels.adapter.kernels import WIDEST as WIDEST
+from fastlora_kernels.choose import plan as plans
 from fastlora_kernels.choose.paths import choose_adapter_path, has_adapter_kernels
-from fastlora_kernels.choose.plan_adapter import WIDEST as WIDEST
-from fastlora_kernels.choose.plan_adapter import AdapterKernel
+from fastlora_kernels.kernel import Kernel
 from fastlora_kernels.partials import sum_four_partials
 from fastlora_kernels.tile import Plan, Shape
 
@@ -57,7 +58,7 @@ def forward(
     threshold, scale = drop_threshold(dropout), 1 / keep_probability(dropout)
     z, out = h.new_empty(h.shape[0], size), torch.empty_like(h, memory_format=torch.contiguous_format)
     with current_device(h):
-        if plans.one_launch(size):
+        if kernels.one_launch(size):
             adapter_forward(
                 h,
                 down_weight,
@@ -71,7 +72,7 @@ def forward(
                 activation=activation,
                 drop_threshold=threshold,
                 scale=scale,
-                plan=_plan("adapter_forward", h, size, aligned),
+                plan=_plan(kernels.ADAPTER_FORWARD, h, size, aligned),
             )
             return out, z
         active = torch.empty_like(z)
@@ -85,9 +86,11 @@ def forward(
             activation=activation,
             drop_threshold=threshold,
             scale=scale,
-            plan=_plan("adapter_down", h, size, aligned),
+            plan=_plan(kernels.ADAPTER_DOWN, h, size, aligned),
         )
-        adapter_up(active, up_weight, up_bias, residual, out, plan=_plan("adapter_up", h, size, aligned))
+        adapter_up(
+            active, up_weight, up_bias, residual, out, plan=_plan(kernels.ADAPTER_UP, h, size, aligned)
+        )
     return out, z
 
 
@@ -119,14 +122,14 @@ def backward(
             active,
             activation=activation,
             scale=1 / keep_probability(dropout),
-            plan=_plan("adapter_grad_z", dout, z.shape[1], aligned),
+            plan=_plan(kernels.ADAPTER_GRAD_Z, dout, z.shape[1], aligned),
         )
         if not (need_down or need_up):
             return _grad_h(dout, dz, down_weight, add_input), None, None, None, None
         # without need_down h was not kept; anything of its shape will do, its gradient is thrown away
         source = row_major(h) if h is not None else dout
         dh = torch.empty_like(dout, memory_format=torch.contiguous_format) if need_h else None
-        plan = _plan("adapter_grad_h_weights", dout, z.shape[1], aligned)
+        plan = _plan(kernels.ADAPTER_GRAD_H_WEIGHTS, dout, z.shape[1], aligned)
         grads = _parameter_gradients(dout, source, dz, active, down_weight, up_weight, dh, add_input, plan)
     d_up_weight, d_down_weight, d_up_bias, d_down_bias = grads
     return (
@@ -138,9 +141,10 @@ def backward(
     )
 
 
-def _plan(kernel: AdapterKernel, rows: Tensor, size: int, aligned: bool) -> Plan:
+def _plan(kernel: Kernel, rows: Tensor, size: int, aligned: bool) -> Plan:
     m, hidden = rows.shape
-    return plans.choose(kernel, m, hidden, size, rows.dtype, targets.detect(rows.device), aligned=aligned)
+    shape = Shape(m=m, n=hidden, k=hidden, r=size, aligned=aligned)
+    return plans.choose(kernel, shape, rows.dtype, targets.detect(rows.device))
 
 
 def _grad_h(dout: Tensor, dz: Tensor, down_weight: Tensor, add_input: bool) -> Tensor:

@@ -10,7 +10,7 @@ from fastlora.ops.decide import choose
 from fastlora.ops.keep_mask import drop_threshold, keep_probability
 from fastlora_kernels import targets
 from fastlora_kernels.choose import plan as plans
-from fastlora_kernels.choose.plan import Kernel
+from fastlora_kernels.lora import kernels
 from fastlora_kernels.lora.backward import lora_grad_a, lora_grad_s_b, lora_grad_x
 from fastlora_kernels.lora.dora import dora_grad_product, dora_weight_norm
 from fastlora_kernels.lora.down import lora_down
@@ -18,9 +18,8 @@ from fastlora_kernels.lora.forward import lora_forward
 from fastlora_kernels.lora.grad_x_a import lora_grad_x_a
 from fastlora_kernels.lora.persistent import lora_forward_persistent, lora_grad_x_a_persistent
 from fastlora_kernels.partials import sum_partials, sum_two_partials
-from fastlora_kernels.primitives import MASK_WORD_BITS
 from fastlora_kernels.targets import Target
-from fastlora_kernels.tile import Plan, Shape, Tile, cdiv
+from fastlora_kernels.tile import MASK_WORD_BITS, Plan, Shape, Tile, cdiv
 
 
 def keep_mask_shape(rows: int, in_features: int) -> tuple[tuple[int, int], torch.dtype]:
@@ -60,12 +59,12 @@ def forward(
     with current_device(x):
         if choice.path == "single":
             return single_forward(*layer, y, shape, target, scaling=scaling, tile=choice.tile), None
-        down = plans.choose("lora_down", shape, x.dtype, target)
+        down = plans.choose(kernels.LORA_DOWN, shape, x.dtype, target)
         s = _down(x, lora_A, seed, mask, down, scaling=scaling, dropout=dropout)
         if choice.path == "epilogue":
             epilogue_forward(x, weight, bias, s, lora_B, y, shape, target)
             return s, mask
-        kernel: Kernel = "lora_forward" if factor is None else "dora_forward"
+        kernel = kernels.LORA_FORWARD if factor is None else kernels.DORA_FORWARD
         plan = plans.choose(kernel, shape, x.dtype, target, tile=choice.tile)
         if plan.tile.persistent:
             programs = target.multiprocessors
@@ -80,7 +79,7 @@ def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) 
     weight = row_major(weight)
     (n, k), r = weight.shape, lora_A.shape[0]
     shape = Shape(m=0, n=n, k=k, r=r, aligned=is_aligned(weight))
-    plan = plans.choose("dora_weight_norm", shape, weight.dtype, targets.detect(weight.device))
+    plan = plans.choose(kernels.DORA_WEIGHT_NORM, shape, weight.dtype, targets.detect(weight.device))
     norm = weight.new_empty(n, dtype=torch.float32)
     with current_device(weight):
         a, b = lora_A.contiguous(), lora_B.contiguous()
@@ -93,7 +92,7 @@ def grad_product(dy: Tensor, product: Tensor | None, factor: Tensor) -> tuple[Te
     dy = row_major(dy)
     m, n = dy.shape
     shape = Shape(m=m, n=n, k=0, r=1, aligned=is_aligned(dy))
-    plan = plans.choose("dora_grad_product", shape, dy.dtype, targets.detect(dy.device))
+    plan = plans.choose(kernels.DORA_GRAD_PRODUCT, shape, dy.dtype, targets.detect(dy.device))
     dproduct = dy.new_empty(m, n)
     partial = None if product is None else dy.new_empty(plan.splits, n, dtype=torch.float32)
     with current_device(dy):
@@ -138,7 +137,7 @@ def backward(
             dy,
             s if s is not None else dy.new_zeros(shape.m, shape.r),
             lora_B,
-            plans.choose("lora_grad_s_b", shape, dy.dtype, target),
+            plans.choose(kernels.LORA_GRAD_S_B, shape, dy.dtype, target),
             scale=scaling / keep_probability(dropout),
         )
         weight, x = weight if need_x else None, x if need_A else None
@@ -186,7 +185,7 @@ def _grad_s_b(
     """dS, dB and, where dB has still to be summed, its partial results."""
     (m, n), r = dy.shape, lora_B.shape[1]
     ds = dy.new_empty(m, r)
-    if r > plans.MOST_RANKS_PER_READ:
+    if r > kernels.MOST_RANKS_PER_READ:
         torch.addmm(ds, dy, lora_B.to(dy.dtype), beta=0, alpha=scale, out=ds)
         return ds, (dy.t() @ s).to(lora_B.dtype), None
     ds_partial = dy.new_empty(cdiv(n, plan.tile.cols), m, r, dtype=torch.float32)
@@ -210,9 +209,13 @@ def _grad_x_a(
     """dX where there is a weight and dA's partial results where there is x, both in one launch."""
     if lora_A is None or (weight is None and x is None):
         return None, None
-    kernel: Kernel = "lora_grad_a" if weight is None else "lora_grad_x" if x is None else "lora_grad_x_a"
     # a tile is measured for both gradients together
-    plan = plans.choose(kernel, shape, dy.dtype, target, tile=tile if kernel == "lora_grad_x_a" else None)
+    kernel, tile = (
+        (kernels.LORA_GRAD_A, None) if weight is None
+        else (kernels.LORA_GRAD_X, None) if x is None
+        else (kernels.LORA_GRAD_X_A, tile)
+    )  # fmt: skip
+    plan = plans.choose(kernel, shape, dy.dtype, target, tile=tile)
     lora_A = lora_A.contiguous()
     dx = None if weight is None else dy.new_empty(shape.m, shape.k)
     da_partial = None if x is None else x.new_empty(plan.splits, shape.r, shape.k, dtype=torch.float32)

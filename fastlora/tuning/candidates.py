@@ -17,8 +17,8 @@ from fastlora_kernels import targets
 from fastlora_kernels.choose import paths, tuned
 from fastlora_kernels.choose import plan as plans
 from fastlora_kernels.choose.lora import Call
-from fastlora_kernels.choose.paths import Pass
-from fastlora_kernels.choose.tuned import LARGE_KERNELS, Choice, Record
+from fastlora_kernels.choose.paths import LARGE_KERNELS, Pass
+from fastlora_kernels.choose.tuned import Choice, Record
 from fastlora_kernels.tile import MASK_WORD_BITS
 
 SCALING = 2.0

@@ -22,7 +22,7 @@ from fastlora.tuning.candidates import (
 from fastlora.tuning.timing import Timer
 from fastlora_kernels.choose.paths import Pass
 from fastlora_kernels.choose.tuned import REFERENCE, Choice, Record
-from fastlora_kernels.compile.table import tile_text
+from fastlora_kernels.compiled import tile_text
 
 # as in the tests: eager's own error in the same dtype, times this
 _FACTOR = 2.0

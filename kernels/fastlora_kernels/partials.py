@@ -4,6 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlora_kernels.kernel import start
+from fastlora_kernels.tile import cdiv
+
 _BLOCK = 1024
 
 
@@ -37,9 +40,9 @@ def _sum_partials_kernel(
 
 def sum_partials(partial: Tensor, out: Tensor) -> None:
     """Sum ``partial [P, *out.shape]`` (fp32) over its first dimension into ``out``; zeros where P is 0."""
-    if out.numel() == 0:
-        return
-    _sum_partials_kernel[(triton.cdiv(out.numel(), _BLOCK),)](
+    start(
+        _sum_partials_kernel,
+        (cdiv(out.numel(), _BLOCK),),
         partial_ptr=partial,
         out_ptr=out,
         P=partial.shape[0],
@@ -73,10 +76,9 @@ def _sum_two_partials_kernel(
 def sum_two_partials(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> None:
     """:func:`sum_partials` of two pairs ``(partial, out)`` in one launch."""
     (partial_0, out_0), (partial_1, out_1) = first, second
-    blocks = triton.cdiv(out_0.numel(), _BLOCK) + triton.cdiv(out_1.numel(), _BLOCK)
-    if blocks == 0:
-        return
-    _sum_two_partials_kernel[(blocks,)](
+    start(
+        _sum_two_partials_kernel,
+        (cdiv(out_0.numel(), _BLOCK) + cdiv(out_1.numel(), _BLOCK),),
         partial_0_ptr=partial_0,
         partial_1_ptr=partial_1,
         out_0_ptr=out_0,
@@ -125,10 +127,12 @@ def _sum_four_partials_kernel(
 def sum_four_partials(partial: Tensor, outs: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     """Sum ``partial [P, sizes of outs]`` (fp32) over its first dimension into the four, in one launch."""
     sizes = [out.numel() for out in outs]
-    _sum_four_partials_kernel[(triton.cdiv(sum(sizes), _BLOCK),)](
-        partial,
-        *outs,
+    start(
+        _sum_four_partials_kernel,
+        (cdiv(sum(sizes), _BLOCK),),
+        partial_ptr=partial,
         P=partial.shape[0],
+        **{f"out_{i}_ptr": out for i, out in enumerate(outs)},
         **{f"SIZE_{i}": size for i, size in enumerate(sizes)},
         BLOCK=_BLOCK,
         num_warps=4,

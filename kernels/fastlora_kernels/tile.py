@@ -10,10 +10,18 @@ TILES_PER_GROUP = 8
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one layer call: x ``[m, k]``, weight ``[n, k]``, rank r.
+    """Sizes of one layer call.
 
-    ``aligned`` says that n, k, the row strides and the addresses are multiples of 16, so that rows can be
-    read in wide words. Without it every element has an address of its own: large tiles run out of registers.
+    A bottleneck adapter has n = k = its hidden size and r = its bottleneck.
+
+    Attributes:
+        m: Rows of x ``[m, k]``.
+        n: Outputs: rows of the weight ``[n, k]``.
+        k: Inputs.
+        r: Rank of the LoRA update.
+        aligned: Whether n, k, the row strides and the addresses are multiples of 16, so that rows can be read
+            in wide words. Without it every element has an address of its own: large tiles run out of
+            registers.
     """
 
     m: int
@@ -22,12 +30,23 @@ class Shape:
     r: int
     aligned: bool = True
 
+    def size(self, axis: str) -> int:
+        """Length of an axis by its name in the kernels: M, N, K, R, and an adapter's H (hidden) and D."""
+        return {"M": self.m, "N": self.n, "K": self.k, "R": self.r, "H": self.k, "D": self.r}[axis]
+
 
 @dataclass(frozen=True)
 class Tile:
-    """Block sizes of one program: output rows × cols, the step of the reduction, and ranks at a time.
+    """Block sizes of one program.
 
-    A persistent one reads through tensor descriptors and takes one tile after another.
+    Attributes:
+        rows: Of the output.
+        cols: Of the output.
+        depth: A step of the reduction.
+        rank: Ranks at a time.
+        warps: Of the program.
+        stages: Of its pipeline.
+        persistent: Whether it reads through tensor descriptors and takes one tile after another.
     """
 
     rows: int
@@ -43,8 +62,10 @@ class Tile:
 class Plan:
     """The choice for one kernel.
 
-    ``splits`` is into how many parts the reduction over a long axis is cut; their fp32 partial results are
-    summed in a second, deterministic step.
+    Attributes:
+        tile: Its block sizes.
+        splits: Into how many parts the reduction over a long axis is cut; their fp32 partial results are
+            summed in a second, deterministic step.
     """
 
     tile: Tile

@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlora_kernels.adapter.kernels import ADAPTER_GRAD_H_WEIGHTS, ADAPTER_GRAD_Z
+from fastlora_kernels.kernel import launch
 from fastlora_kernels.primitives import activate, activation_slope, block_range, load_tile, store_tile
 from fastlora_kernels.tile import Plan, cdiv
 
@@ -57,9 +59,11 @@ def adapter_grad_z(
     (m, hidden), d = dout.shape, z.shape[1]
     tile = plan.tile
     grid = (cdiv(m, tile.rows), cdiv(d, tile.rank))
-    if 0 in grid:
-        return
-    _adapter_grad_z_kernel[grid](
+    launch(
+        _adapter_grad_z_kernel,
+        ADAPTER_GRAD_Z,
+        tile,
+        grid,
         dout_ptr=dout,
         z_ptr=z,
         up_weight_ptr=up_weight,
@@ -71,11 +75,6 @@ def adapter_grad_z(
         stride_dm=dout.stride(0),
         scale=scale,
         ACTIVATION=activation,
-        BLOCK_M=tile.rows,
-        BLOCK_H=tile.depth,
-        BLOCK_D=tile.rank,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )
 
 
@@ -203,7 +202,11 @@ def adapter_grad_h_weights(
     (m, hidden), d = dout.shape, dz.shape[1]
     tile = plan.tile
     chunks = cdiv(d, tile.rank)
-    _adapter_grad_h_weights_kernel[(cdiv(hidden, tile.cols), plan.splits, chunks)](
+    launch(
+        _adapter_grad_h_weights_kernel,
+        ADAPTER_GRAD_H_WEIGHTS,
+        tile,
+        (cdiv(hidden, tile.cols), plan.splits, chunks),
         dout_ptr=dout,
         h_ptr=h,
         dz_ptr=dz,
@@ -220,9 +223,4 @@ def adapter_grad_h_weights(
         HAS_DH=dh is not None,
         ADD_INPUT=add_input,
         ONE_CHUNK=chunks == 1,
-        BLOCK_M=tile.rows,
-        BLOCK_H=tile.cols,
-        BLOCK_D=tile.rank,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )

@@ -4,8 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlora_kernels.adapter.kernels import ADAPTER_DOWN, ADAPTER_FORWARD, ADAPTER_UP
+from fastlora_kernels.kernel import launch
 from fastlora_kernels.primitives import (
-    TILES_PER_GROUP,
     activate,
     block_range,
     drop_bottleneck,
@@ -106,8 +107,10 @@ def _adapter_forward_kernel(
     offs_m = block_range(tl.program_id(0), BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     z = _bottleneck(
-        h_ptr, down_weight_ptr, down_bias_ptr, seed_ptr, offs_m, offs_d, M, H, D, stride_hm, drop_threshold,
-        HAS_DOWN_BIAS, HAS_DROPOUT, BLOCK_M, BLOCK_H, BLOCK_D,
+        h_ptr=h_ptr, down_weight_ptr=down_weight_ptr, down_bias_ptr=down_bias_ptr, seed_ptr=seed_ptr,
+        offs_m=offs_m, offs_d=offs_d, M=M, H=H, D=D, stride_hm=stride_hm, drop_threshold=drop_threshold,
+        HAS_DOWN_BIAS=HAS_DOWN_BIAS, HAS_DROPOUT=HAS_DROPOUT,
+        BLOCK_M=BLOCK_M, BLOCK_H=BLOCK_H, BLOCK_D=BLOCK_D,
     )  # fmt: skip
     store_tile(z_ptr, z, offs_m, offs_d, D, M, D)
     active = (activate(z, ACTIVATION) * scale).to(h_ptr.dtype.element_ty)
@@ -141,9 +144,11 @@ def adapter_forward(
     """Fill ``z [M, D]`` and ``out [M, H]`` in one launch; ``plan.tile.rank`` must cover D."""
     (m, hidden), d = h.shape, down_weight.shape[0]
     tile = plan.tile
-    if m == 0:
-        return
-    _adapter_forward_kernel[(cdiv(m, tile.rows),)](
+    launch(
+        _adapter_forward_kernel,
+        ADAPTER_FORWARD,
+        tile,
+        (cdiv(m, tile.rows),),
         h_ptr=h,
         down_weight_ptr=down_weight,
         down_bias_ptr=down_bias,
@@ -165,11 +170,6 @@ def adapter_forward(
         HAS_RESIDUAL=residual is not None,
         HAS_DROPOUT=seed is not None,
         ACTIVATION=activation,
-        BLOCK_M=tile.rows,
-        BLOCK_H=tile.depth,
-        BLOCK_D=tile.rank,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )
 
 
@@ -198,8 +198,10 @@ def _adapter_down_kernel(
     offs_m = block_range(tl.program_id(0), BLOCK_M)
     offs_d = block_range(tl.program_id(1), BLOCK_D)
     z = _bottleneck(
-        h_ptr, down_weight_ptr, down_bias_ptr, seed_ptr, offs_m, offs_d, M, H, D, stride_hm, drop_threshold,
-        HAS_DOWN_BIAS, HAS_DROPOUT, BLOCK_M, BLOCK_H, BLOCK_D,
+        h_ptr=h_ptr, down_weight_ptr=down_weight_ptr, down_bias_ptr=down_bias_ptr, seed_ptr=seed_ptr,
+        offs_m=offs_m, offs_d=offs_d, M=M, H=H, D=D, stride_hm=stride_hm, drop_threshold=drop_threshold,
+        HAS_DOWN_BIAS=HAS_DOWN_BIAS, HAS_DROPOUT=HAS_DROPOUT,
+        BLOCK_M=BLOCK_M, BLOCK_H=BLOCK_H, BLOCK_D=BLOCK_D,
     )  # fmt: skip
     store_tile(z_ptr, z, offs_m, offs_d, D, M, D)
     store_tile(active_ptr, activate(z, ACTIVATION) * scale, offs_m, offs_d, D, M, D)
@@ -222,9 +224,11 @@ def adapter_down(
     (m, hidden), d = h.shape, down_weight.shape[0]
     tile = plan.tile
     grid = (cdiv(m, tile.rows), cdiv(d, tile.rank))
-    if 0 in grid:
-        return
-    _adapter_down_kernel[grid](
+    launch(
+        _adapter_down_kernel,
+        ADAPTER_DOWN,
+        tile,
+        grid,
         h_ptr=h,
         down_weight_ptr=down_weight,
         down_bias_ptr=down_bias,
@@ -240,11 +244,6 @@ def adapter_down(
         HAS_DOWN_BIAS=down_bias is not None,
         HAS_DROPOUT=seed is not None,
         ACTIVATION=activation,
-        BLOCK_M=tile.rows,
-        BLOCK_H=tile.depth,
-        BLOCK_D=tile.rank,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )
 
 
@@ -295,9 +294,11 @@ def adapter_up(
     (m, d), hidden = active.shape, up_weight.shape[0]
     tile = plan.tile
     programs = cdiv(m, tile.rows) * cdiv(hidden, tile.cols)
-    if programs == 0:
-        return
-    _adapter_up_kernel[(programs,)](
+    launch(
+        _adapter_up_kernel,
+        ADAPTER_UP,
+        tile,
+        (programs,),
         active_ptr=active,
         up_weight_ptr=up_weight,
         up_bias_ptr=up_bias,
@@ -309,10 +310,4 @@ def adapter_up(
         stride_rm=0 if residual is None else residual.stride(0),
         HAS_UP_BIAS=up_bias is not None,
         HAS_RESIDUAL=residual is not None,
-        BLOCK_M=tile.rows,
-        BLOCK_H=tile.cols,
-        BLOCK_D=tile.rank,
-        GROUP=TILES_PER_GROUP,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )

@@ -7,17 +7,14 @@ import torch
 
 from fastlora_kernels.choose import adapter, paths, plan
 from fastlora_kernels.choose.lora import Call
-from fastlora_kernels.choose.paths import Candidate, Pass
-from fastlora_kernels.choose.plan import Kernel
-from fastlora_kernels.predict import peers
-from fastlora_kernels.predict.launches import Launch, total_us
+from fastlora_kernels.choose.paths import LARGE_KERNELS, Candidate, Pass
+from fastlora_kernels.predict.launches import Launch, library_product, total_us
 from fastlora_kernels.targets import Target
 from fastlora_kernels.tile import Shape, Tile
 
 Op = Literal["lora_linear", "dora_linear", "adapter"]
 OPS: tuple[Op, ...] = get_args(Op)
 _OTHER = "slower in forward and backward together"
-_LARGE: dict[str, Kernel] = {"split": "lora_forward", "single": "lora_forward_single"}
 
 
 @dataclass(frozen=True)
@@ -94,13 +91,13 @@ def explain(op: Op, shape: Shape, dtype: torch.dtype, target: Target, *, dropout
     _check(op, shape, dtype, dropout)
     if op == "adapter":
         both = _adapter_passes(shape, dtype, target, dropping=dropout > 0)
-        ceiling = adapter.least(shape.m, shape.n, dtype, target)
+        ceiling = adapter.least(shape, dtype, target)
     else:
         call = Call(shape, dtype, target, dropout > 0, dora=op == "dora_linear")
         both = {part: paths.candidates(part, call) for part in get_args(Pass)}
-        ceiling = peers.frozen(shape, dtype.itemsize, target)
+        ceiling = frozen(shape, dtype.itemsize, target)
     chosen = {part: paths.fastest(found) for part, found in both.items()}
-    kernel = _LARGE.get(chosen["forward"].path) if op == "lora_linear" else None
+    kernel = LARGE_KERNELS.get(("forward", chosen["forward"].path)) if op == "lora_linear" else None
     return Explanation(
         **chosen,
         tile=None if kernel is None else plan.choose(kernel, shape, dtype, target).tile,
@@ -108,6 +105,21 @@ def explain(op: Op, shape: Shape, dtype: torch.dtype, target: Target, *, dropout
         ceiling_us=sum(total_us([launch]) for launch in ceiling),
         rejected={part: [each for each in found if each is not chosen[part]] for part, found in both.items()},
     )
+
+
+def frozen(shape: Shape, itemsize: int, target: Target) -> list[Launch]:
+    """The bare layer's y = x·Wᵀ and dX = dY·W: nothing that trains through it can be faster.
+
+    Args:
+        shape: Sizes of the call.
+        itemsize: Bytes of an element.
+        target: The GPU.
+    """
+    m, n, k = shape.m, shape.n, shape.k
+    return [
+        library_product("x·Wᵀ", m, n, k, itemsize, target),
+        library_product("dY·W", m, k, n, itemsize, target),
+    ]
 
 
 def _adapter_passes(

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from fastlora_kernels.choose import plan as plans
-from fastlora_kernels.choose.plan import Kernel, Path
+from fastlora_kernels.kernel import Kernel
+from fastlora_kernels.lora import kernels
 from fastlora_kernels.predict.launches import (
     LIBRARY_THIN,
     Launch,
@@ -19,7 +21,8 @@ from fastlora_kernels.predict.occupancy import programs_at_once
 from fastlora_kernels.targets import Target
 from fastlora_kernels.tile import MASK_WORD_BITS, TILES_PER_GROUP, Plan, Shape, cdiv
 
-_WITH_A = ("lora_forward_single", "lora_grad_x_a")
+Path = Literal["split", "single", "epilogue", "library"]
+
 # integer operations for every element: drawing its bit by Philox, and taking it out of a packed word
 _DRAW, _UNPACK = 9.0, 3.0
 # bytes for every element that the library path reads and writes to draw its mask, a byte an element, on a GPU
@@ -71,7 +74,7 @@ class Call:
 
     def at_once(self, kernel: Kernel, plan: Plan) -> int:
         """Programs of a kernel that one multiprocessor holds."""
-        return programs_at_once(kernel, plan.tile, self.dtype, self.target, dropping=self.dropping)
+        return programs_at_once(kernel.name, plan.tile, self.dtype, self.target, dropping=self.dropping)
 
 
 def forward(path: Path, call: Call) -> list[Launch]:
@@ -85,12 +88,12 @@ def backward(path: Path, call: Call) -> list[Launch]:
 
 
 def _down(call: Call) -> list[Launch]:
-    (m, k, r), plan = (call.shape.m, call.shape.k, call.shape.r), call.plan("lora_down")
+    (m, k, r), plan = (call.shape.m, call.shape.k, call.shape.r), call.plan(kernels.LORA_DOWN)
     # a higher rank reads x once for every chunk of it
     reads = cdiv(r, plan.tile.rank)
     partial = plan.splits * m * r * 4 if plan.splits > 1 else 0
     launch = stream(
-        "lora_down",
+        kernels.LORA_DOWN.name,
         reads * call.x_bytes + call.mask_bytes + (0 if partial else call.s_bytes),
         call.target,
         flops=2.0 * m * k * r,
@@ -102,16 +105,19 @@ def _down(call: Call) -> list[Launch]:
 
 
 def _split_forward(call: Call) -> list[Launch]:
-    n, k = call.shape.n, call.shape.k
     if not call.dora:
-        return [*_down(call), _own_product(call, "lora_forward", n, k)]
+        return [*_down(call), _own_product(call, kernels.LORA_FORWARD)]
     # what the factor multiplies is kept for backward
-    product = _own_product(call, "dora_forward", n, k, extra_bytes=call.y_bytes)
+    product = _own_product(call, kernels.DORA_FORWARD, extra_bytes=call.y_bytes)
     return [_weight_norm(call), *_down(call), product]
 
 
 def _single_forward(call: Call) -> list[Launch]:
-    return [_own_product(call, "lora_forward_single", call.shape.n, call.shape.k)]
+    # every tile of columns computes S = x·Aᵀ again, from one A
+    m, k, r = call.shape.m, call.shape.k, call.shape.r
+    a_bytes, flops = r * k * 4, 2.0 * m * r * k
+    single = kernels.LORA_FORWARD_SINGLE
+    return [_own_product(call, single, beside=r, extra_bytes=a_bytes, extra_flops=flops)]
 
 
 def _epilogue_forward(call: Call) -> list[Launch]:
@@ -137,23 +143,25 @@ def _library_forward(call: Call) -> list[Launch]:
 
 def _weight_norm(call: Call) -> Launch:
     n, k = call.shape.n, call.shape.k
-    return stream("dora_weight_norm", n * k * call.itemsize, call.target, flops=2.0 * n * k * call.shape.r)
+    moved, flops = n * k * call.itemsize, 2.0 * n * k * call.shape.r
+    return stream(kernels.DORA_WEIGHT_NORM.name, moved, call.target, flops=flops)
 
 
 def _grad_product(call: Call) -> list[Launch]:
     """DoRA's factor in backward, on every path."""
-    return [stream("dora_grad_product", 3 * call.y_bytes, call.target)] if call.dora else []
+    name = kernels.DORA_GRAD_PRODUCT.name
+    return [stream(name, 3 * call.y_bytes, call.target)] if call.dora else []
 
 
 def _grad_s_b(call: Call) -> list[Launch]:
     m, n, r = call.shape.m, call.shape.n, call.shape.r
-    if r > plans.MOST_RANKS_PER_READ:
+    if r > kernels.MOST_RANKS_PER_READ:
         return [_thin(call, "dS", call.y_bytes), _thin(call, "dB", call.y_bytes)]
-    plan = call.plan("lora_grad_s_b")
+    plan = call.plan(kernels.LORA_GRAD_S_B)
     tiles, reads = cdiv(n, plan.tile.cols), cdiv(r, plan.tile.rank)
     ds, db = tiles * m * r * 4, plan.splits * n * r * 4
     launch = stream(
-        "lora_grad_s_b",
+        kernels.LORA_GRAD_S_B.name,
         reads * call.y_bytes + call.s_bytes,
         call.target,
         flops=4.0 * m * n * r,
@@ -164,14 +172,14 @@ def _grad_s_b(call: Call) -> list[Launch]:
 
 
 def _split_backward(call: Call) -> list[Launch]:
-    n, k, r, plan = call.shape.n, call.shape.k, call.shape.r, call.plan("lora_grad_x_a")
-    part = plans.grad_a_part(plan.tile)
+    (m, k, r), plan = (call.shape.m, call.shape.k, call.shape.r), call.plan(kernels.LORA_GRAD_X_A)
+    part = kernels.grad_a_part(plan.tile)
     # a higher rank reads x once for every chunk of it
     reads = cdiv(r, part.rank)
     programs = cdiv(k, part.cols) * plan.splits * reads
     read = reads * (call.x_bytes + call.mask_bytes)
     product = _own_product(
-        call, "lora_grad_x_a", k, n, extra_bytes=call.mask_bytes + read,
+        call, kernels.LORA_GRAD_X_A, extra_bytes=call.mask_bytes + read, extra_flops=2.0 * m * r * k,
         extra_tiles=(extra_tile_us(read / max(programs, 1), call.target),) * programs,
     )  # fmt: skip
     return [*_grad_product(call), *_grad_s_b(call), product, _sum_gradients(call, plan)]
@@ -179,10 +187,10 @@ def _split_backward(call: Call) -> list[Launch]:
 
 def _epilogue_backward(call: Call) -> list[Launch]:
     (m, n, k, r), b = (call.shape.m, call.shape.n, call.shape.k, call.shape.r), call.itemsize
-    plan = call.plan("lora_grad_a")
+    plan = call.plan(kernels.LORA_GRAD_A)
     reads = cdiv(r, plan.tile.rank)
     grad_a = stream(
-        "lora_grad_a",
+        kernels.LORA_GRAD_A.name,
         reads * (call.x_bytes + call.mask_bytes) + call.s_bytes,
         call.target,
         flops=2.0 * m * k * r,
@@ -211,14 +219,14 @@ def _library_backward(call: Call) -> list[Launch]:
 
 
 def _own_product(
-    call: Call, kernel: Kernel, cols: int, depth: int, *, extra_bytes: float = 0.0,
+    call: Call, kernel: Kernel, *, beside: int = 0, extra_bytes: float = 0.0, extra_flops: float = 0.0,
     extra_tiles: tuple[float, ...] = (),
 ) -> Launch:  # fmt: skip
-    plan, m, r = call.plan(kernel), call.shape.m, call.shape.r
-    single = kernel == "lora_forward_single"
+    plan, r = call.plan(kernel), call.shape.r
+    cols, depth = kernel.size(call.shape, "cols"), kernel.size(call.shape, "depth")
     return kernel_product(
-        kernel,
-        m,
+        kernel.name,
+        call.shape.m,
         cols,
         depth,
         call.itemsize,
@@ -227,17 +235,16 @@ def _own_product(
         group=TILES_PER_GROUP,
         at_once=call.at_once(kernel, plan),
         low_rank=r,
-        beside=r if single else 0,
-        extra_bytes=extra_bytes + call.s_bytes + r * (cols + (depth if single else 0)) * 4,
-        # x·Aᵀ, or dSᵀ·x
-        extra_flops=2.0 * m * r * (depth if single else cols) if kernel in _WITH_A else 0.0,
+        beside=beside,
+        extra_bytes=extra_bytes + call.s_bytes + r * cols * 4,
+        extra_flops=extra_flops,
         extra_tiles=extra_tiles,
     )
 
 
 def _add(call: Call, out_bytes: float, mask_bytes: float) -> Launch:
     return stream(
-        "lora_add",
+        kernels.LORA_ADD.name,
         2 * out_bytes + call.s_bytes + mask_bytes,
         call.target,
         flops=2.0 * out_bytes / call.itemsize * call.shape.r,
@@ -247,7 +254,7 @@ def _add(call: Call, out_bytes: float, mask_bytes: float) -> Launch:
 
 def _sum_gradients(call: Call, plan: Plan) -> Launch:
     n, k, r = call.shape.n, call.shape.k, call.shape.r
-    splits = call.plan("lora_grad_s_b").splits if r <= plans.MOST_RANKS_PER_READ else 0
+    splits = call.plan(kernels.LORA_GRAD_S_B).splits if r <= kernels.MOST_RANKS_PER_READ else 0
     return _sum("dA, dB", (plan.splits * k + splits * n) * r * 4, (n + k) * r * 4, call.target)
 
 

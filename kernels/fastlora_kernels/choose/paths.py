@@ -7,18 +7,31 @@ from typing import Literal, cast, get_args
 
 import torch
 
-from fastlora_kernels.choose import adapter, lora, plan_adapter
+from fastlora_kernels.adapter.kernels import WIDEST, WIDEST_ONE_LAUNCH, one_launch
+from fastlora_kernels.choose import adapter, lora
 from fastlora_kernels.choose.adapter import AdapterPath
-from fastlora_kernels.choose.lora import Call
-from fastlora_kernels.choose.plan import MOST_RANKS_IN_ONE_LAUNCH, Path
+from fastlora_kernels.choose.lora import Call, Path
+from fastlora_kernels.kernel import Kernel
+from fastlora_kernels.lora import kernels
 from fastlora_kernels.predict.launches import Launch, total_us
 from fastlora_kernels.targets import Target
 from fastlora_kernels.tile import Shape
 
 Pass = Literal["forward", "backward"]
 
-PATHS: tuple[Path, ...] = ("split", "single", "epilogue", "library")
-ADAPTER_PATHS: tuple[AdapterPath, ...] = ("single", "split", "library")
+PATHS: tuple[Path, ...] = get_args(Path)
+ADAPTER_PATHS: tuple[AdapterPath, ...] = get_args(AdapterPath)
+# whose large product a tile of ours computes; a measured choice names it
+LARGE_KERNELS: dict[tuple[Pass, str], Kernel] = {
+    ("forward", "split"): kernels.LORA_FORWARD,
+    ("forward", "single"): kernels.LORA_FORWARD_SINGLE,
+    ("backward", "split"): kernels.LORA_GRAD_X_A,
+}
+# the paths that need a kernel of ours at all, a large product of ours, and an output without DoRA's factor
+_WITH_KERNELS: tuple[Path, ...] = ("split", "single", "epilogue")
+_WITH_OUR_PRODUCT: tuple[Path, ...] = ("split", "single")
+_WITHOUT_FACTOR: tuple[Path, ...] = ("single", "epilogue")
+_ADAPTER_WITH_KERNELS: tuple[AdapterPath, ...] = ("single", "split")
 _IEEE = "float32 products in IEEE precision have no matrix units"
 
 
@@ -104,13 +117,12 @@ def adapter_candidates(
     part: Pass, shape: Shape, dtype: torch.dtype, target: Target, *, dropping: bool
 ) -> list[Candidate]:
     """Every path of one pass of an adapter's call, those that can't serve it with the reason."""
-    m, hidden, size = shape.m, shape.k, shape.r
-    reasons = _adapter_refused(size, _no_kernels(shape, target), dtype)
+    reasons = _adapter_refused(shape, dtype, target)
 
     def launches(path: AdapterPath) -> list[Launch]:
         if part == "forward":
-            return adapter.forward(path, m, hidden, size, dtype, target, dropping=dropping)
-        return adapter.backward(path, m, hidden, size, dtype, target)
+            return adapter.forward(path, shape, dtype, target, dropping=dropping)
+        return adapter.backward(path, shape, dtype, target)
 
     return [
         Candidate(path, reasons[path]) if path in reasons else Candidate(path, "", launches(path))
@@ -120,7 +132,7 @@ def adapter_candidates(
 
 def has_adapter_kernels(shape: Shape, dtype: torch.dtype, target: Target) -> bool:
     """Whether the adapter's kernels are meant for calls like this at all, however many rows there are."""
-    return len(_adapter_refused(shape.r, _no_kernels(shape, target), dtype)) < len(ADAPTER_PATHS) - 1
+    return not all(path in _adapter_refused(shape, dtype, target) for path in _ADAPTER_WITH_KERNELS)
 
 
 def has_kernels(shape: Shape, target: Target) -> bool:
@@ -131,32 +143,33 @@ def has_kernels(shape: Shape, target: Target) -> bool:
 def _refused(part: Pass, call: Call) -> Mapping[Path, str]:
     why = _no_kernels(call.shape, call.target)
     if why:
-        return dict.fromkeys(PATHS[:-1], why)
+        return dict.fromkeys(_WITH_KERNELS, why)
     found: dict[Path, str] = {}
     if call.dropping:
         found["library"] = "its mask takes a byte an element and several passes"
         found["single"] = "dropout inside the main loop would stall it"
-    elif call.shape.r > MOST_RANKS_IN_ONE_LAUNCH:
-        found["single"] = f"its registers hold ranks up to {MOST_RANKS_IN_ONE_LAUNCH}"
+    elif call.shape.r > kernels.MOST_RANKS_IN_ONE_LAUNCH:
+        found["single"] = f"its registers hold ranks up to {kernels.MOST_RANKS_IN_ONE_LAUNCH}"
     if part == "backward":
         found["single"] = "it is a forward pass"
     if call.dtype == torch.float32:
-        found |= dict.fromkeys(PATHS[:2], _IEEE)
+        found |= dict.fromkeys(_WITH_OUR_PRODUCT, _IEEE)
     if call.dora and part == "forward":
-        found |= dict.fromkeys(PATHS[1:3], "it has no factor for every output")
+        found |= dict.fromkeys(_WITHOUT_FACTOR, "it has no factor for every output")
         # a float32 call with dropout would be left with nothing
         found.pop("split", None)
     return found
 
 
-def _adapter_refused(size: int, why: str, dtype: torch.dtype) -> Mapping[AdapterPath, str]:
-    if size > plan_adapter.WIDEST:
-        why = why or f"the kernels hold bottlenecks up to {plan_adapter.WIDEST}"
+def _adapter_refused(shape: Shape, dtype: torch.dtype, target: Target) -> Mapping[AdapterPath, str]:
+    why = _no_kernels(shape, target)
+    if shape.r > WIDEST:
+        why = why or f"the kernels hold bottlenecks up to {WIDEST}"
     if why or dtype == torch.float32:
-        return dict.fromkeys(ADAPTER_PATHS[:-1], why or _IEEE)
-    if plan_adapter.one_launch(size):
-        return {"split": f"up to {plan_adapter.WIDEST_ONE_LAUNCH}, one launch does it"}
-    return {"single": f"its registers hold bottlenecks up to {plan_adapter.WIDEST_ONE_LAUNCH}"}
+        return dict.fromkeys(_ADAPTER_WITH_KERNELS, why or _IEEE)
+    if one_launch(shape.r):
+        return {"split": f"up to {WIDEST_ONE_LAUNCH}, one launch does it"}
+    return {"single": f"its registers hold bottlenecks up to {WIDEST_ONE_LAUNCH}"}
 
 
 def _no_kernels(shape: Shape, target: Target) -> str:

@@ -12,19 +12,12 @@ import torch
 from fastlora_kernels.choose import paths
 from fastlora_kernels.choose import plan as plans
 from fastlora_kernels.choose.lora import Call
-from fastlora_kernels.choose.paths import Pass
-from fastlora_kernels.choose.plan import Kernel
+from fastlora_kernels.choose.paths import LARGE_KERNELS, Pass
 from fastlora_kernels.targets import Target
 from fastlora_kernels.tile import Shape, Tile
 
 REFERENCE = "reference"
 _FARTHEST = 2.0
-# whose tile a measured choice names
-LARGE_KERNELS: dict[tuple[Pass, str], Kernel] = {
-    ("forward", "split"): "lora_forward",
-    ("forward", "single"): "lora_forward_single",
-    ("backward", "split"): "lora_grad_x_a",
-}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fastlora_kernels.compile.specs import Spec, constants, jit_function, signature, specs
-from fastlora_kernels.compile.table import Row, tile_text
+from fastlora_kernels.compiled import Row, tile_text
 from fastlora_kernels.targets import TARGETS
 from fastlora_kernels.tile import Tile
 
@@ -80,10 +80,10 @@ def compile_spec(spec: Spec) -> Row:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = jit_function(spec.kernel, persistent=spec.tile.persistent)
-    types, aligned = signature(kernel, spec)
+    function = jit_function(spec)
+    types, aligned = signature(function, spec)
     target = TARGETS[spec.target]
-    source = ASTSource(kernel, types, constexprs=constants(spec), attrs=aligned)
+    source = ASTSource(function, types, constexprs=constants(function, spec), attrs=aligned)
     gpu = (
         GPUTarget("hip", target.name, 64)
         if target.is_amd
@@ -198,12 +198,12 @@ def _cached_row(spec: Spec, folder: Path) -> Row:
 
 
 def _fingerprint(spec: Spec) -> str:
-    """Of everything that a row hangs on: the kernel and what it calls, the spec, the compiler, this code."""
+    """Of all that a row hangs on: the kernel, what it calls and is given, the compiler, this code."""
     import triton
 
-    kernel = jit_function(spec.kernel, persistent=spec.tile.persistent)
-    own = [Path(__file__).with_name(name).read_text("utf-8") for name in ("codegen.py", "specs.py")]
-    parts = [triton.__version__, kernel.cache_key, repr(spec), *own]
+    function = jit_function(spec)
+    settled = repr((spec, signature(function, spec), constants(function, spec)))
+    parts = [triton.__version__, function.cache_key, settled, Path(__file__).read_text("utf-8")]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

@@ -4,9 +4,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlora_kernels.kernel import launch
+from fastlora_kernels.lora.kernels import LORA_GRAD_A, LORA_GRAD_S_B, LORA_GRAD_X
 from fastlora_kernels.primitives import (
     MASK_WORD_BITS,
-    TILES_PER_GROUP,
     block_range,
     grouped_tile,
     load_keep_words,
@@ -72,9 +73,11 @@ def lora_grad_s_b(
     (m, n), r = dy.shape, lora_b.shape[1]
     tile = plan.tile
     grid = (cdiv(n, tile.cols), plan.splits, cdiv(r, tile.rank))
-    if 0 in grid:
-        return
-    _lora_grad_s_b_kernel[grid](
+    launch(
+        _lora_grad_s_b_kernel,
+        LORA_GRAD_S_B,
+        tile,
+        grid,
         dy_ptr=dy,
         s_ptr=s,
         lora_b_ptr=lora_b,
@@ -86,16 +89,11 @@ def lora_grad_s_b(
         stride_dym=dy.stride(0),
         rows_per_group=cdiv(m, plan.splits * tile.rows) * tile.rows,
         scale=scale,
-        BLOCK_M=tile.rows,
-        BLOCK_N=tile.cols,
-        BLOCK_R=tile.rank,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )
 
 
 @triton.jit
-def add_low_rank(acc, ds_ptr, lora_a_ptr, offs_m, offs_k, M, K, R, BLOCK_R: tl.constexpr):
+def add_ds_a(acc, ds_ptr, lora_a_ptr, offs_m, offs_k, M, K, R, BLOCK_R: tl.constexpr):
     """acc + dS·A, BLOCK_R ranks at a time so that any rank fits."""
     for r in tl.range(0, R, BLOCK_R, num_stages=1):
         offs_r = r + tl.arange(0, BLOCK_R)
@@ -106,16 +104,21 @@ def add_low_rank(acc, ds_ptr, lora_a_ptr, offs_m, offs_k, M, K, R, BLOCK_R: tl.c
 
 
 @triton.jit
-def masked_low_rank(
+def start_grad_x(
     ds_ptr, lora_a_ptr, mask_ptr, pid_k, offs_m, offs_k, M, K, R,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """mask ⊙ (dS·A) in fp32, what starts the accumulator of dX with dropout."""
+    """The accumulator of dX before dY·W: mask ⊙ (dS·A) with dropout, else zeros, to which dS·A is added last.
+
+    Masking after the main loop would keep a second accumulator alive through it.
+    """
     acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
-    acc = add_low_rank(acc, ds_ptr, lora_a_ptr, offs_m, offs_k, M, K, R, BLOCK_R)
-    words = block_range(pid_k, BLOCK_K // _WORD_BITS)
-    packed = load_keep_words(mask_ptr, offs_m, words, tl.cdiv(K, _WORD_BITS), M)
-    return tl.where(unpack_keep(packed, BLOCK_M, BLOCK_K), acc, 0.0)
+    if HAS_DROPOUT:
+        acc = add_ds_a(acc, ds_ptr, lora_a_ptr, offs_m, offs_k, M, K, R, BLOCK_R)
+        words = block_range(pid_k, BLOCK_K // _WORD_BITS)
+        packed = load_keep_words(mask_ptr, offs_m, words, tl.cdiv(K, _WORD_BITS), M)
+        acc = tl.where(unpack_keep(packed, BLOCK_M, BLOCK_K), acc, 0.0)
+    return acc
 
 
 @triton.jit
@@ -124,29 +127,21 @@ def grad_x_tile(
     HAS_DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dX = dY·W + mask ⊙ (dS·A).
-
-    The masked product starts the accumulator: masking after the main loop would keep a second accumulator
-    alive through it.
-    """
+    """One tile of dX = dY·W + mask ⊙ (dS·A)."""
     offs_m = block_range(pid_m, BLOCK_M)
     offs_k = block_range(pid_k, BLOCK_K)
 
-    if HAS_DROPOUT:
-        acc = masked_low_rank(
-            ds_ptr, lora_a_ptr, mask_ptr, pid_k, offs_m, offs_k, M, K, R, BLOCK_M, BLOCK_K, BLOCK_R
-        )
-    else:
-        acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
-
+    acc = start_grad_x(
+        ds_ptr=ds_ptr, lora_a_ptr=lora_a_ptr, mask_ptr=mask_ptr, pid_k=pid_k, offs_m=offs_m, offs_k=offs_k,
+        M=M, K=K, R=R, HAS_DROPOUT=HAS_DROPOUT, BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, BLOCK_R=BLOCK_R,
+    )  # fmt: skip
     for n in range(0, N, BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N)
         dy_tile = load_tile(dy_ptr, offs_m, offs_n, stride_dym, M, N)
         w_tile = load_tile(weight_ptr, offs_n, offs_k, stride_wn, N, K)
         acc = tl.dot(dy_tile, w_tile, acc, input_precision="ieee")
-
     if not HAS_DROPOUT:
-        acc = add_low_rank(acc, ds_ptr, lora_a_ptr, offs_m, offs_k, M, K, R, BLOCK_R)
+        acc = add_ds_a(acc, ds_ptr, lora_a_ptr, offs_m, offs_k, M, K, R, BLOCK_R)
     store_tile(dx_ptr, acc, offs_m, offs_k, K, M, K)
 
 
@@ -177,8 +172,9 @@ def _lora_grad_x_kernel(
     """
     pid_m, pid_k = grouped_tile(M, K, BLOCK_M, BLOCK_K, GROUP)
     grad_x_tile(
-        pid_m, pid_k, dy_ptr, weight_ptr, ds_ptr, lora_a_ptr, mask_ptr, dx_ptr, M, N, K, R, stride_dym,
-        stride_wn, HAS_DROPOUT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
+        pid_m=pid_m, pid_k=pid_k, dy_ptr=dy_ptr, weight_ptr=weight_ptr, ds_ptr=ds_ptr, lora_a_ptr=lora_a_ptr,
+        mask_ptr=mask_ptr, dx_ptr=dx_ptr, M=M, N=N, K=K, R=R, stride_dym=stride_dym, stride_wn=stride_wn,
+        HAS_DROPOUT=HAS_DROPOUT, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, BLOCK_R=BLOCK_R,
     )  # fmt: skip
 
 
@@ -189,9 +185,11 @@ def lora_grad_x(
     (m, n), (r, k) = dy.shape, lora_a.shape
     tile = plan.tile
     programs = cdiv(m, tile.rows) * cdiv(k, tile.cols)
-    if programs == 0:
-        return
-    _lora_grad_x_kernel[(programs,)](
+    launch(
+        _lora_grad_x_kernel,
+        LORA_GRAD_X,
+        tile,
+        (programs,),
         dy_ptr=dy,
         weight_ptr=weight,
         ds_ptr=ds,
@@ -205,13 +203,6 @@ def lora_grad_x(
         stride_dym=dy.stride(0),
         stride_wn=weight.stride(0),
         HAS_DROPOUT=mask is not None,
-        BLOCK_M=tile.rows,
-        BLOCK_N=tile.depth,
-        BLOCK_K=tile.cols,
-        BLOCK_R=tile.rank,
-        GROUP=TILES_PER_GROUP,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )
 
 
@@ -263,8 +254,9 @@ def _lora_grad_a_kernel(
     """da_partial[row group] = dSᵀ·(mask ⊙ x), accumulated in fp32. Without HAS_DROPOUT mask_ptr is absent."""
     pid_k, group, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     grad_a_tile(
-        pid_k, group, pid_r, x_ptr, ds_ptr, mask_ptr, da_partial_ptr, M, K, R, stride_xm, rows_per_group,
-        HAS_DROPOUT, BLOCK_M, BLOCK_K, BLOCK_R,
+        pid_k=pid_k, group=group, pid_r=pid_r, x_ptr=x_ptr, ds_ptr=ds_ptr, mask_ptr=mask_ptr,
+        da_partial_ptr=da_partial_ptr, M=M, K=K, R=R, stride_xm=stride_xm, rows_per_group=rows_per_group,
+        HAS_DROPOUT=HAS_DROPOUT, BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, BLOCK_R=BLOCK_R,
     )  # fmt: skip
 
 
@@ -273,9 +265,11 @@ def lora_grad_a(x: Tensor, ds: Tensor, mask: Tensor | None, da_partial: Tensor, 
     (m, k), r = x.shape, ds.shape[1]
     tile = plan.tile
     grid = (cdiv(k, tile.cols), plan.splits, cdiv(r, tile.rank))
-    if 0 in grid:
-        return
-    _lora_grad_a_kernel[grid](
+    launch(
+        _lora_grad_a_kernel,
+        LORA_GRAD_A,
+        tile,
+        grid,
         x_ptr=x,
         ds_ptr=ds,
         mask_ptr=mask,
@@ -286,9 +280,4 @@ def lora_grad_a(x: Tensor, ds: Tensor, mask: Tensor | None, da_partial: Tensor, 
         stride_xm=x.stride(0),
         rows_per_group=cdiv(m, plan.splits * tile.rows) * tile.rows,
         HAS_DROPOUT=mask is not None,
-        BLOCK_M=tile.rows,
-        BLOCK_K=tile.cols,
-        BLOCK_R=tile.rank,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )

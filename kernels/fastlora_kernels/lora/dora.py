@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlora_kernels.kernel import launch
+from fastlora_kernels.lora.kernels import DORA_GRAD_PRODUCT, DORA_WEIGHT_NORM
 from fastlora_kernels.primitives import block_range, load_tile, load_vector, store_tile
 from fastlora_kernels.tile import Plan, cdiv
 
@@ -44,9 +46,11 @@ def dora_weight_norm(
 ) -> None:
     """Fill ``norm [N]`` (fp32) from W ``[N, K]``, A ``[R, K]`` and B ``[N, R]``."""
     (n, k), r, tile = weight.shape, lora_a.shape[0], plan.tile
-    if n == 0:
-        return
-    _dora_weight_norm_kernel[(cdiv(n, tile.rows),)](
+    launch(
+        _dora_weight_norm_kernel,
+        DORA_WEIGHT_NORM,
+        tile,
+        (cdiv(n, tile.rows),),
         weight_ptr=weight,
         lora_a_ptr=lora_a,
         lora_b_ptr=lora_b,
@@ -56,11 +60,6 @@ def dora_weight_norm(
         R=r,
         stride_wn=weight.stride(0),
         scale=scale,
-        BLOCK_N=tile.rows,
-        BLOCK_K=tile.cols,
-        BLOCK_R=tile.rank,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )
 
 
@@ -112,9 +111,11 @@ def dora_grad_product(
     m, n = dy.shape
     tile = plan.tile
     grid = (cdiv(n, tile.cols), plan.splits)
-    if 0 in grid:
-        return
-    _dora_grad_product_kernel[grid](
+    launch(
+        _dora_grad_product_kernel,
+        DORA_GRAD_PRODUCT,
+        tile,
+        grid,
         dy_ptr=dy,
         product_ptr=product,
         factor_ptr=factor,
@@ -125,8 +126,4 @@ def dora_grad_product(
         stride_dym=dy.stride(0),
         rows_per_group=cdiv(m, plan.splits * tile.rows) * tile.rows,
         HAS_PRODUCT=product is not None,
-        BLOCK_M=tile.rows,
-        BLOCK_N=tile.cols,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )

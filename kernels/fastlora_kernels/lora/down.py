@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlora_kernels.kernel import launch
+from fastlora_kernels.lora.kernels import LORA_DOWN
 from fastlora_kernels.primitives import (
     MASK_WORD_BITS,
     block_range,
@@ -82,9 +84,11 @@ def lora_down(
     (m, k), r = x.shape, lora_a.shape[0]
     tile = plan.tile
     grid = (cdiv(m, tile.rows), plan.splits, cdiv(r, tile.rank))
-    if 0 in grid:
-        return
-    _lora_down_kernel[grid](
+    launch(
+        _lora_down_kernel,
+        LORA_DOWN,
+        tile,
+        grid,
         x_ptr=x,
         lora_a_ptr=lora_a,
         seed_ptr=seed,
@@ -98,9 +102,4 @@ def lora_down(
         drop_threshold=drop_threshold,
         scale=scale,
         HAS_DROPOUT=seed is not None,
-        BLOCK_M=tile.rows,
-        BLOCK_K=tile.depth,
-        BLOCK_R=tile.rank,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )

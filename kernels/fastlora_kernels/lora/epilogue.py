@@ -4,9 +4,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlora_kernels.kernel import launch
+from fastlora_kernels.lora.kernels import LORA_ADD
 from fastlora_kernels.primitives import (
     MASK_WORD_BITS,
-    TILES_PER_GROUP,
     block_range,
     grouped_tile,
     load_keep_words,
@@ -71,9 +72,11 @@ def lora_add(
     (m, c), r = out.shape, left.shape[1]
     tile = plan.tile
     programs = cdiv(m, tile.rows) * cdiv(c, tile.cols)
-    if programs == 0:
-        return
-    _lora_add_kernel[(programs,)](
+    launch(
+        _lora_add_kernel,
+        LORA_ADD,
+        tile,
+        (programs,),
         left_ptr=left,
         lora_right_ptr=right,
         mask_ptr=mask,
@@ -83,10 +86,4 @@ def lora_add(
         R=r,
         HAS_DROPOUT=mask is not None,
         TRANSPOSED=transposed,
-        BLOCK_M=tile.rows,
-        BLOCK_C=tile.cols,
-        BLOCK_R=tile.rank,
-        GROUP=TILES_PER_GROUP,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )

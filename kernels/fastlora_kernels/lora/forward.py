@@ -4,8 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlora_kernels.kernel import launch
+from fastlora_kernels.lora.kernels import LORA_FORWARD
 from fastlora_kernels.primitives import (
-    TILES_PER_GROUP,
     block_range,
     grouped_tile,
     load_tile,
@@ -16,7 +17,7 @@ from fastlora_kernels.tile import Plan, cdiv
 
 
 @triton.jit
-def add_low_rank(acc, s_ptr, lora_b_ptr, offs_m, offs_n, M, N, R, BLOCK_R: tl.constexpr):
+def add_s_b(acc, s_ptr, lora_b_ptr, offs_m, offs_n, M, N, R, BLOCK_R: tl.constexpr):
     """acc + S·Bᵀ, BLOCK_R ranks at a time so that any rank fits."""
     for r in tl.range(0, R, BLOCK_R, num_stages=1):
         offs_r = r + tl.arange(0, BLOCK_R)
@@ -69,7 +70,7 @@ def _lora_forward_kernel(
         w_tile = load_tile(weight_ptr, offs_n, offs_k, stride_wn, N, K)
         acc = tl.dot(x_tile, tl.trans(w_tile), acc, input_precision="ieee")
 
-    acc = add_low_rank(acc, s_ptr, lora_b_ptr, offs_m, offs_n, M, N, R, BLOCK_R)
+    acc = add_s_b(acc, s_ptr, lora_b_ptr, offs_m, offs_n, M, N, R, BLOCK_R)
 
     if KEEP_PRODUCT:
         store_tile(product_ptr, acc, offs_m, offs_n, N, M, N)
@@ -100,9 +101,11 @@ def lora_forward(
     (m, k), (n, r) = x.shape, lora_b.shape
     tile = plan.tile
     programs = cdiv(m, tile.rows) * cdiv(n, tile.cols)
-    if programs == 0:
-        return
-    _lora_forward_kernel[(programs,)](
+    launch(
+        _lora_forward_kernel,
+        LORA_FORWARD,
+        tile,
+        (programs,),
         x_ptr=x,
         weight_ptr=weight,
         bias_ptr=bias,
@@ -120,11 +123,4 @@ def lora_forward(
         HAS_BIAS=bias is not None,
         HAS_FACTOR=factor is not None,
         KEEP_PRODUCT=product is not None,
-        BLOCK_M=tile.rows,
-        BLOCK_N=tile.cols,
-        BLOCK_K=tile.depth,
-        BLOCK_R=tile.rank,
-        GROUP=TILES_PER_GROUP,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )

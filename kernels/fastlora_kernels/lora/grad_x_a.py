@@ -4,9 +4,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.choose.plan import grad_a_part
+from fastlora_kernels.kernel import launch
 from fastlora_kernels.lora.backward import grad_a_tile, grad_x_tile
-from fastlora_kernels.primitives import TILES_PER_GROUP, grouped_tile
+from fastlora_kernels.lora.kernels import LORA_GRAD_X_A, grad_a_part
+from fastlora_kernels.primitives import grouped_tile
 from fastlora_kernels.tile import Plan, cdiv
 
 
@@ -47,14 +48,17 @@ def _lora_grad_x_a_kernel(
     if pid < dx_tiles:
         pid_m, pid_k = grouped_tile(M, K, BLOCK_M, BLOCK_K, GROUP)
         grad_x_tile(
-            pid_m, pid_k, dy_ptr, weight_ptr, ds_ptr, lora_a_ptr, mask_ptr, dx_ptr, M, N, K, R, stride_dym,
-            stride_wn, HAS_DROPOUT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
+            pid_m=pid_m, pid_k=pid_k, dy_ptr=dy_ptr, weight_ptr=weight_ptr, ds_ptr=ds_ptr,
+            lora_a_ptr=lora_a_ptr, mask_ptr=mask_ptr, dx_ptr=dx_ptr, M=M, N=N, K=K, R=R,
+            stride_dym=stride_dym, stride_wn=stride_wn, HAS_DROPOUT=HAS_DROPOUT, BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, BLOCK_R=BLOCK_R,
         )  # fmt: skip
     else:
         pid_k, group, pid_r = grad_a_position(pid - dx_tiles, K, R, BLOCK_K_A, BLOCK_R)
         grad_a_tile(
-            pid_k, group, pid_r, x_ptr, ds_ptr, mask_ptr, da_partial_ptr, M, K, R, stride_xm, rows_per_group,
-            HAS_DROPOUT, BLOCK_M_A, BLOCK_K_A, BLOCK_R,
+            pid_k=pid_k, group=group, pid_r=pid_r, x_ptr=x_ptr, ds_ptr=ds_ptr, mask_ptr=mask_ptr,
+            da_partial_ptr=da_partial_ptr, M=M, K=K, R=R, stride_xm=stride_xm, rows_per_group=rows_per_group,
+            HAS_DROPOUT=HAS_DROPOUT, BLOCK_M=BLOCK_M_A, BLOCK_K=BLOCK_K_A, BLOCK_R=BLOCK_R,
         )  # fmt: skip
 
 
@@ -83,9 +87,11 @@ def lora_grad_x_a(
     part = grad_a_part(tile)
     dx_tiles = cdiv(m, tile.rows) * cdiv(k, tile.cols)
     da_tiles = cdiv(k, part.cols) * plan.splits * cdiv(r, part.rank)
-    if dx_tiles + da_tiles == 0:
-        return
-    _lora_grad_x_a_kernel[(dx_tiles + da_tiles,)](
+    launch(
+        _lora_grad_x_a_kernel,
+        LORA_GRAD_X_A,
+        tile,
+        (dx_tiles + da_tiles,),
         dy_ptr=dy,
         weight_ptr=weight,
         ds_ptr=ds,
@@ -103,13 +109,4 @@ def lora_grad_x_a(
         stride_xm=x.stride(0),
         rows_per_group=cdiv(m, plan.splits * part.rows) * part.rows,
         HAS_DROPOUT=mask is not None,
-        BLOCK_M=tile.rows,
-        BLOCK_N=tile.depth,
-        BLOCK_K=tile.cols,
-        BLOCK_R=tile.rank,
-        BLOCK_M_A=part.rows,
-        BLOCK_K_A=part.cols,
-        GROUP=TILES_PER_GROUP,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )

@@ -6,40 +6,18 @@ many programs as the GPU has multiprocessors walk all tiles. What comes out is w
 tile elsewhere.
 """
 
-from collections.abc import Mapping
-
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastlora_kernels.choose.plan import grad_a_part
-from fastlora_kernels.lora import backward, forward
-from fastlora_kernels.lora.backward import grad_a_tile, masked_low_rank
+from fastlora_kernels.kernel import Kernel, launch
+from fastlora_kernels.lora.backward import add_ds_a, grad_a_tile, start_grad_x
+from fastlora_kernels.lora.forward import add_s_b
 from fastlora_kernels.lora.grad_x_a import grad_a_position
-from fastlora_kernels.primitives import TILES_PER_GROUP, block_range, grouped_tile_at, load_vector
+from fastlora_kernels.lora.kernels import LORA_FORWARD, LORA_GRAD_X_A, grad_a_part
+from fastlora_kernels.primitives import block_range, grouped_tile_at, load_vector
 from fastlora_kernels.tile import Plan, Tile, cdiv
-
-_add_s_b = forward.add_low_rank
-_add_ds_a = backward.add_low_rank
-
-
-def forward_blocks(tile: Tile) -> dict[str, tuple[int, int]]:
-    """What each descriptor of ``lora_forward_persistent`` copies at a time."""
-    return {
-        "x_desc": (tile.rows, tile.depth),
-        "weight_desc": (tile.cols, tile.depth),
-        "y_desc": (tile.rows, tile.cols // 2),
-    }
-
-
-def grad_x_blocks(tile: Tile) -> dict[str, tuple[int, int]]:
-    """What each descriptor of ``lora_grad_x_a_persistent`` copies at a time."""
-    return {
-        "dy_desc": (tile.rows, tile.depth),
-        "weight_desc": (tile.depth, tile.cols),
-        "dx_desc": (tile.rows, tile.cols // 2),
-    }
 
 
 @triton.jit
@@ -87,7 +65,7 @@ def _lora_forward_persistent_kernel(
             x_tile = x_desc.load([pid_m * BLOCK_M, k])
             w_tile = weight_desc.load([pid_n * BLOCK_N, k])
             acc = tl.dot(x_tile, tl.trans(w_tile), acc)
-        acc = _add_s_b(acc, s_ptr, lora_b_ptr, offs_m, offs_n, M, N, R, BLOCK_R)
+        acc = add_s_b(acc, s_ptr, lora_b_ptr, offs_m, offs_n, M, N, R, BLOCK_R)
         _store_halves(y_desc, acc, pid_m * BLOCK_M, pid_n * BLOCK_N, BLOCK_M, BLOCK_N)
 
 
@@ -109,10 +87,12 @@ def lora_forward_persistent(
     (m, k), (n, r) = x.shape, lora_b.shape
     tile = plan.tile
     tiles = cdiv(m, tile.rows) * cdiv(n, tile.cols)
-    if tiles == 0:
-        return
-    _lora_forward_persistent_kernel[(min(tiles, multiprocessors),)](
-        **_descriptors({"x_desc": x, "weight_desc": weight, "y_desc": y}, forward_blocks(tile)),
+    launch(
+        _lora_forward_persistent_kernel,
+        LORA_FORWARD,
+        tile,
+        (min(tiles, multiprocessors),),
+        **_descriptors(LORA_FORWARD, tile, x_desc=x, weight_desc=weight, y_desc=y),
         bias_ptr=bias,
         s_ptr=s,
         lora_b_ptr=lora_b,
@@ -121,13 +101,6 @@ def lora_forward_persistent(
         K=k,
         R=r,
         HAS_BIAS=bias is not None,
-        BLOCK_M=tile.rows,
-        BLOCK_N=tile.cols,
-        BLOCK_K=tile.depth,
-        BLOCK_R=tile.rank,
-        GROUP=TILES_PER_GROUP,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )
 
 
@@ -168,24 +141,25 @@ def _lora_grad_x_a_persistent_kernel(
             offs_m = block_range(pid_m, BLOCK_M)
             offs_k = block_range(pid_k, BLOCK_K)
 
-            if HAS_DROPOUT:
-                acc = masked_low_rank(
-                    ds_ptr, lora_a_ptr, mask_ptr, pid_k, offs_m, offs_k, M, K, R, BLOCK_M, BLOCK_K, BLOCK_R
-                )
-            else:
-                acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+            acc = start_grad_x(
+                ds_ptr=ds_ptr, lora_a_ptr=lora_a_ptr, mask_ptr=mask_ptr, pid_k=pid_k, offs_m=offs_m,
+                offs_k=offs_k, M=M, K=K, R=R, HAS_DROPOUT=HAS_DROPOUT, BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K,
+                BLOCK_R=BLOCK_R,
+            )  # fmt: skip
             for n in range(0, N, BLOCK_N):
                 dy_tile = dy_desc.load([pid_m * BLOCK_M, n])
                 w_tile = weight_desc.load([n, pid_k * BLOCK_K])
                 acc = tl.dot(dy_tile, w_tile, acc)
             if not HAS_DROPOUT:
-                acc = _add_ds_a(acc, ds_ptr, lora_a_ptr, offs_m, offs_k, M, K, R, BLOCK_R)
+                acc = add_ds_a(acc, ds_ptr, lora_a_ptr, offs_m, offs_k, M, K, R, BLOCK_R)
             _store_halves(dx_desc, acc, pid_m * BLOCK_M, pid_k * BLOCK_K, BLOCK_M, BLOCK_K)
         else:
             pid_k, group, pid_r = grad_a_position(tile - dx_tiles, K, R, BLOCK_K_A, BLOCK_R)
             grad_a_tile(
-                pid_k, group, pid_r, x_ptr, ds_ptr, mask_ptr, da_partial_ptr, M, K, R, stride_xm,
-                rows_per_group, HAS_DROPOUT, BLOCK_M_A, BLOCK_K_A, BLOCK_R,
+                pid_k=pid_k, group=group, pid_r=pid_r, x_ptr=x_ptr, ds_ptr=ds_ptr, mask_ptr=mask_ptr,
+                da_partial_ptr=da_partial_ptr, M=M, K=K, R=R, stride_xm=stride_xm,
+                rows_per_group=rows_per_group, HAS_DROPOUT=HAS_DROPOUT, BLOCK_M=BLOCK_M_A,
+                BLOCK_K=BLOCK_K_A, BLOCK_R=BLOCK_R,
             )  # fmt: skip
 
 
@@ -211,10 +185,12 @@ def lora_grad_x_a_persistent(
     part = grad_a_part(tile)
     da_tiles = cdiv(k, part.cols) * plan.splits * cdiv(r, part.rank)
     tiles = cdiv(m, tile.rows) * cdiv(k, tile.cols) + da_tiles
-    if tiles == 0:
-        return
-    _lora_grad_x_a_persistent_kernel[(min(tiles, multiprocessors),)](
-        **_descriptors({"dy_desc": dy, "weight_desc": weight, "dx_desc": dx}, grad_x_blocks(tile)),
+    launch(
+        _lora_grad_x_a_persistent_kernel,
+        LORA_GRAD_X_A,
+        tile,
+        (min(tiles, multiprocessors),),
+        **_descriptors(LORA_GRAD_X_A, tile, dy_desc=dy, weight_desc=weight, dx_desc=dx),
         ds_ptr=ds,
         lora_a_ptr=lora_a,
         mask_ptr=mask,
@@ -228,22 +204,13 @@ def lora_grad_x_a_persistent(
         rows_per_group=cdiv(m, plan.splits * part.rows) * part.rows,
         da_tiles=da_tiles,
         HAS_DROPOUT=mask is not None,
-        BLOCK_M=tile.rows,
-        BLOCK_N=tile.depth,
-        BLOCK_K=tile.cols,
-        BLOCK_R=tile.rank,
-        BLOCK_M_A=part.rows,
-        BLOCK_K_A=part.cols,
-        GROUP=TILES_PER_GROUP,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )
 
 
-def _descriptors(
-    matrices: Mapping[str, Tensor], blocks: Mapping[str, tuple[int, int]]
-) -> dict[str, TensorDescriptor]:
+def _descriptors(kernel: Kernel, tile: Tile, **matrices: Tensor) -> dict[str, TensorDescriptor]:
     """Made on the host and passed by value: no memory on the GPU is taken for them."""
+    assert kernel.descriptors is not None
+    blocks = kernel.descriptors(tile)
     return {
         # a single row may have any stride, which a descriptor would refuse
         name: TensorDescriptor(

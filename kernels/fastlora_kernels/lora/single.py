@@ -4,8 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlora_kernels.kernel import launch
+from fastlora_kernels.lora.kernels import LORA_FORWARD_SINGLE
 from fastlora_kernels.primitives import (
-    TILES_PER_GROUP,
     block_range,
     grouped_tile,
     load_tile,
@@ -88,9 +89,11 @@ def lora_forward_single(
     (m, k), (n, r) = x.shape, lora_b.shape
     tile = plan.tile
     programs = cdiv(m, tile.rows) * cdiv(n, tile.cols)
-    if programs == 0:
-        return
-    _lora_forward_single_kernel[(programs,)](
+    launch(
+        _lora_forward_single_kernel,
+        LORA_FORWARD_SINGLE,
+        tile,
+        (programs,),
         x_ptr=x,
         weight_ptr=weight,
         bias_ptr=bias,
@@ -106,11 +109,4 @@ def lora_forward_single(
         stride_wn=weight.stride(0),
         scale=scale,
         HAS_BIAS=bias is not None,
-        BLOCK_M=tile.rows,
-        BLOCK_N=tile.cols,
-        BLOCK_K=tile.depth,
-        BLOCK_R=tile.rank,
-        GROUP=TILES_PER_GROUP,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )

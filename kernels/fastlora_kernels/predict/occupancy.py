@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastlora_kernels.compile.table import Row, committed, tile_text
+from fastlora_kernels.compiled import Row, committed, tile_text
 from fastlora_kernels.targets import Target
 
 if TYPE_CHECKING:

@@ -1,27 +1,12 @@
-"""The same layer by others, launch by launch: the bare frozen layer, eager LoRA, LoRAFusion.
+"""The same layer by others, launch by launch: the cost model is held to their published figures."""
 
-Their published traffic and times are what the model is checked against (tests/test_predict.py).
-"""
-
-from typing import TYPE_CHECKING
-
-from fastlora_kernels.predict.launches import LIBRARY_THIN, Launch, kernel_product, library_product, stream
+from fastlora_kernels.choose.explain import frozen
+from fastlora_kernels.predict.launches import LIBRARY_THIN, Launch, kernel_product, stream
 from fastlora_kernels.targets import Target
-
-if TYPE_CHECKING:
-    from fastlora_kernels.tile import Shape, Tile
+from fastlora_kernels.tile import Shape, Tile
 
 
-def frozen(shape: "Shape", itemsize: int, target: Target) -> list[Launch]:
-    """y = x·Wᵀ and dX = dY·W: nothing that trains through the layer can be faster."""
-    m, n, k = shape.m, shape.n, shape.k
-    return [
-        library_product("x·Wᵀ", m, n, k, itemsize, target),
-        library_product("dY·W", m, k, n, itemsize, target),
-    ]
-
-
-def eager(shape: "Shape", itemsize: int, target: Target, *, dropping: bool) -> list[Launch]:
+def eager(shape: Shape, itemsize: int, target: Target, *, dropping: bool) -> list[Launch]:
     """PyTorch's own formula with adapters in the layer's dtype, forward and backward."""
     (m, n, k, r), b = (shape.m, shape.n, shape.k, shape.r), itemsize
     x, y = m * k * b, m * n * b
@@ -55,7 +40,7 @@ def eager(shape: "Shape", itemsize: int, target: Target, *, dropping: bool) -> l
     return forward + backward
 
 
-def lorafusion(shape: "Shape", itemsize: int, target: Target, tile: "Tile") -> list[Launch]:
+def lorafusion(shape: Shape, itemsize: int, target: Target, tile: Tile) -> list[Launch]:
     """LoRAFusion's ten launches with dropout (arXiv 2510.00206 and its code), with its own tile on Hopper."""
     (m, n, k, r), b = (shape.m, shape.n, shape.k, shape.r), itemsize
     x, y, s, mask = m * k * b, m * n * b, m * r * b, m * k

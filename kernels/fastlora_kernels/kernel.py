@@ -1,0 +1,98 @@
+"""What is known of a kernel without compiling it: the one record that everything else reads.
+
+Plans take its tiles, launchers and the compile gate its block sizes, the cost model its axes. Records stand
+in a ``kernels.py`` beside the kernels they are of, and not in the same files, which need Triton: plans and
+predictions have to work where it is not installed.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from fastlora_kernels.targets import Target
+from fastlora_kernels.tile import TILES_PER_GROUP, Shape, Tile
+
+Side = Literal["rows", "cols", "depth", "rank"]
+
+
+def operands(tile: Tile, itemsize: int) -> tuple[int, int]:
+    """Shared memory of a product: bytes of a stage, and beside the pipeline.
+
+    Args:
+        tile: Block sizes of ``rows × depth · depth × cols``.
+        itemsize: Bytes of an element.
+    """
+    # half a tile of the output passes through shared memory of its own, beside barriers
+    kept = tile.rows * tile.cols // 2 * itemsize + 1024 if tile.persistent else 0
+    return (tile.rows + tile.cols) * tile.depth * itemsize, kept
+
+
+# compared by identity: there is one of each
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """One kernel.
+
+    Attributes:
+        name: As tables print it.
+        function: Module in this package and name of the ``@triton.jit`` function.
+        axes: The axis that each side of a tile cuts: ``{"rows": "M"}`` where ``tile.rows`` is ``BLOCK_M``.
+        tiles: The pinned tiles, the smallest last, by rank (or bottleneck), dtype, GPU and whether rows are
+            aligned. Compiled without spills on their architecture.
+        shared: Shared memory in bytes, by tile and bytes of an element: of a pipeline stage, and beside it.
+        grouped: Whether programs walk the columns in groups of row tiles.
+        split: The side whose axis is cut into partial results; None where none is.
+        beside: The tile of the programs that compute a second output in the same launch, by the first's tile.
+        persistent: Module and name of the function that runs persistent tiles; None where there are none.
+        descriptors: What each of its tensor descriptors copies at a time, by tile.
+        varies: Constexprs of a call, not of a tile, of which the compile gate tries every value.
+        absent: Flags that are off; all others are on when compiled, the case that needs more registers.
+        ranks: One for every tile that differs by it: what the compile gate asks tiles for.
+    """
+
+    name: str
+    function: tuple[str, str]
+    axes: Mapping[Side, str]
+    tiles: Callable[[int, torch.dtype, Target, bool], Sequence[Tile]]
+    shared: Callable[[Tile, int], tuple[int, int]] = operands
+    grouped: bool = False
+    split: Side | None = None
+    beside: Callable[[Tile], Tile] | None = None
+    persistent: tuple[str, str] | None = None
+    descriptors: Callable[[Tile], Mapping[str, tuple[int, int]]] | None = None
+    varies: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    ranks: tuple[int, ...] = (16, 32, 64)
+
+    def size(self, shape: Shape, side: Side) -> int:
+        """Length of the axis that a side of a tile cuts."""
+        return shape.size(self.axes[side])
+
+    def blocks(self, tile: Tile) -> dict[str, int]:
+        """The constexprs that a tile settles, by their names in the kernel's signature."""
+        values = {f"BLOCK_{axis}": getattr(tile, side) for side, axis in self.axes.items()}
+        if self.beside is not None:
+            other = self.beside(tile)
+            values |= {f"BLOCK_{self.axes[side]}_A": getattr(other, side) for side in ("rows", "cols")}
+        return values | {"GROUP": TILES_PER_GROUP} if self.grouped else values
+
+
+def launch(function: Any, kernel: Kernel, tile: Tile, grid: tuple[int, ...], **arguments: Any) -> None:
+    """Start one program for every place of ``grid`` with what a tile settles; nothing is allocated.
+
+    Args:
+        function: The ``@triton.jit`` function.
+        kernel: Its record.
+        tile: Block sizes, warps and stages.
+        grid: Programs along each of up to three axes.
+        arguments: All others by the names of the function's signature.
+    """
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    start(function, grid, **arguments, **kernel.blocks(tile), **options)
+
+
+def start(function: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    """Start a ``@triton.jit`` function over ``grid``; where an axis is 0 long there is nothing to do."""
+    if 0 not in grid:
+        function[grid](**arguments)
