@@ -33,14 +33,14 @@ class Prediction:
     """A LoRA layer's forward and backward pass on a GPU, predicted.
 
     Attributes:
-        name: Of the layer.
+        name: Name of the layer.
         card: The GPU.
         path: What the plan chooses.
         predicted_us: Time of both passes, in µs.
-        ceiling_us: Of the frozen layer alone.
-        flops: Of both passes.
-        least_bytes: Their traffic where either moves each tensor once.
-        moved_bytes: Their predicted traffic.
+        ceiling_us: Time of both passes of the frozen layer alone, in µs.
+        flops: Floating-point operations of both passes.
+        least_bytes: Memory traffic of both passes where either moves each tensor once.
+        moved_bytes: Memory traffic of both passes, predicted.
     """
 
     name: str

@@ -24,21 +24,21 @@ class Row:
 
     Attributes:
         suite: ``layers``, ``memory``, ``adapters`` or ``steps``.
-        name: Of the layer or model.
+        name: Name of the layer or model.
         m: Rows of the input; None for a whole model.
-        k: Its columns.
-        n: Columns of the output.
-        rank: Of LoRA; the bottleneck of an adapter.
-        dtype: Of the frozen weights.
-        dropout: Probability.
-        threads: Of the CPU; None on a GPU.
+        k: Columns of the input; None for a whole model.
+        n: Columns of the output; None for a whole model.
+        rank: Rank of LoRA; the bottleneck of an adapter.
+        dtype: Dtype of the frozen weights: ``fp32``, ``bf16`` or ``fp16``.
+        dropout: Probability of dropout.
+        threads: Threads of the CPU; None on a GPU.
         passes: ``forward``, ``forward_backward`` or ``step``.
         median_ms: Time of each candidate, in ms.
-        spread_ms: Its interquartile range, in ms.
-        kept_bytes: What each candidate keeps for backward.
-        peak_bytes: The most that its step holds.
-        flops: Of the case's formula, or None.
-        least_bytes: Its memory traffic where either pass moves each tensor once, or None.
+        spread_ms: Interquartile range of each candidate's times, in ms.
+        kept_bytes: Bytes that each candidate keeps for backward.
+        peak_bytes: The most bytes that each candidate's step holds at once.
+        flops: Floating-point operations of the case's formula, or None.
+        least_bytes: Memory traffic of the formula where either pass moves each tensor once, or None.
         left_out: Why a candidate was not timed.
     """
 

@@ -163,7 +163,7 @@ def in_options(text: str, options: Mapping[str, tuple[str, str | None]]) -> str:
 
     Args:
         text: Written for the Python interface.
-        options: See :func:`options_of_command`.
+        options: Each parameter's option and the one that switches it off, from :func:`options_of_command`.
 
     Example:
         >>> known = {"batch_size": ("--batch-size", None), "weights": ("--weights", None)}

@@ -120,7 +120,7 @@ def logistic(inputs: Array, labels: Labels, *, weights: Array | None = None, str
     Args:
         inputs: Standardised.
         labels: At least two different ones.
-        weights: Of the examples.
+        weights: How much each example counts, ``[n]``; None counts all alike.
         strength: Inverse of the ridge.
     """
     linear = require("sklearn.linear_model", distribution="scikit-learn", purpose="this", extra="domain")

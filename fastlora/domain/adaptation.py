@@ -35,9 +35,9 @@ class AdaptSettings:
         weight_decay: AdamW's.
         strength: What the schedule's λ goes towards: the reversal's, or the weight of other terms.
         gamma: How early λ rises.
-        weighting: Of the source's examples, see :func:`fastlora.domain.weighting.source_weights`.
+        weighting: How the source's examples are weighted (:func:`fastlora.domain.weighting.source_weights`).
         held_out: Share of the source that is not trained on, for the scores to select by.
-        seed: Of initial weights, order and split.
+        seed: Seed of initial weights, order and split.
 
     Raises:
         ValueError: A number out of range or an unknown weighting.
@@ -77,10 +77,11 @@ class AdaptEpoch:
 
     Attributes:
         epoch: Counted from 1.
-        source_accuracy: Of held-out source examples.
-        target_accuracy: Of the target, where labels exist: an oracle, not to select by.
+        source_accuracy: Accuracy on held-out source examples.
+        target_accuracy: Accuracy on the target where labels exist: an oracle, not to select by.
         target_balanced_accuracy: The mean over the classes; an oracle too.
-        domain_accuracy: Of the domain classifier on held-out source and target; None without one.
+        domain_accuracy: How often the domain classifier is right on held-out source and target, 0 to 1; None
+            without one.
         strength: λ at its end.
         scores: To select by without target labels, higher is better.
     """
@@ -101,8 +102,8 @@ class AdaptResult:
     Attributes:
         method: Which one.
         history: The epochs.
-        model: Of the last epoch.
-        target_logits: ``[m, classes]`` of the last epoch.
+        model: The model of the last epoch.
+        target_logits: Class logits of the target's examples, ``[m, classes]`` of the last epoch.
     """
 
     method: Method
@@ -128,11 +129,11 @@ def adapt_features(
 
     Args:
         source: Features ``[n, F]``.
-        source_labels: int64 ``[n]``.
+        source_labels: Classes of the source's examples, int64 ``[n]``.
         target: Features ``[m, F]`` of the same layer.
         method: A name in :data:`METHODS`.
         settings: Hyper-parameters.
-        target_labels: int64 ``[m]``, only to show oracle accuracies.
+        target_labels: Classes of the target's examples, int64 ``[m]``, only to show oracle accuracies.
 
     Raises:
         ValueError: An unknown method, features that don't fit or aren't finite, one class, or target labels

@@ -22,12 +22,12 @@ class Readings:
     """What a model makes of held-out source examples and of the target.
 
     Attributes:
-        source_features: ``[n, F]``.
-        source_logits: ``[n, classes]``.
-        source_labels: int64 ``[n]``.
-        target_features: ``[m, F]``.
-        target_logits: ``[m, classes]``.
-        target_labels: int64 ``[m]``, or None.
+        source_features: Features of the source's examples, ``[n, F]``.
+        source_logits: Class logits of the source's examples, ``[n, classes]``.
+        source_labels: Classes of the source's examples, int64 ``[n]``.
+        target_features: Features of the target's examples, ``[m, F]``.
+        target_logits: Class logits of the target's examples, ``[m, classes]``.
+        target_labels: Classes of the target's examples, int64 ``[m]``; None where they are not known.
     """
 
     source_features: Tensor

@@ -73,9 +73,10 @@ def ben_david_bound(
 
     Args:
         source: Features ``[n, F]``.
-        source_labels: int64 ``[n]``.
+        source_labels: Classes of the source's examples, int64 ``[n]``.
         target: Features ``[m, F]``.
-        target_labels: int64 ``[m]``, for λ and the observed error; None if there are none.
+        target_labels: Classes of the target's examples, int64 ``[m]``, for λ and the observed error; None
+            if there are none.
         splits: Random halves to average over.
         seed: Chooses them.
 

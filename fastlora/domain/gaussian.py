@@ -17,7 +17,7 @@ def gaussian_kernels(distances: Tensor, bandwidths: Sequence[float]) -> Tensor:
     """Mean of exp(−d² / 2σ²) over σ² = bandwidth · mean d² of different points.
 
     Args:
-        distances: ``[n, n]``, squared.
+        distances: Squared distances ``[n, n]``.
         bandwidths: The multiples.
     """
     count = len(distances)

@@ -100,8 +100,8 @@ class DomainAdaptationModel(nn.Module):
 
         Args:
             x: Inputs ``[B, …]``, of the target domain or mixed.
-            domain_labels: ``[B]``, 0 for the source and 1 for the target; they only ask for the second
-                output.
+            domain_labels: Domain of each input ``[B]``, 0 for the source and 1 for the target; they only ask
+                for the second output.
 
         Raises:
             ValueError: There are not as many domain labels as inputs.

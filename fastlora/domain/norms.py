@@ -37,7 +37,7 @@ class DomainBatchNorm(DomainNorm):
     """A BatchNorm for each domain with one weight and bias (Chang et al. 2019, arXiv 1906.03950, share none).
 
     Args:
-        norm: Whose weight, bias and statistics both begin with.
+        norm: BatchNorm with the weight, bias and statistics that both domains begin with.
     """
 
     def __init__(self, norm: nn.Module) -> None:
@@ -52,8 +52,8 @@ class Standardise(nn.Module):
     """Features ``[B, F]`` to zero mean and unit deviation by given statistics.
 
     Args:
-        mean: ``[F]``.
-        deviation: ``[F]``; where it is almost zero it counts as 1.
+        mean: Mean of each feature, ``[F]``.
+        deviation: Standard deviation of each feature, ``[F]``; where it is almost zero it counts as 1.
         momentum: By how much a batch in train mode moves both, without gradient; 0 keeps them.
     """
 

@@ -72,12 +72,12 @@ def diagnose_pictures(
     """Measure the shift between two folders of pictures in the features of a pretrained model.
 
     Args:
-        source: Class folders or a .csv file.
-        target: The same, or a folder of bare pictures.
+        source: Labelled pictures: class folders or a .csv file.
+        target: Pictures of the other domain: class folders, a .csv file, or a folder of bare pictures.
         model: A name that :func:`fastlora.create_transfer_model` takes.
         image_size: Height and width in pixels; None takes the model's own.
         cache: Folder that keeps the features.
-        seed: Of every split.
+        seed: Seed of every split.
         told: Called with a task, and how many pictures of it are done, of how many.
 
     Returns:

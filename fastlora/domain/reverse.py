@@ -22,7 +22,7 @@ def reverse_validation(
 
     Args:
         source: Features ``[n, F]``.
-        source_labels: int64 ``[n]``.
+        source_labels: Classes of the source's examples, int64 ``[n]``.
         target: Features ``[m, F]``.
         method: A name in :data:`fastlora.domain.registry.METHODS`.
         settings: Hyper-parameters of both trainings.

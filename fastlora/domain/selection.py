@@ -11,7 +11,7 @@ def negative_entropy(target_logits: Tensor) -> float:
     """Minus the mean entropy of the target's predictions (nats); a model that is sure of one class wins.
 
     Args:
-        target_logits: ``[m, classes]``.
+        target_logits: Class logits of the target's examples, ``[m, classes]``.
     """
     return -float(_entropy(_probabilities(target_logits)).mean())
 
@@ -20,7 +20,7 @@ def information_maximisation(target_logits: Tensor) -> float:
     """Entropy of the mean prediction minus the mean entropy: sure, and not always of one class.
 
     Args:
-        target_logits: ``[m, classes]``.
+        target_logits: Class logits of the target's examples, ``[m, classes]``.
     """
     probabilities = _probabilities(target_logits)
     return float(_entropy(probabilities.mean(dim=0)) - _entropy(probabilities).mean())
@@ -32,8 +32,8 @@ def soft_neighbourhood_density(target_logits: Tensor, temperature: float = 0.05)
     Of more than 4,000 examples every second, third, … is compared.
 
     Args:
-        target_logits: ``[m, classes]``, at least 3 examples.
-        temperature: Of the similarities.
+        target_logits: Class logits of the target's examples, ``[m, classes]``, at least 3 examples.
+        temperature: What similarities are divided by before the softmax.
 
     Raises:
         ValueError: Fewer than 3 examples.
@@ -51,8 +51,8 @@ def importance_weighted_score(source_losses: Tensor, weights: Tensor) -> float:
     """Minus the importance-weighted loss of held-out source examples (IWCV, Sugiyama et al. 2007).
 
     Args:
-        source_losses: ``[n]``.
-        weights: ``[n]``, target density over source density.
+        source_losses: Losses of held-out source examples, ``[n]``.
+        weights: Target density over source density at each, ``[n]``.
     """
     losses, weights = source_losses.double(), weights.double()
     return -float((losses * weights).mean())
@@ -62,9 +62,9 @@ def deep_embedded_validation(source_losses: Tensor, weights: Tensor) -> float:
     """DEV (You et al. 2019, ICML): the weighted score with a control variate, for less variance.
 
     Args:
-        source_losses: ``[n]``, held out.
-        weights: ``[n]``, target density over source density, not normalised: their mean is only expected to
-            be 1.
+        source_losses: Losses of held-out source examples, ``[n]``.
+        weights: Target density over source density at each, ``[n]``, not normalised: their mean is only
+            expected to be 1.
 
     Raises:
         ValueError: Fewer than 2 examples.

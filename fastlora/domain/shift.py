@@ -36,7 +36,8 @@ class LabelShift:
         source: Share of each class in the source.
         target: Estimated share in the target.
         interval: ``[classes, 2]``: 2.5 and 97.5 % points of the estimate, by bootstrap.
-        condition: Of the confusion matrix; large where classes are mixed up too often to say anything.
+        condition: Condition number of the confusion matrix; large where classes are mixed up too often to say
+            anything.
         shifted: Whether the source's share lies outside the interval of any class, all together at 95 %.
     """
 
@@ -61,9 +62,10 @@ class Diagnosis:
     Attributes:
         kind: ``"none"``, ``"covariate shift"``, ``"label shift"`` or ``"both"``.
         domain_accuracy: Balanced, of a held-out linear domain classifier; 0.5 is chance.
-        domain_p_value: Of that accuracy or a better one by chance.
-        residual_accuracy: The same once the source has the target's estimated class shares.
-        residual_p_value: Its p-value.
+        domain_p_value: Probability of that accuracy or a better one by chance.
+        residual_accuracy: Balanced accuracy of a domain classifier once the source has the target's estimated
+            class shares.
+        residual_p_value: Probability of ``residual_accuracy`` or a better one by chance.
         labels: The estimated class shares.
         remedy: What to try, in words.
     """
@@ -97,9 +99,9 @@ def estimate_label_shift(source: Any, source_labels: Any, target: Any, *, seed: 
 
     Args:
         source: Features ``[n, F]``.
-        source_labels: int64 ``[n]``.
+        source_labels: Classes of the source's examples, int64 ``[n]``.
         target: Features ``[m, F]``.
-        seed: Of the halves and the bootstrap.
+        seed: Seed of the halves and the bootstrap.
 
     Raises:
         ValueError: Too few examples, one class, or a class with fewer than 4 examples.
@@ -136,9 +138,9 @@ def diagnose_shift(source: Any, source_labels: Any, target: Any, *, seed: int = 
 
     Args:
         source: Features ``[n, F]``.
-        source_labels: int64 ``[n]``.
+        source_labels: Classes of the source's examples, int64 ``[n]``.
         target: Features ``[m, F]``, without labels.
-        seed: Of every split.
+        seed: Seed of every split.
 
     Raises:
         ValueError: See :func:`estimate_label_shift`.

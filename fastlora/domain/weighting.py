@@ -18,7 +18,7 @@ class ImportanceWeights:
     """Weights of the source's examples.
 
     Attributes:
-        weights: float64 ``[n]``, of mean 1.
+        weights: How much each counts, float64 ``[n]`` of mean 1.
         effective_sample_size: (Σw)² / Σw²: as many equally weighted examples would be as good.
         clipped: How many were cut down to the limit.
     """
@@ -78,9 +78,9 @@ def source_weights(
         weighting: ``"importance"`` for covariate shift, see :func:`importance_weights`; ``"label_shift"`` for
             other class shares, see :func:`fastlora.domain.shift.estimate_label_shift`.
         source: Features ``[n, F]``.
-        source_labels: int64 ``[n]``.
+        source_labels: Classes of the source's examples, int64 ``[n]``.
         target: Features ``[m, F]``.
-        seed: Of the estimate of the class shares.
+        seed: Seed of the estimate of the class shares.
 
     Raises:
         ValueError: See the functions above, or no class of the source is left in the target.

@@ -18,7 +18,7 @@ class DANN(Alignment):
     Args:
         domain_classifier: From features ``[B, F]`` to one logit of "target", ``[B, 1]`` or ``[B]``, or to two
             logits of source and target, ``[B, 2]``.
-        alpha: Of the reversal.
+        alpha: Strength of the reversal, or a :class:`fastlora.ReversalSchedule`.
     """
 
     def __init__(self, domain_classifier: nn.Module, alpha: float | ReversalSchedule = 1.0) -> None:
@@ -46,7 +46,7 @@ class CDAN(Alignment):
         domain_classifier: From ``[B, out_features]`` to domain logits, as in :class:`DANN`.
         num_features: F.
         num_classes: C.
-        alpha: Of the reversal.
+        alpha: Strength of the reversal, or a :class:`fastlora.ReversalSchedule`.
         entropy: Count confident predictions more (CDAN+E).
         max_features: F · C above this is projected to it.
 
@@ -125,8 +125,8 @@ def domain_loss(logits: Tensor, is_target: Tensor, weights: Tensor | None = None
 
     Args:
         logits: ``[B]`` or ``[B, 1]`` of "target", or ``[B, 2]`` of source and target.
-        is_target: ``[B]``, 0 or 1.
-        weights: ``[B]``, relative within a domain.
+        is_target: Domain of each example ``[B]``, 0 for the source and 1 for the target.
+        weights: How much each example counts within its domain, ``[B]``.
     """
     if logits.dim() == 2 and logits.shape[1] == 2:
         losses = F.cross_entropy(logits, is_target.long(), reduction="none")

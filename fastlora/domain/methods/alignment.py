@@ -11,10 +11,10 @@ class Domains:
     """What a model makes of a batch of either domain.
 
     Attributes:
-        source_features: ``[n, F]``.
-        target_features: ``[m, F]``.
-        source_logits: ``[n, classes]``.
-        target_logits: ``[m, classes]``.
+        source_features: Features of the source's examples, ``[n, F]``.
+        target_features: Features of the target's examples, ``[m, F]``.
+        source_logits: Class logits of the source's examples, ``[n, classes]``.
+        target_logits: Class logits of the target's examples, ``[m, classes]``.
     """
 
     source_features: Tensor

@@ -35,7 +35,7 @@ class JointMMD(Alignment):
     The kernel is the product of one on the features and one on the class probabilities.
 
     Args:
-        bandwidths: As in :class:`MultiKernelMMD`, for the features.
+        bandwidths: Multiples of the features' mean squared distance that the Gaussian kernels are wide.
         class_bandwidth: Squared distance of class probabilities that counts as far.
     """
 

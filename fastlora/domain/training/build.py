@@ -22,8 +22,8 @@ class Adapting:
 
     Attributes:
         paired: What is trained.
-        heads: Its parts that learn at the head's rate.
-        head: Of the classifier.
+        heads: The parts of ``paired`` that learn at the head's rate.
+        head: The classifier's last layers.
     """
 
     paired: PairedModel
@@ -57,11 +57,11 @@ def take_apart(
 
     Args:
         model: The classifier, changed in place.
-        head: Of it.
-        method: Which one.
-        domain: Its settings.
+        head: The classifier's last layers, inside ``model``.
+        method: What makes the domains alike.
+        domain: Settings of the method.
         features: What the head reads of source and target before training, ``[n, F]`` and ``[m, F]``.
-        total_steps: Of the run, in which λ rises.
+        total_steps: Optimiser steps of the run, in which λ rises.
         body_trains: Whether anything before the head trains at any time.
     """
     norm = _norm(method, features, _MOMENTUM if body_trains else 0.0).to(_device(head))

@@ -22,9 +22,9 @@ class Cloud:
     """Features of both domains and the class that each point is coloured by.
 
     Attributes:
-        title: What they are.
-        source: ``[n, F]``.
-        target: ``[m, F]``.
+        title: What the features are, for the panel's heading.
+        source: Features of the source ``[n, F]``.
+        target: Features of the target ``[m, F]``.
     """
 
     title: str
@@ -44,10 +44,10 @@ def draw_embedding(
     """t-SNE (van der Maaten & Hinton 2008, JMLR 9) of at most 400 examples of each domain, a panel a cloud.
 
     Args:
-        clouds: All of the same examples.
-        source_classes: int64 ``[n]``.
-        target_classes: int64 ``[m]``.
-        names: Of the classes.
+        clouds: Features of the same examples, a panel each.
+        source_classes: Classes of the source's examples, int64 ``[n]``.
+        target_classes: Classes of the target's examples, int64 ``[m]``.
+        names: Names of the classes.
         target_note: Where the target's classes come from, for the legend.
         seed: Chooses the examples and begins the optimisation.
 

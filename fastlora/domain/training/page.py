@@ -19,10 +19,10 @@ def write_page(folder: Path, report: dict[str, Any], images: LabelledImages, emb
     """Write ``report.html``, which needs no other file.
 
     Args:
-        folder: Of the run.
+        folder: The run's folder.
         report: What ``report.json`` holds.
-        images: Those that were evaluated.
-        embedding: Of the features, before and after.
+        images: The pictures that were evaluated.
+        embedding: Figure of the features before and after.
     """
     figures = {"curves": curves(report["epochs"], report["best_epoch"]), "embedding": embedding}
     write_file(folder / PAGE, render(TEMPLATE, report, images, figures).encode())
@@ -32,7 +32,7 @@ def curves(epochs: Sequence[dict[str, Any]], kept: int) -> Figure:
     """Accuracies, how far the domains are told apart, and the scores to select by, over the epochs.
 
     Args:
-        epochs: As in ``report.json``.
+        epochs: The entry ``epochs`` of ``report.json``.
         kept: Number of the epoch that was kept, counted from 1.
     """
     figure = new_figure(13, 3.9)

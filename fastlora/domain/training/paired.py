@@ -62,7 +62,7 @@ class FeaturesAndLogits(nn.Module):
     """Both side by side, ``[B, F + classes]``: for one pass over pictures that are judged.
 
     Args:
-        model: Whose.
+        model: The model whose features and logits these are.
     """
 
     def __init__(self, model: DomainAdaptationModel) -> None:

@@ -10,17 +10,18 @@ class DomainRecord(EpochRecord):
     """What an epoch gave; validation is held-out source pictures.
 
     Attributes:
-        target_accuracy: Where labels exist: an oracle, not to select by.
-        target_balanced_accuracy: An oracle too.
-        domain_accuracy: Of the method's domain classifier on held-out source and target pictures, each
-            domain counted alike; None of methods without one.
-        strength: λ.
-        a_distance: Proxy A-distance of the features.
-        information_maximisation: To select by without target labels, as all that follow; higher is better.
-        negative_entropy: See :mod:`fastlora.domain.selection`.
-        soft_neighbourhood_density: See there.
-        importance_weighted: See there.
-        dev: See there.
+        target_accuracy: Accuracy on the target where labels exist, 0 to 1: an oracle, not to select by.
+        target_balanced_accuracy: Mean over the classes of the target, where labels exist: an oracle too.
+        domain_accuracy: How often the method's domain classifier is right on held-out source and target
+            pictures, each domain counted alike, 0 to 1; None of methods without one.
+        strength: λ, the strength of the reversal or the weight of the method's term.
+        a_distance: Proxy A-distance of the features, 0 (alike) to 2.
+        information_maximisation: How confident and diverse the answers on the target are; it and the scores
+            below need no target labels, and higher is better (:mod:`fastlora.domain.selection`).
+        negative_entropy: How confident the answers on the target are.
+        soft_neighbourhood_density: How near the answers on the target lie to each other (SND).
+        importance_weighted: Minus the source's held-out loss, weighted to look like the target (IWV).
+        dev: Minus that loss with a control variate (deep embedded validation).
     """
 
     target_accuracy: float | None

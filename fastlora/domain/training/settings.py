@@ -26,8 +26,8 @@ class DomainSettings:
 
     Attributes:
         source: Labelled pictures: a folder with a folder for each class, or a .csv file.
-        target: The domain to adapt to: a folder of pictures, or one with class folders or a .csv file with
-            the source's classes, which only show how good the model is.
+        target: The domain to adapt to: a folder of pictures, class folders with the source's names, or a .csv
+            file like the source's; labels are only used to show how good the model is.
         method: source_only, domain_norm, mmd, mmd_norm, jan, jan_norm, coral, mcc, dann, dann_norm, cdan or
             cdan_e; norm stands for statistics of its own for each domain.
         hidden: Width of the layer between the model's features and the classifier: what becomes alike is what

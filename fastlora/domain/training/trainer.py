@@ -51,9 +51,9 @@ class DomainTrainer(Trainer):
         target_is_labelled: Whether the target's labels are true, to show how good the model is.
         weights: How much each source picture counts, float32 ``[n]`` of mean 1.
         unfreezing: When stages begin to train.
-        configuration: See :class:`Trainer`.
+        configuration: What a resumed run must share beside settings and data; None for nothing more.
         reporter: Is told about the progress.
-        accelerator: See :class:`Trainer`.
+        accelerator: An ``accelerate.Accelerator``; None makes one for the settings' precision.
 
     Raises:
         ImportError: scikit-learn is not installed.

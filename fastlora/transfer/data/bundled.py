@@ -24,8 +24,8 @@ class ImageSet:
         name: The data set in words, for titles and reports.
         licence: Under which terms the data may be used.
         classes: Name of each label.
-        images: uint8 ``[n, 1, size, size]``.
-        labels: int64 ``[n]``, indices into ``classes``.
+        images: Grey pictures, uint8 ``[n, 1, size, size]``.
+        labels: Classes of the pictures, int64 ``[n]``, indices into ``classes``.
         flip_dims: Dimensions along which a picture may be mirrored without changing its label.
     """
 
@@ -98,7 +98,7 @@ def split(images: ImageSet, *, train: int, validation: int, seed: int) -> Splits
         images: What to split.
         train: Pictures to train on.
         validation: Pictures to choose settings on.
-        seed: The same seed gives the same parts.
+        seed: Equal seeds give equal parts.
 
     Raises:
         ValueError: The sizes aren't positive or leave nothing to test on.

@@ -22,7 +22,7 @@ def find_corrupt(
     """Decode every picture once.
 
     Args:
-        images: To check.
+        images: Pictures to check.
         workers: Threads that decode.
         on_done: Called with how many are done, of how many.
 
@@ -42,9 +42,9 @@ def readable(
     """The pictures that can be decoded, with the digests of what they show.
 
     Args:
-        images: To check.
+        images: Pictures to check.
         on_corrupt: What to do about others: refuse them all, or skip them and log their names as a warning.
-        on_done: See :func:`find_corrupt`.
+        on_done: Called with how many are done, of how many.
 
     Raises:
         ValueError: Some can't be decoded and ``on_corrupt`` is ``"refuse"``, or none of a class can.
@@ -74,7 +74,7 @@ def tell_copies(images: LabelledImages) -> None:
     """Log which pictures are there more than once, and which of them have more than one class.
 
     Args:
-        images: From :func:`readable`.
+        images: Pictures from :func:`readable`.
     """
     places = defaultdict[bytes, list[int]](list)
     for index, digest in enumerate(images.digests or ()):
@@ -99,9 +99,9 @@ def tell_overlap(train: LabelledImages, judged: LabelledImages, part: str) -> No
     """Log which pictures of another part are training pictures too: their scores say too much.
 
     Args:
-        train: From :func:`readable`.
-        judged: The same.
-        part: What it is called.
+        train: Pictures to train on, from :func:`readable`.
+        judged: Pictures of the other part, from :func:`readable`.
+        part: What the other part is called.
     """
     known = set(train.digests or ())
     both = [name for name, digest in zip(judged.names, judged.digests or (), strict=False) if digest in known]

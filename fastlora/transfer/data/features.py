@@ -34,8 +34,8 @@ def cached_features(
     Args:
         features: Maps a batch ``[B, 3, H, W]`` to features ``[B, F]``, such as
             :meth:`TransferLearningModel.features`.
-        model: Whose weights the features come from; put into eval mode.
-        images: With a transform to tensors.
+        model: The model whose weights the features come from; put into eval mode.
+        images: Pictures with a transform to tensors.
         folder: Holds one file for each cache; made if it isn't there.
         batch_size: Pictures at a time.
         head: Part of ``model`` that the features don't depend on; it may have changed since.

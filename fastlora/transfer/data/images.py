@@ -17,11 +17,11 @@ class LabelledImages(Dataset[tuple[Any, int]]):
 
     Attributes:
         classes: Names of the classes; a label is an index into them.
-        labels: Of every picture.
-        names: Of every picture, for people: a path, or its place in a data set.
+        labels: Label of every picture.
+        names: Name of every picture, for people: a path, or its place in a data set.
         read: Decodes the picture at an index, as RGB; a data set of tensors gives those.
         transform: What items pass through; None gives pictures as they are.
-        digests: Of every picture's pixels, if they were looked at: equal ones are the same picture.
+        digests: Hash of every picture's pixels, if they were looked at: equal ones are the same picture.
     """
 
     classes: tuple[str, ...]

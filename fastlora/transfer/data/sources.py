@@ -47,8 +47,8 @@ def open_images(
             - a ``torch.utils.data.Dataset`` of (picture, array or tensor, label) pairs; ``classes`` and
               ``targets`` are used if it has them, as torchvision's have. Its own transform stays on;
               tensors are uint8, or floats from 0 to 1.
-        image_column: Of a CSV file or Hugging Face data set; None looks for a usual name.
-        label_column: The same for the class.
+        image_column: Column of images in a CSV file or Hugging Face data set; None looks for a usual name.
+        label_column: Column of classes in a CSV file or Hugging Face data set; None looks for a usual name.
 
     Raises:
         FileNotFoundError: There is no such folder or file, or a CSV file names a picture that isn't there.
@@ -70,10 +70,10 @@ def open_parts(
     """Labelled pictures to train on and, where the source sets some apart, those to validate on.
 
     Args:
-        source: As in :func:`open_images`; a folder with ``train/`` and ``val/`` (or ``valid/``,
+        source: Anything that :func:`open_images` takes; a folder with ``train/`` and ``val/`` (or ``valid/``,
             ``validation/``) inside has both, as has a dictionary or ``DatasetDict`` of such splits.
-        image_column: See :func:`open_images`.
-        label_column: See :func:`open_images`.
+        image_column: Column of images in a CSV file or Hugging Face data set; None looks for a usual name.
+        label_column: Column of classes in a CSV file or Hugging Face data set; None looks for a usual name.
 
     Raises:
         FileNotFoundError, TypeError: See :func:`open_images`.

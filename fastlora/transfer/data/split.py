@@ -19,12 +19,12 @@ def stratified_split(
     Of a class each part but the first gets its fraction, rounded, at least one; the first gets the rest.
 
     Args:
-        labels: Of every example.
-        fractions: Of the parts; they sum to 1, the first is for training.
+        labels: Label of every example.
+        fractions: Shares of the parts; they sum to 1, the first is for training.
         seed: Chooses who goes where; the same seed and labels give the same parts.
-        groups: Of every example: those of one group come into one part, and count as its first one. None
+        groups: Group of every example: those of one come into one part, and count as its first one. None
             keeps nothing together.
-        classes: Their names, to tell of them.
+        classes: Names of the classes, to tell of them in errors.
 
     Raises:
         ValueError: Fractions that don't fit, or a class with fewer examples (groups) than parts.

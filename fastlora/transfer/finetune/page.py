@@ -26,9 +26,9 @@ def write_page(folder: Path, report: dict[str, Any], images: LabelledImages) -> 
     """Write ``report.html``, which needs no other file.
 
     Args:
-        folder: Of the run.
+        folder: The run's folder.
         report: What ``report.json`` holds.
-        images: Those that were evaluated.
+        images: The pictures that were evaluated.
     """
     figures = {"curves": curves(report["epochs"], report["best_epoch"])}
     write_file(folder / PAGE, render(TEMPLATE, report, images, figures).encode())
@@ -42,8 +42,8 @@ def render(
     Args:
         template: Path of a template inside this package.
         report: What ``report.json`` holds.
-        images: Those that were evaluated.
-        figures: By the names that the template gives them.
+        images: The pictures that were evaluated.
+        figures: Figures by the names that the template gives them.
     """
     modules = [ModuleRow(**row) for row in report["parameters"]["modules"]]
     confusion, classes = report["evaluation"]["confusion"], report["classes"]
@@ -62,7 +62,7 @@ def curves(epochs: Sequence[dict[str, Any]], best: int) -> Figure:
     """Losses and accuracies over the epochs, the best one marked.
 
     Args:
-        epochs: As in ``report.json``.
+        epochs: The entry ``epochs`` of ``report.json``.
         best: Number of the best epoch, counted from 1.
     """
     figure = new_figure(10, 3.8)

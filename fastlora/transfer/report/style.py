@@ -75,8 +75,8 @@ def finish_epochs(axes: Axes, epochs: Sequence[int], chosen: int, name: str) -> 
     """What all panels over the epochs have: whole numbers below, the chosen epoch marked, a legend.
 
     Args:
-        axes: With its lines.
-        epochs: Their numbers.
+        axes: A panel with its lines.
+        epochs: Numbers of the epochs.
         chosen: Number of the epoch to mark.
         name: What the legend calls it.
     """

@@ -37,15 +37,15 @@ class TrainSettings:
         batch_size: Examples of an optimiser step, over all processes and parts.
         lr: Highest learning rate.
         optimizer: AdamW, or SGD with Nesterov momentum 0.9.
-        weight_decay: Of matrices and convolutions.
+        weight_decay: Decay of matrices and convolutions.
         layer_decay: In (0, 1]; a stage nearer to the input learns so much slower than the next.
         head_factor: The head learns so much faster.
         lora_plus_ratio: LoRA's B learns so much faster than A.
-        schedule: Of the rate, after a linear warm-up; ``"one_cycle"`` is torch's ``OneCycleLR``.
+        schedule: Course of the rate after a linear warm-up; ``"one_cycle"`` is torch's ``OneCycleLR``.
         warmup: Share of the steps in which the rate rises, 0 to 1.
         accumulation: Parts in which a batch is computed, to save memory; the result is the whole batch's.
         clip_norm: Gradients are scaled down to this norm; 0 leaves them.
-        precision: Of the products; ``"auto"`` takes 16 bits where the hardware multiplies them.
+        precision: Precision of the products; ``"auto"`` takes 16 bits where the hardware multiplies them.
         label_smoothing: Share of a label spread over all classes, in [0, 1).
         mixup: Alpha of mixup's Beta distribution (https://arxiv.org/abs/1710.09412); 0 switches it off.
         class_weights: Count every class alike, however many examples it has.
@@ -58,7 +58,7 @@ class TrainSettings:
         checkpoint_every: Optimiser steps between checkpoints; None writes one an epoch.
         workers: Processes that load pictures; 0 loads them in this one.
         sharding: Among several processes: whole copies, or parameters in pieces.
-        seed: Of order, augmentation, mixup and dropout.
+        seed: Seed of order, augmentation, mixup and dropout.
 
     Raises:
         ValueError: A number out of range or an unknown choice.
