@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     )
     from fastlora.ops.gradient_reversal import GradientReversal, gradient_reversal
     from fastlora.parameters import ParameterReport, parameter_report
-    from fastlora.state.named import load_adapter
-    from fastlora.state.save_load import save_adapter
+    from fastlora.state.load import load_adapter
+    from fastlora.state.save import save_adapter
     from fastlora.transfer.models.create import create_transfer_model
     from fastlora.transfer.models.wrapper import TransferLearningModel
 
@@ -94,7 +94,7 @@ if not TYPE_CHECKING:
             "interop.peft": ("accelerate", "restore"),
             "inject.combining": ("add_weighted_adapter",),
             "inject.named": ("adapter_names", "add_adapter", "delete_adapter", "set_adapter"),
-            "state.named": ("load_adapter",),
+            "state.load": ("load_adapter",),
             "nn": (
                 "AdaptedModule",
                 "AdapterLayer",
@@ -112,7 +112,7 @@ if not TYPE_CHECKING:
             "parameters": ("ParameterReport", "parameter_report"),
             "inject.prompts": ("apply_prompts", "remove_prompts"),
             "reference": (),
-            "state.save_load": ("save_adapter",),
+            "state.save": ("save_adapter",),
             "inject.summary": ("AdapterSummary", "adapter_summary"),
             "transfer.models.create": ("create_transfer_model",),
             "transfer.models.wrapper": ("TransferLearningModel",),

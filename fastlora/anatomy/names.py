@@ -1,5 +1,6 @@
 """Finding modules by the names a user knows, whatever wraps them."""
 
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -81,27 +82,51 @@ def lora_layers(model: nn.Module) -> dict[str, LoRAModule]:
     return found
 
 
+@dataclass(frozen=True)
+class Added:
+    """What fastlora has added to a model, each once, by its first name.
+
+    Attributes:
+        layers: LoRA layers; an attention's ``out_proj`` belongs to the attention.
+        places: Modules with a bottleneck adapter.
+        prompts: The prompts of transformers.
+    """
+
+    layers: dict[str, LoRAModule]
+    places: dict[str, AdaptedModule]
+    prompts: dict[str, PromptModule]
+
+    def __bool__(self) -> bool:
+        """Whether there is anything."""
+        return bool(self.layers or self.places or self.prompts)
+
+
+def added(model: nn.Module) -> Added:
+    """Everything that fastlora has added to a model."""
+    return Added(lora_layers(model), adapted_modules(model), prompt_modules(model))
+
+
 def require_lora_layers(model: nn.Module) -> dict[str, LoRAModule]:
     """:func:`lora_layers`, or a clear error.
 
     Raises:
         ValueError: There is none.
     """
-    layers = lora_layers(model)
-    others = [("bottleneck adapters", "remove_adapters")] if adapted_modules(model) else []
-    others += [("prompts", "remove_prompts")] if prompt_modules(model) else []
-    if not layers and others:
+    here = added(model)
+    others = [("bottleneck adapters", "remove_adapters")] if here.places else []
+    others += [("prompts", "remove_prompts")] if here.prompts else []
+    if not here.layers and others:
         raise ValueError(
             f"expected LoRA layers, got {' and '.join(kind for kind, _ in others)} alone, which have no "
             "weight that they could be folded into; keep them, or take them out with "
             + " and ".join(f"fastlora.{remover}" for _, remover in others)
         )
-    if not layers:
+    if not here.layers:
         raise ValueError(
             f"expected a model with LoRA layers, got {type(model).__name__} without any; "
             "add them with fastlora.apply_lora or fastlora.load_adapter"
         )
-    return layers
+    return here.layers
 
 
 def tuner_parameters(model: nn.Module) -> list[nn.Parameter]:

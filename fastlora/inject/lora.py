@@ -11,7 +11,7 @@ from fastlora._core.log import logger
 from fastlora._core.words import first_few
 from fastlora.anatomy.all_linear import tell_frozen_head
 from fastlora.anatomy.names import (
-    adapted_modules,
+    added,
     lora_layers,
     named_modules,
     replace_modules,
@@ -198,8 +198,8 @@ def remove_adapters(model: Model) -> Model:
         )
     """
     root = unwrap(model)
-    layers, places = lora_layers(root), adapted_modules(root)
-    if not layers and not places:
+    here = added(root)
+    if not here.layers and not here.places:
         require_lora_layers(root)
     if isinstance(root, LoRAModule | AdaptedModule):
         original = "original_module" if isinstance(root, AdaptedModule) else "to_base()"
@@ -210,8 +210,8 @@ def remove_adapters(model: Model) -> Model:
     if getattr(config, "tie_word_embeddings", False) and _merged_apart(root):
         # or from_pretrained would tie what no longer is
         config.tie_word_embeddings = False
-    replace_modules(root, {layer: layer.to_base() for layer in layers.values()})
-    originals: dict[nn.Module, nn.Module] = {place: place.original_module for place in places.values()}
+    replace_modules(root, {layer: layer.to_base() for layer in here.layers.values()})
+    originals: dict[nn.Module, nn.Module] = {place: place.original_module for place in here.places.values()}
     replace_modules(root, originals)
     follow_blocks(root, originals)
     forget_tuners(root)

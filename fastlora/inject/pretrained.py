@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from fastlora._core.log import logger
-from fastlora.anatomy.names import adapted_modules, clean_name, holds_tuner, lora_layers, prompt_modules
+from fastlora.anatomy.names import Added, added, clean_name, holds_tuner
 from fastlora.nn import LoRAModule
 from fastlora.nn.lora.plain import can_fold, fold_state, plain_states
 
@@ -51,7 +51,8 @@ def _save(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     state = call.arguments.get("state_dict")
     if state is not None:
         call.arguments["state_dict"] = _folded(model, state, keep=keep)
-    lost = _cannot_be_plain(model)
+    here = added(model)
+    lost = _cannot_be_plain(here)
     if lost:
         logger.warning(
             "%s.save_pretrained: from_pretrained can't read %s, and the model that it makes computes without "
@@ -60,7 +61,7 @@ def _save(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             type(model).__name__,
             " and ".join(lost),
         )
-    if lora_layers(model):
+    if here.layers:
         logger.info(
             "%s.save_pretrained: updates are written into their weights%s",
             type(model).__name__,
@@ -79,11 +80,11 @@ def _folded(model: nn.Module, state: dict[str, Any], *, keep: bool) -> dict[str,
     return folded
 
 
-def _cannot_be_plain(model: nn.Module) -> list[str]:
-    unfoldable = [name for name, layer in lora_layers(model).items() if not can_fold(layer)]
+def _cannot_be_plain(here: Added) -> list[str]:
+    unfoldable = [name for name, layer in here.layers.items() if not can_fold(layer)]
     found: dict[str, Sized] = {
-        "bottleneck adapters": adapted_modules(model),
-        "prompts": prompt_modules(model),
+        "bottleneck adapters": here.places,
+        "prompts": here.prompts,
         "LoRA that no weight can hold": unfoldable,
     }
     return [f"{kind} ({len(places)})" for kind, places in found.items() if places]

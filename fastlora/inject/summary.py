@@ -6,14 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fastlora._core.words import first_few
-from fastlora.anatomy.names import (
-    adapted_modules,
-    clean_name,
-    lora_layers,
-    prompt_modules,
-    tuner_parameters,
-    unwrap,
-)
+from fastlora.anatomy.names import added, clean_name, tuner_parameters, unwrap
 from fastlora.nn.prompts.modules import PromptModule
 
 _LISTED = 4
@@ -84,8 +77,9 @@ def adapter_summary(model: nn.Module) -> AdapterSummary:
         LoRA rank 2 on 2 LoRALinear; 84 of 262 parameters train (32.06 %)
     """
     model = unwrap(model)
-    layers = lora_layers(model).values()
-    adapters = [place.adapter for place in adapted_modules(model).values()]
+    here = added(model)
+    layers = here.layers.values()
+    adapters = [place.adapter for place in here.places.values()]
     ours = set(map(id, tuner_parameters(model)))
     parameters = list(model.named_parameters())
     others = [clean_name(name) for name, p in parameters if p.requires_grad and id(p) not in ours]
@@ -98,7 +92,7 @@ def adapter_summary(model: nn.Module) -> AdapterSummary:
         merged=any(layer.merged for layer in layers),
         adapters=len(adapters),
         adapter_sizes=tuple(sorted({adapter.adapter_size for adapter in adapters})),
-        prompts=tuple(_in_words(prompts) for prompts in prompt_modules(model).values()),
+        prompts=tuple(_in_words(prompts) for prompts in here.prompts.values()),
     )
 
 

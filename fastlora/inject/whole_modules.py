@@ -2,20 +2,24 @@
 
 from torch import nn
 
-from fastlora.anatomy.names import adapted_modules, lora_layers, prompt_modules, tuner_parameters
+from fastlora.anatomy.names import Added, tuner_parameters
 from fastlora.anatomy.tied import all_holders, is_inside, without_parents
 
 
-def trained_whole(model: nn.Module) -> list[str]:
+def trained_whole(model: nn.Module, here: Added) -> list[str]:
     """Names of the modules that own trainable parameters that are not filed under a kind of adapter.
 
     Of a shared parameter these are all of its owners: a reader may train them apart.
 
+    Args:
+        model: An adapted model.
+        here: What was added to it.
+
     Raises:
         ValueError: One of them contains an adapter.
     """
-    layers, places, prompts = lora_layers(model), adapted_modules(model), prompt_modules(model)
-    tuners = [*layers.values(), *(place.adapter for place in places.values()), *prompts.values()]
+    adapters = (place.adapter for place in here.places.values())
+    tuners = [*here.layers.values(), *adapters, *here.prompts.values()]
     ours = {id(parameter) for tuner in tuners for parameter in tuner_parameters(tuner)}
     owners = {
         holder.owner: holder.key
@@ -24,7 +28,7 @@ def trained_whole(model: nn.Module) -> list[str]:
         for holder in without_parents(holders)
     }
     # the module at an adapter's own place has a state dict without the adapter
-    inside = [f"{name}." for name in layers] + list(places) + list(prompts)
+    inside = [*(f"{name}." for name in here.layers), *here.places, *here.prompts]
     for owner, parameter_name in owners.items():
         if any(name.startswith(f"{owner}." if owner else "") for name in inside):
             raise ValueError(

@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,28 @@ from fastlora.state.sound import check_sound
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
+# earlier versions wrote one name alone of what several modules share
+_TIED, _EVERY_NAME = "tied", "under every name"
 
 
-def read_adapter(folder: Path) -> tuple[dict[str, Tensor], FileConfig]:
+@dataclass(frozen=True)
+class AdapterFile:
+    """What an adapter folder holds.
+
+    Attributes:
+        folder: Where it is.
+        tensors: By their names in the file.
+        config: What they are.
+        every_name: Whether what several modules shared and trained as one is there under all of their names.
+    """
+
+    folder: Path
+    tensors: dict[str, Tensor]
+    config: FileConfig
+    every_name: bool = True
+
+
+def read_adapter(folder: Path) -> AdapterFile:
     """Tensors and settings of an adapter folder; never unpickles.
 
     Raises:
@@ -52,14 +72,17 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], FileConfig]:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
     try:
         # bytes, not a memory map: the file may be replaced while we hold its tensors
-        tensors = safetensors.torch.load((folder / TENSORS).read_bytes())
+        content = (folder / TENSORS).read_bytes()
+        tensors = safetensors.torch.load(content)
     except (safetensors.SafetensorError, KeyError) as error:
         raise ValueError(
             f"expected a safetensors file, got {folder / TENSORS}, which is truncated or something else "
             f"({error}); copy or save it again"
         ) from error
     check_sound(tensors, folder / TENSORS)
-    return tensors, config
+    metadata = _header(content)[0].get("__metadata__", {})
+    every_name = config.by_peft or metadata.get(_TIED) == _EVERY_NAME
+    return AdapterFile(folder, tensors, config, every_name)
 
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -72,7 +95,7 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, An
         NotADirectoryError: ``folder`` is a file or lies under one.
         PermissionError: It can't be written to.
     """
-    payload = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    payload = _marked(safetensors.torch.save(tensors, metadata={"format": "pt"}))
     text = (json.dumps(config, indent=2) + "\n").encode()
     with _clear_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,6 +108,22 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, An
             new_tensors.replace(folder / TENSORS)
             new_config.replace(old)
     settle(folder)
+
+
+def _header(content: bytes) -> tuple[dict[str, Any], int]:
+    """The JSON at the beginning of a safetensors file, and where the tensors begin."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), end
+
+
+def _marked(content: bytes) -> bytes:
+    """A safetensors file that says of what is tied that it is there under every name."""
+    header, end = _header(content)
+    # the library writes several texts in an order that changes, and equal adapters shall be equal files
+    header["__metadata__"][_TIED] = _EVERY_NAME
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 @contextlib.contextmanager

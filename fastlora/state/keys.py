@@ -1,21 +1,19 @@
 """Names in adapter files as the model that reads them has them, whatever wrapped the one that wrote them."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from fastlora.anatomy.names import clean_name, named_modules
-from fastlora.state.own_config import FileConfig
+from fastlora.state.folder import AdapterFile
 from fastlora.state.slots import LORA_KEY, PREFIX
 
 _PARALLEL = "module."
 
 
-def in_model_names(
-    model: nn.Module, tensors: Mapping[str, Tensor], config: FileConfig
-) -> tuple[dict[str, Tensor], FileConfig]:
-    """Tensors under the keys of an unwrapped model, and a config that knows what they were called before.
+def in_model_names(model: nn.Module, file: AdapterFile) -> AdapterFile:
+    """A file's tensors under the keys of an unwrapped model; the config knows what they were called before.
 
     PEFT keeps what ``torch.compile``, data parallelism and activation checkpointing put into names, and its
     own prefix where a model was wrapped twice.
@@ -24,6 +22,7 @@ def in_model_names(
         ValueError: Two keys mean the same tensor, or a model wrapped twice has layers that the config, which
             is the outer one's, does not name.
     """
+    tensors, config = file.tensors, file.config
     own = {name.partition(".")[0] for name in named_modules(model)}
     keys = {key: _model_key(key, own) for key in tensors}
     first: dict[str, str] = {}
@@ -34,7 +33,7 @@ def in_model_names(
             )
     renamed = {keys[key]: tensor for key, tensor in tensors.items()}
     if config.lora is None:
-        return renamed, config
+        return replace(file, tensors=renamed)
     file_names = {
         new[1]: old[1]
         for key in tensors
@@ -47,7 +46,8 @@ def in_model_names(
             "among target_modules, so rank and alpha of the inner one are not in the file; save the inner "
             "one by itself"
         )
-    return renamed, replace(config, lora=replace(config.lora, file_names=file_names))
+    config = replace(config, lora=replace(config.lora, file_names=file_names))
+    return replace(file, tensors=renamed, config=config)
 
 
 def _model_key(key: str, own: Collection[str]) -> str:

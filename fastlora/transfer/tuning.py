@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastlora._core import backend as _backend
 from fastlora._core.memory import PeakMemory
-from fastlora.state.save_load import save_adapter
+from fastlora.state.save import save_adapter
 from fastlora.transfer.data.bundled import normalise
 from fastlora.transfer.fit import Examples, Fit, FitSettings, OnStep, Task
 from fastlora.transfer.report import MethodResult, parameter_counts

@@ -6,10 +6,12 @@ what is tied trains as one. Each file has to compute the same in both, and after
 """
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
@@ -200,3 +202,33 @@ def test_lora_under_two_names_is_not_for_peft(tmp_path: Path) -> None:
     assert all(same_bits(again.get_parameter(name), ours.get_parameter(name)) for name in trained_names(ours))
     with pytest.raises(KeyError):
         PeftModel.from_pretrained(Twice(), tmp_path)
+
+
+def test_a_file_by_an_earlier_version_does_not_tell_what_trained_as_one(tmp_path: Path) -> None:
+    """It held one name alone, as a file of a model whose weights are apart still does."""
+    ours = fastlora.apply_lora(qwen2(), target_modules=["q_proj"], rank=2, modules_to_save=["lm_head"])
+    as_trained(ours)
+    fastlora.save_adapter(ours, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    other = "base_model.model.model.embed_tokens.weight"
+    safetensors.torch.save_file({k: t for k, t in tensors.items() if k != other}, file, {"format": "pt"})
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["modules_to_save"] = ["lm_head"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    model = qwen2()
+    before = Snapshot(model)
+    with pytest.raises(
+        ValueError, match=r"embed_tokens\.weight: the model shares it with lm_head\.weight, and"
+    ):
+        fastlora.load_adapter(model, tmp_path)
+    before.assert_unchanged()
+    as_one = fastlora.apply_lora(qwen2(), target_modules=["q_proj"], rank=2, modules_to_save=["lm_head"])
+    fastlora.load_adapter(as_one, tmp_path)
+    assert as_one.lm_head.weight is as_one.model.embed_tokens.weight
+    assert same_bits(as_one.lm_head.weight, ours.lm_head.weight)
+    apart = qwen2()
+    apart.lm_head.weight = nn.Parameter(apart.lm_head.weight.detach().clone())
+    fastlora.load_adapter(apart, tmp_path)
+    assert same_bits(apart.lm_head.weight, ours.lm_head.weight)
+    assert not same_bits(apart.model.embed_tokens.weight, ours.lm_head.weight)

@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastlora._core.files import write_file, write_report
 from fastlora.anatomy.stages import head as find_head
-from fastlora.state.save_load import load_into_active, save_adapter
+from fastlora.state.load import load_into_active
+from fastlora.state.save import save_adapter
 from fastlora.state.sound import check_sound
 from fastlora.transfer.data import pretrained_transforms
 from fastlora.transfer.data.transforms import Transform
