@@ -6,8 +6,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fastlora.cli import app
-from fastlora.parameters import measure
-from fastlora.parameters.strategies import STRATEGIES, Measured
+from fastlora.transfer.costs import measure
+from fastlora.transfer.costs.counting import STRATEGIES, Measured
 
 WIDE = {"COLUMNS": "200"}
 

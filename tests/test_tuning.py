@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import fastlora
 from fastlora.cli import app, tune
 from fastlora.ops import decide, lora_torch, lora_triton, tuned_file
-from fastlora.parameters.models import ModelSpec
+from fastlora.transfer.models.weightless import ModelSpec
 from fastlora.tuning import search, timing
 from fastlora.tuning.calls import LayerCall, calls_of_model, read_calls
 from fastlora.tuning.candidates import choices, draw, only, run_forward

@@ -15,8 +15,8 @@ from fastlora.cli._console import make_console
 from fastlora.cli._progress import LiveReporter
 
 if TYPE_CHECKING:
-    from fastlora.parameters.models import ModelSpec
-    from fastlora.parameters.strategies import StrategyCost, TuningSettings
+    from fastlora.transfer.costs.counting import StrategyCost, TuningSettings
+    from fastlora.transfer.models.weightless import ModelSpec
 
 
 _FROM_HERE_GIB = 25 * 2**30
@@ -69,8 +69,8 @@ def params(
     [bold]Example[/bold]: fastlora params vit_b_16 --rank 8 --batch-size 32
     """
     # models are slow to import
-    from fastlora.parameters.models import ModelSpec
-    from fastlora.parameters.strategies import TuningSettings
+    from fastlora.transfer.costs.counting import TuningSettings
+    from fastlora.transfer.models.weightless import ModelSpec
 
     console = make_console(to_stderr=True)
     spec = ModelSpec(model, num_classes, None if dtype is None else dtype.value, batch_size, sequence_length)
@@ -87,7 +87,7 @@ def params(
 def _costs(
     spec: "ModelSpec", settings: "TuningSettings", details: str | None, console: Console
 ) -> "list[StrategyCost]":
-    from fastlora.parameters.strategies import STRATEGIES, check_strategy, compare
+    from fastlora.transfer.costs.counting import STRATEGIES, check_strategy, compare
 
     if details is not None:
         check_strategy(details)
@@ -102,7 +102,7 @@ def _costs(
 def _measured(
     costs: "Sequence[StrategyCost]", spec: "ModelSpec", settings: "TuningSettings", console: Console
 ) -> "list[StrategyCost]":
-    from fastlora.parameters.measure import Unmeasured, measured
+    from fastlora.transfer.costs.measure import Unmeasured, measured
 
     done = []
     for cost in costs:
@@ -118,7 +118,7 @@ def _measured(
 
 
 def _record(costs: "Sequence[StrategyCost]", spec: "ModelSpec", settings: "TuningSettings") -> dict[str, Any]:
-    from fastlora.parameters.usual import verdicts
+    from fastlora.transfer.costs.usual import verdicts
 
     resolved = {"dtype": str(spec.torch_dtype).removeprefix("torch.")}
     return {
@@ -130,7 +130,7 @@ def _record(costs: "Sequence[StrategyCost]", spec: "ModelSpec", settings: "Tunin
 
 
 def _show(costs: "Sequence[StrategyCost]", spec: "ModelSpec", details: str | None, console: Console) -> None:
-    from fastlora.parameters.usual import sentences, verdicts
+    from fastlora.transfer.costs.usual import sentences, verdicts
 
     console.print(_table(costs, spec))
     lines = [*_notes(costs), *sentences(verdicts(costs))]
@@ -143,7 +143,7 @@ def _show(costs: "Sequence[StrategyCost]", spec: "ModelSpec", details: str | Non
 
 
 def _table(costs: "Sequence[StrategyCost]", spec: "ModelSpec") -> Table:
-    from fastlora.parameters.models import build, describe_input
+    from fastlora.transfer.models.weightless import build, describe_input
 
     reports = [cost.report for cost in costs if cost.report is not None]
     large = max(report.training_bytes for report in reports) >= _FROM_HERE_GIB

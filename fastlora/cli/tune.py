@@ -102,7 +102,7 @@ def _calls(
     batch_size: int,
     sequence_length: int,
 ) -> "list[LayerCall]":
-    from fastlora.parameters.models import ModelSpec
+    from fastlora.transfer.models.weightless import ModelSpec
     from fastlora.tuning.calls import calls_of_model, read_calls
 
     if (shapes is None) == (model is None):

@@ -14,7 +14,7 @@ from fastlora._core.words import did_you_mean
 from fastlora_kernels.tile import Shape
 
 if TYPE_CHECKING:
-    from fastlora.parameters.models import ModelSpec
+    from fastlora.transfer.models.weightless import ModelSpec
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -91,7 +91,7 @@ def calls_of_model(spec: "ModelSpec", *, rank: int, dropout: float, dtype: str) 
 
     from fastlora.inject.lora import apply_lora
     from fastlora.nn import LoRAModule
-    from fastlora.parameters.models import build, sample_input
+    from fastlora.transfer.models.weightless import build, sample_input
 
     model = apply_lora(build(spec), rank=rank)
     seen: dict[LayerCall, None] = {}

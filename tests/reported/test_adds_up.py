@@ -8,9 +8,9 @@ from torchvision import models
 
 import fastlora
 from fastlora.cli.params import _cells
-from fastlora.parameters.models import ModelSpec
 from fastlora.parameters.report import folded
-from fastlora.parameters.strategies import TuningSettings, compare
+from fastlora.transfer.costs.counting import TuningSettings, compare
+from fastlora.transfer.models.weightless import ModelSpec
 from fastlora.transfer.report import parameter_counts
 
 

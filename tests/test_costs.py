@@ -9,9 +9,8 @@ from torch import nn
 
 from fastlora.anatomy import attention as anatomy
 from fastlora.anatomy.stages import head as find_head
-from fastlora.parameters import measure
-from fastlora.parameters.models import LLAMA_7B, ModelSpec, build, describe_input, sample_input
-from fastlora.parameters.strategies import (
+from fastlora.transfer.costs import measure
+from fastlora.transfer.costs.counting import (
     STRATEGIES,
     StrategyCost,
     TuningSettings,
@@ -19,7 +18,8 @@ from fastlora.parameters.strategies import (
     check_strategy,
     compare,
 )
-from fastlora.parameters.usual import Verdict, sentences, verdicts
+from fastlora.transfer.costs.usual import Verdict, sentences, verdicts
+from fastlora.transfer.models.weightless import LLAMA_7B, ModelSpec, build, describe_input, sample_input
 
 SETTINGS = TuningSettings()
 VIT_HEAD = 768 * 1000 + 1000

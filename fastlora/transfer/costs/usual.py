@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastlora._core.text import readable_percent
-from fastlora.parameters.strategies import StrategyCost
+from fastlora.transfer.costs.counting import StrategyCost
 
 
 @dataclass(frozen=True)

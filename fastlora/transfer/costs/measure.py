@@ -1,6 +1,6 @@
 """Peak memory and time of real training steps, each strategy in its own process so that peaks don't mix.
 
-``python -m fastlora.parameters.measure SETTINGS`` is such a process; :func:`measured` starts it.
+``python -m fastlora.transfer.costs.measure SETTINGS`` is such a process; :func:`measured` starts it.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from fastlora._core.memory import PeakMemory
 from fastlora._core.text import readable_bytes
-from fastlora.parameters.models import ModelSpec, build, sample_input
-from fastlora.parameters.strategies import Measured, TuningSettings, apply_strategy
+from fastlora.transfer.costs.counting import Measured, TuningSettings, apply_strategy
+from fastlora.transfer.models.weightless import ModelSpec, build, sample_input
 
 # the second step has the optimiser state that the first one makes
 STEPS = 2
@@ -52,7 +52,7 @@ def measured(
 
     Args:
         spec: The model and its batch.
-        strategy: What trains; see :data:`fastlora.parameters.strategies.STRATEGIES`.
+        strategy: What trains; see :data:`fastlora.transfer.costs.counting.STRATEGIES`.
         settings: Sizes of what is added.
         expected_bytes: The computed sum; nothing is started that would not fit in free memory.
         device: ``"cpu"`` or ``"cuda"``; None means CUDA if there is any.
@@ -67,7 +67,7 @@ def measured(
             f"needs about {readable_bytes(expected_bytes)}, {readable_bytes(free)} are free on {device}"
         )
     job = {"spec": asdict(spec), "strategy": strategy, "settings": asdict(settings), "device": device}
-    command = [sys.executable, "-m", "fastlora.parameters.measure", json.dumps(job)]
+    command = [sys.executable, "-m", "fastlora.transfer.costs.measure", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         said = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -11,8 +11,8 @@ from fastlora.anatomy.stages import head as find_head
 from fastlora.inject.adapters import apply_adapters
 from fastlora.inject.lora import apply_lora
 from fastlora.inject.prompts import apply_prompts
-from fastlora.parameters.models import ModelSpec, build, sample_input
 from fastlora.parameters.report import ParameterReport, parameter_report
+from fastlora.transfer.models.weightless import ModelSpec, build, sample_input
 
 
 @dataclass(frozen=True)

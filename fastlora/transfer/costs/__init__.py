@@ -1,0 +1,1 @@
+"""What each way to fine-tune a model trains, and what that costs in memory and time."""
