@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fastlora.parameters import ParameterReport, parameter_report
     from fastlora.state.load import load_adapter
     from fastlora.state.save import save_adapter
-    from fastlora.transfer.models.create import create_transfer_model
+    from fastlora.transfer.create import create_transfer_model
     from fastlora.transfer.models.wrapper import TransferLearningModel
 
 __all__ = [
@@ -114,7 +114,7 @@ if not TYPE_CHECKING:
             "reference": (),
             "state.save": ("save_adapter",),
             "inject.summary": ("AdapterSummary", "adapter_summary"),
-            "transfer.models.create": ("create_transfer_model",),
+            "transfer.create": ("create_transfer_model",),
             "transfer.models.wrapper": ("TransferLearningModel",),
         },
     )

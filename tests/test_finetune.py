@@ -232,6 +232,14 @@ def test_two_processes_write_one_run(data: Path, tmp_path: Path) -> None:
     )
 
 
+def test_batch_norms_of_frozen_stages_train_on_purpose(data: Path, tmp_path: Path) -> None:
+    given = [data, *RESNET, "--strategy", "feature_extraction", "--dry-run", "--json", "--output", tmp_path]
+    plain, normed = (json.loads(finetuned(*given, *more).stdout) for more in ([], ["--train-batch-norm"]))
+    # 4,800 channels, each with a weight and a bias
+    difference = (plan["parameters"]["trainable_parameters"] for plan in (plain, normed))
+    assert next(difference) + 2 * 4800 == next(difference)
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -10,7 +10,7 @@ from torchvision import models
 
 import fastlora
 from fastlora.anatomy.stages import stages
-from fastlora.transfer.models.create import create_transfer_model
+from fastlora.transfer.create import create_transfer_model
 from fastlora.transfer.models.freezing import keep_frozen_in_eval
 from fastlora.transfer.optim import parameter_groups
 from fastlora.transfer.unfreezing import GradualUnfreezing

@@ -13,6 +13,7 @@ from fastlora.domain.bound import CAVEATS, Bound, ben_david_bound
 from fastlora.domain.divergence import coral_distance, mmd_distance
 from fastlora.domain.shift import Diagnosis, diagnose_shift
 from fastlora.domain.weighting import importance_weights
+from fastlora.transfer.create import create_transfer_model
 from fastlora.transfer.data import (
     Files,
     LabelledImages,
@@ -23,7 +24,6 @@ from fastlora.transfer.data import (
 )
 from fastlora.transfer.data.files import printable, visible_folders
 from fastlora.transfer.finetune.cached import read_by
-from fastlora.transfer.models.create import create_transfer_model
 from fastlora.transfer.models.names import DINOV2
 from fastlora.transfer.places import is_list
 from fastlora.transfer.recommend import recommend_strategy

@@ -1,6 +1,7 @@
 """Gradual unfreezing: one more stage at a time, from the head down."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -83,3 +84,25 @@ class GradualUnfreezing:
             The stages that train.
         """
         return freeze_stages(model, head, self.trained_at(progress), train_batch_norm=self.train_batch_norm)
+
+
+@contextmanager
+def all_unfrozen(model: nn.Module, head: nn.Module, unfreezing: GradualUnfreezing | None) -> Iterator[None]:
+    """Let everything train that ever will, to count it; afterwards only what trains first.
+
+    Args:
+        model: Changed in place.
+        head: Its classifier.
+        unfreezing: When stages begin to train; None leaves the model as it is.
+
+    Raises:
+        ValueError: The schedule is for more stages than the model has; nothing is changed.
+    """
+    if unfreezing is None:
+        yield
+        return
+    unfreezing.apply(model, head, max(unfreezing.at))
+    try:
+        yield
+    finally:
+        unfreezing.apply(model, head, 0)

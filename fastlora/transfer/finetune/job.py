@@ -9,7 +9,6 @@ from torch import nn
 
 from fastlora._core.progress import Reporter
 from fastlora.anatomy.blocks import find_blocks
-from fastlora.anatomy.stages import head as find_head
 from fastlora.anatomy.stages import stages
 from fastlora.parameters import ParameterReport, parameter_report
 from fastlora.transfer.data import (
@@ -24,14 +23,13 @@ from fastlora.transfer.data import (
 )
 from fastlora.transfer.finetune.saved import check_takes
 from fastlora.transfer.finetune.settings import FinetuneSettings
-from fastlora.transfer.models.create import check_model, create_transfer_model
-from fastlora.transfer.models.heads import deepen_head
+from fastlora.transfer.models.find import find_model
 from fastlora.transfer.recommend import Recommendation, recommend_strategy
 from fastlora.transfer.strategies import Strategy, find_strategy
 from fastlora.transfer.training.checks import several_examples
 from fastlora.transfer.training.randomness import seeded
 from fastlora.transfer.training.settings import TrainSettings
-from fastlora.transfer.unfreezing import GradualUnfreezing
+from fastlora.transfer.unfreezing import GradualUnfreezing, all_unfrozen
 
 
 @dataclass(frozen=True)
@@ -64,16 +62,9 @@ class Job:
         """What trains and what a batch's part of it keeps in memory, without computing anything."""
         picture = self.validation[0][0]
         size = min(-(-self.training.batch_size // self.training.accumulation), len(self.train))
-        trained = None if self.unfreezing is None else max(self.unfreezing.at)
-        if self.unfreezing is not None and trained is not None:
-            # the most that ever trains is what has to fit
-            self.unfreezing.apply(self.model, self.head, trained)
-        self.model.train()
-        with several_examples():
-            report = parameter_report(self.model, sample_input=torch.zeros(size, *picture.shape))
-        if self.unfreezing is not None:
-            self.unfreezing.apply(self.model, self.head, 0)
-        return report
+        # the most that ever trains is what has to fit
+        with all_unfrozen(self.model, self.head, self.unfreezing), several_examples():
+            return parameter_report(self.model.train(), sample_input=torch.zeros(size, *picture.shape))
 
 
 def prepare(
@@ -97,21 +88,20 @@ def prepare(
             :func:`fastlora.create_transfer_model` and ``open_images``.
         FileNotFoundError: There are no such files.
     """
-    check_model(settings.model, settings.model_weights())
-    if settings.strategy is not None:
-        _check_strategy(settings)
+    make = find_model(
+        settings.model, settings.model_weights(), hidden=settings.hidden, **settings.model_options()
+    )
+    given = None if settings.strategy is None else _strategy(settings.strategy, settings)
     train, validation, test = _open(settings, (images, test_images), training.seed, reporter)
     with seeded(training.seed):
-        model, head_name = _base_model(settings, len(train.classes))
+        model, head_name = make(len(train.classes))
         recommendation = _recommend(model, train)
         # nothing else can be trained on cached features
         advised = "feature_extraction" if settings.cache_features else recommendation.strategy
-        settings = replace(settings, strategy=settings.strategy or advised)
-        _check_strategy(settings)
-        strategy = find_strategy(str(settings.strategy))
+        strategy = given or _strategy(advised, settings)
         if settings.image_size is not None:
             check_takes(model.eval(), settings.image_size)
-        _apply(strategy, model, head_name, settings)
+        strategy.apply_to(model, head_name, **settings.options())
     head = model.get_submodule(head_name)
     augmented, plain = pretrained_transforms(
         settings.model, image_size=settings.image_size, weights=settings.weights, flip=settings.flip
@@ -129,30 +119,9 @@ def prepare(
     )
 
 
-def _base_model(settings: FinetuneSettings, num_classes: int) -> tuple[nn.Module, str]:
-    """The pretrained model with a new head, and the head's name."""
-    model = create_transfer_model(
-        settings.model, num_classes, weights=settings.model_weights(), **settings.model_options()
-    )
-    return model, find_head(model)[0] if settings.hidden is None else deepen_head(model, settings.hidden)
-
-
-def _apply(strategy: Strategy, model: nn.Module, head: str, settings: FinetuneSettings) -> None:
-    try:
-        strategy.apply(model, head, **settings.options())
-    # of the kind of model, which is chosen by its name here
-    except TypeError as error:
-        raise ValueError(str(error)) from error
-    except ValueError as error:
-        # where adapters go is nothing that can be said here
-        said, advice, _ = str(error).partition("; say where adapters go")
-        if not advice:
-            raise
-        raise ValueError(f"{said}; choose another strategy or model") from error
-
-
-def _check_strategy(settings: FinetuneSettings) -> None:
-    strategy = find_strategy(str(settings.strategy))
+def _strategy(name: str, settings: FinetuneSettings) -> Strategy:
+    """A strategy by its name, once its options are checked."""
+    strategy = find_strategy(name)
     try:
         strategy.check_options(settings.options())
     except TypeError as error:
@@ -162,6 +131,7 @@ def _check_strategy(settings: FinetuneSettings) -> None:
             f"expected strategy feature_extraction with cache_features, got {strategy.name!r}; "
             "only frozen features stay the same"
         )
+    return strategy
 
 
 def _open(

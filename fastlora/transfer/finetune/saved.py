@@ -12,7 +12,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastlora._core.files import write_file, write_report
-from fastlora.anatomy.stages import head as find_head
 from fastlora.state.load import load_into_active
 from fastlora.state.save import save_adapter
 from fastlora.state.sound import check_sound
@@ -26,15 +25,11 @@ from fastlora.transfer.finetune.description import (
     read_description,
 )
 from fastlora.transfer.finetune.settings import FinetuneSettings
-from fastlora.transfer.models.create import create_transfer_model
-from fastlora.transfer.models.heads import deepen_head
-from fastlora.transfer.models.names import DINOV2, EFFICIENTNET_LITE0
+from fastlora.transfer.models.find import find_model
+from fastlora.transfer.models.names import PACKAGED
 from fastlora.transfer.places import MODEL as MODEL
 from fastlora.transfer.strategies import Strategy, find_strategy
 from fastlora.transfer.training.whole import whole
-
-# their weights come with a package, always
-_PACKAGED = (DINOV2, EFFICIENTNET_LITE0)
 
 
 @dataclass(frozen=True)
@@ -145,14 +140,12 @@ def check_takes(model: nn.Module, image_size: int) -> None:
 
 
 def _build(described: Description, path: Path) -> nn.Module:
-    name, hidden = described.model, described.hidden
-    packaged = "DEFAULT" if name in _PACKAGED else None
+    name = described.model
+    packaged = "DEFAULT" if name in PACKAGED else None
     weights = described.weights if described.holds == ADAPTER else packaged
     try:
-        model = create_transfer_model(
-            name, len(described.classes), weights=weights, **described.model_options
-        )
-        head = find_head(model)[0] if hidden is None else deepen_head(model, hidden)
+        find = find_model(name, weights, hidden=described.hidden, **described.model_options)
+        model, head = find(len(described.classes))
         if described.weights is None:
             # random weights are saved whole, with what the strategy added
             find_strategy(described.strategy).apply(model, head, **described.strategy_options)

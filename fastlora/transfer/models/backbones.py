@@ -46,12 +46,22 @@ def dinov2_vits14(image_size: int = 112, num_classes: int = 1000) -> VisionTrans
             f"the nearest is {max(1, round(image_size / PATCH_SIZE)) * PATCH_SIZE}"
         )
     weights = _Dinov2File(dinov2_onnx_path())
-    norm = functools.partial(nn.LayerNorm, eps=1e-6)
-    model = VisionTransformer(
-        image_size, PATCH_SIZE, _DEPTH, _HEADS, _WIDTH, _MLP_WIDTH, num_classes=num_classes, norm_layer=norm
-    )
+    model = vit_s14(image_size, num_classes)
     model.load_state_dict(weights.state_dict(image_size // PATCH_SIZE) | _zero_head(model))
     return model.eval()
+
+
+def vit_s14(image_size: int, num_classes: int) -> VisionTransformer:
+    """The architecture of :func:`dinov2_vits14` with random weights.
+
+    Args:
+        image_size: Height and width in pixels, a multiple of 14.
+        num_classes: Outputs of the head.
+    """
+    norm = functools.partial(nn.LayerNorm, eps=1e-6)
+    return VisionTransformer(
+        image_size, PATCH_SIZE, _DEPTH, _HEADS, _WIDTH, _MLP_WIDTH, num_classes=num_classes, norm_layer=norm
+    )
 
 
 def dinov2_onnx_path() -> Path:

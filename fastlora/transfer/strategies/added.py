@@ -1,4 +1,7 @@
-"""Strategies that freeze the model and train what they add."""
+"""Strategies that freeze the model and train what they add, and its new head.
+
+Their ``head`` is None for a model that keeps the head it has, a language model, say: it stays frozen.
+"""
 
 import re
 from collections.abc import Collection
@@ -14,7 +17,7 @@ _CARRIERS = (nn.Conv2d, nn.Linear, nn.MultiheadAttention)
 
 def lora(
     model: nn.Module,
-    head: str,
+    head: str | None,
     *,
     train_batch_norm: bool = False,
     rank: int = 16,
@@ -40,13 +43,13 @@ def lora(
         dropout=dropout,
         rslora=rslora,
         dora=dora,
-        modules_to_save=[head],
+        modules_to_save=_whole(head),
     )
 
 
 def adapter(
     model: nn.Module,
-    head: str,
+    head: str | None,
     *,
     train_batch_norm: bool = False,
     adapter_size: int = 64,
@@ -54,12 +57,12 @@ def adapter(
 ) -> None:
     """Bottleneck adapters after attention and MLP; see :func:`fastlora.apply_adapters`."""
     _no_batch_norm("adapter", train_batch_norm)
-    apply_adapters(model, adapter_size=adapter_size, dropout=dropout, modules_to_save=[head])
+    apply_adapters(model, adapter_size=adapter_size, dropout=dropout, modules_to_save=_whole(head))
 
 
 def prompt(
     model: nn.Module,
-    head: str,
+    head: str | None,
     *,
     train_batch_norm: bool = False,
     num_tokens: int = 10,
@@ -67,7 +70,7 @@ def prompt(
 ) -> None:
     """Learned tokens before the first block, or every block; see :func:`fastlora.apply_prompts`."""
     _no_batch_norm("prompt", train_batch_norm)
-    apply_prompts(model, num_tokens=num_tokens, deep=deep, modules_to_save=[head])
+    apply_prompts(model, num_tokens=num_tokens, deep=deep, modules_to_save=_whole(head))
 
 
 def _no_batch_norm(strategy: str, train_batch_norm: bool) -> None:
@@ -78,8 +81,12 @@ def _no_batch_norm(strategy: str, train_batch_norm: bool) -> None:
         )
 
 
-def _targets(model: nn.Module, head: str) -> str:
-    classifier = set(model.get_submodule(head).parameters())
+def _whole(head: str | None) -> list[str] | None:
+    return None if head is None else [head]
+
+
+def _targets(model: nn.Module, head: str | None) -> str:
+    classifier = set() if head is None else set(model.get_submodule(head).parameters())
     body = sum(p.numel() for p in model.parameters() if p not in classifier)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, _CARRIERS) and name != head}
     convolutions = sum(m.weight.numel() for m in layers.values() if isinstance(m, nn.Conv2d))

@@ -13,7 +13,7 @@ from fastlora.transfer.places import MODEL
 from fastlora.transfer.training.batches import Part
 from fastlora.transfer.training.checkpoint import CHECKPOINTS, PREFIX
 from fastlora.transfer.training.settings import TrainSettings
-from fastlora.transfer.unfreezing import GradualUnfreezing
+from fastlora.transfer.unfreezing import GradualUnfreezing, all_unfrozen
 
 _NAMED = 8
 
@@ -124,12 +124,9 @@ def what_changes(model: nn.Module, head: nn.Module, unfreezing: GradualUnfreezin
     Raises:
         ValueError: Nothing trains, or ``unfreezing`` is for more stages than the model has.
     """
-    if unfreezing is not None:
-        unfreezing.apply(model, head, max(unfreezing.at))
-    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    something_trains = any(p.requires_grad for p in model.parameters())
-    if unfreezing is not None:
-        unfreezing.apply(model, head, 0)
+    with all_unfrozen(model, head, unfreezing):
+        frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        something_trains = any(p.requires_grad for p in model.parameters())
     if not something_trains:
         raise ValueError("expected a model in which something trains, got one with every parameter frozen")
     state = model.state_dict()
