@@ -1,33 +1,37 @@
 """The comparison of ways to fine-tune: parameters by independent arithmetic, models by their structure."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torchvision.models import VisionTransformer
 
-from fastlora.anatomy import attention as anatomy
+from fastlora import create_transfer_model
 from fastlora.anatomy.stages import head as find_head
-from fastlora.transfer.costs import measure
-from fastlora.transfer.costs.counting import (
-    STRATEGIES,
-    StrategyCost,
-    TuningSettings,
-    apply_strategy,
-    check_strategy,
-    compare,
-)
+from fastlora.anatomy.stages import stages
+from fastlora.transfer.costs import CostSettings, StrategyCost, compare, counting, measure
+from fastlora.transfer.costs.rows import ROWS, find_row
 from fastlora.transfer.costs.usual import Verdict, sentences, verdicts
 from fastlora.transfer.models.weightless import LLAMA_7B, ModelSpec, build, describe_input, sample_input
+from fastlora.transfer.strategies import STRATEGIES
 
-SETTINGS = TuningSettings()
+SETTINGS = CostSettings()
 VIT_HEAD = 768 * 1000 + 1000
 VIT = 86_567_656
 
 
-def table(spec: ModelSpec, *strategies: str) -> dict[str, StrategyCost]:
-    return {cost.strategy: cost for cost in compare(spec, SETTINGS, strategies or None)}
+def table(spec: ModelSpec, *rows: str) -> dict[str, StrategyCost]:
+    return {cost.strategy: cost for cost in compare(spec, SETTINGS, rows or None)}
+
+
+def counted(spec: ModelSpec, *rows: str) -> dict[str, StrategyCost]:
+    """The same without a pass, which is what takes its time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(counting, "sample_input", lambda *given: None)
+        return table(spec, *rows)
 
 
 def trainable(costs: Mapping[str, StrategyCost]) -> dict[str, int]:
@@ -36,7 +40,7 @@ def trainable(costs: Mapping[str, StrategyCost]) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def vit() -> dict[str, StrategyCost]:
-    return table(ModelSpec("vit_b_16", batch_size=2))
+    return counted(ModelSpec("vit_b_16"))
 
 
 def test_vit_b_16_by_hand(vit: dict[str, StrategyCost]) -> None:
@@ -48,13 +52,13 @@ def test_vit_b_16_by_hand(vit: dict[str, StrategyCost]) -> None:
     assert trainable(vit) == {
         "full": VIT,
         # the final norm is unfrozen with the last block
-        "last_layers": block + 2 * wide + VIT_HEAD,
+        "fine_tuning": block + 2 * wide + VIT_HEAD,
         "lora": blocks * (packed + square + 2 * up) + VIT_HEAD,
         "lora_attention": blocks * (packed + square) + VIT_HEAD,
-        "adapters": blocks * 2 * adapter + VIT_HEAD,
-        "prompts": 10 * wide + VIT_HEAD,
-        "deep_prompts": blocks * 10 * wide + VIT_HEAD,
-        "linear_probe": VIT_HEAD,
+        "adapter": blocks * 2 * adapter + VIT_HEAD,
+        "prompt_shallow": 10 * wide + VIT_HEAD,
+        "prompt": blocks * 10 * wide + VIT_HEAD,
+        "feature_extraction": VIT_HEAD,
     }
 
 
@@ -63,85 +67,119 @@ def test_vit_b_16_percentages(vit: dict[str, StrategyCost]) -> None:
     assert added == {
         "lora": pytest.approx(100 * 2_359_296 / (VIT + 2_359_296)),
         "lora_attention": pytest.approx(100 * 884_736 / (VIT + 884_736)),
-        "adapters": pytest.approx(100 * 2_379_264 / (VIT + 2_379_264)),
-        "prompts": pytest.approx(100 * 7_680 / (VIT + 7_680)),
-        "deep_prompts": pytest.approx(100 * 92_160 / (VIT + 92_160)),
+        "adapter": pytest.approx(100 * 2_379_264 / (VIT + 2_379_264)),
+        "prompt_shallow": pytest.approx(100 * 7_680 / (VIT + 7_680)),
+        "prompt": pytest.approx(100 * 92_160 / (VIT + 92_160)),
     }
     assert {v.strategy: v.holds for v in verdicts(list(vit.values()))} == {
         "lora": False,
         "lora_attention": False,
-        "adapters": True,
-        "prompts": True,
-        "deep_prompts": False,
+        "adapter": True,
+        "prompt_shallow": True,
+        "prompt": False,
     }
     full = vit["full"].report
     assert full is not None
     assert full.trainable_percent == 100.0
 
 
-def test_vit_b_16_kept_activations(vit: dict[str, StrategyCost]) -> None:
-    kept = {name: cost.report.kept_bytes for name, cost in vit.items() if cost.report is not None}
-    tokens = 2 * 197 * 768 * 4
-    # the probe keeps what the class token is a slice of; the last block one thirteenth or so of everything
-    assert kept["linear_probe"] == tokens
-    assert kept["full"] is not None
-    assert kept["last_layers"] is not None
-    assert 1 / 14 < kept["last_layers"] / kept["full"] < 1 / 10
+def test_kept_activations_of_a_transformer(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks, tokens, wide, batch = 4, 16 * 16 + 1, 256, 2
+    monkeypatch.setattr(
+        counting, "build", lambda spec: VisionTransformer(32, 2, blocks, 2, wide, 1024).train()
+    )
+    rows = ("full", "fine_tuning", "lora", "prompt_shallow", "feature_extraction")
+    costs = table(ModelSpec("vit_b_16", batch_size=batch), *rows)
+    kept = {name: cost.report.kept_bytes or 0 for name, cost in costs.items() if cost.report is not None}
+    # the probe keeps what the class token is a slice of; the last block about its part of everything
+    assert kept["feature_extraction"] == batch * tokens * wide * 4
+    assert 1 / (blocks + 1) < kept["fine_tuning"] / kept["full"] < 1 / (blocks - 1)
     # a frozen LayerNorm and a frozen linear layer keep less than a trained one
-    assert kept["prompts"] is not None
-    assert kept["lora"] is not None
-    assert kept["prompts"] < kept["lora"] <= kept["full"]
+    assert kept["prompt_shallow"] < kept["lora"] <= kept["full"]
 
 
 def test_resnet_50() -> None:
-    costs = table(ModelSpec("resnet50", batch_size=2))
+    costs = counted(ModelSpec("resnet50"))
     head = 2048 * 1000 + 1000
+    # a bottleneck block: inputs and outputs of its three convolutions, and of the shortcut of the first
+    stack = {64: (64, 3), 128: (256, 4), 256: (512, 6), 512: (1024, 3)}
+    lora = 16 * (3 * 7 * 7 + 64)
+    for narrow, (inputs, count) in stack.items():
+        wide = 4 * narrow
+        rest = (count - 1) * (wide + narrow) + count * (9 * narrow + narrow + narrow + wide)
+        lora += 16 * (inputs + narrow + inputs + wide + rest)
     assert trainable(costs) == {
         "full": 25_557_032,
-        "last_layers": 14_964_736 + head,
-        "lora": 16 * (2048 + 1000),
-        "linear_probe": head,
+        "fine_tuning": 14_964_736 + head,
+        "lora": lora + head,
+        "feature_extraction": head,
     }
-    assert costs["lora"].note == "fc is the only linear layer; convolutions can't carry LoRA yet"
-    assert not costs["lora"].adapts_body
-    assert all(costs[name].note.startswith("not possible") for name in ("adapters", "prompts"))
-    # LoRA on the head alone proves nothing about LoRA
-    assert verdicts(list(costs.values())) == []
+    assert costs["lora"].note == ""
+    assert costs["lora"].adapts_body
+    refused = ("lora_attention", "adapter", "prompt_shallow", "prompt")
+    assert all(costs[name].note.startswith("not possible") for name in refused)
+    assert [verdict.strategy for verdict in verdicts(list(costs.values()))] == ["lora"]
 
 
 def test_llama_7b() -> None:
     pytest.importorskip("transformers", reason="LLaMA's shape comes from transformers")
-    spec = ModelSpec(LLAMA_7B, batch_size=1, sequence_length=8)
-    costs = table(spec, "full", "last_layers", "lora_attention", "prompts", "deep_prompts", "linear_probe")
+    rows = ("full", "fine_tuning", "lora_attention", "prompt_shallow", "prompt", "feature_extraction")
+    costs = counted(ModelSpec(LLAMA_7B), *rows)
     head = 32000 * 4096
     block = 4 * 4096 * 4096 + 3 * 4096 * 11008 + 2 * 4096
     assert trainable(costs) == {
         "full": 6_738_415_616,
-        "last_layers": block + 4096 + head,
+        "fine_tuning": block + 4096 + head,
         "lora_attention": 32 * 2 * 16 * (4096 + 4096),
-        "prompts": 10 * 4096,
-        "linear_probe": head,
+        "prompt_shallow": 10 * 4096,
+        "feature_extraction": head,
     }
     assert {v.strategy: v.holds for v in verdicts(list(costs.values()))} == {
         "lora_attention": True,
-        "prompts": False,
+        "prompt_shallow": False,
     }
     full = costs["full"].report
     assert full is not None
     # bfloat16 weights, gradients and moments
     assert full.weight_bytes + full.gradient_bytes == 4 * 6_738_415_616
     assert full.optimizer_bytes == 4 * 6_738_415_616 + 4 * (32 * 9 + 3)
-    assert costs["deep_prompts"].report is None
+    assert costs["prompt"].report is None
 
 
 def test_timm_names() -> None:
     pytest.importorskip("timm", reason="the model is timm's")
     spec = ModelSpec("timm:vit_tiny_patch16_224", batch_size=1, num_classes=5)
-    costs = table(spec, "last_layers", "lora_attention", "linear_probe")
-    assert costs["last_layers"].note == "trains blocks.11 and head"
+    costs = counted(spec, "fine_tuning", "lora_attention", "feature_extraction")
+    assert costs["fine_tuning"].note == "trains blocks.11 and head"
     assert trainable(costs)["lora_attention"] == 12 * 16 * (192 + 3 * 192) + 192 * 5 + 5
     assert "packs q, k and v" in costs["lora_attention"].note
-    assert costs["linear_probe"].report is not None
+    assert costs["feature_extraction"].report is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "strategies"),
+    [
+        ("resnet18", None, list(STRATEGIES)),
+        ("dinov2_vits14", "DEFAULT", ["lora", "adapter", "prompt", "fine_tuning"]),
+        ("efficientnet_lite0", "DEFAULT", ["lora", "full", "adapter"]),
+        ("googlenet", None, ["full", "lora"]),
+    ],
+    ids=["resnet18", "dinov2", "efficientnet", "googlenet"],
+)
+def test_what_is_counted_is_what_would_be_trained(
+    name: str, weights: str | None, strategies: list[str]
+) -> None:
+    rows = [strategy for strategy in strategies if strategy in ROWS]
+    found = trainable(counted(ModelSpec(name, num_classes=3), *rows))
+    made = {}
+    for strategy in rows:
+        try:
+            model = create_transfer_model(name, 3, strategy, weights=weights)
+        except (ValueError, TypeError):
+            continue
+        made[strategy] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found == made
+    assert made
 
 
 @pytest.mark.parametrize(
@@ -157,34 +195,22 @@ def test_timm_names() -> None:
 )
 def test_head_and_last_stage(name: str, head: str, stage: str) -> None:
     model = build(ModelSpec(name))
-    assert find_head(model)[0] == head
-    found, module = anatomy.last_stage(model)
-    assert found == stage
-    assert model.get_submodule(stage) in module.children()
+    found, layer = find_head(model)
+    last = stages(model, layer)[-1]
+    assert (found, last.name) == (head, stage)
+    assert model.get_submodule(stage) in last.modules
 
 
-class _OnlyHead(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(2, 2)
-
-
-def test_a_model_without_head_or_stages() -> None:
-    with pytest.raises(ValueError, match="expected a head called heads, head"):
-        find_head(nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(ValueError, match="expected layers before the head"):
-        anatomy.last_stage(_OnlyHead())
-    with pytest.raises(ValueError, match="expected attention"):
-        anatomy.attention_targets(build(ModelSpec("resnet18")), 16)
-    costs = table(ModelSpec("alexnet", batch_size=1), "lora_attention", "linear_probe")
+def test_what_a_model_can_not_have_is_said() -> None:
+    costs = counted(ModelSpec("alexnet", batch_size=1), "lora_attention", "feature_extraction")
     assert costs["lora_attention"].report is None
-    assert trainable(costs) == {"linear_probe": 4096 * 1000 + 1000}
+    assert costs["lora_attention"].note.startswith("not possible: expected attention, got AlexNet")
+    assert trainable(costs) == {"feature_extraction": 4096 * 1000 + 1000}
 
 
 def test_lora_that_is_never_called_is_told() -> None:
     """torchvision's Swin reads the weights of ``qkv`` and calls no layer."""
-    costs = table(ModelSpec("swin_t", batch_size=1), "full", "lora_attention")
-    assert costs["full"].note == ""
+    costs = table(ModelSpec("swin_t", batch_size=1), "lora_attention")
     note = costs["lora_attention"].note
     told = "never called and train nothing, features.1.0.attn.qkv first" in note
     # apply_lora may as well refuse
@@ -207,8 +233,9 @@ def test_weightless_models_have_the_shapes_of_real_ones() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "vit_b16"}, r"got 'vit_b16'; did you mean 'vit_b_16'"),
+        ({"name": "vit_b16"}, r"did you mean 'vit_b_16'.* llama-7b or timm:NAME, got 'vit_b16'"),
         ({"name": "llama7b"}, "did you mean 'llama-7b'"),
+        ({"name": "dinov2_vits"}, "did you mean 'dinov2_vits14'"),
         ({"name": "timm:resnet5"}, "did you mean 'timm:resnet50'"),
         ({"name": "resnet18", "batch_size": 0}, "expected batch_size >= 1, got 0"),
         ({"name": "resnet18", "num_classes": 0}, "expected num_classes >= 1, got 0"),
@@ -224,15 +251,14 @@ def test_bad_specs(settings: dict[str, object], message: str) -> None:
 
 
 def test_unknown_strategy() -> None:
-    with pytest.raises(ValueError, match="expected a strategy, one of full, last_layers"):
-        check_strategy("everything")
-    spec = ModelSpec("resnet18")
-    with pytest.raises(ValueError, match="got 'everything'"):
-        apply_strategy("everything", build(spec), spec, SETTINGS)
+    with pytest.raises(ValueError, match=r"expected a strategy out of full, fine_tuning, .*got 'everything'"):
+        find_row("everything")
+    with pytest.raises(ValueError, match="did you mean 'feature_extraction'"):
+        table(ModelSpec("resnet18"), "feature_extracton")
 
 
 def test_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     spec = ModelSpec(LLAMA_7B)
     with pytest.raises(
         ImportError, match=r"llama-7b needs the package transformers.*fastlora-triton\[peft\]"
@@ -254,12 +280,12 @@ def test_every_strategy_has_a_record_without_objects() -> None:
     cost = StrategyCost("lora", "LoRA", True, None, note="not possible: because")
     assert cost.as_json()["report"] is None
     assert set(cost.as_json()) >= {field.name for field in dataclasses.fields(cost)} - {"adds", "measured"}
-    assert list(STRATEGIES) == [strategy.name for strategy in STRATEGIES.values()]
+    assert list(ROWS) == [row.name for row in ROWS.values()]
 
 
 def test_measured_peak_covers_the_computed_sum_and_a_step_takes_time() -> None:
     """A network of a few megabytes: what is measured can't be less than what is held at the same time."""
-    spec = ModelSpec("shufflenet_v2_x0_5", batch_size=16)
+    spec = ModelSpec("squeezenet1_1", batch_size=1)
     cost = table(spec, "full")["full"]
     assert cost.report is not None
     report = cost.report
@@ -270,9 +296,13 @@ def test_measured_peak_covers_the_computed_sum_and_a_step_takes_time() -> None:
     assert found.step_seconds > 0
 
 
-def test_measuring_says_why_it_can_not() -> None:
+def test_measuring_says_why_it_can_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = ModelSpec("resnet18", batch_size=1)
     with pytest.raises(measure.Unmeasured, match="needs about 1,048,576 TiB"):
         measure.measured(spec, "full", SETTINGS, expected_bytes=2**60, device="cpu")
-    with pytest.raises(measure.Unmeasured, match="exit code 1: ValueError: expected a strategy"):
-        measure.measured(spec, "everything", SETTINGS, expected_bytes=0, device="cpu")
+    dying = tmp_path / "python"
+    dying.write_text("#!/bin/sh\necho 'Traceback:\nValueError: expected more' >&2\nexit 3\n")
+    dying.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(dying))
+    with pytest.raises(measure.Unmeasured, match="exit code 3: ValueError: expected more"):
+        measure.measured(spec, "full", SETTINGS, expected_bytes=0, device="cpu")

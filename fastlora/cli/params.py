@@ -15,7 +15,8 @@ from fastlora.cli._console import make_console
 from fastlora.cli._progress import LiveReporter
 
 if TYPE_CHECKING:
-    from fastlora.transfer.costs.counting import StrategyCost, TuningSettings
+    from fastlora.transfer.costs.counting import StrategyCost
+    from fastlora.transfer.costs.rows import CostSettings
     from fastlora.transfer.models.weightless import ModelSpec
 
 
@@ -23,7 +24,7 @@ _FROM_HERE_GIB = 25 * 2**30
 
 
 class Dtype(StrEnum):
-    """Of the weights."""
+    """Dtypes of the weights."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -33,7 +34,7 @@ class Dtype(StrEnum):
 def params(
     model: Annotated[
         str,
-        typer.Argument(help="A classification model of torchvision, timm:NAME, or llama-7b."),
+        typer.Argument(help="Any model of fastlora finetune, or llama-7b."),
     ],
     rank: Annotated[int, typer.Option(min=1, help="Of every LoRA update.")] = 16,
     adapter_size: Annotated[int, typer.Option(min=1, help="Width of every adapter's bottleneck.")] = 64,
@@ -69,12 +70,12 @@ def params(
     [bold]Example[/bold]: fastlora params vit_b_16 --rank 8 --batch-size 32
     """
     # models are slow to import
-    from fastlora.transfer.costs.counting import TuningSettings
+    from fastlora.transfer.costs.rows import CostSettings
     from fastlora.transfer.models.weightless import ModelSpec
 
     console = make_console(to_stderr=True)
     spec = ModelSpec(model, num_classes, None if dtype is None else dtype.value, batch_size, sequence_length)
-    settings = TuningSettings(rank, adapter_size, prompts or num_tokens)
+    settings = CostSettings(rank, adapter_size, prompts or num_tokens)
     costs = _costs(spec, settings, details, console)
     if measure:
         costs = _measured(costs, spec, settings, console)
@@ -85,22 +86,23 @@ def params(
 
 
 def _costs(
-    spec: "ModelSpec", settings: "TuningSettings", details: str | None, console: Console
+    spec: "ModelSpec", settings: "CostSettings", details: str | None, console: Console
 ) -> "list[StrategyCost]":
-    from fastlora.transfer.costs.counting import STRATEGIES, check_strategy, compare
+    from fastlora.transfer.costs.counting import compare
+    from fastlora.transfer.costs.rows import ROWS, find_row
 
     if details is not None:
-        check_strategy(details)
+        find_row(details)
     costs = []
     with LiveReporter(console) as reporter:
         for cost in compare(spec, settings):
             costs.append(cost)
-            reporter.show(f"counting {spec.name}", len(costs), len(STRATEGIES))
+            reporter.show(f"counting {spec.name}", len(costs), len(ROWS))
     return costs
 
 
 def _measured(
-    costs: "Sequence[StrategyCost]", spec: "ModelSpec", settings: "TuningSettings", console: Console
+    costs: "Sequence[StrategyCost]", spec: "ModelSpec", settings: "CostSettings", console: Console
 ) -> "list[StrategyCost]":
     from fastlora.transfer.costs.measure import Unmeasured, measured
 
@@ -117,7 +119,7 @@ def _measured(
     return done
 
 
-def _record(costs: "Sequence[StrategyCost]", spec: "ModelSpec", settings: "TuningSettings") -> dict[str, Any]:
+def _record(costs: "Sequence[StrategyCost]", spec: "ModelSpec", settings: "CostSettings") -> dict[str, Any]:
     from fastlora.transfer.costs.usual import verdicts
 
     resolved = {"dtype": str(spec.torch_dtype).removeprefix("torch.")}

@@ -30,7 +30,7 @@ def tune(
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Instead, a model of torchvision, timm:NAME, or llama-7b.")
+        str | None, typer.Option(help="Instead, any model of fastlora finetune, or llama-7b.")
     ] = None,
     rank: Annotated[int, typer.Option(min=1, help="Of a model's updates.")] = 16,
     dropout: Annotated[float, typer.Option(min=0, max=0.99, help="Of a model's updates.")] = 0.0,

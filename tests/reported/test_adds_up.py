@@ -9,7 +9,7 @@ from torchvision import models
 import fastlora
 from fastlora.cli.params import _cells
 from fastlora.parameters.report import folded
-from fastlora.transfer.costs.counting import TuningSettings, compare
+from fastlora.transfer.costs import CostSettings, compare
 from fastlora.transfer.models.weightless import ModelSpec
 from fastlora.transfer.report import parameter_counts
 
@@ -72,7 +72,7 @@ def test_what_two_modules_share_counts_once() -> None:
 
 def test_a_line_of_params_adds_up() -> None:
     """Of a model whose buffers are as large as its weights too."""
-    (cost,) = compare(ModelSpec("resnet18", batch_size=1), TuningSettings(), ["full"])
+    (cost,) = compare(ModelSpec("resnet18", batch_size=1), CostSettings(), ["full"])
     assert cost.report is not None
     sizes = [float(cell.replace(",", "")) for cell in _cells(cost, 2**10, False)[3:]]
     assert sum(sizes[:-1]) == pytest.approx(sizes[-1], abs=2)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from fastlora._core.memory import PeakMemory
 from fastlora._core.text import readable_bytes
-from fastlora.transfer.costs.counting import Measured, TuningSettings, apply_strategy
+from fastlora.transfer.costs.counting import Measured
+from fastlora.transfer.costs.rows import CostSettings, find_row
 from fastlora.transfer.models.weightless import ModelSpec, build, sample_input
 
 # the second step has the optimiser state that the first one makes
@@ -39,8 +40,8 @@ class Unmeasured(Exception):
 
 def measured(
     spec: ModelSpec,
-    strategy: str,
-    settings: TuningSettings,
+    row: str,
+    settings: CostSettings,
     *,
     expected_bytes: int,
     device: str | None = None,
@@ -52,7 +53,7 @@ def measured(
 
     Args:
         spec: The model and its batch.
-        strategy: What trains; see :data:`fastlora.transfer.costs.counting.STRATEGIES`.
+        row: What trains, by its name in ``rows.ROWS``.
         settings: Sizes of what is added.
         expected_bytes: The computed sum; nothing is started that would not fit in free memory.
         device: ``"cpu"`` or ``"cuda"``; None means CUDA if there is any.
@@ -66,7 +67,7 @@ def measured(
         raise Unmeasured(
             f"needs about {readable_bytes(expected_bytes)}, {readable_bytes(free)} are free on {device}"
         )
-    job = {"spec": asdict(spec), "strategy": strategy, "settings": asdict(settings), "device": device}
+    job = {"spec": asdict(spec), "row": row, "settings": asdict(settings), "device": device}
     command = [sys.executable, "-m", "fastlora.transfer.costs.measure", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -81,7 +82,7 @@ def _free_bytes(device: str) -> int | None:
     return _proc_bytes(Path("/proc/meminfo"), "MemAvailable")
 
 
-def _measure_here(spec: ModelSpec, strategy: str, settings: TuningSettings, device: torch.device) -> Measured:
+def _measure_here(spec: ModelSpec, row: str, settings: CostSettings, device: torch.device) -> Measured:
     _free_blocks_from(_MMAP_BYTES)
     # what the first step of a process loads and allocates once is no cost of the strategy
     toy = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4))
@@ -91,8 +92,8 @@ def _measure_here(spec: ModelSpec, strategy: str, settings: TuningSettings, devi
     with peak:
         model = build(spec, weightless=False)
         inputs = sample_input(spec, model)
-        apply_strategy(strategy, model, spec, settings)
-        train = _trainer(model.to(device), inputs)
+        find_row(row).apply(model, settings, new_head=not spec.is_text)
+        train = _trainer(model.to(device).train(), inputs)
         train(STEPS)
     if peak.bytes is None:
         raise OSError("expected a system with /proc to measure memory on the CPU, got one without")
@@ -167,8 +168,8 @@ def _free_blocks_from(threshold: int) -> None:
 
 def _main() -> None:
     job = json.loads(sys.argv[1])
-    spec, settings = ModelSpec(**job["spec"]), TuningSettings(**job["settings"])
-    print(json.dumps(asdict(_measure_here(spec, job["strategy"], settings, torch.device(job["device"])))))
+    spec, settings = ModelSpec(**job["spec"]), CostSettings(**job["settings"])
+    print(json.dumps(asdict(_measure_here(spec, job["row"], settings, torch.device(job["device"])))))
 
 
 if __name__ == "__main__":

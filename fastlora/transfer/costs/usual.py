@@ -6,37 +6,26 @@ from dataclasses import dataclass
 from fastlora._core.text import readable_percent
 from fastlora.transfer.costs.counting import StrategyCost
 
-
-@dataclass(frozen=True)
-class Claim:
-    """What is usually said.
-
-    Attributes:
-        method: For readers.
-        quoted: As it is usually written.
-        lowest: Percent from which we call it right: half of a single figure.
-        highest: Percent up to which we call it right: twice a single figure.
-        strategies: The machine names of what it is about.
-    """
-
-    method: str
-    quoted: str
-    lowest: float
-    highest: float
-    strategies: tuple[str, ...]
+# method, what is usually said of it, from and up to which percentage that is right (half and twice a single
+# figure), and the strategies that it is about
+_CLAIMS = (
+    ("LoRA", "about 0.1 %", 0.05, 0.2, ("lora", "lora_attention")),
+    ("Adapters", "1 to 5 %", 1.0, 5.0, ("adapter",)),
+    ("Prompts", "about 0.01 %", 0.005, 0.02, ("prompt_shallow", "prompt")),
+)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a claim holds for one strategy on one model.
+    """Whether what is usually said holds for one strategy on one model.
 
     Attributes:
-        method: The claim's.
-        quoted: The claim's.
-        strategy: Machine name.
+        method: What it is said of.
+        quoted: The percentage, as it is usually written.
+        strategy: Name of the strategy.
         title: The strategy for readers.
         percent: What the strategy adds, without a head, in percent of all parameters.
-        holds: Whether that is in the claim's range.
+        holds: Whether that is what is said.
     """
 
     method: str
@@ -47,43 +36,36 @@ class Verdict:
     holds: bool
 
 
-CLAIMS = (
-    Claim("LoRA", "about 0.1 %", 0.05, 0.2, ("lora", "lora_attention")),
-    Claim("Adapters", "1 to 5 %", 1.0, 5.0, ("adapters",)),
-    Claim("Prompts", "about 0.01 %", 0.005, 0.02, ("prompts", "deep_prompts")),
-)
-
-
 def verdicts(costs: Sequence[StrategyCost]) -> list[Verdict]:
-    """One for each strategy that a claim is about and that changes more of the model than its head."""
-    found = []
-    for claim in CLAIMS:
-        for cost in costs:
-            percent = cost.added_percent
-            if cost.strategy in claim.strategies and cost.adapts_body and percent is not None:
-                holds = claim.lowest <= percent <= claim.highest
-                found.append(Verdict(claim.method, claim.quoted, cost.strategy, cost.title, percent, holds))
-    return found
+    """One for each strategy that something is usually said of and that the model can have.
+
+    Args:
+        costs: Of one model.
+    """
+    return [
+        Verdict(method, quoted, cost.strategy, cost.title, percent, lowest <= percent <= highest)
+        for method, quoted, lowest, highest, strategies in _CLAIMS
+        for cost in costs
+        if cost.strategy in strategies and (percent := cost.added_percent) is not None
+    ]
 
 
 def sentences(found: Sequence[Verdict]) -> list[str]:
     """The verdicts in words, one sentence for each method.
 
+    Args:
+        found: See :func:`verdicts`.
+
     Example:
-        >>> sentences([Verdict("Prompts", "about 0.01 %", "prompts", "Prompts, 10 shallow", 0.0006, False)])
-        ['Prompts, usually about 0.01 %: not for 0.00060 % (Prompts, 10 shallow).']
+        >>> sentences([Verdict("Prompts", "about 0.01 %", "prompt", "Prompts, 10 deep", 0.11, False)])
+        ['Prompts, usually about 0.01 %: not for 0.11 % (Prompts, 10 deep).']
     """
     lines = []
-    for claim in CLAIMS:
-        ours = [verdict for verdict in found if verdict.method == claim.method]
-        right, wrong = ([_one(v) for v in ours if v.holds is holds] for holds in (True, False))
-        parts = [
-            f"{verb} {', '.join(ones)}" for verb, ones in (("holds for", right), ("not for", wrong)) if ones
-        ]
-        if parts:
-            lines.append(f"{claim.method}, usually {claim.quoted}: {'; '.join(parts)}.")
+    for method, quoted in dict.fromkeys((verdict.method, verdict.quoted) for verdict in found):
+        parts = []
+        for verb, holds in (("holds for", True), ("not for", False)):
+            ones = [verdict for verdict in found if (verdict.method, verdict.holds) == (method, holds)]
+            shown = (f"{readable_percent(one.percent)} % ({one.title})" for one in ones)
+            parts += [f"{verb} {', '.join(shown)}"] * bool(ones)
+        lines.append(f"{method}, usually {quoted}: {'; '.join(parts)}.")
     return lines
-
-
-def _one(verdict: Verdict) -> str:
-    return f"{readable_percent(verdict.percent)} % ({verdict.title})"

@@ -1,6 +1,5 @@
 """Models by name, built without memory for their weights, or with random ones."""
 
-import difflib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,9 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fastlora._core.extras import require
+from fastlora.transfer.models.backbones import vit_s14
+from fastlora.transfer.models.efficientnet import ARCHITECTURE
+from fastlora.transfer.models.find import find_model
+from fastlora.transfer.models.freezing import keep_frozen_in_eval
+from fastlora.transfer.models.names import DINOV2, EFFICIENTNET_LITE0, TIMM_PREFIX, check_name
 
 LLAMA_7B = "llama-7b"
-TIMM_PREFIX = "timm:"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # the published 7-billion-parameter LLaMA (Touvron et al., https://arxiv.org/abs/2302.13971)
 _LLAMA_7B_CONFIG = {
@@ -24,7 +27,7 @@ _LLAMA_7B_CONFIG = {
     "use_cache": False,
 }
 _DEFAULT_CLASSES = 1000
-_LISTED = 6
+_IMAGE_SIZE = 224
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class ModelSpec:
     """A model by its name, and the batch it is looked at with.
 
     Attributes:
-        name: Of a classification model of torchvision, ``timm:`` and a name of timm's, or ``llama-7b``.
+        name: A model that :func:`fastlora.create_transfer_model` knows, or ``llama-7b``.
         num_classes: Outputs of an image model; None means 1000.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; None means bfloat16 for ``llama-7b``, else
             float32.
@@ -66,9 +69,7 @@ class ModelSpec:
             raise ValueError(
                 f"expected no num_classes for {LLAMA_7B}, got {self.num_classes}; it predicts words"
             )
-        names = _names(self.name)
-        if self.name not in names:
-            raise ValueError(_unknown(self.name, names))
+        check_name(self.name, LLAMA_7B)
 
     @property
     def is_text(self) -> bool:
@@ -77,15 +78,18 @@ class ModelSpec:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """Dtype of the weights."""
         return DTYPES[self.dtype or ("bfloat16" if self.is_text else "float32")]
 
 
 def build(spec: ModelSpec, *, weightless: bool = True) -> nn.Module:
     """The model in train mode on the CPU, everything trainable.
 
+    It is what :func:`fastlora.create_transfer_model` makes, with other weights: what is frozen in an image
+    model stays in eval mode.
+
     Args:
-        spec: Which.
+        spec: The model.
         weightless: Give every parameter its shape without its memory: all elements are one zero. Counting and
             a pass on shapes work, and layers can be added as to any model. Without it, random weights.
 
@@ -118,23 +122,6 @@ def describe_input(spec: ModelSpec, model: nn.Module) -> str:
     return f"{spec.batch_size} images of {' x '.join(map(str, _image_shape(spec, model)))}"
 
 
-def _names(name: str) -> list[str]:
-    if name.startswith(TIMM_PREFIX):
-        return [TIMM_PREFIX + known for known in _timm(name).list_models()]
-    from torchvision import models
-
-    return [*models.list_models(module=models), LLAMA_7B]
-
-
-def _unknown(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name.lower(), names, n=_LISTED, cutoff=0.4)
-    advice = f"did you mean {', '.join(map(repr, near))}?" if near else "vit_b_16 and resnet50 are two"
-    return (
-        f"expected a classification model of torchvision, {LLAMA_7B}, or {TIMM_PREFIX}NAME for one of timm's "
-        f"(random weights), got {name!r}; {advice}"
-    )
-
-
 def _maker(spec: ModelSpec) -> Callable[[], nn.Module]:
     if spec.is_text:
         transformers = require(
@@ -143,17 +130,12 @@ def _maker(spec: ModelSpec) -> Callable[[], nn.Module]:
         config = transformers.LlamaConfig(**_LLAMA_7B_CONFIG)
         return lambda: _module(transformers.LlamaForCausalLM(config))
     classes = spec.num_classes or _DEFAULT_CLASSES
-    if spec.name.startswith(TIMM_PREFIX):
-        timm = _timm(spec.name)
-        name = spec.name.removeprefix(TIMM_PREFIX)
-        return lambda: _module(timm.create_model(name, pretrained=False, num_classes=classes))
-    from torchvision import models
-
-    return lambda: _module(models.get_model(spec.name, weights=None, num_classes=classes))
-
-
-def _timm(name: str) -> Any:
-    return require("timm", distribution="timm", purpose=f"the model {name}", extra="timm")
+    if spec.name == DINOV2:
+        return lambda: keep_frozen_in_eval(vit_s14(_IMAGE_SIZE, classes))
+    # those that come in packages have no random weights of their own
+    name = f"{TIMM_PREFIX}{ARCHITECTURE}" if spec.name == EFFICIENTNET_LITE0 else spec.name
+    find = find_model(name, weights=None)
+    return lambda: find(classes)[0]
 
 
 def _module(model: Any) -> nn.Module:
@@ -193,7 +175,8 @@ def _zero(parameter: Tensor) -> Tensor:
 
 def _image_shape(spec: ModelSpec, model: nn.Module) -> tuple[int, ...]:
     described: Any = getattr(model, "default_cfg", None)
-    if spec.name.startswith(TIMM_PREFIX) and described:
+    if described:
+        # timm's way to say it
         return tuple(described["input_size"])
-    size = getattr(model, "image_size", 299 if spec.name == "inception_v3" else 224)
+    size = getattr(model, "image_size", 299 if spec.name == "inception_v3" else _IMAGE_SIZE)
     return (3, size, size)
