@@ -20,16 +20,16 @@ def diagnose(
         Path, typer.Option(help="Labelled pictures: a folder with a folder for each class, or a .csv file.")
     ],
     target: Annotated[
-        Path, typer.Option(help="The other domain: the same, or a folder of pictures without labels.")
+        Path, typer.Option(help="The other domain: labelled as well, or a folder of pictures without labels.")
     ],
     model: Annotated[
-        str, typer.Option(help="Whose features to compare in: as in fastlora finetune.")
+        str, typer.Option(help="Model in whose features to compare, one that finetune takes.")
     ] = "dinov2_vits14",
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Height and width in pixels; the model's own without it.")
     ] = None,
     cache: Annotated[Path, typer.Option(help="Folder that keeps the features.")] = Path("features"),
-    seed: Annotated[int, typer.Option(min=0, help="Of every split.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of every split.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON on stdout.")] = False,
 ) -> None:
     """Tell covariate shift from label shift between two folders of pictures, and say what to do.

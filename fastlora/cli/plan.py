@@ -25,7 +25,7 @@ class Op(StrEnum):
 
 
 class Dtype(StrEnum):
-    """Of a layer."""
+    """The dtype of a layer."""
 
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -39,9 +39,9 @@ def plan(
     shape: Annotated[
         str, typer.Option(help="rows x inputs x outputs of the layer; rows x hidden size for an adapter.")
     ],
-    rank: Annotated[int, typer.Option(min=1, help="Of the LoRA update; an adapter's bottleneck.")] = 16,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA update; bottleneck of an adapter.")] = 16,
     dropout: Annotated[float, typer.Option(help="Probability in [0, 1).")] = 0.0,
-    dtype: Annotated[Dtype, typer.Option(help="Of the layer's input.")] = Dtype.bfloat16,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the layer's input.")] = Dtype.bfloat16,
     op: Annotated[Op, typer.Option(help="What is computed.")] = Op.lora_linear,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON on stdout.")] = False,
 ) -> None:

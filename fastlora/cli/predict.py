@@ -40,7 +40,7 @@ def predict(
             "with an apostrophe.",
         ),
     ] = Output.table,
-    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
     output: Annotated[
         Path | None, typer.Option(help="File to write the answers to, whole or not at all.")
     ] = None,

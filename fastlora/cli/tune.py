@@ -32,9 +32,9 @@ def tune(
     model: Annotated[
         str | None, typer.Option(help="Instead, any model of fastlora finetune, or llama-7b.")
     ] = None,
-    rank: Annotated[int, typer.Option(min=1, help="Of a model's updates.")] = 16,
-    dropout: Annotated[float, typer.Option(min=0, max=0.99, help="Of a model's updates.")] = 0.0,
-    dtype: Annotated[Dtype, typer.Option(help="Of a model's layers.")] = Dtype.bfloat16,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of a model's updates.")] = 16,
+    dropout: Annotated[float, typer.Option(min=0, max=0.99, help="Dropout of a model's updates.")] = 0.0,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of a model's layers.")] = Dtype.bfloat16,
     batch_size: Annotated[int, typer.Option(min=1, help="Images or texts in a model's batch.")] = 8,
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens in a text.")] = 512,
     show: Annotated[
