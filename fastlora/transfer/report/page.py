@@ -15,7 +15,8 @@ def page(template: str, **values: Any) -> str:
 
     Args:
         template: Path of a template inside this package, which fills the blocks of ``base.html.jinja``.
-        values: What it shows; of a picture the bytes of its PNG, which the filter ``inline`` puts in place.
+        values: What it shows; of a picture the bytes of its PNG, which the filters ``figure`` and ``inline``
+            put in place.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fastlora", ""),
@@ -25,6 +26,7 @@ def page(template: str, **values: Any) -> str:
         finalize=_shown,
     )
     environment.filters |= {
+        "figure": _figure,
         "inline": _inline,
         "mib": _mib,
         "percent": percent,
@@ -41,6 +43,12 @@ def percent(share: float | None) -> str:
         ('82.4 %', '–')
     """
     return "–" if share is None or share != share else f"{100 * share:.1f} %"
+
+
+def _figure(picture: bytes, words: str) -> Markup:
+    """A picture as wide as the page, in words for who can't see it."""
+    element = '<div class="wide"><img src="{}" alt="{}"></div>'
+    return Markup(element).format(_inline(picture), words)
 
 
 def _inline(picture: bytes) -> str:

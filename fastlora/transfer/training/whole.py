@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -46,11 +46,6 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether any parameter is in pieces."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def _placed(parameter: Tensor, entry: Any) -> Any:
