@@ -85,7 +85,7 @@ def resolve(device: torch.device, dtype: torch.dtype, *tensors: Tensor) -> Backe
     Args:
         device: Where it computes.
         dtype: What it computes in.
-        tensors: Those that may be nested, quantised or sharded, which the eager formula alone takes.
+        tensors: Tensors that may be nested, quantised or sharded, which the eager formula alone takes.
 
     Raises:
         ValueError: The selected backend can't serve them.

@@ -11,7 +11,7 @@ def require(module: str, *, distribution: str, purpose: str, extra: str = "demo"
 
     Args:
         module: What to import, for example ``"onnx"``.
-        distribution: Its name on the package index.
+        distribution: Name of the package on the package index.
         purpose: What needs it, in the words of the error.
         extra: The extra of ours that installs it.
 

@@ -16,7 +16,7 @@ def shown_lazily(
     Type checkers don't run it: the package imports the same names under ``TYPE_CHECKING``.
 
     Args:
-        package: Its ``__name__``.
+        package: The package's ``__name__``.
         places: The names that each of its submodules defines; none for a submodule that is shown itself.
 
     Example:

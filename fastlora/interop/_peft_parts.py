@@ -57,7 +57,7 @@ def read(layer: Any, names: Collection[str], *, accepted: Collection[type] = PLA
 
     Args:
         layer: PEFT's ``lora.Linear``.
-        names: Of those of its adapters that take part.
+        names: Names of the layer's adapters that take part.
         accepted: Types of weights.
     """
     base = _linear("base_layer", layer._modules["base_layer"], accepted)

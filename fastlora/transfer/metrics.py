@@ -52,7 +52,7 @@ def accuracy_interval(confusion: Tensor, z: float = 1.959964) -> tuple[float, fl
     Wilson 1927, J. Am. Stat. Assoc. 22, 209; see Brown, Cai & DasGupta 2001, Statistical Science 16, 101.
 
     Args:
-        confusion: See :func:`confusion_matrix`.
+        confusion: Counts by true and predicted class, from :func:`confusion_matrix`.
         z: Quantile of the normal distribution; this one gives 95 %.
 
     Example:

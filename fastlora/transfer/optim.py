@@ -39,7 +39,7 @@ def parameter_groups(
         model: With everything that should ever train, adapters included.
         head: The part of the model that is its classifier, or an ``nn.ModuleList`` of such parts.
         lr: Learning rate of the head before ``head_factor``.
-        weight_decay: Of matrices and convolutions.
+        weight_decay: Decay of matrices and convolutions.
         layer_decay: In (0, 1]; 0.65 to 0.9 is usual for full fine-tuning of transformers.
         head_factor: A fresh head usually wants 10.
         lora_plus_ratio: 16 in the paper; 1 switches it off.

@@ -24,10 +24,10 @@ class LayerCall:
     """One call of a LoRA linear layer.
 
     Attributes:
-        rows: Of its input: everything but the last dimension.
+        rows: Rows of the input: everything but the last dimension.
         inputs: Input features.
         outputs: Output features.
-        rank: Of the update.
+        rank: Rank of the update.
         dropout: Probability.
         dtype: ``bfloat16``, ``float16`` or ``float32``.
 

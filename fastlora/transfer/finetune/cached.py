@@ -15,7 +15,7 @@ class HeadOnly(nn.Module):
     """A classifier without its backbone: from features ``[B, F]`` to logits.
 
     Args:
-        head: Of a model, shared with it.
+        head: Last layers of a model, shared with it.
     """
 
     def __init__(self, head: nn.Module) -> None:

@@ -20,11 +20,11 @@ class Description:
     """How to build what a run's weights belong to.
 
     Attributes:
-        model: As in ``FinetuneSettings``.
+        model: Name of the pretrained model, as ``FinetuneSettings`` takes it.
         weights: Pretrained weights it began with; None for random ones.
         strategy: What was trained.
-        strategy_options: Those that were given.
-        model_options: Of the model itself.
+        strategy_options: Options of the strategy that were given.
+        model_options: Options of the model itself.
         hidden: Width of the head's hidden layer, if it has one.
         classes: Names of the outputs.
         image_size: Height and width of the pictures.

@@ -36,7 +36,7 @@ class Agreement:
     Attributes:
         path: The file.
         error: Largest difference of a logit from float64, relative to the largest logit.
-        eager_error: The same of the model itself, in its own dtype.
+        eager_error: Largest difference of the model's own logits from float64, relative to the largest.
         same_answers: Whether both name the same class everywhere.
     """
 

@@ -32,7 +32,7 @@ def predict_files(
     A picture that can't be decoded costs none of the others' answers.
 
     Args:
-        run: See :func:`fastlora.transfer.finetune.load_run`.
+        run: A finished run, from :func:`fastlora.transfer.finetune.load_run`.
         places: Picture files, or folders that are searched for them.
         top: How many classes to name for each.
         batch_size: Pictures at a time.

@@ -41,7 +41,7 @@ class SavedRun:
         classes: Names of its outputs.
         transform: What pictures pass through.
         image_size: Height and width of the pictures it sees.
-        name: Of the pretrained model.
+        name: Name of the pretrained model.
     """
 
     model: nn.Module

@@ -38,11 +38,11 @@ class FinetuneSettings:
         weights: DEFAULT, the name of others, a .safetensors or .pt file, or none for random ones.
         strategy: What trains: feature_extraction, fine_tuning, full, gradual, lp_ft, lora, adapter or prompt;
             without it what recommend_strategy advises, or feature_extraction with cache_features.
-        rank: Of lora's updates (16).
-        alpha: Of lora; its updates are scaled by alpha / rank (32).
-        dropout: Of lora or adapter (0).
+        rank: Rank of lora's updates (16).
+        alpha: Strength of lora; its updates are scaled by alpha / rank (32).
+        dropout: Dropout of lora or adapter (0).
         adapter_size: Width of adapter's bottlenecks (64).
-        num_tokens: Of prompt (10).
+        num_tokens: How many tokens prompt adds (10).
         num_stages: How many of the last stages fine_tuning trains (1).
         train_batch_norm: Train BatchNorm in frozen stages too.
         hidden: Width of a hidden layer between features and classifier; without it the classifier is linear.

@@ -20,10 +20,10 @@ class Part:
     """What a process computes at once.
 
     Attributes:
-        inputs: ``[b, ...]``.
-        labels: int64 ``[b]``.
+        inputs: Transformed pictures ``[b, ...]``.
+        labels: Classes of the pictures, int64 ``[b]``.
         counted: float32 ``[b]``: how much an example counts, 0 for one that only fills up the part.
-        names: Of the pictures, for people.
+        names: Names of the pictures, for people.
     """
 
     inputs: Tensor
@@ -41,9 +41,9 @@ class BatchPlan:
     Attributes:
         images: With the training transform.
         batch_size: Examples of an optimiser step.
-        seed: Of order and augmentation.
+        seed: Seed of order and augmentation.
         accumulation: Parts of a batch in a process.
-        rank: Of this process.
+        rank: Number of this process, from 0.
         processes: How many there are.
         in_pairs: Keep neighbours (0 and 1, 2 and 3, …) in one part, for mixup.
         full: Fill the last batch of an epoch with the first examples of that epoch, or leave out the one

@@ -20,7 +20,7 @@ class RunLogs:
     """``epochs.csv``, ``steps.csv``, and ``tensorboard/`` where its package is installed.
 
     Args:
-        folder: Of the run.
+        folder: The run's folder.
         step: Steps done before; what the logs say of later ones is dropped.
     """
 

@@ -25,7 +25,7 @@ class Loss:
         class_weights: float32 ``[classes]``, or None.
         label_smoothing: In [0, 1).
         mixup: Alpha; 0 mixes nothing.
-        seed: Of the shares.
+        seed: Seed of the shares.
     """
 
     class_weights: Tensor | None
@@ -62,9 +62,9 @@ class Loss:
 
         Args:
             logits: ``[b, classes]``, of inputs mixed by :meth:`mix` with the same share.
-            labels: int64 ``[b]``.
+            labels: Classes of the inputs, int64 ``[b]``.
             counted: ``[b]``, 0 for examples that only fill up.
-            share: See :meth:`share`.
+            share: How much of each example is its own, from :meth:`share`.
         """
         losses = self._each(logits, labels)
         if share != 1.0:

@@ -19,9 +19,9 @@ class EpochRecord:
         step: Optimiser steps done by its end.
         train_loss: Mean over the training examples seen, as they were mixed and smoothed.
         validation_loss: Mean cross-entropy.
-        accuracy: Of validation, 0 to 1.
-        balanced_accuracy: Of validation, 0 to 1: the mean over the classes.
-        lr: Of the head at the last step.
+        accuracy: Accuracy on validation, 0 to 1.
+        balanced_accuracy: Mean over the classes of the accuracy on validation, 0 to 1.
+        lr: The head's rate at the last step.
         trained_stages: Stages that trained beside the head; None where the strategy never changes that.
         seconds: Spent on the optimiser steps, over all resumptions.
     """
@@ -60,7 +60,7 @@ class TrainResult:
         steps: Optimiser steps done.
         stopped_early: Whether ``patience`` ended it.
         seconds: Spent on optimiser steps, without validation, over all resumptions.
-        peak_memory_bytes: See :class:`fastlora._core.memory.PeakMemory`; of this process alone.
+        peak_memory_bytes: From :class:`fastlora._core.memory.PeakMemory`, of this process alone.
         resumed_at: The step that this process began at; None for a run from the start.
     """
 

@@ -10,9 +10,9 @@ class StageSwitch:
 
     Args:
         model: Changed in place.
-        head: Its classifier.
+        head: Classifier of the model.
         unfreezing: When stages begin to train; None leaves everything as it is.
-        steps_per_epoch: Of the run.
+        steps_per_epoch: Optimiser steps of an epoch.
 
     Attributes:
         trained: Stages that train beside the head; None where that never changes.
