@@ -88,7 +88,7 @@ def predict(card: str, rows: Iterable[Row] = ()) -> Predictions | None:
 
     Args:
         card: Name of a GPU that is known.
-        rows: Measured on it: their layers are predicted too, or the usual layers where there are none.
+        rows: Cases measured on it: their layers are predicted too, or the usual layers where there are none.
 
     Raises:
         ValueError: No such GPU is known.

@@ -17,7 +17,7 @@ def as_features(name: str, features: Tensor | npt.ArrayLike, *, least: int = 2) 
     """float64 ``[n, F]`` of a tensor or an array.
 
     Args:
-        name: For errors.
+        name: Name of the values, for errors.
         features: One row for each example.
         least: How many examples there have to be.
 
@@ -118,8 +118,8 @@ def logistic(inputs: Array, labels: Labels, *, weights: Array | None = None, str
     """A fitted logistic regression of scikit-learn.
 
     Args:
-        inputs: Standardised.
-        labels: At least two different ones.
+        inputs: Standardised features ``[n, F]``.
+        labels: Class of each example; at least two differ.
         weights: How much each example counts, ``[n]``; None counts all alike.
         strength: Inverse of the ridge.
     """

@@ -76,14 +76,14 @@ class AdaptEpoch:
     """What an epoch gave.
 
     Attributes:
-        epoch: Counted from 1.
+        epoch: Number of the epoch, counted from 1.
         source_accuracy: Accuracy on held-out source examples.
         target_accuracy: Accuracy on the target where labels exist: an oracle, not to select by.
         target_balanced_accuracy: The mean over the classes; an oracle too.
         domain_accuracy: How often the domain classifier is right on held-out source and target, 0 to 1; None
             without one.
         strength: λ at its end.
-        scores: To select by without target labels, higher is better.
+        scores: Scores to select by without target labels, higher is better.
     """
 
     epoch: int
@@ -100,7 +100,7 @@ class AdaptResult:
     """An adapted classifier and how it got there.
 
     Attributes:
-        method: Which one.
+        method: What makes the domains alike.
         history: The epochs.
         model: The model of the last epoch.
         target_logits: Class logits of the target's examples, ``[m, classes]`` of the last epoch.

@@ -78,7 +78,7 @@ def ben_david_bound(
         target_labels: Classes of the target's examples, int64 ``[m]``, for λ and the observed error; None
             if there are none.
         splits: Random halves to average over.
-        seed: Chooses them.
+        seed: Seed of the halves.
 
     Raises:
         ValueError: See :func:`proxy_a_distance`; one class in the source; labels that the source has not.

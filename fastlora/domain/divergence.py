@@ -45,7 +45,7 @@ def proxy_a_distance(
         source: Features ``[n, F]``, tensor or array.
         target: Features ``[m, F]`` of the same layer.
         splits: Random halves to average over.
-        seed: Chooses them.
+        seed: Seed of the splits.
         warn: Log a warning at saturation.
 
     Raises:

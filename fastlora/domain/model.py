@@ -21,7 +21,7 @@ class AdaptationLoss:
     """What :meth:`DomainAdaptationModel.loss` gives.
 
     Attributes:
-        total: To call ``backward`` on.
+        total: The sum of both terms, to call ``backward`` on.
         classification: Cross-entropy of the source's labels.
         alignment: The method's term; for DANN the cross-entropy of the domains.
         domain_accuracy: How often the domain classifier is right, each domain counted alike; None without
@@ -41,9 +41,9 @@ class DomainAdaptationModel(nn.Module):
     adapters inside the feature extractor make adversarial training of only these.
 
     Args:
-        feature_extractor: From inputs ``[B, …]`` to features ``[B, F]``.
-        classifier: From features to class logits ``[B, classes]``.
-        domain_classifier: From features to domain logits, ``[B, 1]`` or ``[B, 2]``.
+        feature_extractor: Module from inputs ``[B, …]`` to features ``[B, F]``.
+        classifier: Module from features to class logits ``[B, classes]``.
+        domain_classifier: Module from features to domain logits, ``[B, 1]`` or ``[B, 2]``.
         alpha: Strength of the reversal, or a :class:`fastlora.ReversalSchedule`, which :meth:`loss`
             advances in train mode.
         alignment: Another method of :mod:`fastlora.domain.methods` instead of DANN for :meth:`loss`.

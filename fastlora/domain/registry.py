@@ -26,10 +26,10 @@ class Method:
     """A way to adapt.
 
     Attributes:
-        name: As users give it.
-        title: For readers.
-        make: From feature size, number of classes and schedule to the method's term; None stands for DANN
-            with the model's own domain classifier.
+        name: Name as users give it.
+        title: Name for readers.
+        make: Maker of the method's term from feature size, number of classes and schedule; None stands for
+            DANN with the model's own domain classifier.
         adversarial: Whether the schedule is inside the term; other terms are multiplied by it.
         normalise: Whether each domain's features are standardised by its own statistics.
     """

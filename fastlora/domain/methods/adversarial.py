@@ -16,8 +16,8 @@ class DANN(Alignment):
     trains it to succeed and the features to make it fail.
 
     Args:
-        domain_classifier: From features ``[B, F]`` to one logit of "target", ``[B, 1]`` or ``[B]``, or to two
-            logits of source and target, ``[B, 2]``.
+        domain_classifier: Module from features ``[B, F]`` to one logit of "target", ``[B, 1]`` or ``[B]``, or
+            to two logits of source and target, ``[B, 2]``.
         alpha: Strength of the reversal, or a :class:`fastlora.ReversalSchedule`.
     """
 
@@ -43,7 +43,8 @@ class CDAN(Alignment):
     same predicted class. Large products are replaced by the paper's random projection.
 
     Args:
-        domain_classifier: From ``[B, out_features]`` to domain logits, as in :class:`DANN`.
+        domain_classifier: Module from ``[B, out_features]`` to one logit of "target", or to two of both
+            domains.
         num_features: F.
         num_classes: C.
         alpha: Strength of the reversal, or a :class:`fastlora.ReversalSchedule`.

@@ -49,7 +49,7 @@ def draw_embedding(
         target_classes: Classes of the target's examples, int64 ``[m]``.
         names: Names of the classes.
         target_note: Where the target's classes come from, for the legend.
-        seed: Chooses the examples and begins the optimisation.
+        seed: Seed that chooses the examples and begins the optimisation.
 
     Raises:
         ImportError: scikit-learn is not installed.

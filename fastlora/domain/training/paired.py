@@ -31,7 +31,7 @@ class PairedModel(nn.Module):
     Launchers of several processes wrap a module's forward, so everything has to be inside it.
 
     Args:
-        model: With the method's term.
+        model: The adapting model, with the method's term.
         schedule: λ; part of the term of adversarial methods.
         adversarial: Whether it is.
     """

@@ -79,7 +79,7 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         """The same pictures labelled as in another data set.
 
         Args:
-            classes: That data set's; all that occur here have to be among them.
+            classes: Classes of that data set; all that occur here have to be among them.
 
         Raises:
             ValueError: A class here is unknown there: nothing trained on the other can answer it.

@@ -28,7 +28,7 @@ def open_picture(path: str | Path) -> Image.Image:
     """The picture in a file, as eight-bit RGB.
 
     Args:
-        path: In any format that Pillow opens.
+        path: File in any format that Pillow opens.
 
     Raises:
         FileNotFoundError: There is no such file.

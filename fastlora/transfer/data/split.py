@@ -21,7 +21,7 @@ def stratified_split(
     Args:
         labels: Label of every example.
         fractions: Shares of the parts; they sum to 1, the first is for training.
-        seed: Chooses who goes where; the same seed and labels give the same parts.
+        seed: Seed of who goes where; the same seed and labels give the same parts.
         groups: Group of every example: those of one come into one part, and count as its first one. None
             keeps nothing together.
         classes: Names of the classes, to tell of them in errors.

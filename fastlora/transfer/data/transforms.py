@@ -32,7 +32,7 @@ def pretrained_transforms(
     Args:
         name: Name of the model, which :func:`fastlora.create_transfer_model` takes.
         image_size: Height and width in pixels, instead of the model's own; the resize scales along.
-        weights: Which of torchvision's weights; they differ in their transforms.
+        weights: Name of one of torchvision's weights; they differ in their transforms.
         flip: Mirror half of the training pictures; wrong for digits and text.
 
     Raises:

@@ -38,7 +38,7 @@ class TrainSettings:
         lr: Highest learning rate.
         optimizer: AdamW, or SGD with Nesterov momentum 0.9.
         weight_decay: Decay of matrices and convolutions.
-        layer_decay: In (0, 1]; a stage nearer to the input learns so much slower than the next.
+        layer_decay: Factor in (0, 1]; a stage nearer to the input learns so much slower than the next.
         head_factor: The head learns so much faster.
         lora_plus_ratio: LoRA's B learns so much faster than A.
         schedule: Course of the rate after a linear warm-up; ``"one_cycle"`` is torch's ``OneCycleLR``.
@@ -57,7 +57,7 @@ class TrainSettings:
         max_steps: Stop after so many optimiser steps, however many epochs that is.
         checkpoint_every: Optimiser steps between checkpoints; None writes one an epoch.
         workers: Processes that load pictures; 0 loads them in this one.
-        sharding: Among several processes: whole copies, or parameters in pieces.
+        sharding: What each of several processes holds: a whole copy, or parameters in pieces.
         seed: Seed of order, augmentation, mixup and dropout.
 
     Raises:
