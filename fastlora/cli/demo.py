@@ -80,7 +80,7 @@ def _closing_words(report: dict[str, Any], output: Path) -> list[str]:
     if eager is None:
         return [closing]
     pairs = zip(eager["epochs"], report["methods"][-1]["epochs"], strict=False)
-    difference = max(abs(theirs["loss"] - ours["loss"]) for theirs, ours in pairs)
+    difference = max(abs(theirs["train_loss"] - ours["train_loss"]) for theirs, ours in pairs)
     compared = (
         f"Eager layers take {eager['eager_step_seconds']:.3f} s a step, fused ones "
         f"{eager['fused_step_seconds']:.3f} s: {eager['eager_over_fused']:.2f}x, the medians of "

@@ -1,9 +1,10 @@
 """Pictures of a run: learning curves, accuracy against trainable parameters, confusion matrices."""
 
 import math
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -12,8 +13,6 @@ from matplotlib.ticker import EngFormatter
 from matplotlib.transforms import Bbox
 from torch import Tensor
 
-from fastlora.transfer.metrics import accuracy, accuracy_interval, balanced_accuracy
-from fastlora.transfer.report import MethodResult
 from fastlora.transfer.report.style import SERIES, draw_line, drawn, heading, headline, new_figure, plain, png
 
 _Horizontal = Literal["left", "center", "right"]
@@ -57,25 +56,25 @@ _PLACES = (
 )
 
 
-def draw_curves(results: Sequence[MethodResult], title: str) -> bytes:
+def draw_curves(methods: Sequence[Mapping[str, Any]], title: str) -> bytes:
     """Loss and validation accuracy over the training, as a PNG.
 
     Methods train for different numbers of epochs, so the axis is the share of each one's own training.
 
     Args:
-        results: Up to five methods.
+        methods: Up to five, as in the demo's ``report.json``.
         title: Model and data.
     """
     figure = new_figure(10, 4.2)
     loss, validation = figure.subplots(1, 2)
-    for result, style in zip(results, SERIES, strict=False):
-        epochs = len(result.history)
-        progress = [100 * epoch.epoch / epochs for epoch in result.history]
-        label = drawn(f"{result.title}: {epochs} epoch{'s' * (epochs > 1)}, {result.seconds:.0f} s", 60)
-        draw_line(loss, progress, [epoch.loss for epoch in result.history], label, style)
-        right = [100 * epoch.validation_accuracy for epoch in result.history]
-        draw_line(validation, progress, right, label, style)
-    highest = max(epoch.loss for result in results for epoch in result.history)
+    for method, style in zip(methods, SERIES, strict=False):
+        epochs = method["epochs"]
+        progress = [100 * epoch["epoch"] / len(epochs) for epoch in epochs]
+        words = f"{len(epochs)} epoch{'s' * (len(epochs) > 1)}, {method['seconds']:.0f} s"
+        label = drawn(f"{method['title']}: {words}", 60)
+        draw_line(loss, progress, [epoch["train_loss"] for epoch in epochs], label, style)
+        draw_line(validation, progress, [100 * epoch["accuracy"] for epoch in epochs], label, style)
+    highest = max(epoch["train_loss"] for method in methods for epoch in method["epochs"])
     heading(loss, "Training loss")
     loss.set(ylabel="Cross-entropy, mean over the epoch (nats)")
     loss.set_ylim(0, 1.08 * highest)
@@ -89,21 +88,21 @@ def draw_curves(results: Sequence[MethodResult], title: str) -> bytes:
     return png(figure)
 
 
-def draw_accuracies(results: Sequence[MethodResult], title: str) -> bytes:
+def draw_accuracies(methods: Sequence[Mapping[str, Any]], title: str) -> bytes:
     """Test accuracy against trainable parameters, as a PNG; see :func:`accuracy_figure`."""
-    return png(accuracy_figure(results, title))
+    return png(accuracy_figure(methods, title))
 
 
-def accuracy_figure(results: Sequence[MethodResult], title: str) -> Figure:
+def accuracy_figure(methods: Sequence[Mapping[str, Any]], title: str) -> Figure:
     """Test accuracy with its 95 % interval against trainable parameters, each method labelled.
 
     Args:
-        results: Up to five methods.
+        methods: Up to five, as in the demo's ``report.json``.
         title: Model and data.
     """
     figure = new_figure(8, 5)
     axes = figure.subplots()
-    points = [_scored(result) for result in results]
+    points = [_scored(method) for method in methods]
     for point, (colour, marker, _) in zip(points, SERIES, strict=False):
         bar = [[point.y - point.low], [point.high - point.y]]
         axes.errorbar(point.x, point.y, yerr=bar, color=colour, marker=marker, markersize=8, capsize=4)
@@ -130,11 +129,11 @@ class _Point(NamedTuple):
     label: str
 
 
-def _scored(result: MethodResult) -> _Point:
-    right = 100 * accuracy(result.confusion)
-    low, high = (100 * limit for limit in accuracy_interval(result.confusion))
-    label = f"{drawn(result.title)}\n{right:.1f} % ({low:.1f} to {high:.1f})"
-    return _Point(result.parameters[0], right, low, high, label)
+def _scored(method: Mapping[str, Any]) -> _Point:
+    right = 100 * method["accuracy"]
+    low, high = (100 * limit for limit in method["accuracy_interval"])
+    label = f"{drawn(method['title'])}\n{right:.1f} % ({low:.1f} to {high:.1f})"
+    return _Point(method["trainable_parameters"], right, low, high, label)
 
 
 def _label_points(figure: Figure, axes: Axes, points: Sequence[_Point]) -> None:
@@ -182,28 +181,26 @@ def _area(box: Bbox) -> float:
     return float(box.width * box.height)
 
 
-def draw_confusions(results: Sequence[MethodResult], classes: Sequence[str], title: str) -> bytes:
+def draw_confusions(methods: Sequence[Mapping[str, Any]], classes: Sequence[str], title: str) -> bytes:
     """Confusion matrices, three in a row, as a PNG; see :func:`draw_matrix`.
 
     Args:
-        results: The methods.
+        methods: As in the demo's ``report.json``.
         classes: Name of each label.
         title: Model and data.
     """
     side = matrix_side(len(classes))
-    columns = min(len(results), _MATRICES_PER_ROW)
-    rows = math.ceil(len(results) / columns)
+    columns = min(len(methods), _MATRICES_PER_ROW)
+    rows = math.ceil(len(methods) / columns)
     figure = new_figure(side * columns + 1, (side + 0.6) * rows)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes in panels[len(results) :]:
+    for axes in panels[len(methods) :]:
         axes.remove()
-    panels = panels[: len(results)]
-    for axes, result in zip(panels, results, strict=True):
-        image = draw_matrix(axes, result.confusion, classes)
-        scores = (
-            f"accuracy {accuracy(result.confusion):.1%}, balanced {balanced_accuracy(result.confusion):.1%}"
-        )
-        axes.set_title(f"{drawn(result.title, 40)}\n{scores}", fontsize=11)
+    panels = panels[: len(methods)]
+    for axes, method in zip(panels, methods, strict=True):
+        image = draw_matrix(axes, torch.tensor(method["confusion"]), classes)
+        scores = f"accuracy {method['accuracy']:.1%}, balanced {method['balanced_accuracy']:.1%}"
+        axes.set_title(f"{drawn(method['title'], 40)}\n{scores}", fontsize=11)
     figure.colorbar(image, ax=list(panels), label="Share of the true class (%)", shrink=0.8)
     headline(figure, drawn(title, 90))
     return png(figure)

@@ -11,7 +11,6 @@ from fastlora.cli.params import _cells
 from fastlora.parameters.report import folded
 from fastlora.transfer.costs import CostSettings, compare
 from fastlora.transfer.models.weightless import ModelSpec
-from fastlora.transfer.report import parameter_counts
 
 
 def bert() -> nn.Module:
@@ -59,7 +58,7 @@ def test_rows_add_up_to_the_totals(make: Callable[[], nn.Module], adapted: bool)
     rows = [[int(cell.replace(",", "")) for cell in row[2:4]] for row in folded(report.modules)]
     assert [sum(column) for column in zip(*rows, strict=True)] == [total, trained]
     assert f"{trained:,} of {total:,} parameters train" in str(report)
-    assert parameter_counts(model) == (trained, total)
+    assert (report.trainable_parameters, report.total_parameters) == (trained, total)
     parts = report.weight_bytes + report.buffer_bytes + report.gradient_bytes + report.optimizer_bytes
     assert report.training_bytes == parts
 
@@ -67,7 +66,8 @@ def test_rows_add_up_to_the_totals(make: Callable[[], nn.Module], adapted: bool)
 def test_what_two_modules_share_counts_once() -> None:
     first, second = nn.Linear(2, 3, bias=False), nn.Linear(2, 3, bias=False)
     second.weight = first.weight
-    assert parameter_counts(first, second) == (6, 6)
+    report = fastlora.parameter_report(nn.Sequential(first, second))
+    assert (report.trainable_parameters, report.total_parameters) == (6, 6)
 
 
 def test_a_line_of_params_adds_up() -> None:

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.domain.norms import adapt_batch_norm
-from fastlora.transfer.fit import Examples, Fit, FitSettings, Task
 from fastlora.transfer.training import Trainer, TrainSettings
 from fastlora.transfer.training.batches import BatchPlan
 from fastlora.transfer.training.batching import count_batches, cut
-from fastlora.transfer.training.device import make_accelerator
 from fastlora.transfer.training.fingerprint import check_same, fingerprint
 from tests.domain_runs import make_domain_trainer
 from tests.training_runs import make_net, pictures
@@ -83,15 +81,6 @@ def test_adapting_with_one_picture_over(tmp_path: Path) -> None:
     settings = TrainSettings(epochs=1, batch_size=7, warmup=0.0)
     trainer = make_domain_trainer(make_net(), settings, tmp_path)
     assert trainer.fit().steps == 3
-
-
-def test_stored_pictures_with_one_over() -> None:
-    examples = Examples(torch.rand(9, 3, 4, 4), torch.arange(9) % 2)
-    task = Task(examples, examples, augment=lambda x, generator: x, prepare=lambda x: x)
-    settings = FitSettings(epochs=1, batch_size=4, learning_rate=0.1)
-    fit = Fit(Pooled(), task, settings, make_accelerator("no"), seed=0, on_step=lambda *step: None)
-    fit.run_epoch()
-    assert fit.finished
 
 
 def test_statistics_of_a_target_with_one_picture_over() -> None:

@@ -25,10 +25,8 @@ from fastlora.transfer.data import LabelledImages
 from fastlora.transfer.finetune.evaluation import evaluate
 from fastlora.transfer.finetune.page import TEMPLATE, _matrix, confused, curves, render
 from fastlora.transfer.finetune.record import ReportError
-from fastlora.transfer.fit import EpochResult
 from fastlora.transfer.metrics import accuracy_interval
 from fastlora.transfer.plots import draw_accuracies, draw_confusions, draw_curves
-from fastlora.transfer.report import MethodResult
 from fastlora.transfer.report.page import percent
 from fastlora.transfer.report.style import drawn, png
 from tests.finetune_models import write_pictures
@@ -154,11 +152,20 @@ def test_a_drawn_name_is_itself(name: str) -> None:
     assert size(png(figure))
 
 
-def methods_of(classes: int) -> list[MethodResult]:
-    labels = torch.arange(classes)
-    history = [EpochResult(1, 1.0, 0.5, 1.0)]
+def methods_of(classes: int) -> list[dict[str, Any]]:
+    """As in the demo's report."""
+    scores = {"accuracy": 1.0, "accuracy_interval": (0.9, 1.0), "balanced_accuracy": 1.0}
+    record = {"epoch": 1, "train_loss": 1.0, "accuracy": 0.5}
+    confusion = torch.eye(classes, dtype=torch.int64).tolist()
     return [
-        MethodResult(name, name, (10, 100), labels, labels, classes, history, 1.0, None, None, {})
+        {
+            "title": name,
+            "trainable_parameters": 10,
+            "seconds": 1.0,
+            "epochs": [record],
+            "confusion": confusion,
+            **scores,
+        }
         for name in NAMES[1:4]
     ]
 

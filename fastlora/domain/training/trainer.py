@@ -18,7 +18,7 @@ from fastlora.domain.training.paired import FeaturesAndLogits, PairedModel, Pair
 from fastlora.domain.training.records import DomainRecord
 from fastlora.domain.training.settings import Select
 from fastlora.transfer.data import LabelledImages
-from fastlora.transfer.training import EpochRecord, Trainer, TrainSettings
+from fastlora.transfer.training import Trainer, TrainSettings
 from fastlora.transfer.training.batches import BatchPlan, Part
 from fastlora.transfer.training.batching import leaves_one
 from fastlora.transfer.training.fingerprint import hashed
@@ -103,7 +103,7 @@ class DomainTrainer(Trainer):
             accelerator=accelerator,
         )
         _check_parts(settings, self.accelerator.num_processes)
-        self._select, self._target, self._target_is_labelled = select, judged, target_is_labelled
+        self._monitor, self._target, self._target_is_labelled = select, judged, target_is_labelled
         self._plan = BatchPlan.of(source, settings, self.accelerator, full=True, weights=weights)
         seed = derived_seed(settings.seed, "target")
         self._target_plan = BatchPlan.of(seen, settings, self.accelerator, seed=seed, full=True)
@@ -169,9 +169,6 @@ class DomainTrainer(Trainer):
         )
         logits = self.model.domain_logits(domains)
         return None if logits is None else float(domain_accuracy(logits, domains.is_target()))
-
-    def _score(self, record: EpochRecord) -> tuple[float, float]:
-        return record.score(self._select)
 
 
 def a_distance(source: Tensor, target: Tensor, seed: int) -> float:

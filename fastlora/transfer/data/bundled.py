@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastlora._core.extras import package_folder, require
+from fastlora.transfer.data.images import LabelledImages
 from fastlora.transfer.data.picture import open_picture
 
 # ImageNet's channel statistics: what DINOv2 and torchvision's models were trained with
@@ -42,6 +43,11 @@ class ImageSet:
             self.name, self.licence, self.classes, self.images[indices], self.labels[indices], self.flip_dims
         )
 
+    def labelled(self) -> LabelledImages:
+        """The same pictures for what reads colour: uint8 ``[3, size, size]`` each."""
+        names = tuple(f"picture {index}" for index in range(len(self)))
+        return LabelledImages(self.classes, tuple(self.labels.tolist()), names, _InColour(self.images))
+
     def first(self, count: int) -> "ImageSet":
         """The first ``count`` pictures."""
         return self.subset(torch.arange(min(count, len(self))))
@@ -49,6 +55,16 @@ class ImageSet:
     def __len__(self) -> int:
         """Number of pictures."""
         return len(self.labels)
+
+
+@dataclass(frozen=True)
+class _InColour:
+    """Reads grey pictures; a class, so that workers of a loader can be sent it."""
+
+    images: Tensor
+
+    def __call__(self, index: int) -> Tensor:
+        return self.images[index].expand(3, -1, -1)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Fine-tune a model and write all that is worth keeping of it."""
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,9 @@ import tomli_w
 
 from fastlora._core.environment import environment
 from fastlora._core.files import check_output_folder, write_file, write_report
-from fastlora._core.memory import check_fits
+from fastlora._core.memory import PeakMemory, check_fits
 from fastlora._core.progress import Reporter
+from fastlora.parameters import ParameterReport
 from fastlora.transfer.finetune.cached import HeadOnly
 from fastlora.transfer.finetune.evaluation import evaluate
 from fastlora.transfer.finetune.job import Job, prepare
@@ -26,7 +27,7 @@ from fastlora.transfer.finetune.record import (
 from fastlora.transfer.finetune.saved import save_run
 from fastlora.transfer.finetune.settings import FinetuneSettings, as_config
 from fastlora.transfer.finetune.view import View, view_of
-from fastlora.transfer.training import Trainer, TrainSettings
+from fastlora.transfer.training import Trainer, TrainResult, TrainSettings
 from fastlora.transfer.training.checks import check_unused
 from fastlora.transfer.training.device import make_accelerator
 from fastlora.transfer.training.lock import sole_use
@@ -73,38 +74,95 @@ def finetune(
     check_output_folder(output)
     with sole_use(output):
         check_unused(output, resume=resume)
-        return _finetune(settings, training, reporter, (images, test_images), output, resume=resume)
+        started = time.perf_counter()
+        run = begin(settings, training, reporter, images=images, test_images=test_images)
+        result = run.trainer.fit(resume=resume)
+        ended = report_of_ended(output, result, (CONFIG, PAGE))
+        if ended is not None:
+            reporter.note(f"this run is finished; nothing in {output} was changed")
+            return ended
+        return _finish(run, result, started)
 
 
-def _finetune(
+@dataclass(frozen=True)
+class Run:
+    """A fine-tuning that can begin, or has ended.
+
+    Attributes:
+        settings: What is fine-tuned, and on what.
+        job: The model and its pictures.
+        parameters: How many there are, and how many train.
+        view: From pictures to what the trained part sees of them.
+        trainer: Trains; its ``fit`` hasn't been called.
+        feature_seconds: What computing the training pictures' features took, where they are cached.
+        memory: Its peak.
+    """
+
+    settings: FinetuneSettings
+    job: Job
+    parameters: ParameterReport
+    view: View
+    trainer: Trainer
+    feature_seconds: float
+    memory: PeakMemory
+
+
+def begin(
     settings: FinetuneSettings,
     training: TrainSettings,
     reporter: Reporter,
-    images: tuple[Any, Any],
-    output: Path,
     *,
-    resume: bool,
-) -> dict[str, Any]:
-    started = time.perf_counter()
-    accelerator = make_accelerator(training.precision)
-    job = prepare(settings, training, reporter, *images)
+    images: Any = None,
+    test_images: Any = None,
+) -> Run:
+    """Make everything that :func:`finetune` trains and trains with.
+
+    Args:
+        settings: What to fine-tune, and on what.
+        training: How.
+        reporter: Is told about the progress.
+        images: Instead of ``settings.data``: anything that ``open_images`` takes.
+        test_images: The same instead of ``settings.test``.
+
+    Raises:
+        ValueError: Something doesn't fit, into memory for example; see :func:`prepare` and :class:`Trainer`.
+        FileNotFoundError: There are no such pictures or weights.
+    """
+    accelerator, output = make_accelerator(training.precision), Path(settings.output)
+    job = prepare(settings, training, reporter, images, test_images)
     parameters = job.parameters()
     half = str(accelerator.mixed_precision) != "no"
     check_fits(parameters.training_bytes, accelerator.device, half=half)
     # cached features are computed there too
     job.model.to(accelerator.device)
     view = view_of(job, settings, output, reporter)
-    trainer = _trainer(job, settings, view, output, reporter, accelerator)
-    result = trainer.fit(resume=resume)
-    ended = report_of_ended(output, result, (CONFIG, PAGE))
-    if ended is not None:
-        reporter.note(f"this run is finished; nothing in {output} was changed")
-        return ended
+    started, memory = time.perf_counter(), PeakMemory(accelerator.device)
+    with memory:
+        train = view(job.train)
+    feature_seconds = time.perf_counter() - started
+    trainer = Trainer(
+        HeadOnly(job.head) if settings.cache_features else job.model,
+        train,
+        view(job.validation),
+        job.training,
+        output=output,
+        unfreezing=job.unfreezing,
+        configuration={"strategy": job.strategy.name, **settings.compared()},
+        reporter=reporter,
+        accelerator=accelerator,
+    )
+    return Run(settings, job, parameters, view, trainer, feature_seconds, memory)
+
+
+def _finish(run: Run, result: TrainResult, started: float) -> dict[str, Any]:
+    """Write the model and the report, and return the report."""
+    settings, job, trainer, parameters = run.settings, run.job, run.trainer, run.parameters
+    accelerator, output = trainer.accelerator, Path(settings.output)
     judged = job.validation if job.test is None else job.test
     is_main, size = trainer.is_main, int(judged[0][0].shape[-1])
     # before anything is made of it that may fail
     files = save_run(output, job.model, job.strategy, settings, judged.classes, size, is_main=is_main)
-    scores = evaluate(trainer.predict(view(judged)), judged)
+    scores = evaluate(trainer.predict(run.view(judged)), judged)
     report = {
         "model": settings.model,
         "dataset": settings.data,
@@ -129,19 +187,3 @@ def _finetune(
             write_report(output / REPORT, report)
             write_page(output, report, judged)
     return report
-
-
-def _trainer(
-    job: Job, settings: FinetuneSettings, view: View, output: Path, reporter: Reporter, accelerator: Any
-) -> Trainer:
-    return Trainer(
-        HeadOnly(job.head) if settings.cache_features else job.model,
-        view(job.train),
-        view(job.validation),
-        job.training,
-        output=output,
-        unfreezing=job.unfreezing,
-        configuration={"strategy": job.strategy.name, **settings.compared()},
-        reporter=reporter,
-        accelerator=accelerator,
-    )

@@ -19,19 +19,23 @@ class WeightAverage:
     Args:
         model: Holds them.
         names: Of the parameters and buffers to average.
-        decay: In [0, 1).
+        decay: In [0, 1); None averages nothing.
     """
 
-    def __init__(self, model: nn.Module, names: list[str], decay: float) -> None:
+    def __init__(self, model: nn.Module, names: list[str], decay: float | None) -> None:
         """See the class."""
-        state = model.state_dict(keep_vars=True)
-        self._live = {name: state[name] for name in names if state[name].is_floating_point()}
+        state = {} if decay is None else model.state_dict(keep_vars=True)
+        self._live = {
+            name: state[name] for name in names if name in state and state[name].is_floating_point()
+        }
         self.average = {name: tensor.detach().clone() for name, tensor in self._live.items()}
         self._decay = decay
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after optimiser step ``step``, counted from 1."""
+        if self._decay is None:
+            return
         decay = min(self._decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(
             list(self.average.values()), [t.detach() for t in self._live.values()], 1 - decay
@@ -53,12 +57,11 @@ class WeightAverage:
             tensor.detach().copy_(average)
             average.copy_(kept)
 
-    def state(self) -> dict[str, Any]:
-        """The averages, whole and on the CPU."""
-        state: dict[str, Any] = whole(self.average)
-        return state
+    def state(self) -> dict[str, Any] | None:
+        """The averages, whole and on the CPU; None without any."""
+        return None if self._decay is None else dict(whole(self.average))
 
-    def set_state(self, state: dict[str, Tensor]) -> None:
+    def set_state(self, state: dict[str, Tensor] | None) -> None:
         """Go back to a :meth:`state`."""
         for name, average in self.average.items():
-            fill(average, state[name])
+            fill(average, (state or {})[name])

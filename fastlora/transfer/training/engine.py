@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from fastlora.anatomy.stages import Stage, stages
 from fastlora.transfer.optim import parameter_groups
+from fastlora.transfer.training.attention import speed_up_attention
 from fastlora.transfer.training.checks import several_examples
 from fastlora.transfer.training.schedule import make_schedule
 from fastlora.transfer.training.settings import TrainSettings
@@ -102,6 +103,8 @@ class Engine:
 
     def release(self) -> None:
         """Give the model its own forward back."""
+        for handle in self._hooks:
+            handle.remove()
         self._accelerator.unwrap_model(self._wrapped, keep_fp32_wrapper=False)
         self._accelerator._models.clear()
 
@@ -135,6 +138,8 @@ class Engine:
             self._accelerator.scaler.load_state_dict(state["scaler"])
 
     def _wrap(self) -> Any:
+        # anew where other parameters require gradients now
+        self._hooks = speed_up_attention(self.model, self._accelerator)
         # a sharded model talks to the other processes itself
         alone = isinstance(self.model, FSDPModule)
         return self._accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=alone)

@@ -10,7 +10,6 @@ from fastlora.transfer.training.records import EpochRecord, TrainResult
 from fastlora.transfer.training.settings import TrainSettings
 
 Weights = dict[str, Tensor]
-Score = Callable[[EpochRecord], tuple[float, float]]
 
 
 @dataclass
@@ -49,18 +48,25 @@ class Progress:
         self.examples += examples
 
     def end_epoch(
-        self, record: EpochRecord, score: Score, settings: TrainSettings, weights: Callable[[], Weights]
+        self, record: EpochRecord, monitor: str, settings: TrainSettings, weights: Callable[[], Weights]
     ) -> None:
-        """Keep what an epoch gave, its weights if it is the best so far: of the highest score."""
+        """Keep what an epoch gave.
+
+        Args:
+            record: Of the epoch.
+            monitor: What :meth:`EpochRecord.score` makes the best epoch by.
+            settings: Of the run: ``restore_best`` and ``patience``.
+            weights: Gives what to keep where the epoch is the best so far.
+        """
         self.history.append(record)
         self.loss_sum, self.examples, self.seconds = 0.0, 0, 0.0
         best = self.history[self.best_epoch - 1] if self.best_epoch else None
-        if best is None or score(record) > score(best):
+        if best is None or record.score(monitor) > best.score(monitor):
             self.best_epoch = record.epoch
             self.best_weights = weights() if settings.restore_best else None
         if settings.patience is not None:
             # a loss that still creeps down would decide between equals for ever
-            values = [score(each)[0] for each in self.history]
+            values = [each.score(monitor)[0] for each in self.history]
             self.stopped = len(values) - 1 - values.index(max(values)) >= settings.patience
 
     def result(self, peak_memory_bytes: int | None, resumed_at: int | None) -> TrainResult:

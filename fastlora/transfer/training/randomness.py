@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,6 +49,28 @@ def generator_states() -> dict[str, Any]:
     """All generators of this process, in types that ``torch.load(weights_only=True)`` reads."""
     state = _host_state()
     return state | {"cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def gathered_states(accelerator: Any) -> list[dict[str, Any]]:
+    """The generators of every process, in their order; each has to ask.
+
+    Args:
+        accelerator: An ``accelerate.Accelerator``.
+    """
+    states = [generator_states()]
+    if accelerator.num_processes > 1:
+        states = accelerator.gather_for_metrics(states, use_gather_object=True)
+    return states
+
+
+def set_gathered_states(states: Sequence[dict[str, Any]], accelerator: Any) -> None:
+    """Undo what this process drew since :func:`gathered_states`, maybe among other processes now.
+
+    Args:
+        states: What it gave.
+        accelerator: An ``accelerate.Accelerator``.
+    """
+    set_generator_states(states[accelerator.process_index % len(states)])
 
 
 def set_generator_states(states: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """The training loop, which can be killed at any step and ends as if it had not been."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from fastlora.transfer.training.logs import NoLogs, RunLogs
 from fastlora.transfer.training.loss import Loss
 from fastlora.transfer.training.prediction import predict
 from fastlora.transfer.training.progress import Progress
-from fastlora.transfer.training.randomness import generator_states, set_generator_states, start_from
+from fastlora.transfer.training.randomness import gathered_states, set_gathered_states, start_from
 from fastlora.transfer.training.records import EpochRecord, TrainResult, scores
 from fastlora.transfer.training.settings import TrainSettings
 from fastlora.transfer.training.stage_switch import StageSwitch
@@ -48,6 +48,9 @@ class Trainer:
     In several processes (``accelerate launch``, ``torchrun``) a batch is divided among them, so the loss
     curve is that of one process to rounding; layers that compute over the batch, such as a BatchNorm in
     train mode, see their process's part.
+
+    Attributes:
+        step_seconds: What each optimiser step of this process took.
 
     Args:
         model: A classifier: from a batch of transformed pictures to logits ``[B, classes]``.
@@ -90,16 +93,17 @@ class Trainer:
         self._head = find_head(model)[1] if head is None else head
         self._settings, self._unfreezing, self._reporter = settings, unfreezing, reporter
         self._train, self._validation, self._output = train, validation, output
+        count, self._monitor = len(train), str(settings.monitor)
         plan = {} if unfreezing is None else {"unfreezing": [list(unfreezing.at), unfreezing.unit]}
         self._configuration = {**(configuration or {}), **plan}
         self.accelerator = make_accelerator(settings.precision) if accelerator is None else accelerator
         # ranks that sum in different orders drift apart
         share()
-        checks.check_processes(self.accelerator.num_processes, len(train), settings, unfreezing)
-        self.total_steps = settings.total_steps(len(train))
-        self._steps_per_epoch = settings.steps_per_epoch(len(train))
+        checks.check_processes(self.accelerator.num_processes, count, settings, unfreezing)
+        self.total_steps, self._steps_per_epoch = settings.total_steps(count), settings.steps_per_epoch(count)
         self._saved = checks.what_changes(self.model, self._head, unfreezing)
         self._checkpoints = Checkpoints(output / CHECKPOINTS)
+        self._peak, self.step_seconds = PeakMemory(self.accelerator.device), list[float]()
         self._loss = Loss.of(train, settings, self.accelerator.device)
         self._plan = BatchPlan.of(train, settings, self.accelerator, in_pairs=settings.mixup > 0)
 
@@ -116,6 +120,16 @@ class Trainer:
             OSError: A checkpoint couldn't be written; those before stay.
             Interrupted: Ctrl-C or SIGTERM, after a checkpoint; in several processes, or repeated, at once.
         """
+        for _ in self.epochs(resume=resume):
+            pass
+        return self.result()
+
+    def epochs(self, *, resume: bool = False) -> Generator[EpochRecord, None, None]:
+        """Train as :meth:`fit` does, an epoch whenever the next record is asked for: for runs in turns.
+
+        Args:
+            resume: See :meth:`fit`, also for what is raised.
+        """
         checks.check_unused(self._output, resume=resume)
         found = self._checkpoints.latest(checks.check_state)
         # of the model as it was given, before it is wrapped or trained
@@ -124,23 +138,27 @@ class Trainer:
         )
         if found is not None:
             check_same(found[1]["fingerprint"], self._fingerprint)
+        self._resumed_at = None if found is None else found[0]
         with nullcontext() if found is None else checks.told_as_damage(self._checkpoints.folder):
             self._begin(None if found is None else found[1])
-        peak = PeakMemory(self.accelerator.device)
         # processes would stop at different steps, and wait for each other
         self._stop = Stop(watch=self.accelerator.num_processes == 1)
         try:
-            with peak, self._stop:
-                self._peak = peak
+            with self._stop:
                 while not self._finished:
-                    self._run_epoch()
+                    with self._peak:
+                        self._run_epoch()
+                    yield self._progress.history[-1]
             best = self._progress.best_weights
             self._engine.set_weights(self._validated_weights() if best is None else best)
         finally:
             self._logs.close()
             self._engine.release()
         self.model.eval()
-        return self._progress.result(peak.bytes, None if found is None else found[0])
+
+    def result(self) -> TrainResult:
+        """What the epochs so far gave."""
+        return self._progress.result(self._peak.bytes, self._resumed_at)
 
     def _begin(self, state: dict[str, Any] | None) -> None:
         start_from(self._settings.seed)
@@ -151,8 +169,7 @@ class Trainer:
         self._engine = Engine(
             self.model, self._head, self._saved, self._settings, self.total_steps, self.accelerator
         )
-        decay = self._settings.ema
-        self._average = None if decay is None else WeightAverage(self.model, self._saved, decay)
+        self._average = WeightAverage(self.model, self._saved, self._settings.ema)
         if state is not None:
             self._restore(state)
         # the logs of a finished run stay as they are
@@ -185,11 +202,14 @@ class Trainer:
                 self._engine.rewrap()
             self.model.train()
             self._step(parts, epoch)
-            progress.seconds += time.perf_counter() - started
+            self.step_seconds.append(time.perf_counter() - started)
+            progress.seconds += self.step_seconds[-1]
             over = progress.step % self._steps_per_epoch == 0 or progress.step == self.total_steps
             if over:
                 self._validate(epoch)
-            if self._checkpoint_is_due(over) or self._stop.number is not None:
+            every = self._settings.checkpoint_every
+            due = self._finished or (over if every is None else progress.step % every == 0)
+            if due or self._stop.number is not None:
                 self._save()
             if self._stop.number is not None and not self._finished:
                 raise self._checkpoints.interrupted(self._stop.number, progress.step)
@@ -216,8 +236,7 @@ class Trainer:
         if norm is not None and self.accelerator.scaler is None:
             checks.check_finite("norm of the gradients", norm, *told)
         progress.take_step(value, len(indices))
-        if self._average is not None:
-            self._average.update(progress.step)
+        self._average.update(progress.step)
         self._logs.step(progress.step, epoch + 1, value, lr, norm)
         self._lr = lr
         if self._reporter is not None and self.is_main:
@@ -235,9 +254,9 @@ class Trainer:
 
     def _validate(self, epoch: int) -> None:
         progress = self._progress
-        with self._averaged():
+        with self._average.swapped_in():
             record = self._record(epoch)
-        progress.end_epoch(record, self._score, self._settings, self._validated_weights)
+        progress.end_epoch(record, self._monitor, self._settings, self._validated_weights)
         self._logs.epoch(progress.history)
 
     def _record(self, epoch: int) -> EpochRecord:
@@ -257,30 +276,16 @@ class Trainer:
             "seconds": progress.seconds,
         }
 
-    def _score(self, record: EpochRecord) -> tuple[float, float]:
-        """Higher is better; the second number decides between equals."""
-        return record.score(self._settings.monitor)
-
-    def _averaged(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._average is None else self._average.swapped_in()
-
     def _validated_weights(self) -> dict[str, Tensor]:
-        with self._averaged():
+        with self._average.swapped_in():
             return self._engine.weights()
 
-    def _checkpoint_is_due(self, epoch_is_over: bool) -> bool:
-        every = self._settings.checkpoint_every
-        return self._finished or (epoch_is_over if every is None else self._progress.step % every == 0)
-
     def _save(self) -> None:
-        gathered = [generator_states()]
-        if self.accelerator.num_processes > 1:
-            gathered = self.accelerator.gather_for_metrics(gathered, use_gather_object=True)
         state = {
             "engine": self._engine.state(),
-            "average": None if self._average is None else self._average.state(),
+            "average": self._average.state(),
             "progress": self._progress.stored(),
-            "generators": gathered,
+            "generators": gathered_states(self.accelerator),
             "fingerprint": self._fingerprint,
         }
         if self.is_main:
@@ -290,7 +295,5 @@ class Trainer:
 
     def _restore(self, state: dict[str, Any]) -> None:
         self._engine.set_state(state["engine"])
-        if self._average is not None:
-            self._average.set_state(state["average"])
-        generators = state["generators"]
-        set_generator_states(generators[self.accelerator.process_index % len(generators)])
+        self._average.set_state(state["average"])
+        set_gathered_states(state["generators"], self.accelerator)
