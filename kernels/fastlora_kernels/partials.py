@@ -1,5 +1,8 @@
 """The second, deterministic step of every split reduction: sum fp32 partial results in a fixed order."""
 
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -40,16 +43,8 @@ def _sum_partials_kernel(
 
 def sum_partials(partial: Tensor, out: Tensor) -> None:
     """Sum ``partial [P, *out.shape]`` (fp32) over its first dimension into ``out``; zeros where P is 0."""
-    start(
-        _sum_partials_kernel,
-        (cdiv(out.numel(), _BLOCK),),
-        partial_ptr=partial,
-        out_ptr=out,
-        P=partial.shape[0],
-        SIZE=out.numel(),
-        BLOCK=_BLOCK,
-        num_warps=4,
-    )
+    size = out.numel()
+    _start(_sum_partials_kernel, size)(partial_ptr=partial, out_ptr=out, P=partial.shape[0], SIZE=size)
 
 
 @triton.jit
@@ -76,20 +71,10 @@ def _sum_two_partials_kernel(
 def sum_two_partials(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> None:
     """:func:`sum_partials` of two pairs ``(partial, out)`` in one launch."""
     (partial_0, out_0), (partial_1, out_1) = first, second
-    start(
-        _sum_two_partials_kernel,
-        (cdiv(out_0.numel(), _BLOCK) + cdiv(out_1.numel(), _BLOCK),),
-        partial_0_ptr=partial_0,
-        partial_1_ptr=partial_1,
-        out_0_ptr=out_0,
-        out_1_ptr=out_1,
-        P_0=partial_0.shape[0],
-        P_1=partial_1.shape[0],
-        SIZE_0=out_0.numel(),
-        SIZE_1=out_1.numel(),
-        BLOCK=_BLOCK,
-        num_warps=4,
-    )
+    _start(_sum_two_partials_kernel, out_0.numel(), out_1.numel())(
+        partial_0_ptr=partial_0, partial_1_ptr=partial_1, out_0_ptr=out_0, out_1_ptr=out_1,
+        P_0=partial_0.shape[0], P_1=partial_1.shape[0], SIZE_0=out_0.numel(), SIZE_1=out_1.numel(),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -127,13 +112,12 @@ def _sum_four_partials_kernel(
 def sum_four_partials(partial: Tensor, outs: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     """Sum ``partial [P, sizes of outs]`` (fp32) over its first dimension into the four, in one launch."""
     sizes = [out.numel() for out in outs]
-    start(
-        _sum_four_partials_kernel,
-        (cdiv(sum(sizes), _BLOCK),),
-        partial_ptr=partial,
-        P=partial.shape[0],
-        **{f"out_{i}_ptr": out for i, out in enumerate(outs)},
-        **{f"SIZE_{i}": size for i, size in enumerate(sizes)},
-        BLOCK=_BLOCK,
-        num_warps=4,
-    )
+    _start(_sum_four_partials_kernel, sum(sizes))(
+        partial_ptr=partial, **{f"out_{i}_ptr": out for i, out in enumerate(outs)},
+        P=partial.shape[0], **{f"SIZE_{i}": size for i, size in enumerate(sizes)},
+    )  # fmt: skip
+
+
+def _start(function: Any, *sizes: int) -> Callable[..., None]:
+    """One program for every block of outputs of these sizes."""
+    return start(function, (sum(cdiv(size, _BLOCK) for size in sizes),), BLOCK=_BLOCK, num_warps=4)

@@ -71,6 +71,10 @@ class Plan:
     tile: Tile
     splits: int = 1
 
+    def part(self, length: int, step: int) -> int:
+        """Length of each part of an axis that is cut, in whole steps of a program's loop."""
+        return cdiv(length, self.splits * step) * step
+
 
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up."""

@@ -59,23 +59,10 @@ def adapter_grad_z(
     (m, hidden), d = dout.shape, z.shape[1]
     tile = plan.tile
     grid = (cdiv(m, tile.rows), cdiv(d, tile.rank))
-    launch(
-        _adapter_grad_z_kernel,
-        ADAPTER_GRAD_Z,
-        tile,
-        grid,
-        dout_ptr=dout,
-        z_ptr=z,
-        up_weight_ptr=up_weight,
-        dz_ptr=dz,
-        active_ptr=active,
-        M=m,
-        H=hidden,
-        D=d,
-        stride_dm=dout.stride(0),
-        scale=scale,
-        ACTIVATION=activation,
-    )
+    launch(_adapter_grad_z_kernel, ADAPTER_GRAD_Z, tile, grid)(
+        dout_ptr=dout, z_ptr=z, up_weight_ptr=up_weight, dz_ptr=dz, active_ptr=active,
+        M=m, H=hidden, D=d, stride_dm=dout.stride(0), scale=scale, ACTIVATION=activation,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -202,25 +189,11 @@ def adapter_grad_h_weights(
     (m, hidden), d = dout.shape, dz.shape[1]
     tile = plan.tile
     chunks = cdiv(d, tile.rank)
-    launch(
-        _adapter_grad_h_weights_kernel,
-        ADAPTER_GRAD_H_WEIGHTS,
-        tile,
-        (cdiv(hidden, tile.cols), plan.splits, chunks),
-        dout_ptr=dout,
-        h_ptr=h,
-        dz_ptr=dz,
-        active_ptr=active,
-        down_weight_ptr=down_weight if dh is not None else None,
-        dh_ptr=dh,
-        grads_partial_ptr=grads_partial,
-        M=m,
-        H=hidden,
-        D=d,
-        stride_dm=dout.stride(0),
-        stride_hm=h.stride(0),
-        rows_per_group=cdiv(m, plan.splits * tile.rows) * tile.rows,
-        HAS_DH=dh is not None,
-        ADD_INPUT=add_input,
-        ONE_CHUNK=chunks == 1,
-    )
+    grid = (cdiv(hidden, tile.cols), plan.splits, chunks)
+    launch(_adapter_grad_h_weights_kernel, ADAPTER_GRAD_H_WEIGHTS, tile, grid)(
+        dout_ptr=dout, h_ptr=h, dz_ptr=dz, active_ptr=active,
+        down_weight_ptr=down_weight if dh is not None else None, dh_ptr=dh, grads_partial_ptr=grads_partial,
+        M=m, H=hidden, D=d, stride_dm=dout.stride(0), stride_hm=h.stride(0),
+        rows_per_group=plan.part(m, tile.rows),
+        HAS_DH=dh is not None, ADD_INPUT=add_input, ONE_CHUNK=chunks == 1,
+    )  # fmt: skip

@@ -144,33 +144,14 @@ def adapter_forward(
     """Fill ``z [M, D]`` and ``out [M, H]`` in one launch; ``plan.tile.rank`` must cover D."""
     (m, hidden), d = h.shape, down_weight.shape[0]
     tile = plan.tile
-    launch(
-        _adapter_forward_kernel,
-        ADAPTER_FORWARD,
-        tile,
-        (cdiv(m, tile.rows),),
-        h_ptr=h,
-        down_weight_ptr=down_weight,
-        down_bias_ptr=down_bias,
-        up_weight_ptr=up_weight,
-        up_bias_ptr=up_bias,
-        residual_ptr=residual,
-        seed_ptr=seed,
-        z_ptr=z,
-        out_ptr=out,
-        M=m,
-        H=hidden,
-        D=d,
-        stride_hm=h.stride(0),
-        stride_rm=0 if residual is None else residual.stride(0),
-        drop_threshold=drop_threshold,
-        scale=scale,
-        HAS_DOWN_BIAS=down_bias is not None,
-        HAS_UP_BIAS=up_bias is not None,
-        HAS_RESIDUAL=residual is not None,
-        HAS_DROPOUT=seed is not None,
-        ACTIVATION=activation,
-    )
+    launch(_adapter_forward_kernel, ADAPTER_FORWARD, tile, (cdiv(m, tile.rows),))(
+        h_ptr=h, down_weight_ptr=down_weight, down_bias_ptr=down_bias, up_weight_ptr=up_weight,
+        up_bias_ptr=up_bias, residual_ptr=residual, seed_ptr=seed, z_ptr=z, out_ptr=out,
+        M=m, H=hidden, D=d, stride_hm=h.stride(0), stride_rm=0 if residual is None else residual.stride(0),
+        drop_threshold=drop_threshold, scale=scale,
+        HAS_DOWN_BIAS=down_bias is not None, HAS_UP_BIAS=up_bias is not None,
+        HAS_RESIDUAL=residual is not None, HAS_DROPOUT=seed is not None, ACTIVATION=activation,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -224,27 +205,12 @@ def adapter_down(
     (m, hidden), d = h.shape, down_weight.shape[0]
     tile = plan.tile
     grid = (cdiv(m, tile.rows), cdiv(d, tile.rank))
-    launch(
-        _adapter_down_kernel,
-        ADAPTER_DOWN,
-        tile,
-        grid,
-        h_ptr=h,
-        down_weight_ptr=down_weight,
-        down_bias_ptr=down_bias,
-        seed_ptr=seed,
-        z_ptr=z,
+    launch(_adapter_down_kernel, ADAPTER_DOWN, tile, grid)(
+        h_ptr=h, down_weight_ptr=down_weight, down_bias_ptr=down_bias, seed_ptr=seed, z_ptr=z,
         active_ptr=active,
-        M=m,
-        H=hidden,
-        D=d,
-        stride_hm=h.stride(0),
-        drop_threshold=drop_threshold,
-        scale=scale,
-        HAS_DOWN_BIAS=down_bias is not None,
-        HAS_DROPOUT=seed is not None,
-        ACTIVATION=activation,
-    )
+        M=m, H=hidden, D=d, stride_hm=h.stride(0), drop_threshold=drop_threshold, scale=scale,
+        HAS_DOWN_BIAS=down_bias is not None, HAS_DROPOUT=seed is not None, ACTIVATION=activation,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -294,20 +260,8 @@ def adapter_up(
     (m, d), hidden = active.shape, up_weight.shape[0]
     tile = plan.tile
     programs = cdiv(m, tile.rows) * cdiv(hidden, tile.cols)
-    launch(
-        _adapter_up_kernel,
-        ADAPTER_UP,
-        tile,
-        (programs,),
-        active_ptr=active,
-        up_weight_ptr=up_weight,
-        up_bias_ptr=up_bias,
-        residual_ptr=residual,
-        out_ptr=out,
-        M=m,
-        H=hidden,
-        D=d,
-        stride_rm=0 if residual is None else residual.stride(0),
-        HAS_UP_BIAS=up_bias is not None,
-        HAS_RESIDUAL=residual is not None,
-    )
+    launch(_adapter_up_kernel, ADAPTER_UP, tile, (programs,))(
+        active_ptr=active, up_weight_ptr=up_weight, up_bias_ptr=up_bias, residual_ptr=residual, out_ptr=out,
+        M=m, H=hidden, D=d, stride_rm=0 if residual is None else residual.stride(0),
+        HAS_UP_BIAS=up_bias is not None, HAS_RESIDUAL=residual is not None,
+    )  # fmt: skip

@@ -73,23 +73,11 @@ def lora_grad_s_b(
     (m, n), r = dy.shape, lora_b.shape[1]
     tile = plan.tile
     grid = (cdiv(n, tile.cols), plan.splits, cdiv(r, tile.rank))
-    launch(
-        _lora_grad_s_b_kernel,
-        LORA_GRAD_S_B,
-        tile,
-        grid,
-        dy_ptr=dy,
-        s_ptr=s,
-        lora_b_ptr=lora_b,
-        ds_partial_ptr=ds_partial,
-        db_partial_ptr=db_partial,
-        M=m,
-        N=n,
-        R=r,
-        stride_dym=dy.stride(0),
-        rows_per_group=cdiv(m, plan.splits * tile.rows) * tile.rows,
+    launch(_lora_grad_s_b_kernel, LORA_GRAD_S_B, tile, grid)(
+        dy_ptr=dy, s_ptr=s, lora_b_ptr=lora_b, ds_partial_ptr=ds_partial, db_partial_ptr=db_partial,
+        M=m, N=n, R=r, stride_dym=dy.stride(0), rows_per_group=plan.part(m, tile.rows),
         scale=scale,
-    )
+    )  # fmt: skip
 
 
 @triton.jit
@@ -185,25 +173,11 @@ def lora_grad_x(
     (m, n), (r, k) = dy.shape, lora_a.shape
     tile = plan.tile
     programs = cdiv(m, tile.rows) * cdiv(k, tile.cols)
-    launch(
-        _lora_grad_x_kernel,
-        LORA_GRAD_X,
-        tile,
-        (programs,),
-        dy_ptr=dy,
-        weight_ptr=weight,
-        ds_ptr=ds,
-        lora_a_ptr=lora_a,
-        mask_ptr=mask,
-        dx_ptr=dx,
-        M=m,
-        N=n,
-        K=k,
-        R=r,
-        stride_dym=dy.stride(0),
-        stride_wn=weight.stride(0),
+    launch(_lora_grad_x_kernel, LORA_GRAD_X, tile, (programs,))(
+        dy_ptr=dy, weight_ptr=weight, ds_ptr=ds, lora_a_ptr=lora_a, mask_ptr=mask, dx_ptr=dx,
+        M=m, N=n, K=k, R=r, stride_dym=dy.stride(0), stride_wn=weight.stride(0),
         HAS_DROPOUT=mask is not None,
-    )
+    )  # fmt: skip
 
 
 @triton.jit
@@ -265,19 +239,8 @@ def lora_grad_a(x: Tensor, ds: Tensor, mask: Tensor | None, da_partial: Tensor, 
     (m, k), r = x.shape, ds.shape[1]
     tile = plan.tile
     grid = (cdiv(k, tile.cols), plan.splits, cdiv(r, tile.rank))
-    launch(
-        _lora_grad_a_kernel,
-        LORA_GRAD_A,
-        tile,
-        grid,
-        x_ptr=x,
-        ds_ptr=ds,
-        mask_ptr=mask,
-        da_partial_ptr=da_partial,
-        M=m,
-        K=k,
-        R=r,
-        stride_xm=x.stride(0),
-        rows_per_group=cdiv(m, plan.splits * tile.rows) * tile.rows,
+    launch(_lora_grad_a_kernel, LORA_GRAD_A, tile, grid)(
+        x_ptr=x, ds_ptr=ds, mask_ptr=mask, da_partial_ptr=da_partial,
+        M=m, K=k, R=r, stride_xm=x.stride(0), rows_per_group=plan.part(m, tile.rows),
         HAS_DROPOUT=mask is not None,
-    )
+    )  # fmt: skip

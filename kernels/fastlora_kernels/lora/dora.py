@@ -46,21 +46,10 @@ def dora_weight_norm(
 ) -> None:
     """Fill ``norm [N]`` (fp32) from W ``[N, K]``, A ``[R, K]`` and B ``[N, R]``."""
     (n, k), r, tile = weight.shape, lora_a.shape[0], plan.tile
-    launch(
-        _dora_weight_norm_kernel,
-        DORA_WEIGHT_NORM,
-        tile,
-        (cdiv(n, tile.rows),),
-        weight_ptr=weight,
-        lora_a_ptr=lora_a,
-        lora_b_ptr=lora_b,
-        norm_ptr=norm,
-        N=n,
-        K=k,
-        R=r,
-        stride_wn=weight.stride(0),
-        scale=scale,
-    )
+    launch(_dora_weight_norm_kernel, DORA_WEIGHT_NORM, tile, (cdiv(n, tile.rows),))(
+        weight_ptr=weight, lora_a_ptr=lora_a, lora_b_ptr=lora_b, norm_ptr=norm,
+        N=n, K=k, R=r, stride_wn=weight.stride(0), scale=scale,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -111,19 +100,9 @@ def dora_grad_product(
     m, n = dy.shape
     tile = plan.tile
     grid = (cdiv(n, tile.cols), plan.splits)
-    launch(
-        _dora_grad_product_kernel,
-        DORA_GRAD_PRODUCT,
-        tile,
-        grid,
-        dy_ptr=dy,
-        product_ptr=product,
-        factor_ptr=factor,
-        dproduct_ptr=dproduct,
+    launch(_dora_grad_product_kernel, DORA_GRAD_PRODUCT, tile, grid)(
+        dy_ptr=dy, product_ptr=product, factor_ptr=factor, dproduct_ptr=dproduct,
         dfactor_partial_ptr=dfactor_partial,
-        M=m,
-        N=n,
-        stride_dym=dy.stride(0),
-        rows_per_group=cdiv(m, plan.splits * tile.rows) * tile.rows,
+        M=m, N=n, stride_dym=dy.stride(0), rows_per_group=plan.part(m, tile.rows),
         HAS_PRODUCT=product is not None,
-    )
+    )  # fmt: skip

@@ -84,22 +84,8 @@ def lora_down(
     (m, k), r = x.shape, lora_a.shape[0]
     tile = plan.tile
     grid = (cdiv(m, tile.rows), plan.splits, cdiv(r, tile.rank))
-    launch(
-        _lora_down_kernel,
-        LORA_DOWN,
-        tile,
-        grid,
-        x_ptr=x,
-        lora_a_ptr=lora_a,
-        seed_ptr=seed,
-        mask_ptr=mask,
-        s_partial_ptr=s_partial,
-        M=m,
-        K=k,
-        R=r,
-        stride_xm=x.stride(0),
-        k_per_split=cdiv(k, plan.splits * tile.depth) * tile.depth,
-        drop_threshold=drop_threshold,
-        scale=scale,
-        HAS_DROPOUT=seed is not None,
-    )
+    launch(_lora_down_kernel, LORA_DOWN, tile, grid)(
+        x_ptr=x, lora_a_ptr=lora_a, seed_ptr=seed, mask_ptr=mask, s_partial_ptr=s_partial,
+        M=m, K=k, R=r, stride_xm=x.stride(0), k_per_split=plan.part(k, tile.depth),
+        drop_threshold=drop_threshold, scale=scale, HAS_DROPOUT=seed is not None,
+    )  # fmt: skip

@@ -72,18 +72,7 @@ def lora_add(
     (m, c), r = out.shape, left.shape[1]
     tile = plan.tile
     programs = cdiv(m, tile.rows) * cdiv(c, tile.cols)
-    launch(
-        _lora_add_kernel,
-        LORA_ADD,
-        tile,
-        (programs,),
-        left_ptr=left,
-        lora_right_ptr=right,
-        mask_ptr=mask,
-        out_ptr=out,
-        M=m,
-        C=c,
-        R=r,
-        HAS_DROPOUT=mask is not None,
-        TRANSPOSED=transposed,
-    )
+    launch(_lora_add_kernel, LORA_ADD, tile, (programs,))(
+        left_ptr=left, lora_right_ptr=right, mask_ptr=mask, out_ptr=out,
+        M=m, C=c, R=r, HAS_DROPOUT=mask is not None, TRANSPOSED=transposed,
+    )  # fmt: skip

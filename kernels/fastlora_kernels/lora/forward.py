@@ -101,26 +101,9 @@ def lora_forward(
     (m, k), (n, r) = x.shape, lora_b.shape
     tile = plan.tile
     programs = cdiv(m, tile.rows) * cdiv(n, tile.cols)
-    launch(
-        _lora_forward_kernel,
-        LORA_FORWARD,
-        tile,
-        (programs,),
-        x_ptr=x,
-        weight_ptr=weight,
-        bias_ptr=bias,
-        s_ptr=s,
-        lora_b_ptr=lora_b,
-        factor_ptr=factor,
-        y_ptr=y,
+    launch(_lora_forward_kernel, LORA_FORWARD, tile, (programs,))(
+        x_ptr=x, weight_ptr=weight, bias_ptr=bias, s_ptr=s, lora_b_ptr=lora_b, factor_ptr=factor, y_ptr=y,
         product_ptr=product,
-        M=m,
-        N=n,
-        K=k,
-        R=r,
-        stride_xm=x.stride(0),
-        stride_wn=weight.stride(0),
-        HAS_BIAS=bias is not None,
-        HAS_FACTOR=factor is not None,
-        KEEP_PRODUCT=product is not None,
-    )
+        M=m, N=n, K=k, R=r, stride_xm=x.stride(0), stride_wn=weight.stride(0),
+        HAS_BIAS=bias is not None, HAS_FACTOR=factor is not None, KEEP_PRODUCT=product is not None,
+    )  # fmt: skip

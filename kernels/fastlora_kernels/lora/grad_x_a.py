@@ -87,26 +87,9 @@ def lora_grad_x_a(
     part = grad_a_part(tile)
     dx_tiles = cdiv(m, tile.rows) * cdiv(k, tile.cols)
     da_tiles = cdiv(k, part.cols) * plan.splits * cdiv(r, part.rank)
-    launch(
-        _lora_grad_x_a_kernel,
-        LORA_GRAD_X_A,
-        tile,
-        (dx_tiles + da_tiles,),
-        dy_ptr=dy,
-        weight_ptr=weight,
-        ds_ptr=ds,
-        lora_a_ptr=lora_a,
-        mask_ptr=mask,
-        x_ptr=x,
-        dx_ptr=dx,
+    launch(_lora_grad_x_a_kernel, LORA_GRAD_X_A, tile, (dx_tiles + da_tiles,))(
+        dy_ptr=dy, weight_ptr=weight, ds_ptr=ds, lora_a_ptr=lora_a, mask_ptr=mask, x_ptr=x, dx_ptr=dx,
         da_partial_ptr=da_partial,
-        M=m,
-        N=n,
-        K=k,
-        R=r,
-        stride_dym=dy.stride(0),
-        stride_wn=weight.stride(0),
-        stride_xm=x.stride(0),
-        rows_per_group=cdiv(m, plan.splits * part.rows) * part.rows,
-        HAS_DROPOUT=mask is not None,
-    )
+        M=m, N=n, K=k, R=r, stride_dym=dy.stride(0), stride_wn=weight.stride(0), stride_xm=x.stride(0),
+        rows_per_group=plan.part(m, part.rows), HAS_DROPOUT=mask is not None,
+    )  # fmt: skip

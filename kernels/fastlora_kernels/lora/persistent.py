@@ -87,21 +87,11 @@ def lora_forward_persistent(
     (m, k), (n, r) = x.shape, lora_b.shape
     tile = plan.tile
     tiles = cdiv(m, tile.rows) * cdiv(n, tile.cols)
-    launch(
-        _lora_forward_persistent_kernel,
-        LORA_FORWARD,
-        tile,
-        (min(tiles, multiprocessors),),
+    launch(_lora_forward_persistent_kernel, LORA_FORWARD, tile, (min(tiles, multiprocessors),))(
         **_descriptors(LORA_FORWARD, tile, x_desc=x, weight_desc=weight, y_desc=y),
-        bias_ptr=bias,
-        s_ptr=s,
-        lora_b_ptr=lora_b,
-        M=m,
-        N=n,
-        K=k,
-        R=r,
-        HAS_BIAS=bias is not None,
-    )
+        bias_ptr=bias, s_ptr=s, lora_b_ptr=lora_b,
+        M=m, N=n, K=k, R=r, HAS_BIAS=bias is not None,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -185,26 +175,12 @@ def lora_grad_x_a_persistent(
     part = grad_a_part(tile)
     da_tiles = cdiv(k, part.cols) * plan.splits * cdiv(r, part.rank)
     tiles = cdiv(m, tile.rows) * cdiv(k, tile.cols) + da_tiles
-    launch(
-        _lora_grad_x_a_persistent_kernel,
-        LORA_GRAD_X_A,
-        tile,
-        (min(tiles, multiprocessors),),
+    launch(_lora_grad_x_a_persistent_kernel, LORA_GRAD_X_A, tile, (min(tiles, multiprocessors),))(
         **_descriptors(LORA_GRAD_X_A, tile, dy_desc=dy, weight_desc=weight, dx_desc=dx),
-        ds_ptr=ds,
-        lora_a_ptr=lora_a,
-        mask_ptr=mask,
-        x_ptr=x,
-        da_partial_ptr=da_partial,
-        M=m,
-        N=n,
-        K=k,
-        R=r,
-        stride_xm=x.stride(0),
-        rows_per_group=cdiv(m, plan.splits * part.rows) * part.rows,
-        da_tiles=da_tiles,
+        ds_ptr=ds, lora_a_ptr=lora_a, mask_ptr=mask, x_ptr=x, da_partial_ptr=da_partial,
+        M=m, N=n, K=k, R=r, stride_xm=x.stride(0), rows_per_group=plan.part(m, part.rows), da_tiles=da_tiles,
         HAS_DROPOUT=mask is not None,
-    )
+    )  # fmt: skip
 
 
 def _descriptors(kernel: Kernel, tile: Tile, **matrices: Tensor) -> dict[str, TensorDescriptor]:

@@ -89,24 +89,8 @@ def lora_forward_single(
     (m, k), (n, r) = x.shape, lora_b.shape
     tile = plan.tile
     programs = cdiv(m, tile.rows) * cdiv(n, tile.cols)
-    launch(
-        _lora_forward_single_kernel,
-        LORA_FORWARD_SINGLE,
-        tile,
-        (programs,),
-        x_ptr=x,
-        weight_ptr=weight,
-        bias_ptr=bias,
-        lora_a_ptr=lora_a,
-        lora_b_ptr=lora_b,
-        s_ptr=s,
-        y_ptr=y,
-        M=m,
-        N=n,
-        K=k,
-        R=r,
-        stride_xm=x.stride(0),
-        stride_wn=weight.stride(0),
-        scale=scale,
+    launch(_lora_forward_single_kernel, LORA_FORWARD_SINGLE, tile, (programs,))(
+        x_ptr=x, weight_ptr=weight, bias_ptr=bias, lora_a_ptr=lora_a, lora_b_ptr=lora_b, s_ptr=s, y_ptr=y,
+        M=m, N=n, K=k, R=r, stride_xm=x.stride(0), stride_wn=weight.stride(0), scale=scale,
         HAS_BIAS=bias is not None,
-    )
+    )  # fmt: skip
