@@ -1,5 +1,6 @@
 """Every kernel of every plan, compiled for five GPU targets without a GPU: a gate on what it takes."""
 
+import inspect
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import triton
 from fastlora_kernels import compiled, targets
 from fastlora_kernels.choose import plan
 from fastlora_kernels.compile import codegen, table
-from fastlora_kernels.compile.specs import Spec
+from fastlora_kernels.compile.specs import Spec, jit_function
 from fastlora_kernels.compiled import Row
 from fastlora_kernels.lora import kernels
 
@@ -81,6 +82,13 @@ def test_every_kernel_is_there_for_every_target() -> None:
     assert {kernel for kernel, _ in wanted} == names == {spec.kernel for spec in few_specs()}
     assert len(wanted) == 5 * len(names) == 5 * len(plan.KERNELS)
     assert {spec.target for spec in few_specs()} == {*codegen.DEFAULT_TARGETS, "sm_86"}
+
+
+def test_a_record_settles_every_block_of_its_kernel() -> None:
+    for spec in few_specs():
+        kernel = next(kernel for kernel in plan.KERNELS if kernel.name == spec.kernel)
+        names = inspect.signature(jit_function(spec).fn).parameters
+        assert {*kernel.blocks(spec.tile)} == {name for name in names if name.startswith(("BLOCK_", "GROUP"))}
 
 
 def test_a_row_is_kept_until_its_fingerprint_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,10 @@ layer = fastlora.LoRALinear(8, 4, rank=2, dropout=0.1)
 layer(torch.randn(3, 8)).sum().backward()
 assert layer.lora_B.grad.abs().sum() > 0
 assert not any(name.startswith("fastlora_kernels.lora") for name in sys.modules)
+from fastlora_kernels.choose.explain import explain
+from fastlora_kernels.targets import find_card
+from fastlora_kernels.tile import Shape
+assert explain("lora_linear", Shape(8192, 4096, 4096, 16), torch.bfloat16, find_card("H100")).tile
 try:
     with fastlora.use_backend("triton"):
         layer(torch.randn(3, 8))
@@ -33,7 +37,7 @@ def run_python(code: str) -> str:
     return done.stdout
 
 
-def test_imports_and_runs_without_triton() -> None:
+def test_imports_runs_and_plans_without_triton() -> None:
     assert "the package triton is not installed" in run_python(WITHOUT_TRITON)
 
 

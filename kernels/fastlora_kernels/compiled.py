@@ -22,16 +22,16 @@ class Row:
     """What the compiler made of one kernel with one tile for one GPU.
 
     Attributes:
-        kernel: Its name.
+        kernel: Name of the kernel.
         target: The architecture, for instance ``sm_90``.
         dtype: ``bf16``, ``fp16`` or ``fp32``, of the layer.
         dropout: Whether it draws or reads a dropout mask.
         aligned: Whether sizes and row strides are multiples of 16.
-        activation: Of a bottleneck; empty where there is none.
+        activation: The bottleneck's: ``gelu``, ``relu`` or ``silu``; empty where there is none.
         tile: Block sizes, as :func:`tile_text` writes them.
-        warps: Of one program.
-        stages: Of its pipeline.
-        registers: Per thread.
+        warps: Warps of one program.
+        stages: Stages of its pipeline.
+        registers: Registers of one thread.
         spills: Bytes per thread written to memory for want of registers.
         shared_bytes: Shared memory of one program.
         matrix_instructions: Count by kind: ``wgmma``, ``tcgen05``, ``mma`` or ``mfma``.

@@ -36,7 +36,7 @@ class Kernel:
     """One kernel.
 
     Attributes:
-        name: As tables print it.
+        name: What tables call it.
         function: Module in this package and name of the ``@triton.jit`` function.
         axes: The axis that each side of a tile cuts: ``{"rows": "M"}`` where ``tile.rows`` is ``BLOCK_M``.
         tiles: The pinned tiles, the smallest last, by rank (or bottleneck), dtype, GPU and whether rows are
@@ -84,7 +84,7 @@ def launch(function: Any, kernel: Kernel, tile: Tile, grid: tuple[int, ...]) -> 
 
     Args:
         function: The ``@triton.jit`` function.
-        kernel: Its record.
+        kernel: The function's record.
         tile: Block sizes, warps and stages.
         grid: Programs along each of up to three axes.
     """

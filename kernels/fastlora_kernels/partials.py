@@ -59,7 +59,7 @@ def _sum_two_partials_kernel(
     SIZE_1,
     BLOCK: tl.constexpr,
 ):
-    """out_i = Σ_p partial_i[p] for two reductions of their own lengths, each as in _sum_partials_kernel."""
+    """out_i = Σ_p partial_i[p], accumulated in fp32 in the order of p, rounded once; lengths may differ."""
     pid = tl.program_id(0)
     blocks_0 = tl.cdiv(SIZE_0, BLOCK)
     if pid < blocks_0:
@@ -69,7 +69,7 @@ def _sum_two_partials_kernel(
 
 
 def sum_two_partials(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> None:
-    """:func:`sum_partials` of two pairs ``(partial, out)`` in one launch."""
+    """Sum two pairs ``(partial, out)`` in one launch: fp32 ``[P, *out.shape]`` over its first dimension."""
     (partial_0, out_0), (partial_1, out_1) = first, second
     _start(_sum_two_partials_kernel, out_0.numel(), out_1.numel())(
         partial_0_ptr=partial_0, partial_1_ptr=partial_1, out_0_ptr=out_0, out_1_ptr=out_1,

@@ -30,7 +30,7 @@ def grouped_tile(num_rows, num_cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.co
 def grouped_tile_at(
     pid, num_rows, num_cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, GROUP: tl.constexpr
 ):
-    """:func:`grouped_tile` of the program ``pid``."""
+    """Row and column tile of the program ``pid``, walking the columns in groups of GROUP row tiles."""
     row_tiles = tl.cdiv(num_rows, BLOCK_ROWS)
     tiles_in_group = GROUP * tl.cdiv(num_cols, BLOCK_COLS)
     first_row_tile = (pid // tiles_in_group) * GROUP

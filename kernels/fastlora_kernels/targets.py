@@ -20,7 +20,7 @@ class Target:
         tiles: The architecture whose pinned tiles it uses.
         tensor_tflops: Peak of dense 16-bit products with float32 sums, in TFLOP/s.
         fp32_tflops: Peak of the ordinary float32 units, in TFLOP/s.
-        bandwidth: Of the memory, in GB/s.
+        bandwidth: Bandwidth of the memory, in GB/s.
         l2_bytes: Last cache before memory, in bytes; half of it where two halves may hold the same line.
         sustained: Share of ``tensor_tflops`` that a library's main loop keeps up under the power limit.
     """

@@ -40,12 +40,12 @@ class Tile:
     """Block sizes of one program.
 
     Attributes:
-        rows: Of the output.
-        cols: Of the output.
-        depth: A step of the reduction.
+        rows: Rows of the output.
+        cols: Columns of the output.
+        depth: Elements of one step of the reduction.
         rank: Ranks at a time.
-        warps: Of the program.
-        stages: Of its pipeline.
+        warps: Warps of the program.
+        stages: Stages of its pipeline.
         persistent: Whether it reads through tensor descriptors and takes one tile after another.
     """
 
@@ -63,8 +63,8 @@ class Plan:
     """The choice for one kernel.
 
     Attributes:
-        tile: Its block sizes.
-        splits: Into how many parts the reduction over a long axis is cut; their fp32 partial results are
+        tile: Block sizes.
+        splits: How many parts the reduction over a long axis is cut into; their fp32 partial results are
             summed in a second, deterministic step.
     """
 

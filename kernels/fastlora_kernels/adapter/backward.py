@@ -55,7 +55,11 @@ def adapter_grad_z(
     scale: float,
     plan: Plan,
 ) -> None:
-    """Fill ``dz [M, D]`` and ``active [M, D]`` from dOut ``[M, H]`` and the kept ``z [M, D]``."""
+    """Fill ``dz [M, D]`` = scale · (dOut·W_u) ⊙ act'(z) and ``active [M, D]`` = scale · act(z).
+
+    dOut is ``[M, H]``, W_u ``[H, D]`` and the kept z, its dropped elements marked, ``[M, D]``; scale is
+    dropout's 1 / (1 - p).
+    """
     (m, hidden), d = dout.shape, z.shape[1]
     tile = plan.tile
     grid = (cdiv(m, tile.rows), cdiv(d, tile.rank))
@@ -182,8 +186,9 @@ def adapter_grad_h_weights(
     add_input: bool,
     plan: Plan,
 ) -> None:
-    """Fill ``dh [M, H]``, if wanted, and ``grads_partial [plan.splits, 2·H·D + H + D]`` (fp32).
+    """Fill ``dh [M, H]`` = dz·W_d, unless None, and ``grads_partial [plan.splits, 2·H·D + H + D]`` (fp32).
 
+    dOut and h are ``[M, H]``, dz and active ``[M, D]``, W_d ``[D, H]``; with ``add_input`` dOut joins dh.
     Each partial result holds dW_u ``[H, D]``, dW_d ``[D, H]``, db_u ``[H]`` and db_d ``[D]``, flattened.
     """
     (m, hidden), d = dout.shape, dz.shape[1]

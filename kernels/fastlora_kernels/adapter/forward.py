@@ -141,7 +141,12 @@ def adapter_forward(
     scale: float,
     plan: Plan,
 ) -> None:
-    """Fill ``z [M, D]`` and ``out [M, H]`` in one launch; ``plan.tile.rank`` must cover D."""
+    """Fill ``z [M, D]`` = h·W_dᵀ + b_d and ``out [M, H]`` = residual + scale · act(z)·W_uᵀ + b_u at once.
+
+    h and the residual are ``[M, H]``, W_d ``[D, H]``, W_u ``[H, D]``, the biases ``[D]`` and ``[H]``;
+    residual and biases may be None. With a seed ``[1]`` (int64) elements of z are dropped where 16 random
+    bits are below ``drop_threshold``, and marked. ``plan.tile.rank`` must cover D.
+    """
     (m, hidden), d = h.shape, down_weight.shape[0]
     tile = plan.tile
     launch(_adapter_forward_kernel, ADAPTER_FORWARD, tile, (cdiv(m, tile.rows),))(
@@ -201,7 +206,11 @@ def adapter_down(
     scale: float,
     plan: Plan,
 ) -> None:
-    """Fill ``z [M, D]``, dropped elements marked, and ``active [M, D]`` = scale · act(z)."""
+    """Fill ``z [M, D]`` = h·W_dᵀ + b_d and ``active [M, D]`` = scale · act(z).
+
+    h is ``[M, H]``, W_d ``[D, H]``; the bias ``[D]`` may be None. With a seed ``[1]`` (int64) elements of z
+    are dropped where 16 random bits are below ``drop_threshold``, and marked.
+    """
     (m, hidden), d = h.shape, down_weight.shape[0]
     tile = plan.tile
     grid = (cdiv(m, tile.rows), cdiv(d, tile.rank))
@@ -256,7 +265,11 @@ def adapter_up(
     *,
     plan: Plan,
 ) -> None:
-    """Fill ``out [M, H]`` from the active bottleneck ``[M, D]`` and the up-projection ``[H, D]``."""
+    """Fill ``out [M, H]`` = residual + active·W_uᵀ + b_u.
+
+    The active bottleneck is ``[M, D]``, W_u ``[H, D]``; the bias ``[H]`` and the residual ``[M, H]`` may be
+    None.
+    """
     (m, d), hidden = active.shape, up_weight.shape[0]
     tile = plan.tile
     programs = cdiv(m, tile.rows) * cdiv(hidden, tile.cols)

@@ -24,7 +24,7 @@ class Explanation:
     Attributes:
         forward: What the forward pass takes.
         backward: What the backward pass takes.
-        tile: Of the large product forward; None where a library chooses.
+        tile: Tile of the large product forward; None where a library chooses.
         ceiling_us: Microseconds of what nothing can beat: the frozen layer alone, forward and dX; for an
             adapter, every large tensor moved once.
         rejected: The other paths of both passes: slower ones with their prediction, impossible ones with the
@@ -39,13 +39,13 @@ class Explanation:
 
     @property
     def path(self) -> str:
-        """Of the forward pass, and of the backward pass where it is another."""
+        """Path of the forward pass, and of the backward pass where it is another."""
         names = dict.fromkeys((self.forward.path, self.backward.path))
         return ", then ".join(names)
 
     @property
     def launches(self) -> list[Launch]:
-        """Of both passes."""
+        """Launches of both passes."""
         return [*self.forward.launches, *self.backward.launches]
 
     @property
@@ -60,12 +60,12 @@ class Explanation:
 
     @property
     def bytes(self) -> float:
-        """Moved from and to memory."""
+        """Bytes moved from and to memory."""
         return sum(launch.bytes for launch in self.launches)
 
     @property
     def flops(self) -> float:
-        """Of all products."""
+        """Floating-point operations of all products."""
         return sum(launch.flops for launch in self.launches)
 
 
@@ -74,10 +74,10 @@ def explain(op: Op, shape: Shape, dtype: torch.dtype, target: Target, *, dropout
 
     Args:
         op: ``lora_linear``, ``dora_linear`` or ``adapter``.
-        shape: Of the call; an adapter has n = k = its hidden size and r = its bottleneck.
-        dtype: Of x: float32, float16 or bfloat16.
+        shape: Sizes of the call; an adapter has n = k = its hidden size and r = its bottleneck.
+        dtype: The dtype of x: float32, float16 or bfloat16.
         target: The GPU.
-        dropout: Probability.
+        dropout: Probability in [0, 1); default 0.
 
     Raises:
         ValueError: A size is below 1, or the op, the dtype or the dropout is none that the kernels serve.

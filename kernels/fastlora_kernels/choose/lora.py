@@ -31,7 +31,15 @@ _LIBRARY_DRAW, _LIBRARY_DRAW_LAUNCHES = 71, 20
 
 @dataclass(frozen=True)
 class Call:
-    """One layer call to predict: forward and backward with every gradient but the frozen weight's."""
+    """One layer call to predict: forward and backward with every gradient but the frozen weight's.
+
+    Attributes:
+        shape: Sizes of the call.
+        dtype: The dtype of x.
+        target: The GPU.
+        dropping: Whether dropout is active.
+        dora: Whether every output is multiplied by a factor.
+    """
 
     shape: Shape
     dtype: torch.dtype
@@ -46,22 +54,22 @@ class Call:
 
     @property
     def x_bytes(self) -> int:
-        """Of x, and of its gradient."""
+        """Bytes of x, and of its gradient."""
         return self.shape.m * self.shape.k * self.itemsize
 
     @property
     def y_bytes(self) -> int:
-        """Of y, and of its gradient."""
+        """Bytes of y, and of its gradient."""
         return self.shape.m * self.shape.n * self.itemsize
 
     @property
     def s_bytes(self) -> int:
-        """Of S, and of its gradient."""
+        """Bytes of S, and of its gradient."""
         return self.shape.m * self.shape.r * self.itemsize
 
     @property
     def mask_bytes(self) -> int:
-        """Of the packed mask."""
+        """Bytes of the packed mask."""
         return self.shape.m * cdiv(self.shape.k, MASK_WORD_BITS) * 4 if self.dropping else 0
 
     def elements(self, each: float) -> float:
@@ -78,12 +86,12 @@ class Call:
 
 
 def forward(path: Path, call: Call) -> list[Launch]:
-    """The launches of a forward pass."""
+    """The launches of a call's forward pass on a path."""
     return _FORWARD[path](call)
 
 
 def backward(path: Path, call: Call) -> list[Launch]:
-    """The launches of a backward pass."""
+    """The launches of a call's backward pass on a path."""
     return _BACKWARD[path](call)
 
 

@@ -40,7 +40,7 @@ class Candidate:
     """One pass of a call on one path.
 
     Attributes:
-        path: Its name.
+        path: Name of the path.
         refused: Why it can't serve the call; empty where it can.
         launches: What it is predicted to launch.
     """
@@ -51,7 +51,7 @@ class Candidate:
 
     @property
     def microseconds(self) -> float:
-        """Predicted."""
+        """Predicted time of all launches and the gaps between them."""
         return total_us(self.launches)
 
 
@@ -65,8 +65,8 @@ def choose_path(
 
     Args:
         part: Which pass.
-        shape: Of the call.
-        dtype: Of x.
+        shape: Sizes of the call.
+        dtype: The dtype of x.
         target: The GPU.
         dropping: Whether dropout is active.
         dora: Whether every output is multiplied by a factor, which only some paths do.
@@ -83,7 +83,7 @@ def choose_adapter_path(shape: Shape, dtype: torch.dtype, target: Target, *, dro
 
     Args:
         shape: h ``[m, k]``, n = k, and the bottleneck r.
-        dtype: Of h.
+        dtype: The dtype of h.
         target: The GPU.
         dropping: Whether dropout is active.
     """

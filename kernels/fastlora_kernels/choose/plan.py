@@ -29,7 +29,7 @@ def choose(
     """Tile and splits for one kernel of a layer call. Deterministic; never raises on an unknown GPU.
 
     Args:
-        kernel: Its record.
+        kernel: Record of the kernel.
         shape: Sizes of the call.
         dtype: The dtype of x.
         target: The GPU.
@@ -46,8 +46,8 @@ def tiles(
     """Every tile that :func:`choose` can give a kernel, the smallest last.
 
     Args:
-        kernel: Its record.
-        rank: Of the LoRA update, or an adapter's bottleneck.
+        kernel: Record of the kernel.
+        rank: Rank of the LoRA update, or an adapter's bottleneck.
         dtype: The dtype of x.
         target: The GPU.
         aligned: Whether rows can be read in wide words, as in :class:`~fastlora_kernels.tile.Shape`.

@@ -26,7 +26,7 @@ class Choice:
 
     Attributes:
         path: One of the kernels' paths, or ``reference`` where the eager formula won forward and backward.
-        tile: Of the large product, where the path has one of ours.
+        tile: Tile of the large product, where that is a kernel of ours; else None.
     """
 
     path: str
@@ -38,8 +38,8 @@ class Record:
     """What was measured for one layer call.
 
     Attributes:
-        shape: Of the call.
-        dtype: Of x: ``bfloat16``, ``float16`` or ``float32``.
+        shape: Sizes of the call.
+        dtype: The dtype of x: ``bfloat16``, ``float16`` or ``float32``.
         dropping: Whether dropout was active.
         forward: What won forward.
         backward: What won backward.
@@ -59,7 +59,7 @@ _pinned: dict[str, dict[_Layer, list[Record]]] = {}
 
 
 def pin(gpu: str, records: Iterable[Record]) -> None:
-    """Use these records for calls on a GPU from now on, and no others."""
+    """Use these records for calls on a GPU, by its name, from now on, and no others."""
     _pinned[gpu] = {}
     for record in records:
         # unaligned calls have tiles of their own, too many to tell apart
@@ -74,12 +74,12 @@ def pinned(gpu: str) -> list[Record]:
 
 
 def gpus() -> list[str]:
-    """Those that records were handed in for."""
+    """Names of the GPUs that records were handed in for."""
     return list(_pinned)
 
 
 def find(gpu: str, shape: Shape, dtype: torch.dtype, *, dropping: bool) -> Record | None:
-    """The record for a call, if one is near enough."""
+    """The record for a call on a GPU, by its name, if one is near enough."""
     if gpu not in _pinned or not shape.aligned:
         return None
     records = _pinned[gpu].get(_layer(shape, str(dtype).removeprefix("torch."), dropping), ())

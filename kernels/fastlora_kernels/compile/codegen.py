@@ -184,7 +184,7 @@ def _matrix_instructions(assembly: str) -> dict[str, int]:
 
 
 def _cached_row(spec: Spec, folder: Path) -> Row:
-    """:func:`compile_spec`, or what it made of the same code before."""
+    """The row that :func:`compile_spec` makes, or made of the same code before."""
     file = folder / f"{_fingerprint(spec)}.json"
     try:
         return Row(**json.loads(file.read_text("utf-8")))
@@ -198,7 +198,7 @@ def _cached_row(spec: Spec, folder: Path) -> Row:
 
 
 def _fingerprint(spec: Spec) -> str:
-    """Of all that a row hangs on: the kernel, what it calls and is given, the compiler, this code."""
+    """A hash of what a row hangs on: the kernel, what it calls and is given, the compiler, this code."""
     import triton
 
     function = jit_function(spec)

@@ -30,13 +30,13 @@ class Spec:
     """One kernel to compile.
 
     Attributes:
-        kernel: Its name.
+        kernel: Name of the kernel.
         target: The architecture, for instance ``sm_90``.
         dtype: ``bf16``, ``fp16`` or ``fp32``, of the layer.
         tile: Block sizes, warps and stages.
         dropout: Whether it draws or reads a dropout mask.
         aligned: Whether sizes and row strides are multiples of 16.
-        activation: Of a bottleneck; empty where there is none.
+        activation: The bottleneck's: ``gelu``, ``relu`` or ``silu``; empty where there is none.
         one_chunk: Whether a tile holds the whole bottleneck.
     """
 
@@ -54,8 +54,8 @@ def specs(target_name: str, dtypes: Sequence[str] = tuple(DTYPES)) -> list[Spec]
     """Every kernel and tile that a plan for a GPU can choose, without repeats.
 
     Args:
-        target_name: Its architecture, for instance ``sm_90``.
-        dtypes: Of the layer, out of ``bf16``, ``fp16`` and ``fp32``; default: all.
+        target_name: The GPU's architecture, for instance ``sm_90``.
+        dtypes: The layer's dtypes, out of ``bf16``, ``fp16`` and ``fp32``; default: all.
 
     Raises:
         ValueError: The target is unknown.

@@ -15,7 +15,7 @@ def table_text(rows: Iterable[Row], triton_version: str) -> str:
     """The table as a file.
 
     Args:
-        rows: Its rows, in any order.
+        rows: What was compiled, in any order.
         triton_version: The version of Triton that made them.
     """
     out = io.StringIO()

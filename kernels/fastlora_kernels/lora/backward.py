@@ -69,7 +69,11 @@ def lora_grad_s_b(
     scale: float,
     plan: Plan,
 ) -> None:
-    """Fill ``ds_partial [N tiles, M, R]`` and ``db_partial [plan.splits, N, R]`` from dY ``[M, N]``."""
+    """Fill ``ds_partial [N tiles, M, R]`` = scale · dY·B and ``db_partial [plan.splits, N, R]`` = dYᵀ·S.
+
+    dY is ``[M, N]``, S ``[M, R]`` and B ``[N, R]``; an N tile is ``plan.tile.cols`` wide. Both results are
+    fp32.
+    """
     (m, n), r = dy.shape, lora_b.shape[1]
     tile = plan.tile
     grid = (cdiv(n, tile.cols), plan.splits, cdiv(r, tile.rank))
@@ -169,7 +173,11 @@ def _lora_grad_x_kernel(
 def lora_grad_x(
     dy: Tensor, weight: Tensor, ds: Tensor, lora_a: Tensor, mask: Tensor | None, dx: Tensor, *, plan: Plan
 ) -> None:
-    """Fill ``dx [M, K]`` from dY ``[M, N]``, weight ``[N, K]``, dS ``[M, R]`` and A ``[R, K]``."""
+    """Fill ``dx [M, K]`` = dY·W + mask ⊙ (dS·A).
+
+    dY is ``[M, N]``, W ``[N, K]``, dS ``[M, R]`` and A ``[R, K]``; the packed mask is ``[M, ⌈K/32⌉]``
+    (int32), None without dropout.
+    """
     (m, n), (r, k) = dy.shape, lora_a.shape
     tile = plan.tile
     programs = cdiv(m, tile.rows) * cdiv(k, tile.cols)
@@ -235,7 +243,10 @@ def _lora_grad_a_kernel(
 
 
 def lora_grad_a(x: Tensor, ds: Tensor, mask: Tensor | None, da_partial: Tensor, *, plan: Plan) -> None:
-    """Fill ``da_partial [plan.splits, R, K]`` from x ``[M, K]`` and dS ``[M, R]``."""
+    """Fill ``da_partial [plan.splits, R, K]`` (fp32) = dSᵀ·(mask ⊙ x) from x ``[M, K]`` and dS ``[M, R]``.
+
+    The packed mask is ``[M, ⌈K/32⌉]`` (int32), None without dropout.
+    """
     (m, k), r = x.shape, ds.shape[1]
     tile = plan.tile
     grid = (cdiv(k, tile.cols), plan.splits, cdiv(r, tile.rank))

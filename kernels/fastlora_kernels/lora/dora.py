@@ -44,7 +44,7 @@ def _dora_weight_norm_kernel(
 def dora_weight_norm(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, norm: Tensor, *, scale: float, plan: Plan
 ) -> None:
-    """Fill ``norm [N]`` (fp32) from W ``[N, K]``, A ``[R, K]`` and B ``[N, R]``."""
+    """Fill ``norm [N]`` (fp32) = ‖W + scale · B·A‖ from W ``[N, K]``, A ``[R, K]`` and B ``[N, R]``."""
     (n, k), r, tile = weight.shape, lora_a.shape[0], plan.tile
     launch(_dora_weight_norm_kernel, DORA_WEIGHT_NORM, tile, (cdiv(n, tile.rows),))(
         weight_ptr=weight, lora_a_ptr=lora_a, lora_b_ptr=lora_b, norm_ptr=norm,
@@ -96,7 +96,11 @@ def dora_grad_product(
     *,
     plan: Plan,
 ) -> None:
-    """Fill ``dproduct [M, N]`` from dY ``[M, N]``; ``dfactor_partial [plan.splits, N]`` (fp32) if wanted."""
+    """Fill ``dproduct [M, N]`` = factor ⊙ dY and ``dfactor_partial [plan.splits, N]`` = Σ dY ⊙ product.
+
+    dY and the product are ``[M, N]``, the factor ``[N]``; factor and partial results are fp32. Where the
+    factor needs no gradient, the product and its partial results are None.
+    """
     m, n = dy.shape
     tile = plan.tile
     grid = (cdiv(n, tile.cols), plan.splits)

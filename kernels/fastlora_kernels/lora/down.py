@@ -80,7 +80,12 @@ def lora_down(
     scale: float,
     plan: Plan,
 ) -> None:
-    """Fill ``s_partial [plan.splits, M, R]`` and, with a seed, the packed ``mask [M, ⌈K/32⌉]`` (int32)."""
+    """Fill ``s_partial [plan.splits, M, R]`` = scale · (mask ⊙ x)·Aᵀ from x ``[M, K]`` and A ``[R, K]``.
+
+    With a seed ``[1]`` (int64), the packed ``mask [M, ⌈K/32⌉]`` (int32) is drawn: an element is kept where 16
+    random bits are at least ``drop_threshold``. Without, both are None. The partial results are fp32 where
+    there are several.
+    """
     (m, k), r = x.shape, lora_a.shape[0]
     tile = plan.tile
     grid = (cdiv(m, tile.rows), plan.splits, cdiv(r, tile.rank))

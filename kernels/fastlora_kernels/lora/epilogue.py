@@ -67,7 +67,7 @@ def lora_add(
     """Add mask ⊙ (left·right) to ``out [M, C]`` in place, for left ``[M, R]``.
 
     ``right`` is ``[R, C]``, as A for dX += mask ⊙ (dS·A), or with ``transposed`` ``[C, R]``, as B for
-    y += S·Bᵀ. The packed mask is ``[M, ⌈C/32⌉]`` (int32).
+    y += S·Bᵀ. The packed mask is ``[M, ⌈C/32⌉]`` (int32), None without dropout.
     """
     (m, c), r = out.shape, left.shape[1]
     tile = plan.tile

@@ -93,10 +93,10 @@ def lora_forward(
     factor: Tensor | None = None,
     product: Tensor | None = None,
 ) -> None:
-    """Fill ``y [M, N]`` from x ``[M, K]``, weight ``[N, K]``, S ``[M, R]`` and B ``[N, R]``.
+    """Fill ``y [M, N]`` = x·Wᵀ + bias + S·Bᵀ from x ``[M, K]``, W ``[N, K]``, S ``[M, R]`` and B ``[N, R]``.
 
-    With a factor ``[N]`` the products are multiplied by it before the bias; ``product [M, N]`` is then filled
-    with what they were.
+    The bias ``[N]`` may be None. With a factor ``[N]`` the products are multiplied by it before the bias;
+    ``product [M, N]`` is then filled with what they were.
     """
     (m, k), (n, r) = x.shape, lora_b.shape
     tile = plan.tile

@@ -81,7 +81,11 @@ def lora_grad_x_a(
     *,
     plan: Plan,
 ) -> None:
-    """Fill ``dx [M, K]`` like ``lora_grad_x`` and ``da_partial [plan.splits, R, K]`` like ``lora_grad_a``."""
+    """Fill ``dx [M, K]`` = dY·W + mask ⊙ (dS·A) and ``da_partial [plan.splits, R, K]`` = dSᵀ·(mask ⊙ x).
+
+    dY is ``[M, N]``, W ``[N, K]``, dS ``[M, R]``, A ``[R, K]`` and x ``[M, K]``; the packed mask is
+    ``[M, ⌈K/32⌉]`` (int32), None without dropout. The partial results are fp32.
+    """
     (m, n), (r, k) = dy.shape, lora_a.shape
     tile = plan.tile
     part = grad_a_part(tile)

@@ -86,7 +86,7 @@ def _single(rank: int, dtype: torch.dtype, target: Target, aligned: bool) -> lis
 
 
 def _skinny(rank: int, dtype: torch.dtype, target: Target, aligned: bool) -> list[Tile]:
-    """Of an output only as wide as the rank: bound by the one read of the large input."""
+    """For an output only as wide as the rank: bound by the one read of the large input."""
     table = _table(target, aligned)
     if table == "default" or dtype == torch.float32:
         return [_SMALL]

@@ -80,9 +80,10 @@ def lora_forward_persistent(
     plan: Plan,
     multiprocessors: int,
 ) -> None:
-    """Fill ``y [M, N]`` from x ``[M, K]``, weight ``[N, K]``, S ``[M, R]`` and B ``[N, R]``.
+    """Fill ``y [M, N]`` = x·Wᵀ + bias + S·Bᵀ from x ``[M, K]``, W ``[N, K]``, S ``[M, R]`` and B ``[N, R]``.
 
-    Addresses of x, weight and y are multiples of 16 bytes, and so are their row strides.
+    The bias ``[N]`` may be None; ``multiprocessors`` is how many programs run at most. Addresses of x, weight
+    and y are multiples of 16 bytes, and so are their row strides.
     """
     (m, k), (n, r) = x.shape, lora_b.shape
     tile = plan.tile
@@ -166,9 +167,12 @@ def lora_grad_x_a_persistent(
     plan: Plan,
     multiprocessors: int,
 ) -> None:
-    """Fill ``dx [M, K]`` and ``da_partial [plan.splits, R, K]`` like ``lora_grad_x_a``.
+    """Fill ``dx [M, K]`` = dY·W + mask ⊙ (dS·A) and ``da_partial [plan.splits, R, K]`` = dSᵀ·(mask ⊙ x).
 
-    Addresses of dY, weight and dX are multiples of 16 bytes, and so are their row strides.
+    dY is ``[M, N]``, W ``[N, K]``, dS ``[M, R]``, A ``[R, K]`` and x ``[M, K]``; the packed mask is ``[M,
+    ⌈K/32⌉]`` (int32), None without dropout. The partial results are fp32; ``multiprocessors`` is how many
+    programs run at most. Addresses of dY, weight and dX are multiples of 16 bytes, and so are their row
+    strides.
     """
     (m, n), (r, k) = dy.shape, lora_a.shape
     tile = plan.tile

@@ -82,9 +82,10 @@ def lora_forward_single(
     scale: float,
     plan: Plan,
 ) -> None:
-    """Fill ``s [M, R]`` and ``y [M, N]`` from x ``[M, K]``, weight ``[N, K]``, A ``[R, K]`` and B ``[N, R]``.
+    """Fill ``s [M, R]`` = scale · x·Aᵀ and ``y [M, N]`` = x·Wᵀ + bias + S·Bᵀ.
 
-    The plan's tile must hold the whole rank; with N = 0 there is no program, and S stays unwritten.
+    x is ``[M, K]``, W ``[N, K]``, A ``[R, K]`` and B ``[N, R]``; the bias ``[N]`` may be None. The plan's
+    tile must hold the whole rank; with N = 0 there is no program, and S stays unwritten.
     """
     (m, k), (n, r) = x.shape, lora_b.shape
     tile = plan.tile

@@ -47,9 +47,9 @@ class Launch:
 
     Attributes:
         name: The kernel's, or what the library computes.
-        microseconds: From its start to its end.
+        microseconds: Time from its start to its end.
         bytes: Moved from and to memory.
-        flops: Of its products.
+        flops: Floating-point operations of its products.
         bound: What takes longest.
         from_library: Whether torch launches it.
         count: Launches that it stands for.
@@ -83,11 +83,11 @@ def stream(
         name: For the table.
         moved: Bytes from and to memory.
         target: The GPU.
-        flops: Of its products.
+        flops: Floating-point operations of its products.
         integers: Integer operations, such as drawing random numbers takes.
         cached: Bytes that stay in the cache until they are read again, as far as it holds them.
         programs: Blocks of the launch; too few don't reach the full bandwidth.
-        share: Of the bandwidth.
+        share: Share of the bandwidth that it reaches at most.
         from_library: Whether torch launches it.
         count: Launches that it stands for.
     """
@@ -136,7 +136,7 @@ def kernel_product(
         low_rank: Ranks of the second product, which every tile adds.
         beside: Ranks of a product that every tile computes beside the first, over the same sum.
         extra_bytes: Read or written beside the operands and the output.
-        extra_flops: Of other products in the same launch.
+        extra_flops: Floating-point operations of other products in the same launch.
         extra_tiles: Microseconds of each program that the same launch runs after the product's tiles.
     """
     loop = (_DESCRIPTOR_LOOP if tile.persistent else _POINTER_LOOP).get(target.tiles, _OTHER_LOOP)
@@ -159,7 +159,7 @@ def kernel_product(
 
 
 def library_product(name: str, m: int, n: int, k: int, itemsize: int, target: Target) -> Launch:
-    """``[m, k]·[k, n]`` by the vendor's library."""
+    """``[m, k]·[k, n]`` by the vendor's library; ``itemsize`` is bytes of an element."""
     rate = _peak(target, itemsize) * target.sustained
     best: Launch | None = None
     for rows, cols in _LIBRARY_TILES:
@@ -179,7 +179,7 @@ def library_product(name: str, m: int, n: int, k: int, itemsize: int, target: Ta
 
 
 def total_us(launches: Sequence[Launch]) -> float:
-    """Of launches that follow each other in a stream; no faster than the host can launch them."""
+    """Time of launches that follow each other in a stream; no faster than the host can launch them."""
     device = sum(launch.microseconds + GAP * launch.count for launch in launches)
     host = sum((HOST_LIBRARY if launch.from_library else HOST_TRITON) * launch.count for launch in launches)
     return max(device, host)
@@ -207,7 +207,7 @@ def _tile_us(rows: int, cols: int, k: float, tflops: float, target: Target) -> f
 
 
 def _tile_speed(rows: int, cols: int) -> float:
-    """Of a tile's main loop beside the largest tile's."""
+    """Speed of a tile's main loop beside the largest tile's."""
     return math.pow(rows * cols / _LARGEST, 0.08)
 
 

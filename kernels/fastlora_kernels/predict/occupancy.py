@@ -19,7 +19,15 @@ _REGISTERS, _THREADS, _RESERVED = 65_536, 2048, 1024
 
 
 def programs_at_once(kernel: str, tile: "Tile", dtype: torch.dtype, target: Target, *, dropping: bool) -> int:
-    """From registers and shared memory as compiled; 1 where this tile isn't in the table."""
+    """Programs that a multiprocessor holds, by registers and shared memory; 1 where the table lacks the tile.
+
+    Args:
+        kernel: Name of the kernel.
+        tile: Block sizes.
+        dtype: The layer's dtype.
+        target: The GPU.
+        dropping: Whether dropout is active.
+    """
     row = _find(kernel, _LIKE.get(target.name, target.name), _NAMES.get(dtype, ""), tile, dropping)
     if row is None or target.is_amd:
         return 1
@@ -40,6 +48,6 @@ def _find(kernel: str, architecture: str, dtype: str, tile: "Tile", dropping: bo
 
 @functools.cache
 def _rows(kernel: str, architecture: str, dtype: str) -> list[Row]:
-    """The aligned ones."""
+    """The rows of aligned calls."""
     what = (kernel, architecture, dtype)
     return [row for row in committed()[1] if row.aligned and (row.kernel, row.target, row.dtype) == what]

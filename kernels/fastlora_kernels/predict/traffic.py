@@ -24,12 +24,25 @@ class Wave:
 
 
 def grouped_wave(tile_rows: int, tile_cols: int, group: int, at_once: int) -> Wave:
-    """Of tiles that walk the columns in groups of ``group`` row tiles, as our kernels do."""
+    """The wave of tiles that walk the columns in groups of row tiles, as our kernels do.
+
+    Args:
+        tile_rows: Rows of a tile.
+        tile_cols: Columns of a tile.
+        group: Row tiles of a group.
+        at_once: Tiles that run at the same time.
+    """
     return Wave(group * tile_rows, max(1.0, at_once / group) * tile_cols)
 
 
 def square_wave(tile_rows: int, tile_cols: int, at_once: int) -> Wave:
-    """Of a library that orders its tiles well."""
+    """The wave of a library that orders its tiles well.
+
+    Args:
+        tile_rows: Rows of a tile.
+        tile_cols: Columns of a tile.
+        at_once: Tiles that run at the same time.
+    """
     side = math.sqrt(at_once * tile_rows * tile_cols)
     return Wave(side, side)
 
