@@ -169,9 +169,9 @@ def lora_grad_x_a_persistent(
 ) -> None:
     """Fill ``dx [M, K]`` = dY·W + mask ⊙ (dS·A) and ``da_partial [plan.splits, R, K]`` = dSᵀ·(mask ⊙ x).
 
-    dY is ``[M, N]``, W ``[N, K]``, dS ``[M, R]``, A ``[R, K]`` and x ``[M, K]``; the packed mask is ``[M,
-    ⌈K/32⌉]`` (int32), None without dropout. The partial results are fp32; ``multiprocessors`` is how many
-    programs run at most. Addresses of dY, weight and dX are multiples of 16 bytes, and so are their row
+    dY is ``[M, N]``, W ``[N, K]``, dS ``[M, R]``, A ``[R, K]`` and x ``[M, K]``; the packed mask is
+    ``[M, ⌈K/32⌉]`` (int32), None without dropout. The partial results are fp32; ``multiprocessors`` is how
+    many programs run at most. Addresses of dY, weight and dX are multiples of 16 bytes, and so are their row
     strides.
     """
     (m, n), (r, k) = dy.shape, lora_a.shape
