@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.models import SwinTransformer
 
 import fastlora
-from fastlora.inject.lora import Model
+from fastlora.anatomy.names import Model
 from fastlora.nn import AdaptedModule, AdapterLayer
 from tests.lora_models import tiny_vit
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 import fastlora
-from fastlora.inject.lora import Model
+from fastlora.anatomy.names import Model
 from fastlora.nn import LoRAModule
 
 

@@ -1,7 +1,7 @@
 """Finding modules by the names a user knows, whatever wraps them."""
 
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -10,6 +10,8 @@ from fastlora.nn import AdaptedModule, AdapterLayer, LoRAModule, LoRAMultiheadAt
 from fastlora.nn.adapted import WRAPPED
 from fastlora.nn.prompts.modules import PROMPTS, PromptModule
 from fastlora.nn.tuner import TunerModule
+
+Model = TypeVar("Model", bound=nn.Module)
 
 # name parts that torch.compile, activation checkpointing, FSDP1 and our adapters put in between
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", WRAPPED}

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastlora._core.option_checks import check_count, check_flag
+from fastlora.anatomy.names import Model
 from fastlora.init._layers import check_unmerged, linear_layers
-from fastlora.inject.lora import Model
 from fastlora.nn import LoRAModule
 from fastlora.nn.lora.start import set_start
 

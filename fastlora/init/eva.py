@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastlora._core.option_checks import check_finite
+from fastlora.anatomy.names import Model
 from fastlora.init._layers import check_unmerged, linear_layers
-from fastlora.inject.lora import Model
 from fastlora.nn import LoRAModule
 
 

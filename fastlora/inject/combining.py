@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastlora._core.extras import require
 from fastlora._core.option_checks import check_count, check_finite
-from fastlora.inject.lora import Model
+from fastlora.anatomy.names import Model
 from fastlora.inject.named import all_layers, check_known, put_in
 from fastlora.nn import LoRAModule
 from fastlora.nn.lora.shelf import Shelf

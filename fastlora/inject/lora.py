@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from fastlora._core.log import logger
 from fastlora._core.words import first_few
 from fastlora.anatomy.all_linear import tell_frozen_head
 from fastlora.anatomy.names import (
+    Model,
     added,
     lora_layers,
     named_modules,
@@ -20,7 +21,7 @@ from fastlora.anatomy.names import (
 )
 from fastlora.anatomy.targets import ALL_LINEAR, select_targets
 from fastlora.inject.pretrained import moved_apart
-from fastlora.inject.prompt_places import follow_blocks
+from fastlora.inject.prompts import follow_blocks
 from fastlora.inject.trained import forget_tuners, train_only_tuners
 from fastlora.nn import (
     AdaptedModule,
@@ -33,8 +34,6 @@ from fastlora.nn import (
 from fastlora.nn.lora.checks import check_attention, check_conv, check_embedding, check_linear
 from fastlora.nn.lora.layout import layout_of
 from fastlora.nn.settings import LoRASettings
-
-Model = TypeVar("Model", bound=nn.Module)
 
 # what can carry LoRA: how the LoRA layer is made of it, and what checks that it can
 _KINDS: dict[type[nn.Module], tuple[Callable[..., nn.Module], Callable[[object], None]]] = {
@@ -112,7 +111,8 @@ def apply_lora(
     check_unadapted(root)
     chosen, whole = select_targets(root, target_modules, exclude_modules, modules_to_save)
     check_carriers(chosen, settings)
-    inject(root, {module: settings for module in chosen.values()}, whole)
+    add_lora(root, {module: settings for module in chosen.values()})
+    train_only_tuners(root, whole)
     if exclude_modules is None:
         tell_frozen_head(root)
     return model
@@ -284,12 +284,6 @@ def cannot_carry(module: nn.Module) -> str | None:
     except (TypeError, ValueError) as error:
         return str(error)
     return None
-
-
-def inject(model: nn.Module, plan: Mapping[nn.Module, LoRASettings], whole: Collection[nn.Module]) -> None:
-    """Replace the plan's modules, freeze the rest, let the ``whole`` ones train. All is checked before."""
-    add_lora(model, plan)
-    train_only_tuners(model, whole)
 
 
 def add_lora(model: nn.Module, plan: Mapping[nn.Module, LoRASettings]) -> None:

@@ -8,8 +8,7 @@ from torch import nn
 
 from fastlora._core.log import logger
 from fastlora._core.words import did_you_mean
-from fastlora.anatomy.names import require_lora_layers, unwrap
-from fastlora.inject.lora import Model
+from fastlora.anatomy.names import Model, require_lora_layers, unwrap
 from fastlora.nn import LoRAModule
 from fastlora.nn.lora.checks import check_parameter
 from fastlora.nn.lora.layout import check_fit

@@ -10,9 +10,10 @@ from fastlora._core.words import first_few
 from fastlora.anatomy.blocks import output_sizes
 from fastlora.anatomy.names import Added, clean_name, named_modules
 from fastlora.anatomy.tied import Holder, is_inside, shared_parameters, to_untie, without_parents
+from fastlora.inject.adapters import cannot_adapt
 from fastlora.inject.lora import cannot_carry
-from fastlora.inject.places import Place, cannot_adapt
-from fastlora.inject.prompt_places import PromptPlace, host_name
+from fastlora.inject.places import Place
+from fastlora.inject.prompts import PromptPlace, host_name
 from fastlora.nn import LoRAModule
 from fastlora.nn.lora.layout import layout_of, lora_parts
 from fastlora.state.base_copies import BaseCopies

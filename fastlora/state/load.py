@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastlora._core.log import logger
 from fastlora.anatomy.names import (
     Added,
+    Model,
     adapted_modules,
     added,
     clean_name,
@@ -21,7 +22,8 @@ from fastlora.anatomy.names import (
 from fastlora.anatomy.targets import why_uncalled
 from fastlora.anatomy.tied import any_tied, shared_parameters, untie
 from fastlora.anatomy.uncalled import bypassed
-from fastlora.inject.lora import Model, add_lora, check_unadapted
+from fastlora.inject.adapters import add_adapters
+from fastlora.inject.lora import add_lora, check_unadapted
 from fastlora.inject.named import (
     adapter_names,
     all_layers,
@@ -30,8 +32,7 @@ from fastlora.inject.named import (
     put_in,
     set_adapter,
 )
-from fastlora.inject.places import add_adapters
-from fastlora.inject.prompt_places import add_prompts
+from fastlora.inject.prompts import add_prompts
 from fastlora.inject.trained import train_only_tuners
 from fastlora.inject.whole_modules import trained_whole
 from fastlora.nn import LoRALayer, LoRAModule

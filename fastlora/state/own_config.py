@@ -7,7 +7,7 @@ from typing import Any, TypeVar, get_args
 
 from fastlora._core.option_checks import check_count
 from fastlora.inject.places import Place
-from fastlora.inject.prompt_places import PromptPlace
+from fastlora.inject.prompts import PromptPlace
 from fastlora.nn.adapted import PLACEMENTS
 from fastlora.nn.prompts.modules import PROMPTS, PromptKind
 from fastlora.nn.prompts.settings import PromptSettings
