@@ -13,7 +13,7 @@ class Interrupted(KeyboardInterrupt):
     """Work was stopped by a signal.
 
     Args:
-        number: Of the signal.
+        number: The signal's number.
         text: What was saved before it stopped, for people; empty if nothing was.
     """
 
@@ -49,7 +49,7 @@ class Stop:
         watch: Whether to note signals at all.
 
     Attributes:
-        number: Of the signal that was noted; None before.
+        number: The number of the signal that was noted; None before.
     """
 
     def __init__(self, *, watch: bool = True) -> None:

@@ -77,12 +77,12 @@ def apply_adapters(
             as in Houlsby's paper; never adapted.
         hidden_size: Width of what is adapted, for modules that do not tell it.
         reduction_factor: Makes every bottleneck ``hidden_size // reduction_factor`` wide instead.
-        activation: As in :class:`fastlora.AdapterLayer`, like the rest.
-        layer_norm: Before W_down or after W_up.
-        scale: Factor of the adapter's part.
-        dropout: After the activation.
-        bias: Of both projections.
-        adapter_dtype: Of the adapters; None means float32 beside 16-bit weights, else the weights' dtype.
+        activation: ``"gelu"`` (exact), ``"relu"`` or ``"silu"``.
+        layer_norm: ``"pre"`` normalises what enters W_down, ``"post"`` what leaves W_up; None does neither.
+        scale: Factor of the adapter's part; ``"learned"`` makes it a parameter that starts at 1.
+        dropout: Probability in [0, 1] of zeroing an element after the activation while training.
+        bias: Whether both projections have a bias.
+        adapter_dtype: Dtype of the adapters; None means float32 beside 16-bit weights, else the weights'.
 
     Returns:
         The same model.

@@ -58,7 +58,7 @@ def add_weighted_adapter(
         model: A model with the adapters.
         adapters: Names of those to combine.
         weights: A factor for each, negative ones too.
-        adapter_name: Of the new adapter; its scaling is 1 and it has no dropout.
+        adapter_name: Name of the new adapter; its scaling is 1 and it has no dropout.
         combination_type: How.
         svd_rank: Rank of the new adapter for ``"svd"`` and ``…_svd``; None means the highest of theirs.
         density: Share of the values to keep, in (0, 1]; for the sparse ones alone.

@@ -67,7 +67,7 @@ def apply_lora(
 
     Args:
         model: Any model with ``nn.Linear``, ``nn.MultiheadAttention``, ``nn.Conv2d`` or ``nn.Embedding``.
-        target_modules: As in PEFT: a list of names, each the whole name of a module or the end of it
+        target_modules: A list of names, each the whole name of a module or the end of it
             (``"query"`` means every ``….query``); or a regular expression for whole names; or
             ``"all-linear"`` for every ``nn.Linear`` and ``nn.MultiheadAttention`` except what
             ``model.get_output_embeddings()`` returns and the head of a classifier of Hugging Face or timm.

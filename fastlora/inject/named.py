@@ -48,10 +48,10 @@ def add_adapter(
     Args:
         model: A model with LoRA layers.
         adapter_name: Without a dot.
-        rank: Of the new adapter; None, here and below, means as in the active one.
-        alpha: Strength of every update.
-        dropout: On the updates' input while training.
-        rslora: Scale by alpha/√rank.
+        rank: Inner size of the new updates; None takes each layer's active one, as for every option.
+        alpha: Strength of the new updates.
+        dropout: Probability in [0, 1] of zeroing an element of their input while training.
+        rslora: Scale by alpha/√rank instead of alpha/rank.
         dora: Keep a trained norm for every output feature.
 
     Returns:

@@ -20,7 +20,7 @@ class Place:
     Attributes:
         placement: How it works with its module, see :class:`AdaptedModule`.
         hidden_size: Width of what it adapts.
-        settings: The rest.
+        settings: Its bottleneck, activation, norm, scale, dropout and biases.
     """
 
     placement: AdapterPlacement

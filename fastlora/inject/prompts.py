@@ -122,7 +122,7 @@ class PromptPlace:
         kind: Whether they stand among patches or among words.
         hidden_size: Width of a token.
         position: How many entries of every sequence stay before them.
-        settings: The rest.
+        settings: How many tokens there are, whether in every block, their dropout and start.
     """
 
     kind: PromptKind
@@ -144,7 +144,7 @@ class PromptPlace:
         return None
 
     def shape(self, module: nn.Module) -> tuple[int, int, int]:
-        """Of the tokens in this transformer, which they fit."""
+        """Shape ``[layers, num_tokens, hidden]`` of the tokens in this transformer, which they fit."""
         return find_host({"": module}).shape(self.settings)
 
     def misfit(self, module: nn.Module) -> str | None:

@@ -25,7 +25,7 @@ class BaseCopies:
 
         Args:
             model: Its tensors are compared, not changed.
-            tensors: Of the file.
+            tensors: The file's, by key.
             fresh: Whether the model has no adapters yet, which its frozen weights may belong to.
         """
         # without what is added, and under the names that a model without adapters has

@@ -84,9 +84,9 @@ def load_adapter(model: Model, path: str | os.PathLike[str], *, adapter_name: st
     Args:
         model: The frozen model the adapter was trained on, or an adapted one.
         path: The folder.
-        adapter_name: Of the adapter in a model without LoRA. In one with LoRA, the adapter to load into: a
-            new one beside those that are there, or one of these; which one is active stays as it was. None
-            loads into the active one.
+        adapter_name: In a model without LoRA, what its adapter is called. In one with LoRA, the adapter to
+            load into: a new one beside those that are there, or one of these; which one is active stays as
+            it was. None loads into the active one.
 
     Returns:
         The same model.
@@ -132,7 +132,7 @@ def load_into_active(model: Model, path: str | os.PathLike[str]) -> Model:
     """Load an adapter folder into a model, or into its active adapter.
 
     Args:
-        model: As :func:`load_adapter` takes it.
+        model: The frozen model the adapter was trained on, or an adapted one.
         path: The folder.
 
     Returns:

@@ -12,7 +12,7 @@ def check_sound(
     """Refuse tensors that would make a model answer nonsense without a word.
 
     Args:
-        tensors: Of a file.
+        tensors: The file's, by name.
         where: The file, for people.
         like: What they are loaded into, of the same names; None only looks at the values.
 

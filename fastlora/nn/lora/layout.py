@@ -16,7 +16,7 @@ class Layout:
     """The update beside an ``nn.Linear``, and what other kinds of layers have otherwise.
 
     Attributes:
-        names: Of A and B.
+        names: What A and B are called.
         zero: The one of them that is zero at the start, and so their product.
         drops: Whether elements of the update's input can be dropped.
         columns: Whether the output features are the columns of the frozen weight, not its rows.
@@ -28,11 +28,11 @@ class Layout:
     columns: ClassVar[bool] = False
 
     def shapes(self, layer: Any, rank: int) -> tuple[Shape, Shape]:
-        """Of A and B of this rank beside a plain layer."""
+        """Shapes of A and B of this rank beside a plain layer."""
         return (rank, layer.in_features), (layer.out_features, rank)
 
     def magnitude_shape(self, layer: Any) -> Shape:
-        """Of DoRA's magnitude: one number for every output feature of a plain layer."""
+        """Shape of DoRA's magnitude: one number for every output feature of a plain layer."""
         return (layer.out_features,)
 
     def misfit(self, layer: Any, rank: int, *, dora: bool) -> str | None:
@@ -132,7 +132,7 @@ def lora_parts(layer: nn.Module, rank: int, *, dora: bool = False) -> dict[str, 
 
     Args:
         layer: A plain layer or a LoRA layer that is one.
-        rank: Of the update.
+        rank: Inner size of the update.
         dora: Whether there is a magnitude.
 
     Example:

@@ -35,7 +35,7 @@ class NormCache:
 
         Args:
             sources: The layer's own weight, A and B, by which changes are noticed.
-            rows: The same as matrices ``[out, …]``, ``[rank, …]`` and ``[out, rank]``.
+            rows: Weight, A and B as matrices ``[out, …]``, ``[rank, …]`` and ``[out, rank]``.
             scaling: s.
             training: Whether A and B are about to change, so that the norm is not kept.
         """

@@ -53,7 +53,7 @@ class VisualHost:
             )
 
     def shape(self, settings: PromptSettings) -> tuple[int, int, int]:
-        """Of the tokens."""
+        """Shape ``[layers, num_tokens, hidden]`` of the tokens."""
         return len(self.blocks) if settings.deep else 1, settings.num_tokens, self.hidden_size
 
     def draw(self, settings: PromptSettings) -> Tensor:
@@ -102,7 +102,7 @@ class TextHost:
             )
 
     def shape(self, settings: PromptSettings) -> tuple[int, int, int]:
-        """Of the tokens."""
+        """Shape ``[layers, num_tokens, hidden]`` of the tokens."""
         return 1, settings.num_tokens, self.embedding.embedding_dim
 
     def draw(self, settings: PromptSettings) -> Tensor:

@@ -34,7 +34,7 @@ class PromptModule(TunerModule):
 
     Attributes:
         tokens: ``[layers, num_tokens, hidden]``, trainable; cast to the activations' dtype where used.
-        settings: What was asked for; ``apply_prompts(model, **vars(settings))`` makes the like.
+        settings: What was asked for; ``apply_prompts(model, **vars(settings))`` makes such prompts.
         position: How many entries of every sequence stay before the prompts.
         kind: Whether they stand among patches or among words.
     """
@@ -170,7 +170,7 @@ class SoftPrompts(PromptModule):
         tokens: ``[1, num_tokens, hidden]``.
         argument_names: The names of the model's positional arguments, in order.
         positions: Number of absolute positions of an encoder; None makes it a decoder.
-        padding_idx: As in RoBERTa, the position of a padding token; real ones follow it. None counts from 0.
+        padding_idx: The position of a padding token, which real ones follow (RoBERTa); None counts from 0.
 
     Example:
         >>> names = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")

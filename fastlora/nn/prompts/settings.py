@@ -10,7 +10,7 @@ PromptInit = Literal["auto", "uniform", "vocabulary"]
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """The checked hyperparameters of prompts; ``apply_prompts(model, **vars(settings))`` makes the like.
+    """The checked hyperparameters of prompts; ``apply_prompts(model, **vars(settings))`` makes such prompts.
 
     Raises:
         TypeError: A value has the wrong type.
