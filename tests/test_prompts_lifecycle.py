@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 import fastlora
 from fastlora.inject.adapters import apply_adapters
 from fastlora.inject.prompts import apply_prompts, remove_prompts
-from fastlora.nn.prompts.settings import PromptSettings
+from fastlora.nn.settings import PromptSettings
 from tests.lora_models import same_bits, tiny_vit
 from tests.prompt_models import IMAGES, TOKENS, main_output, prompts_of, text_model, vision_model
 

@@ -12,7 +12,7 @@ from torch.utils import checkpoint
 
 from fastlora.inject.prompts import apply_prompts
 from fastlora.nn.prompts.modules import VisualPrompts
-from fastlora.nn.prompts.settings import PromptSettings
+from fastlora.nn.settings import PromptSettings
 from tests.cases import cases
 from tests.lora_models import tiny_vit
 from tests.prompt_models import (

@@ -13,7 +13,7 @@ from fastlora.anatomy.targets import left_out_names
 from fastlora.inject.trained import forget_tuners, train_only_tuners
 from fastlora.nn.prompts.hosts import Host, VisualHost, as_host, find_host
 from fastlora.nn.prompts.modules import PROMPTS, PromptKind, PromptModule
-from fastlora.nn.prompts.settings import PromptInit, PromptSettings
+from fastlora.nn.settings import PromptInit, PromptSettings
 
 
 def apply_prompts(

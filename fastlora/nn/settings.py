@@ -1,8 +1,8 @@
-"""What a LoRA layer or a bottleneck adapter is asked to be."""
+"""What a LoRA layer, a bottleneck adapter or learned prompts are asked to be."""
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack, get_args
 
 import torch
 
@@ -19,6 +19,7 @@ from fastlora.reference import ACTIVATIONS, Activation
 
 LayerNormPlace = Literal["pre", "post"]
 Scale = float | Literal["learned"]
+PromptInit = Literal["auto", "uniform", "vocabulary"]
 
 DTYPE_NAMES = "float16, bfloat16, float32 or float64"
 _ADAPTER_SIZE = 64
@@ -152,6 +153,34 @@ class AdapterSettings:
                 f"{hidden_size}; the bottleneck needs at least one unit"
             )
         return size
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """The checked hyperparameters of prompts; ``apply_prompts(model, **vars(settings))`` makes such prompts.
+
+    Raises:
+        TypeError: A value has the wrong type.
+        ValueError: ``num_tokens`` < 1, ``dropout`` outside [0, 1], ``init`` unknown.
+
+    Example:
+        >>> PromptSettings(num_tokens=50, deep=True).dropout
+        0.0
+    """
+
+    num_tokens: int = 10
+    deep: bool = False
+    dropout: float = 0.0
+    init: PromptInit = "auto"
+
+    def __post_init__(self) -> None:
+        """Check every value and turn numbers into plain ``int`` and ``float``."""
+        num_tokens = check_count("num_tokens", self.num_tokens, "use 10, say")
+        check_flag("deep", self.deep, "True prompts every block")
+        dropout = check_probability("dropout", self.dropout)
+        check_one_of("init", self.init, get_args(PromptInit), "'auto' does what the papers do")
+        object.__setattr__(self, "num_tokens", num_tokens)
+        object.__setattr__(self, "dropout", dropout)
 
 
 def check_dtype(name: str, dtype: torch.dtype | None) -> None:

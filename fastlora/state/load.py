@@ -33,8 +33,7 @@ from fastlora.inject.named import (
     set_adapter,
 )
 from fastlora.inject.prompts import add_prompts
-from fastlora.inject.trained import train_only_tuners
-from fastlora.inject.whole_modules import trained_whole
+from fastlora.inject.trained import train_only_tuners, trained_whole
 from fastlora.nn import LoRALayer, LoRAModule
 from fastlora.nn.lora.shelf import Shelf
 from fastlora.nn.settings import LoRASettings

@@ -10,8 +10,7 @@ from fastlora.inject.places import Place
 from fastlora.inject.prompts import PromptPlace
 from fastlora.nn.adapted import PLACEMENTS
 from fastlora.nn.prompts.modules import PROMPTS, PromptKind
-from fastlora.nn.prompts.settings import PromptSettings
-from fastlora.nn.settings import AdapterSettings
+from fastlora.nn.settings import AdapterSettings, PromptSettings
 from fastlora.state.peft_config import AdapterConfig, parse_config
 
 _FORMAT, _VERSION = "fastlora", 1

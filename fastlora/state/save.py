@@ -19,7 +19,7 @@ from fastlora.anatomy.names import (
 from fastlora.anatomy.tied import is_inside, shared_parameters
 from fastlora.inject.places import Place
 from fastlora.inject.prompts import PromptPlace
-from fastlora.inject.whole_modules import trained_whole
+from fastlora.inject.trained import trained_whole
 from fastlora.state.folder import write_adapter
 from fastlora.state.own_config import build_file_config
 from fastlora.state.peft_config import build_config

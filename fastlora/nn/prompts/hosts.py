@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.nn.prompts.modules import CACHES, PROMPTS, PromptModule, SoftPrompts, VisualPrompts
-from fastlora.nn.prompts.settings import PromptSettings
+from fastlora.nn.settings import PromptSettings
 
 _SUPPORTED = (
     "a VisionTransformer of torchvision or timm, a ViT, DeiT or DINOv2 of Hugging Face, one of its text "

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from fastlora.nn.prompts.sequence import behind_padding, insert_after, strip_after, strip_output
-from fastlora.nn.prompts.settings import PromptSettings
+from fastlora.nn.settings import PromptSettings
 from fastlora.nn.tuner import TunerModule
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
