@@ -31,18 +31,8 @@ class LoRAModule(LoRAUpdate):
         write_plain(self, state, kwargs.get("prefix", args[1] if len(args) > 1 else ""))
         return state
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        before_load(self, state_dict, prefix, local_metadata, error_msgs)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        after_load(self, state_dict, prefix, missing_keys)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        metadata, _, missing, _, errors = args
+        before_load(self, state_dict, prefix, metadata, errors)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        after_load(self, state_dict, prefix, missing)

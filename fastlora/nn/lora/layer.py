@@ -105,20 +105,9 @@ class LoRALayer(LoRAModule):
     def _weight_owner(self) -> nn.Module:
         return self.original_layer
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # a plain layer's state dict knows nothing of the wrapper
         for name in ("weight", "bias"):
             if prefix + name in state_dict:
                 state_dict[f"{prefix}original_layer.{name}"] = state_dict.pop(prefix + name)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *args)

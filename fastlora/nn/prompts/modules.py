@@ -71,22 +71,12 @@ class PromptModule(TunerModule):
         """What ``print`` shows between the brackets."""
         return ", ".join(f"{name}={value!r}" for name, value in vars(self.settings).items())
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        _, _, missing, _, _ = args
+        super()._load_from_state_dict(state_dict, prefix, *args)
         # the plain model's state dict is complete without prompts, unless there is nothing here to keep
         if not self.tokens.is_meta:
-            missing_keys[:] = [key for key in missing_keys if key != prefix + "tokens"]
+            missing[:] = [key for key in missing if key != prefix + "tokens"]
 
 
 class VisualPrompts(PromptModule):
