@@ -96,7 +96,7 @@ def test_merging_folds_lora_alone_and_removing_takes_both(case: Case, lora_first
 def test_the_summary_describes_both() -> None:
     summary = fastlora.adapter_summary(stacked(CASES["torchvision"], tiny_vit(), True))
     assert str(summary).startswith(
-        "LoRA rank 2 on 5 LoRALinear + 2 LoRAMultiheadAttention and 4 bottleneck adapters of size 3; "
+        "LoRA rank 2 on 4 LoRALinear + 2 LoRAMultiheadAttention and 4 bottleneck adapters of size 3; "
     )
 
 

@@ -178,7 +178,8 @@ def test_it_logs_what_trains(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="fastlora"):
         apply_prompts(tiny_vit(), num_tokens=4)
     assert "4 prompt tokens before the first block; 32 of " in caplog.text
-    assert len(caplog.records) == 1
+    assert [record.levelno for record in caplog.records] == [logging.INFO, logging.WARNING]
+    assert "the head 'heads.head' stays frozen" in caplog.text
 
 
 def test_the_summary_tells_of_prompts() -> None:

@@ -19,10 +19,10 @@ _WORTH_SAYING = 0.25
 
 
 def classifier_heads(model: nn.Module) -> dict[str, nn.Module]:
-    """The classification head of a model of Hugging Face or timm; empty for other models.
+    """The classification head of a model of Hugging Face, timm or torchvision; empty for other models.
 
-    Hugging Face's is all that stands beside the pretrained base model (a ``pre_classifier``, too),
-    timm's the last layer.
+    Hugging Face's is all that stands beside the pretrained base model (a ``pre_classifier``, too), timm's the
+    last layer, torchvision's too where it is linear (its detectors end in convolutions for boxes).
     """
     kinds = [kind for kind in type(model).__mro__ if kind is not nn.Module]
     libraries = {kind.__module__.partition(".")[0] for kind in kinds}
@@ -30,12 +30,12 @@ def classifier_heads(model: nn.Module) -> dict[str, nn.Module]:
     if "transformers" in libraries and any(_TASKS.search(kind.__name__) for kind in kinds):
         children = model.named_children()
         return {n: m for n, m in children if base is not None and m is not base and [*m.parameters()]}
-    if "timm" not in libraries:
-        return {}
     try:
-        return dict([find_head(model)])
+        name, head = find_head(model)
     except ValueError:
         return {}
+    known = "timm" in libraries or ("torchvision" in libraries and isinstance(head, nn.Linear))
+    return {name: head} if known else {}
 
 
 def all_linear(

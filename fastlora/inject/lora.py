@@ -67,16 +67,16 @@ def apply_lora(
 
     Args:
         model: Any model with ``nn.Linear``, ``nn.MultiheadAttention``, ``nn.Conv2d`` or ``nn.Embedding``.
-        target_modules: A list of names, each the whole name of a module or the end of it
-            (``"query"`` means every ``….query``); or a regular expression for whole names; or
-            ``"all-linear"`` for every ``nn.Linear`` and ``nn.MultiheadAttention`` except what
-            ``model.get_output_embeddings()`` returns and the head of a classifier of Hugging Face or timm.
-            That head is trained whole, as PEFT does it for a classification task; ``exclude_modules`` leaves
-            it frozen. Other models' heads are linear layers like all. What else ``"all-linear"`` does not
-            reach (convolutions, the experts of a mixture kept in one tensor) is logged as a warning. An
-            attention includes its ``out_proj``; convolutions and embeddings are adapted where they are named,
-            never by ``"all-linear"``. Layers whose weights the model reads without calling them
-            (torchvision's Swin, see the warning logged) can't carry LoRA: ``"all-linear"`` leaves them out.
+        target_modules: A list of names, each the whole name of a module or the end of it (``"query"`` means
+            every ``….query``); or a regular expression for whole names; or ``"all-linear"`` for every
+            ``nn.Linear`` and ``nn.MultiheadAttention`` except what ``model.get_output_embeddings()`` returns
+            and the head of a classifier of Hugging Face, timm or torchvision. That head is trained whole, as
+            PEFT does it for a classification task; ``exclude_modules`` leaves it frozen. Other models' heads
+            are linear layers like all. What else ``"all-linear"`` does not reach (convolutions, the experts
+            of a mixture kept in one tensor) is logged as a warning. An attention includes its ``out_proj``;
+            convolutions and embeddings are adapted where they are named, never by ``"all-linear"``. Layers
+            whose weights the model reads without calling them (torchvision's Swin, see the warning logged)
+            can't carry LoRA: ``"all-linear"`` leaves them out.
         rank: Inner size of every update.
         alpha: Strength of every update.
         dropout: Probability in [0, 1] of zeroing an element of an update's input while training; an

@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 import fastlora
-from tests.lora_models import mlp
+from tests.lora_models import mlp, tiny_vit
 
 transformers = pytest.importorskip("transformers")
 SIZES: dict[str, Any] = {
@@ -59,6 +59,7 @@ def whole(model: nn.Module) -> set[str]:
         (distilbert, {"pre_classifier", "classifier"}),
         (llama, {"score"}),
         (timm_vit, {"head"}),
+        (tiny_vit, {"heads.head"}),
         (mlp, set()),
     ],
 )
