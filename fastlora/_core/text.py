@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+from rich.filesize import pick_unit_and_suffix
 
 
 def readable_bytes(size: int) -> str:
@@ -14,14 +14,10 @@ def readable_bytes(size: int) -> str:
         >>> [readable_bytes(size) for size in (0, 1000, 2048, 3 * 2**30 // 2)]
         ['0 B', '1000 B', '2.0 KiB', '1.5 GiB']
     """
-    value, unit = float(size), _UNITS[0]
-    for unit in _UNITS:
-        if value < 1024 or unit == _UNITS[-1]:
-            break
-        value /= 1024
-    if unit == _UNITS[0]:
+    unit, suffix = pick_unit_and_suffix(size, ["B", "KiB", "MiB", "GiB", "TiB"], 1024)
+    if unit == 1:
         return f"{size} B"
-    return f"{value:,.1f} {unit}" if value < 100 else f"{value:,.0f} {unit}"
+    return f"{size / unit:,.{1 if size < 100 * unit else 0}f} {suffix}"
 
 
 def readable_percent(percent: float) -> str:

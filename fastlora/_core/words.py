@@ -2,8 +2,11 @@
 
 import difflib
 import unicodedata
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from itertools import islice
+from typing import TypeVar
+
+Value = TypeVar("Value")
 
 # control and format characters, lone surrogates of undecodable file names, line and paragraph separators
 _HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -52,6 +55,27 @@ def first_few(texts: Collection[str], count: int) -> list[str]:
     """
     left = len(texts) - count
     return [*islice(texts, count), *([f"… and {left} more"] if left > 0 else [])]
+
+
+def look_up(name: str, known: Mapping[str, Value], what: str) -> Value:
+    """What a table has under a name.
+
+    Args:
+        name: What was asked for.
+        known: The table.
+        what: What its names are of, in the words of the error: "a strategy".
+
+    Raises:
+        ValueError: It has no such name; near ones are said first.
+
+    Example:
+        >>> look_up("lora", {"lora": 1, "full": 2}, "a strategy")
+        1
+    """
+    if name not in known:
+        advice = did_you_mean(name, known)
+        raise ValueError(f"{advice}expected {what} out of {', '.join(known)}, got {name!r}")
+    return known[name]
 
 
 def did_you_mean(name: object, known: Iterable[str], *, count: int = 2, cutoff: float = 0.6) -> str:

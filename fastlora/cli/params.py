@@ -36,18 +36,19 @@ def params(
         str,
         typer.Argument(help="Any model of fastlora finetune, or llama-7b."),
     ],
-    rank: Annotated[int, typer.Option(min=1, help="Of every LoRA update.")] = 16,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of every LoRA update.")] = 16,
     adapter_size: Annotated[int, typer.Option(min=1, help="Width of every adapter's bottleneck.")] = 64,
     num_tokens: Annotated[int, typer.Option(min=1, help="Number of prompt tokens.")] = 10,
     # as it was called before finetune had --num-tokens
     prompts: Annotated[int | None, typer.Option(min=1, hidden=True)] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images or texts in a batch.")] = 8,
-    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens in a text.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of images or texts in a batch.")] = 8,
+    sequence_length: Annotated[int, typer.Option(min=1, help="Number of tokens in a text.")] = 512,
     num_classes: Annotated[
         int | None, typer.Option(min=1, help="Outputs of an image model; 1000 without it.")
     ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Of the weights; llama-7b has bfloat16 without it, others float32.")
+        Dtype | None,
+        typer.Option(help="Dtype of the weights; without it bfloat16 for llama-7b, else float32."),
     ] = None,
     details: Annotated[
         str | None, typer.Option(help="Also list the modules under this strategy: lora, for example.")
@@ -127,7 +128,7 @@ def _record(costs: "Sequence[StrategyCost]", spec: "ModelSpec", settings: "CostS
         "model": asdict(spec) | resolved,
         "settings": asdict(settings),
         "strategies": [cost.as_json() for cost in costs],
-        "usual_percentages": [asdict(verdict) for verdict in verdicts(costs)],
+        "usual_percentages": verdicts(costs),
     }
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fastlora._core.words import did_you_mean
+from fastlora._core.words import look_up
 from fastlora.domain.methods import (
     CDAN,
     Alignment,
@@ -83,7 +83,4 @@ def find_method(name: str) -> Method:
         >>> find_method("mmd").title
         'MK-MMD (DAN)'
     """
-    if name not in METHODS:
-        advice = did_you_mean(name, METHODS)
-        raise ValueError(f"{advice}expected a method out of {', '.join(METHODS)}, got {name!r}")
-    return METHODS[name]
+    return look_up(name, METHODS, "a method")

@@ -1,12 +1,12 @@
 """Which strategies are compared, with which of their options."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from fastlora._core.words import did_you_mean
+from fastlora._core.words import look_up
 from fastlora.anatomy.stages import head as find_head
 from fastlora.anatomy.stages import stages
 from fastlora.transfer.strategies import Strategy, find_strategy
@@ -39,10 +39,10 @@ class Row:
     """A strategy with some of its options.
 
     Attributes:
-        name: The strategy's, or that and what is special.
-        strategy: What is applied.
-        suffix: What its title has behind the strategy's, with the names of :class:`CostSettings` to fill in.
-        choose: The strategy's options for a model and sizes, and a remark.
+        name: Name of the strategy, and what is special about the options, if anything.
+        strategy: The strategy that is applied.
+        suffix: What follows the strategy's title, with the names of :class:`CostSettings` to fill in.
+        choose: From a model and sizes to the strategy's options and a remark.
     """
 
     name: str
@@ -51,14 +51,14 @@ class Row:
     choose: Callable[[nn.Module, CostSettings], Choice]
 
     def title(self, settings: CostSettings) -> str:
-        """For readers."""
+        """What readers see: the strategy's title and the sizes."""
         return self.strategy.title + self.suffix.format(**vars(settings))
 
     def apply(self, model: nn.Module, settings: CostSettings, *, new_head: bool) -> str:
         """Choose what trains in a fresh model, in place.
 
         Args:
-            model: Changed in place.
+            model: The model, changed in place.
             settings: Sizes of what is added.
             new_head: Whether the model's head is new for the task, so that it trains beside what is added.
 
@@ -86,10 +86,7 @@ def find_row(name: str) -> Row:
     Raises:
         ValueError: There is none; near names are listed first.
     """
-    if name not in ROWS:
-        advice = did_you_mean(name, ROWS)
-        raise ValueError(f"{advice}expected a strategy out of {', '.join(ROWS)}, got {name!r}")
-    return ROWS[name]
+    return look_up(name, ROWS, "a strategy")
 
 
 def _plain(model: nn.Module, settings: CostSettings) -> Choice:
@@ -107,22 +104,21 @@ def _lora(model: nn.Module, settings: CostSettings) -> Choice:
 
 def _attention(model: nn.Module, settings: CostSettings) -> Choice:
     """Query and value, or what has them in it."""
-    targets, remark = _query_and_value(model, settings.rank)
-    return {"rank": settings.rank, "target_modules": targets}, remark
 
+    def on(targets: Iterable[str]) -> dict[str, Any]:
+        return {"rank": settings.rank, "target_modules": list(targets)}
 
-def _query_and_value(model: nn.Module, rank: int) -> tuple[list[str], str]:
     ends = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     for pair in _QUERY_AND_VALUE:
         if ends.issuperset(pair):
-            return list(pair), f"{pair[0]} and {pair[1]} only"
+            return on(pair), f"{pair[0]} and {pair[1]} only"
     packed = [name for name in _PACKED if name in ends]
     if packed:
-        return packed, f"{packed[0]} packs q, k and v into one layer, so k is in it"
+        return on(packed), f"{packed[0]} packs q, k and v into one layer, so k is in it"
     attentions = {name: m for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
     if attentions:
-        alone = sum(2 * rank * (m.embed_dim + m.embed_dim) for m in attentions.values())
-        return list(attentions), (
+        alone = sum(4 * settings.rank * attention.embed_dim for attention in attentions.values())
+        return on(attentions), (
             "nn.MultiheadAttention packs q, k and v, so k and the output projection are in it; "
             f"q and v alone would be {alone:,} parameters"
         )

@@ -1,7 +1,7 @@
 """The percentages that are usually quoted for each method, held against computed ones."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 from fastlora._core.text import readable_percent
 from fastlora.transfer.costs.counting import StrategyCost
@@ -15,57 +15,43 @@ _CLAIMS = (
 )
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Whether what is usually said holds for one strategy on one model.
-
-    Attributes:
-        method: What it is said of.
-        quoted: The percentage, as it is usually written.
-        strategy: Name of the strategy.
-        title: The strategy for readers.
-        percent: What the strategy adds, without a head, in percent of all parameters.
-        holds: Whether that is what is said.
-    """
-
-    method: str
-    quoted: str
-    strategy: str
-    title: str
-    percent: float
-    holds: bool
-
-
-def verdicts(costs: Sequence[StrategyCost]) -> list[Verdict]:
-    """One for each strategy that something is usually said of and that the model can have.
+def verdicts(costs: Sequence[StrategyCost]) -> list[dict[str, Any]]:
+    """Whether what is usually said of a method holds for a model, for each strategy that it can have.
 
     Args:
-        costs: Of one model.
+        costs: What strategies cost on one model.
+
+    Returns:
+        Records of ``method``, ``quoted`` (the percentage, as it is usually written), ``strategy``, its
+        ``title``, the ``percent`` of all parameters that it adds without a head, and whether that ``holds``.
     """
     return [
-        Verdict(method, quoted, cost.strategy, cost.title, percent, lowest <= percent <= highest)
+        {
+            "method": method,
+            "quoted": quoted,
+            "strategy": cost.strategy,
+            "title": cost.title,
+            "percent": percent,
+            "holds": lowest <= percent <= highest,
+        }
         for method, quoted, lowest, highest, strategies in _CLAIMS
         for cost in costs
         if cost.strategy in strategies and (percent := cost.added_percent) is not None
     ]
 
 
-def sentences(found: Sequence[Verdict]) -> list[str]:
+def sentences(found: Sequence[dict[str, Any]]) -> list[str]:
     """The verdicts in words, one sentence for each method.
 
     Args:
-        found: See :func:`verdicts`.
-
-    Example:
-        >>> sentences([Verdict("Prompts", "about 0.01 %", "prompt", "Prompts, 10 deep", 0.11, False)])
-        ['Prompts, usually about 0.01 %: not for 0.11 % (Prompts, 10 deep).']
+        found: Records of :func:`verdicts`.
     """
     lines = []
-    for method, quoted in dict.fromkeys((verdict.method, verdict.quoted) for verdict in found):
+    for method, quoted in dict.fromkeys((each["method"], each["quoted"]) for each in found):
         parts = []
         for verb, holds in (("holds for", True), ("not for", False)):
-            ones = [verdict for verdict in found if (verdict.method, verdict.holds) == (method, holds)]
-            shown = (f"{readable_percent(one.percent)} % ({one.title})" for one in ones)
+            ones = [each for each in found if (each["method"], each["holds"]) == (method, holds)]
+            shown = (f"{readable_percent(each['percent'])} % ({each['title']})" for each in ones)
             parts += [f"{verb} {', '.join(shown)}"] * bool(ones)
         lines.append(f"{method}, usually {quoted}: {'; '.join(parts)}.")
     return lines

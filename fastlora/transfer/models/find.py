@@ -104,8 +104,7 @@ def _timms(name: str) -> tuple[Callable[[Any], nn.Module], list[str]]:
 def _check_local(name: str, weights: str | Path | None, members: list[str]) -> None:
     if weights is not None and not isinstance(weights, str | Path):
         raise TypeError(f"expected weights as a name, a path or None, got {type(weights).__name__}")
-    named = isinstance(weights, str) and not Path(weights).suffix
-    if named:
+    if isinstance(weights, str) and not Path(weights).suffix:
         advice = did_you_mean(weights, members)
         raise ValueError(
             f"{advice}expected weights of {name} as one of {', '.join(members)}, the path of a .safetensors "

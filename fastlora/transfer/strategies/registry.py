@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fastlora._core.words import did_you_mean
+from fastlora._core.words import look_up
 from fastlora.transfer.strategies import added, freezing
 from fastlora.transfer.unfreezing import GradualUnfreezing
 
@@ -17,8 +17,8 @@ class Strategy:
     """A way to adapt a pretrained model.
 
     Attributes:
-        name: As users give it.
-        title: As tables and pictures call it.
+        name: What users call it, ``"lora"``, say.
+        title: What tables and pictures call it, ``"LoRA"``, say.
         summary: What trains, in a few words.
         apply: Chooses what trains in a model, in place. Takes the model, the name of its head,
             ``train_batch_norm`` and the strategy's own options. A strategy that adds parameters takes None
@@ -26,8 +26,8 @@ class Strategy:
         lr: A learning rate to begin with, with AdamW.
         head_factor: By how much the head then learns faster.
         adds: Whether it adds parameters to a frozen model, which a small file can hold.
-        unfreezing: From the number of stages and epochs to when stages begin to train; None where what trains
-            never changes.
+        unfreezing: From the number of stages and epochs to when stages begin to train, which ``apply`` leaves
+            frozen; None where what trains never changes.
     """
 
     name: str
@@ -67,9 +67,9 @@ class Strategy:
         """Apply it to a model that was chosen by its name, or say why that model can't carry it.
 
         Args:
-            model: Changed in place.
+            model: The model, changed in place.
             head: Name of its classifier, or None as in :attr:`apply`.
-            **options: Of the strategy, and ``train_batch_norm``.
+            **options: The strategy's own options, and ``train_batch_norm``.
 
         Raises:
             ValueError: It can't.
@@ -90,59 +90,24 @@ class Strategy:
 STRATEGIES: Mapping[str, Strategy] = {
     strategy.name: strategy
     for strategy in (
-        Strategy(
-            "feature_extraction",
-            "Linear probe",
-            "the head on frozen features",
-            freezing.feature_extraction,
-            3e-3,
-            1.0,
-        ),
-        Strategy(
-            "fine_tuning", "Last layers", "the last stage and the head", freezing.fine_tuning, 1e-4, 30.0
-        ),
-        Strategy("full", "Full fine-tuning", "everything", freezing.full, 3e-5, 100.0),
-        Strategy(
-            "gradual",
-            "Gradual unfreezing",
-            "the head, then stage after stage",
-            freezing.gradual,
-            3e-5,
-            100.0,
-            unfreezing=freezing.gradually,
-        ),
-        Strategy(
-            "lp_ft",
-            "Probe, then full",
-            "the head, then everything",
-            freezing.lp_ft,
-            3e-5,
-            100.0,
-            unfreezing=freezing.after_the_probe,
-        ),
-        Strategy(
-            "lora", "LoRA", "low-rank updates of every layer and the head", added.lora, 5e-4, 10.0, adds=True
-        ),
-        Strategy(
-            "adapter",
-            "Adapters",
-            "bottleneck adapters in every block and the head",
-            added.adapter,
-            1e-3,
-            5.0,
-            adds=True,
-        ),
-        Strategy(
-            "prompt",
-            "Prompts",
-            "learned tokens before every block and the head",
-            added.prompt,
-            1e-2,
-            0.5,
-            adds=True,
-        ),
+        Strategy("feature_extraction", "Linear probe", "the head on frozen features",
+                 freezing.feature_extraction, 3e-3, 1.0),
+        Strategy("fine_tuning", "Last layers", "the last stage and the head",
+                 freezing.fine_tuning, 1e-4, 30.0),
+        Strategy("full", "Full fine-tuning", "everything",
+                 freezing.full, 3e-5, 100.0),
+        Strategy("gradual", "Gradual unfreezing", "the head, then stage after stage",
+                 freezing.feature_extraction, 3e-5, 100.0, unfreezing=freezing.gradually),
+        Strategy("lp_ft", "Probe, then full", "the head, then everything",
+                 freezing.feature_extraction, 3e-5, 100.0, unfreezing=freezing.after_the_probe),
+        Strategy("lora", "LoRA", "low-rank updates of every layer and the head",
+                 added.lora, 5e-4, 10.0, adds=True),
+        Strategy("adapter", "Adapters", "bottleneck adapters in every block and the head",
+                 added.adapter, 1e-3, 5.0, adds=True),
+        Strategy("prompt", "Prompts", "learned tokens before every block and the head",
+                 added.prompt, 1e-2, 0.5, adds=True),
     )
-}
+}  # fmt: skip
 
 
 def find_strategy(name: str) -> Strategy:
@@ -155,7 +120,4 @@ def find_strategy(name: str) -> Strategy:
         >>> find_strategy("fine_tuning").summary
         'the last stage and the head'
     """
-    if name not in STRATEGIES:
-        advice = did_you_mean(name, STRATEGIES)
-        raise ValueError(f"{advice}expected a strategy out of {', '.join(STRATEGIES)}, got {name!r}")
-    return STRATEGIES[name]
+    return look_up(name, STRATEGIES, "a strategy")
