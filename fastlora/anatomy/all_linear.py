@@ -45,7 +45,7 @@ def all_linear(
 
     Args:
         model: The model itself.
-        names: Its modules.
+        names: All modules of the model by name.
         inner: Names of layers that belong to an attention.
     """
     # like PEFT, leave a language model's output embedding alone: it is often tied to the input's
@@ -65,9 +65,9 @@ def unreached(model: nn.Module, reached: Collection[nn.Module], others: Collecti
     """What holds a good part of the weights and is adapted by nobody, and how to include it, in words.
 
     Args:
-        model: All of it.
-        reached: What is adapted.
-        others: What is trained whole or left out for a reason of its own.
+        model: The model that the modules belong to.
+        reached: Modules that are adapted.
+        others: Modules that are trained whole or left out for a reason of their own.
     """
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     embeddings += [m for m in [getattr(model, "get_output_embeddings", lambda: None)()] if m is not None]

@@ -30,7 +30,7 @@ class Block:
             has a branch of cross-attention too.
         mlp: The last module of the MLP's branch before the residual is added.
         beside_mlp: Where an adapter reads what the MLP reads, and how it does so; None if nowhere.
-        modules: Its attention and MLP, which are as wide as the block.
+        modules: The block's attention and MLP, which are as wide as the block.
         hidden_size: The block's width; None if no norm tells.
     """
 

@@ -20,8 +20,8 @@ class ModuleRow:
     """One module that has parameters of its own or keeps something for backward.
 
     Attributes:
-        name: Its name in the model; empty for the model itself.
-        kind: Its class.
+        name: The module's name in the model; empty for the model itself.
+        kind: The name of its class.
         parameters: Number of scalars it holds itself, not in its children; shared ones where they come first.
         trainable_parameters: How many of these train.
         kept_bytes: What its forward keeps for backward, children left out; None without a ``sample_input``.

@@ -36,7 +36,7 @@ def create_transfer_model(
             (``"IMAGENET1K_V1"``), a ``.safetensors`` or ``.pt`` file of a ``state_dict`` (whatever its head),
             or None for random ones.
         train_batch_norm: Train BatchNorm layers in frozen stages too. None means False, but for ``"full"``.
-        **options: Of the strategy: ``num_stages`` of fine_tuning; ``rank``, ``alpha``, ``dropout``,
+        **options: Options of the strategy: ``num_stages`` of fine_tuning; ``rank``, ``alpha``, ``dropout``,
             ``target_modules`` of lora; ``adapter_size``, ``dropout`` of adapter; ``num_tokens``, ``deep`` of
             prompt; and ``image_size`` of dinov2_vits14 (a multiple of 14, default 224).
 

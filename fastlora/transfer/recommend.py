@@ -24,13 +24,13 @@ Domain = Literal["near", "far", "unknown"]
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Advice.
+    """Advice how to adapt a model.
 
     Attributes:
         strategy: A name that :func:`fastlora.create_transfer_model` takes, or ``"domain_adaptation"``.
         reason: Why, in words and with the numbers it rests on.
         sources: Papers and tables behind it.
-        alternatives: What to try beside it.
+        alternatives: Names of strategies to try beside it.
     """
 
     strategy: str
@@ -54,9 +54,9 @@ def recommend_strategy(
     domain: adaptation), with adapters and LoRA where they are known to do better than last layers.
 
     Args:
-        num_examples: Labelled training examples.
-        num_classes: Classes among them.
-        total_parameters: Of the model; None if unknown.
+        num_examples: Number of labelled training examples.
+        num_classes: Number of classes among them.
+        total_parameters: Number of the model's parameters; None if unknown.
         transformer: Whether the model is made of transformer blocks, which LoRA and adapters fit best.
         domain: How far the pictures are from what the model was pretrained on.
         target_is_unlabelled: The labels are of one domain, the model is for another.

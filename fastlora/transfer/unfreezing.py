@@ -55,9 +55,9 @@ class GradualUnfreezing:
         """Spread over a run: the head trains alone first, the stem's turn is last.
 
         Args:
-            stages: How many to unfreeze.
-            total: Epochs or steps of the run.
-            unit: Which of them.
+            stages: How many stages to unfreeze.
+            total: Epochs or steps of the whole run.
+            unit: Whether ``total`` counts epochs or steps.
 
         Raises:
             ValueError: Either is below 1.
@@ -71,17 +71,26 @@ class GradualUnfreezing:
         return cls(tuple(index * total // (stages + 1) for index in range(1, stages + 1)), unit)
 
     def trained_at(self, progress: int) -> int:
-        """How many of the last stages train in this epoch or step."""
+        """How many of the last stages train.
+
+        Args:
+            progress: The epoch or step, counted from 0.
+        """
         return sum(place <= progress for place in self.at)
 
     def apply(self, model: nn.Module, head: nn.Module, progress: int) -> Sequence[Stage]:
-        """Freeze and unfreeze a model's stages as this epoch or step wants it.
+        """Freeze and unfreeze a model's stages as an epoch or step wants it.
 
-        Raises:
-            ValueError: The schedule is for more stages than the model has; nothing is changed.
+        Args:
+            model: The model, changed in place.
+            head: Its classifier, which always trains.
+            progress: The epoch or step, counted from 0.
 
         Returns:
             The stages that train.
+
+        Raises:
+            ValueError: The schedule is for more stages than the model has; nothing is changed.
         """
         return freeze_stages(model, head, self.trained_at(progress), train_batch_norm=self.train_batch_norm)
 
@@ -91,8 +100,8 @@ def all_unfrozen(model: nn.Module, head: nn.Module, unfreezing: GradualUnfreezin
     """Let everything train that ever will, to count it; afterwards only what trains first.
 
     Args:
-        model: Changed in place.
-        head: Its classifier.
+        model: The model, changed in place.
+        head: Its classifier, which always trains.
         unfreezing: When stages begin to train; None leaves the model as it is.
 
     Raises:

@@ -28,8 +28,8 @@ class StrategyCost:
     """What one way to fine-tune costs.
 
     Attributes:
-        strategy: Its name; a strategy that is compared with different options has one for each.
-        title: Its name for readers.
+        strategy: Name of its row in ``rows.ROWS``.
+        title: Name for readers.
         adds: Whether it adds parameters to a frozen model.
         report: The model's numbers, or None where the strategy can't be applied.
         head_parameters: Scalars of a head that trains whole beside what the strategy adds.

@@ -37,14 +37,14 @@ class Job:
     """A run that can begin.
 
     Attributes:
-        model: What only trains as the strategy wants it.
-        head: Its classifier.
-        strategy: Which one.
+        model: The model, in which what the strategy wants trains.
+        head: The model's classifier.
+        strategy: The strategy that was asked for, or that is advised.
         recommendation: What is advised for these data.
-        train: With the training transform.
-        validation: With the evaluation transform, as the next.
-        test: None if there is none.
-        training: With the strategy's rates filled in.
+        train: Pictures to train on, with the training transform.
+        validation: Pictures to watch, with the evaluation transform.
+        test: Pictures to judge the result with, with the evaluation transform; None if there are none.
+        training: How to train, with the strategy's rates filled in.
         unfreezing: When stages begin to train, if they do so later.
     """
 
@@ -77,11 +77,11 @@ def prepare(
     """Open the pictures, build the model and fill in what is left to us.
 
     Args:
-        settings: What to fine-tune.
-        training: How.
+        settings: What to fine-tune, and on what.
+        training: How to train; rates that it leaves out are the strategy's.
         reporter: Is told about the progress.
         images: Instead of ``settings.data``: anything that ``open_images`` takes.
-        test_images: The same instead of ``settings.test``.
+        test_images: Instead of ``settings.test``: anything that ``open_images`` takes.
 
     Raises:
         ValueError: Pictures, model, strategy or an option that don't fit; see

@@ -34,6 +34,12 @@ def keep_frozen_in_eval(model: Model) -> Model:
     The model's class becomes a subclass of what it was, as in PyTorch's ``parametrize`` and ``fully_shard``;
     names, ``repr``, copies and pickles stay as they are.
 
+    Args:
+        model: Any model.
+
+    Returns:
+        The same model.
+
     Example:
         >>> from torchvision.models import resnet18
         >>> model = keep_frozen_in_eval(resnet18().requires_grad_(False)).train()
@@ -52,9 +58,9 @@ def freeze_stages(
     """Train the head and the last stages, freeze the others.
 
     Args:
-        model: Holds both.
-        head: Always trains.
-        trained: How many of the last stages train.
+        model: The model that holds the head and the stages, changed in place.
+        head: Its classifier, which always trains.
+        trained: How many of the last stages train, from 0.
         train_batch_norm: Train the BatchNorm layers of frozen stages too, weights and running statistics.
 
     Returns:
@@ -69,7 +75,21 @@ def freeze_stages(
 def freeze(
     model: nn.Module, parts: list[Stage], head: nn.Module, trained: int, *, train_batch_norm: bool
 ) -> list[Stage]:
-    """:func:`freeze_stages` for stages already found."""
+    """Do the work of :func:`freeze_stages` where the stages are known.
+
+    Args:
+        model: The model that holds the head and the stages, changed in place.
+        parts: All of its stages from input to output.
+        head: Its classifier, which always trains.
+        trained: How many of the last stages train, from 0.
+        train_batch_norm: Train the BatchNorm layers of frozen stages too.
+
+    Returns:
+        The stages that train.
+
+    Raises:
+        ValueError: There are fewer stages.
+    """
     if isinstance(trained, bool) or not isinstance(trained, int) or not 0 <= trained <= len(parts):
         raise ValueError(
             f"expected the number of last stages to train from 0 to {len(parts)}, got {trained!r}; "

@@ -30,8 +30,12 @@ class BottleneckHead(nn.Module):
 def deepen_head(model: nn.Module, hidden_features: int) -> str:
     """Put a :class:`BottleneckHead` in the place of a model's linear classifier.
 
+    Args:
+        model: A classifier, changed in place.
+        hidden_features: Width of the hidden layer.
+
     Returns:
-        Its name.
+        The new head's name in the model.
 
     Raises:
         ValueError: The classifier is no ``nn.Linear``.

@@ -39,8 +39,8 @@ class ModelSpec:
         num_classes: Outputs of an image model; None means 1000.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; None means bfloat16 for ``llama-7b``, else
             float32.
-        batch_size: Images or texts in a batch.
-        sequence_length: Tokens in a text.
+        batch_size: Number of images or texts in a batch.
+        sequence_length: Number of tokens in a text.
 
     Raises:
         ValueError: An unknown name (near ones are listed) or dtype, or a size below 1.
@@ -89,7 +89,7 @@ def build(spec: ModelSpec, *, weightless: bool = True) -> nn.Module:
     model stays in eval mode.
 
     Args:
-        spec: The model.
+        spec: The model's name, number of classes and dtype.
         weightless: Give every parameter its shape without its memory: all elements are one zero. Counting and
             a pass on shapes work, and layers can be added as to any model. Without it, random weights.
 
@@ -108,7 +108,12 @@ def build(spec: ModelSpec, *, weightless: bool = True) -> nn.Module:
 
 
 def sample_input(spec: ModelSpec, model: nn.Module) -> dict[str, Tensor] | Tensor:
-    """A batch for the model, of random values: pixels or tokens."""
+    """A batch for a model, of random values: pixels or tokens.
+
+    Args:
+        spec: The model's name, and the size of the batch.
+        model: The model itself, which may say how large its pictures are.
+    """
     if spec.is_text:
         shape = (spec.batch_size, spec.sequence_length)
         return {"input_ids": torch.randint(_LLAMA_7B_CONFIG["vocab_size"], shape)}
@@ -116,7 +121,12 @@ def sample_input(spec: ModelSpec, model: nn.Module) -> dict[str, Tensor] | Tenso
 
 
 def describe_input(spec: ModelSpec, model: nn.Module) -> str:
-    """The batch in words."""
+    """What :func:`sample_input` makes, in words.
+
+    Args:
+        spec: The model's name, and the size of the batch.
+        model: The model itself, which may say how large its pictures are.
+    """
     if spec.is_text:
         return f"{spec.batch_size} x {spec.sequence_length} tokens"
     return f"{spec.batch_size} images of {' x '.join(map(str, _image_shape(spec, model)))}"

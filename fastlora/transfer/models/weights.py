@@ -28,6 +28,10 @@ class DownloadError(RuntimeError, ConnectionError):
 def download(name: str, make: Callable[[], Made]) -> Made:
     """Make a model whose library fetches its weights.
 
+    Args:
+        name: The model's name, for the error.
+        make: Makes it; may go to the network.
+
     Raises:
         DownloadError: They can't be fetched; a ``RuntimeError``.
     """
@@ -46,8 +50,8 @@ def load_weights(model: nn.Module, path: Path, head: str) -> None:
     """Fill a model, all but its head, from a file of a ``state_dict``.
 
     Args:
-        model: To fill; changed only if everything fits.
-        path: ``.safetensors``, or a checkpoint that ``torch.save`` wrote (read with ``weights_only=True``).
+        model: The model to fill; changed only if everything fits.
+        path: A ``.safetensors`` file, or a checkpoint of ``torch.save`` (read with ``weights_only=True``).
         head: Name of the layer that may differ or be absent.
 
     Raises:

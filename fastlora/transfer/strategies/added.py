@@ -1,7 +1,4 @@
-"""Strategies that freeze the model and train what they add, and its new head.
-
-Their ``head`` is None for a model that keeps the head it has, a language model, say: it stays frozen.
-"""
+"""Strategies that freeze the model and train what they add, and its new head."""
 
 import re
 from collections.abc import Collection
@@ -27,12 +24,26 @@ def lora(
     dora: bool = False,
     target_modules: str | Collection[str] | None = None,
 ) -> None:
-    """LoRA on ``target_modules``; see :func:`fastlora.apply_lora`.
+    """LoRA on layers of a frozen model; its new head trains whole.
 
-    None stands for every linear layer and attention; in a network of convolutions, where these hold most of
-    the weights, for every plain convolution too. Depthwise and grouped ones stay as they are: few weights are
-    in them, and their updates could not be merged. So do those with a forward of their own, such as timm's
-    ``Conv2dSame``.
+    Args:
+        model: The model, changed in place.
+        head: Name of its new head; None for a model that keeps the head it has.
+        train_batch_norm: Must be False: the adapter's file would not hold the statistics that moved.
+        rank: Rank of every update.
+        alpha: Updates are scaled by ``alpha / rank``, or ``alpha / √rank`` with ``rslora``.
+        dropout: Probability in [0, 1] of zeroing an element of an update's input while training.
+        rslora: Scale by the square root of the rank.
+        dora: Train the magnitude of every weight's rows too; see :func:`fastlora.apply_lora`.
+        target_modules: Names, as :func:`fastlora.apply_lora` takes them. None stands for every linear layer
+            and attention; in a network of convolutions, where these hold most of the weights, for every plain
+            convolution too. Depthwise and grouped ones stay as they are: few weights are in them, and their
+            updates could not be merged. So do those with a forward of their own, such as timm's
+            ``Conv2dSame``.
+
+    Raises:
+        ValueError: ``train_batch_norm``, an option out of range, or no layer that can carry LoRA.
+        TypeError: Named layers that can't carry it.
     """
     _no_batch_norm("lora", train_batch_norm)
     apply_lora(
@@ -55,7 +66,18 @@ def adapter(
     adapter_size: int = 64,
     dropout: float = 0.0,
 ) -> None:
-    """Bottleneck adapters after attention and MLP; see :func:`fastlora.apply_adapters`."""
+    """Bottleneck adapters after attention and MLP of a frozen model; its new head trains whole.
+
+    Args:
+        model: A transformer, changed in place.
+        head: Name of its new head; None for a model that keeps the head it has.
+        train_batch_norm: Must be False: the adapters' file would not hold the statistics that moved.
+        adapter_size: Width of every bottleneck.
+        dropout: Probability in [0, 1] of zeroing an element after an adapter's activation while training.
+
+    Raises:
+        ValueError: ``train_batch_norm``, an option out of range, or no transformer block that is known.
+    """
     _no_batch_norm("adapter", train_batch_norm)
     apply_adapters(model, adapter_size=adapter_size, dropout=dropout, modules_to_save=_whole(head))
 
@@ -68,7 +90,19 @@ def prompt(
     num_tokens: int = 10,
     deep: bool = True,
 ) -> None:
-    """Learned tokens before the first block, or every block; see :func:`fastlora.apply_prompts`."""
+    """Learned tokens before the first block of a frozen model, or every block; its new head trains whole.
+
+    Args:
+        model: A transformer, changed in place.
+        head: Name of its new head; None for a model that keeps the head it has.
+        train_batch_norm: Must be False: the prompts' file would not hold the statistics that moved.
+        num_tokens: Number of tokens, in every block if ``deep``.
+        deep: Whether every block has tokens of its own; not for text models.
+
+    Raises:
+        ValueError: ``train_batch_norm``, or an option out of range.
+        TypeError: A model that takes no prompts.
+    """
     _no_batch_norm("prompt", train_batch_norm)
     apply_prompts(model, num_tokens=num_tokens, deep=deep, modules_to_save=_whole(head))
 
