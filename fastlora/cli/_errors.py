@@ -1,4 +1,4 @@
-"""Exit codes, and one line instead of a traceback for the errors a user can do something about."""
+"""Exit codes, and one line in the words of the command instead of a traceback, for what a user can mend."""
 
 import logging
 import re
