@@ -62,7 +62,7 @@ def draw_curves(methods: Sequence[Mapping[str, Any]], title: str) -> bytes:
     Methods train for different numbers of epochs, so the axis is the share of each one's own training.
 
     Args:
-        methods: Up to five, as in the demo's ``report.json``.
+        methods: Up to five entries of ``methods`` in the demo's ``report.json``.
         title: Model and data.
     """
     figure = new_figure(10, 4.2)
@@ -97,7 +97,7 @@ def accuracy_figure(methods: Sequence[Mapping[str, Any]], title: str) -> Figure:
     """Test accuracy with its 95 % interval against trainable parameters, each method labelled.
 
     Args:
-        methods: Up to five, as in the demo's ``report.json``.
+        methods: Up to five entries of ``methods`` in the demo's ``report.json``.
         title: Model and data.
     """
     figure = new_figure(8, 5)
@@ -185,7 +185,7 @@ def draw_confusions(methods: Sequence[Mapping[str, Any]], classes: Sequence[str]
     """Confusion matrices, three in a row, as a PNG; see :func:`draw_matrix`.
 
     Args:
-        methods: As in the demo's ``report.json``.
+        methods: Entries of ``methods`` in the demo's ``report.json``.
         classes: Name of each label.
         title: Model and data.
     """
