@@ -20,7 +20,7 @@ PALETTE = (BLUE, VERMILION, GREEN, PINK, BLACK, ORANGE, SKY, YELLOW)
 GREY, DARK = "#999999", "#444444"
 INK, GRID = "#222222", "#cccccc"
 
-# colour, marker and kind of line: each of them tells two series apart
+# colour, marker and kind of line: nobody depends on colours alone
 Series = tuple[str, str, str]
 SERIES: tuple[Series, ...] = tuple(zip(PALETTE[:5], "os^Dv", ("-", "--", "-.", ":", "-"), strict=True))
 
