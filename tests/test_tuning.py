@@ -146,7 +146,7 @@ def test_calls_of_a_file(tmp_path: Path) -> None:
             '[{"rows": 0, "inputs": 16, "outputs": 32}]',
             "entry 1 .*rows to be a whole number of at least 1, got 0",
         ),
-        ('[{"rows": 8, "inputs": 16, "outputs": 32, "dtype": "int8"}]', "dtype out of bfloat16.*got 'int8'"),
+        ('[{"rows": 8, "inputs": 16, "outputs": 32, "dtype": "int8"}]', "dtype out of float32.*got 'int8'"),
         ('[{"rows": 8, "inputs": 16, "outputs": 32, "dropout": 1}]', r"in \[0, 1\), got 1"),
         ("[8]", "expected an object as entry 1"),
     ],

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 Backend = Literal["triton", "torch", "reference"]
 
 BACKENDS = ("auto", "triton", "torch", "reference")
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNEL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # looked up once: torch.compile can't trace the question
 _TRITON_FOUND = importlib.util.find_spec("triton") is not None
@@ -179,7 +179,7 @@ def _known(name: str) -> str:
 
 
 def _automatic(device: torch.device, dtype: torch.dtype) -> Backend:
-    if dtype not in KERNEL_DTYPES or _is_transforming():
+    if dtype not in KERNEL_DTYPES.values() or _is_transforming():
         return "reference"
     return "triton" if device.type == "cuda" and triton_available() and _launches() else "torch"
 
@@ -209,7 +209,7 @@ def _require_triton(device: torch.device, dtype: torch.dtype) -> None:
             f"backend 'triton' was asked for, but {launch_failure()}; install them or use "
             "fastlora.set_backend('torch')"
         )
-    if dtype not in KERNEL_DTYPES:
+    if dtype not in KERNEL_DTYPES.values():
         raise ValueError(
             f"backend 'triton' serves float32, float16 and bfloat16, got {dtype}; "
             "use fastlora.set_backend('reference') for other dtypes"

@@ -1,5 +1,6 @@
 """The place of one bottleneck adapter in a model: what it is made from."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Self
 
@@ -10,7 +11,8 @@ from fastlora.nn import AdaptedModule, AdapterLayer
 from fastlora.nn.adapted import AdapterPlacement
 from fastlora.nn.settings import AdapterSettings
 
-_DECISIVE = ("placement", "hidden_size", "adapter_size", "activation", "layer_norm", "bias", "scale")
+# beside a dropout and a fixed scale, with which any adapter works
+_DECISIVE = ("adapter_size", "activation", "layer_norm", "bias")
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,21 @@ class Place:
 
     def difference(self, other: "Place") -> str | None:
         """What keeps an adapter made for ``other`` from working here; dropout and a fixed scale do not."""
-        for name, mine, theirs in zip(_DECISIVE, self._decisive(), other._decisive(), strict=True):
-            if mine != theirs:
-                return f"expected {name} {mine!r} as in the model, got {theirs!r}"
-        return None
+        return first_difference(self._decisive(), other._decisive())
 
     def make(self, device: torch.device, dtype: torch.dtype) -> AdapterLayer:
         """A fresh adapter for this place."""
         return AdapterLayer(self.hidden_size, **asdict(self.settings), device=device, dtype=dtype)
 
-    def _decisive(self) -> tuple[object, ...]:
-        learned = "learned" if self.settings.scale == "learned" else "fixed"
-        settings = (getattr(self.settings, name) for name in _DECISIVE[2:-1])
-        return (self.placement, self.hidden_size, *settings, learned)
+    def _decisive(self) -> dict[str, object]:
+        settings = {name: getattr(self.settings, name) for name in _DECISIVE}
+        scale = "learned" if self.settings.scale == "learned" else "fixed"
+        return {"placement": self.placement, "hidden_size": self.hidden_size, **settings, "scale": scale}
+
+
+def first_difference(here: Mapping[str, object], given: Mapping[str, object]) -> str | None:
+    """Where what a model has and what is given for it differ first, in words; None if nowhere."""
+    for name, value in here.items():
+        if value != given[name]:
+            return f"expected {name} {value!r} as in the model, got {given[name]!r}"
+    return None

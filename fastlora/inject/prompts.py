@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastlora.anatomy.all_linear import tell_frozen_head
 from fastlora.anatomy.names import Model, named_modules, prompt_modules, unwrap
 from fastlora.anatomy.targets import left_out_names
+from fastlora.inject.places import first_difference
 from fastlora.inject.trained import forget_tuners, train_only_tuners
 from fastlora.nn.prompts.hosts import Host, VisualHost, as_host, find_host
 from fastlora.nn.prompts.modules import PROMPTS, PromptKind, PromptModule
@@ -137,11 +138,7 @@ class PromptPlace:
 
     def difference(self, other: "PromptPlace") -> str | None:
         """What keeps prompts made for ``other`` from working here; dropout and init do not."""
-        for name, mine in self._decisive().items():
-            theirs = other._decisive()[name]
-            if mine != theirs:
-                return f"expected {name} {mine!r} as in the model, got {theirs!r}"
-        return None
+        return first_difference(self._decisive(), other._decisive())
 
     def shape(self, module: nn.Module) -> tuple[int, int, int]:
         """Shape ``[layers, num_tokens, hidden]`` of the tokens in this transformer, which they fit."""
@@ -158,13 +155,8 @@ class PromptPlace:
         return PromptPlace.of(host.make(self.settings, tokens)).difference(self)
 
     def _decisive(self) -> dict[str, object]:
-        return {
-            "kind": self.kind,
-            "hidden_size": self.hidden_size,
-            "position": self.position,
-            "num_tokens": self.settings.num_tokens,
-            "deep": self.settings.deep,
-        }
+        tokens = {"num_tokens": self.settings.num_tokens, "deep": self.settings.deep}
+        return {"kind": self.kind, "hidden_size": self.hidden_size, "position": self.position, **tokens}
 
 
 def _put_prompts(host: Host, settings: PromptSettings, tokens: Tensor) -> None:

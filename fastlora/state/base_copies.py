@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.anatomy.names import clean_name, plain_tensor, tuner_parameters
-from fastlora.state.slots import PREFIX
+from fastlora.state.keys import PREFIX
 
 # names that PEFT's layers have for the module that they are around
 _BASE, _ORIGINAL, _TRAINED = ".base_layer.", ".original_module.", ".modules_to_save."

@@ -18,16 +18,16 @@ from fastlora.nn import LoRAModule
 from fastlora.nn.lora.layout import layout_of, lora_parts
 from fastlora.state.base_copies import BaseCopies
 from fastlora.state.folder import AdapterFile
-from fastlora.state.slots import (
+from fastlora.state.keys import (
     LORA_KEY,
     OUT_PROJ,
     PREFIX,
     adapter_key,
-    file_settings,
     plain_layer,
     prompt_key,
     tensor_slots,
 )
+from fastlora.state.peft_config import file_settings
 
 _LISTED = 5
 
@@ -65,7 +65,7 @@ class AdapterCheck:
             rank, dora = config.settings(name).rank, config.dora
             problem = _lora_difference(module, rank, dora=dora)
             if problem is not None:
-                self._misfit(name, problem)
+                self._misfit(name, problem, f"{PREFIX}{name}.")
                 continue
             for key, owner, part in tensor_slots(name, module, dora=dora):
                 self._compare(key, lora_parts(plain_layer(owner), rank, dora=dora)[part])
@@ -88,7 +88,7 @@ class AdapterCheck:
             if module is not None and problem is None:
                 targets[name] = module
             else:
-                self._misfit(name, str(problem))
+                self._misfit(name, str(problem), f"{PREFIX}{name}.")
         return targets
 
     def places(self) -> None:
@@ -226,16 +226,14 @@ class AdapterCheck:
         missing = (name for name in names if name not in filed)
         self._problems.extend(f"{name}: {kind} in the model, none in the file" for name in missing)
 
-    def _misfit(self, name: str, problem: str) -> None:
-        """One difference for a whole layer, in place of one for each of its tensors."""
+    def _misfit(self, name: str, problem: str, prefix: str) -> None:
+        """One difference in place of one for each of the tensors whose keys begin so."""
         self._problems.append(f"{name}: {problem}")
-        self._explained |= {key for key in self._tensors if key.startswith(f"{PREFIX}{name}.")}
+        self._explained |= {key for key in self._tensors if key.startswith(prefix)}
 
     def _place(self, name: str, place: Place, problem: str | None) -> None:
         if problem is not None:
-            self._problems.append(f"{name}: {problem}")
-            prefix = adapter_key(name, "")
-            self._explained |= {key for key in self._tensors if key.startswith(prefix)}
+            self._misfit(name, problem, adapter_key(name, ""))
             return
         layer = place.make(torch.device("meta"), torch.float32)
         for part in layer.adapter_params():
@@ -245,8 +243,7 @@ class AdapterCheck:
         if problem is None and shape is not None:
             self._compare(prompt_key(name), shape)
         else:
-            self._problems.append(f"{name}: {problem}")
-            self._explained.add(prompt_key(name))
+            self._misfit(name, str(problem), prompt_key(name))
 
     def _compare(self, key: str, shape: tuple[int, ...], like: Tensor | None = None) -> None:
         self._explained.add(key)

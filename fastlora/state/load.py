@@ -39,17 +39,17 @@ from fastlora.nn.lora.shelf import Shelf
 from fastlora.nn.settings import LoRASettings
 from fastlora.state.check import AdapterCheck
 from fastlora.state.folder import AdapterFile, read_adapter
-from fastlora.state.keys import in_model_names
-from fastlora.state.peft_config import AdapterConfig
-from fastlora.state.slots import (
+from fastlora.state.keys import (
     PREFIX,
     adapter_key,
     file_dtype,
     fill_alpha,
     fill_part,
+    in_model_names,
     prompt_key,
     tensor_slots,
 )
+from fastlora.state.peft_config import AdapterConfig
 
 _PEFT_APPLIES_TWICE = (
     "This adapter was saved by PEFT and covers nn.MultiheadAttention. PEFT up to 0.21.2 adds the update of "

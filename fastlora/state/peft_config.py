@@ -1,14 +1,15 @@
 """``adapter_config.json`` as PEFT writes it: what of it we understand, and nothing silently ignored."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastlora.nn import LoRAModule
+from fastlora.nn.lora.start import has_start
 from fastlora.nn.settings import LoRASettings
-from fastlora.state.slots import file_settings
 
 _UNDERSTOOD = {
     "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_dropout", "modules_to_save",
@@ -194,6 +195,15 @@ def build_config(
         "use_dora": first.dora,
         "task_type": None,
     }
+
+
+def file_settings(layer: LoRAModule) -> LoRASettings:
+    """What the adapter in a file is, with the layer's scaling; its dtype is that of its tensors."""
+    settings = replace(layer._settings(), adapter_dtype=None)
+    if not has_start(layer):
+        return settings
+    doubled = math.sqrt(2) if settings.rslora else 2
+    return replace(settings, rank=2 * settings.rank, alpha=doubled * settings.alpha)
 
 
 def _targets(targets: list[str], names: Iterable[str]) -> list[str] | str:

@@ -21,9 +21,9 @@ from fastlora.inject.places import Place
 from fastlora.inject.prompts import PromptPlace
 from fastlora.inject.trained import trained_whole
 from fastlora.state.folder import write_adapter
+from fastlora.state.keys import PREFIX, adapter_key, file_part, prompt_key, tensor_slots
 from fastlora.state.own_config import build_file_config
 from fastlora.state.peft_config import build_config
-from fastlora.state.slots import PREFIX, adapter_key, file_part, prompt_key, tensor_slots
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:

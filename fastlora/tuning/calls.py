@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastlora._core.backend import KERNEL_DTYPES
 from fastlora._core.files import read_json
 from fastlora._core.words import did_you_mean
 from fastlora_kernels.tile import Shape
 
 if TYPE_CHECKING:
     from fastlora.transfer.models.weightless import ModelSpec
-
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,8 @@ class LayerCall:
                 raise ValueError(f"expected {name} to be a whole number of at least 1, got {size!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"expected a dropout probability in [0, 1), got {self.dropout!r}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"expected a dtype out of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.dtype not in KERNEL_DTYPES:
+            raise ValueError(f"expected a dtype out of {', '.join(KERNEL_DTYPES)}, got {self.dtype!r}")
 
     @property
     def shape(self) -> Shape:

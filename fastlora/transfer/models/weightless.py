@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlora._core.backend import KERNEL_DTYPES
 from fastlora._core.extras import require
 from fastlora.transfer.models.backbones import vit_s14
 from fastlora.transfer.models.efficientnet import ARCHITECTURE
@@ -16,7 +17,6 @@ from fastlora.transfer.models.freezing import keep_frozen_in_eval
 from fastlora.transfer.models.names import DINOV2, EFFICIENTNET_LITE0, TIMM_PREFIX, check_name
 
 LLAMA_7B = "llama-7b"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # the published 7-billion-parameter LLaMA (Touvron et al., https://arxiv.org/abs/2302.13971)
 _LLAMA_7B_CONFIG = {
     "hidden_size": 4096,
@@ -63,8 +63,8 @@ class ModelSpec:
             value = getattr(self, size)
             if value is not None and value < 1:
                 raise ValueError(f"expected {size} >= 1, got {value}; 8 is usual for a batch")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"expected dtype to be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.dtype is not None and self.dtype not in KERNEL_DTYPES:
+            raise ValueError(f"expected dtype to be one of {', '.join(KERNEL_DTYPES)}, got {self.dtype!r}")
         if self.is_text and self.num_classes is not None:
             raise ValueError(
                 f"expected no num_classes for {LLAMA_7B}, got {self.num_classes}; it predicts words"
@@ -79,7 +79,7 @@ class ModelSpec:
     @property
     def torch_dtype(self) -> torch.dtype:
         """Dtype of the weights."""
-        return DTYPES[self.dtype or ("bfloat16" if self.is_text else "float32")]
+        return KERNEL_DTYPES[self.dtype or ("bfloat16" if self.is_text else "float32")]
 
 
 def build(spec: ModelSpec, *, weightless: bool = True) -> nn.Module:
