@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlora import LoRALayer, LoRALinear, LoRAMultiheadAttention
+from fastlora import LoRAConv2d, LoRAEmbedding, LoRALayer, LoRALinear, LoRAMultiheadAttention
 from fastlora.nn import LoRAModule
 from tests.lora_models import Snapshot
 
@@ -122,6 +122,48 @@ BAD_ATTENTION: dict[str, tuple[Any, type[Exception], str]] = {
     "zero": (lambda: nn.MultiheadAttention(8, 2, add_zero_attn=True), ValueError, "got add_zero_attn"),
     "meta": (lambda: nn.MultiheadAttention(8, 2, device="meta"), ValueError, "got a meta tensor"),
 }
+
+
+BAD_OPTIONS: dict[str, tuple[Callable[..., LoRAModule], nn.Module, dict[str, Any], type[Exception], str]] = {
+    "misspelled": (
+        LoRALinear.from_linear,
+        nn.Linear(4, 4),
+        {"rnak": 2},
+        TypeError,
+        r"options out of rank, alpha, .* got 'rnak'; did you mean 'rank'\?",
+    ),
+    "unknown": (LoRAConv2d.from_conv, nn.Conv2d(3, 4, 1), {"bias": 1}, TypeError, "got 'bias'; leave it out"),
+    "dropout of an embedding": (
+        LoRAEmbedding.from_embedding,
+        nn.Embedding(4, 4),
+        {"dropout": 0.1},
+        ValueError,
+        "expected no dropout for an nn.Embedding, got 0.1",
+    ),
+    "DoRA of attention": (
+        LoRAMultiheadAttention.from_attention,
+        nn.MultiheadAttention(4, 2),
+        {"dora": True},
+        ValueError,
+        "layer that can carry DoRA, got nn.MultiheadAttention",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "layer", "options", "error", "match"), BAD_OPTIONS.values(), ids=BAD_OPTIONS.keys()
+)
+def test_refuses_options_that_a_layer_does_not_have(
+    make: Callable[..., LoRAModule],
+    layer: nn.Module,
+    options: dict[str, Any],
+    error: type[Exception],
+    match: str,
+) -> None:
+    before = Snapshot(layer)
+    with pytest.raises(error, match=match):
+        make(layer, **options)
+    before.assert_unchanged()
 
 
 @pytest.mark.parametrize(("make", "error", "match"), BAD_ATTENTION.values(), ids=BAD_ATTENTION.keys())
