@@ -84,6 +84,13 @@ def test_every_kernel_is_there_for_every_target() -> None:
     assert {spec.target for spec in few_specs()} == {*codegen.DEFAULT_TARGETS, "sm_86"}
 
 
+def test_a_kernel_that_does_not_compile_is_an_error() -> None:
+    spec = next(spec for spec in few_specs() if spec.kernel == kernels.DORA_GRAD_PRODUCT.name)
+    uneven = replace(spec, tile=replace(spec.tile, rows=48))
+    with pytest.raises(RuntimeError, match=r"(?s)rows=48.*did not compile:.*power of 2"):
+        list(codegen.compile_rows([uneven, spec, spec], jobs=1))
+
+
 def test_a_record_settles_every_block_of_its_kernel() -> None:
     for spec in few_specs():
         kernel = next(kernel for kernel in plan.KERNELS if kernel.name == spec.kernel)

@@ -2,27 +2,25 @@
 
 Triton's cross-compiler makes the machine code; registers, spills and shared memory come from the assembler's
 own report, so they are exact. The compiler and the interpreter can't share a process, so the work runs in
-subprocesses: ``python -m fastlora_kernels.compile.codegen`` reads specs from standard input and prints rows,
-as JSON; given a folder, it keeps there what it found, and compiles again only what has changed since.
+processes of its own; given a folder, they keep there what they found, and compile again only what has changed
+since.
 """
 
 import hashlib
 import json
+import multiprocessing
 import os
-import queue
 import re
 import subprocess
-import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 
 from fastlora_kernels.compile.specs import Spec, constants, jit_function, signature, specs
 from fastlora_kernels.compiled import Row, tile_text
 from fastlora_kernels.targets import TARGETS
-from fastlora_kernels.tile import Tile
 
 DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # what the command line and the tests take from here
@@ -45,33 +43,24 @@ def gate_specs() -> list[Spec]:
 def compile_rows(
     all_specs: Sequence[Spec], *, jobs: int | None = None, cache: Path | None = None
 ) -> Iterator[Row]:
-    """Compile in as many subprocesses as the machine has cores and yield the rows as they come.
+    """Compile in several processes and yield the rows as they come.
 
     Args:
         all_specs: What to compile.
-        jobs: Number of subprocesses; without it, as many as the machine has cores.
+        jobs: Number of processes; without it, as many as the machine has cores.
         cache: A folder that keeps the rows; one is made again when its kernel, what that calls, the spec or
             Triton has changed.
 
     Raises:
         RuntimeError: A kernel does not compile; the message holds the compiler's.
     """
-    batches = _batches(all_specs, jobs or os.cpu_count() or 1)
-    results: queue.Queue[Row | Exception | None] = queue.Queue()
-    workers = [
-        threading.Thread(target=_run_batch, args=(batch, cache, results), daemon=True) for batch in batches
-    ]
-    for worker in workers:
-        worker.start()
-    running = len(workers)
-    while running:
-        result = results.get()
-        if isinstance(result, Exception):
-            raise result
-        if result is None:
-            running -= 1
-        else:
-            yield result
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_switch_interpreter_off)
+    try:
+        for done in as_completed([pool.submit(_compiled_row, spec, cache) for spec in all_specs]):
+            yield done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def compile_spec(spec: Spec) -> Row:
@@ -112,40 +101,16 @@ def compile_spec(spec: Spec) -> Row:
     )
 
 
-def _batches(all_specs: Sequence[Spec], jobs: int) -> list[Sequence[Spec]]:
-    return [batch for batch in (all_specs[i::jobs] for i in range(jobs)) if batch]
+def _switch_interpreter_off() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
 
 
-def _run_batch(
-    batch: Sequence[Spec], cache: Path | None, results: "queue.Queue[Row | Exception | None]"
-) -> None:
-    """Compile a batch in one subprocess and put its rows, an error if any, then None into the queue."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "fastlora_kernels.compile.codegen",
-        *([] if cache is None else [str(cache)]),
-    ]
-    with (
-        tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
-        ) as process,
-    ):
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(json.dumps([asdict(spec) for spec in batch]))
-        process.stdin.close()
-        for line in process.stdout:
-            results.put(Row(**json.loads(line)))
-        if process.wait() != 0:
-            errors.seek(0)
-            results.put(RuntimeError(f"a kernel did not compile:\n{errors.read()[-4000:]}"))
-    results.put(None)
+def _compiled_row(spec: Spec, cache: Path | None) -> Row:
+    try:
+        return compile_spec(spec) if cache is None else _cached_row(spec, cache)
+    # whatever it is, other processes may not be able to read it
+    except Exception as error:
+        raise RuntimeError(f"{spec} did not compile:\n{error}") from None
 
 
 def _nvidia_usage(ptx: str) -> tuple[int, int, bool]:
@@ -205,16 +170,3 @@ def _fingerprint(spec: Spec) -> str:
     settled = repr((spec, signature(function, spec), constants(function, spec)))
     parts = [triton.__version__, function.cache_key, settled, Path(__file__).read_text("utf-8")]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-def main() -> None:
-    """Read specs as JSON from standard input, print one row as JSON for each."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
-    for fields in json.load(sys.stdin):
-        spec = Spec(**{**fields, "tile": Tile(**fields["tile"])})
-        row = compile_spec(spec) if folder is None else _cached_row(spec, folder)
-        print(json.dumps(asdict(row)), flush=True)
-
-
-if __name__ == "__main__":
-    main()
