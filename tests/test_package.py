@@ -77,6 +77,21 @@ def test_only_one_file_reads_the_environment() -> None:
     assert readers == {"fastlora/_core/backend.py"}
 
 
+# what begins so says what an argument is only to who has read another line
+POINTERS = "As above|As for|As in|As the|As with|Ditto|Its|Likewise|Of|See|Theirs?|The same|Those|Whose"
+POINTS_ELSEWHERE = re.compile(rf"^ +[a-z_]\w*: (?:{POINTERS})\b.*$", re.M)
+
+
+def test_every_argument_says_what_it_is() -> None:
+    pointing = {
+        str(path.relative_to(ROOT)): lines
+        for top in ("fastlora", "kernels")
+        for path in (ROOT / top).rglob("*.py")
+        if (lines := [line.strip() for line in POINTS_ELSEWHERE.findall(path.read_text())])
+    }
+    assert pointing == {}
+
+
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 
 

@@ -19,8 +19,8 @@ class _Directions:
 
     Attributes:
         most: How many are kept, more than are wanted, so that these lose little between batches.
-        vectors: ``[found, in]``, orthonormal.
-        values: Their singular values ``[found]``.
+        vectors: The directions, ``[found, in]``, orthonormal.
+        values: Singular values of the directions, ``[found]``.
         energy: Sum of squares of every element seen.
     """
 

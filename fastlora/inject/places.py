@@ -22,7 +22,7 @@ class Place:
     Attributes:
         placement: How it works with its module, see :class:`AdaptedModule`.
         hidden_size: Width of what it adapts.
-        settings: Its bottleneck, activation, norm, scale, dropout and biases.
+        settings: Bottleneck, activation, norm, scale, dropout and biases of the adapter.
     """
 
     placement: AdapterPlacement

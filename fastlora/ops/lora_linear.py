@@ -209,7 +209,7 @@ def layer_gradients(
     """Gradients of x, weight, bias, lora_A and lora_B, those that are wanted.
 
     Args:
-        ctx: Of the Function whose first inputs these five are.
+        ctx: Context of the Function whose first inputs these five are.
         dy: Gradient of the output.
         dproduct: Gradient of what the bias is added to.
         saved: x, weight, lora_A, lora_B, S, the mask and the scalars.

@@ -24,7 +24,7 @@ class BaseCopies:
         """See the class.
 
         Args:
-            model: Its tensors are compared, not changed.
+            model: A model whose tensors are compared, not changed.
             tensors: The file's, by key.
             fresh: Whether the model has no adapters yet, which its frozen weights may belong to.
         """

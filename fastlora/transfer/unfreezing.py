@@ -83,7 +83,7 @@ class GradualUnfreezing:
 
         Args:
             model: The model, changed in place.
-            head: Its classifier, which always trains.
+            head: Classifier of the model, which always trains.
             progress: The epoch or step, counted from 0.
 
         Returns:
@@ -101,7 +101,7 @@ def all_unfrozen(model: nn.Module, head: nn.Module, unfreezing: GradualUnfreezin
 
     Args:
         model: The model, changed in place.
-        head: Its classifier, which always trains.
+        head: Classifier of the model, which always trains.
         unfreezing: When stages begin to train; None leaves the model as it is.
 
     Raises:

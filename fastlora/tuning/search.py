@@ -35,7 +35,7 @@ class LeftOut:
     """A candidate that was not timed.
 
     Attributes:
-        candidate: Its pass, path and tile.
+        candidate: Pass, path and tile of the candidate.
         reason: What went wrong.
         wrong: Whether its result is wrong, rather than the GPU too small for it.
     """

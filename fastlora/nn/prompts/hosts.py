@@ -79,7 +79,7 @@ class TextHost:
 
     Attributes:
         module: The module that embeds the text and becomes the prompts' parent.
-        embedding: Its vocabulary.
+        embedding: The model's embedding of its vocabulary.
         position_embedding: The absolute positions of an encoder, None for a decoder with rotary ones.
     """
 

@@ -12,7 +12,7 @@ class Method:
     """A way to train that the demo compares.
 
     Attributes:
-        strategy: Its name in :data:`fastlora.transfer.strategies.STRATEGIES`, which has its rates.
+        strategy: Name in :data:`fastlora.transfer.strategies.STRATEGIES`, which has the rates.
         folder: Where :func:`fastlora.save_adapter` writes what was trained; None if nothing is written.
         fused: Whether it brings layers that a backend of ours serves.
         settings: Fields of :class:`FinetuneSettings`.
@@ -55,7 +55,7 @@ class Recipe:
         image_size: Height and width in pixels.
         train: Number of pictures to train on.
         validation: Number of pictures to watch; the rest is for the test.
-        epochs: Of all methods but the probe.
+        epochs: Epochs of all methods but the probe.
     """
 
     image_size: int

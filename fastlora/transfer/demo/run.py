@@ -45,7 +45,7 @@ def run_demo(
         epochs: Passes over the training pictures of all methods but the probe; the recipe's number without
             it.
         max_steps: At most so many optimiser steps for each method, to try things out.
-        seed: Of split, initial weights, order and augmentation.
+        seed: Seed of split, initial weights, order and augmentation.
 
     Returns:
         What ``report.json`` holds.

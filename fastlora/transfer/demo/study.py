@@ -33,7 +33,7 @@ class Study:
     Attributes:
         parts: The pictures.
         image_size: Height and width in pixels that the model sees.
-        training: Of the methods that have no settings of their own.
+        training: Hyper-parameters of the methods that have none of their own.
         reporter: Is told about the progress.
         output: Folder for what was trained.
     """

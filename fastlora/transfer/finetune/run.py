@@ -55,7 +55,7 @@ def finetune(
         training: How; ``lr`` and ``head_factor`` are those of ``settings``.
         reporter: Is told about the progress.
         images: Instead of ``settings.data``: anything that ``open_images`` takes.
-        test_images: The same instead of ``settings.test``.
+        test_images: Instead of ``settings.test``: anything that ``open_images`` takes.
         resume: Go on with the run that ``settings.output`` holds; nothing is changed in a finished one.
 
     Returns:
@@ -95,7 +95,7 @@ class Run:
         view: From pictures to what the trained part sees of them.
         trainer: Trains; its ``fit`` hasn't been called.
         feature_seconds: What computing the training pictures' features took, where they are cached.
-        memory: Its peak.
+        memory: Peak memory of computing these features.
     """
 
     settings: FinetuneSettings
@@ -122,7 +122,7 @@ def begin(
         training: How.
         reporter: Is told about the progress.
         images: Instead of ``settings.data``: anything that ``open_images`` takes.
-        test_images: The same instead of ``settings.test``.
+        test_images: Instead of ``settings.test``: anything that ``open_images`` takes.
 
     Raises:
         ValueError: Something doesn't fit, into memory for example; see :func:`prepare` and :class:`Trainer`.

@@ -59,7 +59,7 @@ def freeze_stages(
 
     Args:
         model: The model that holds the head and the stages, changed in place.
-        head: Its classifier, which always trains.
+        head: Classifier of the model, which always trains.
         trained: How many of the last stages train, from 0.
         train_batch_norm: Train the BatchNorm layers of frozen stages too, weights and running statistics.
 
@@ -80,7 +80,7 @@ def freeze(
     Args:
         model: The model that holds the head and the stages, changed in place.
         parts: All of its stages from input to output.
-        head: Its classifier, which always trains.
+        head: Classifier of the model, which always trains.
         trained: How many of the last stages train, from 0.
         train_batch_norm: Train the BatchNorm layers of frozen stages too.
 

@@ -18,7 +18,7 @@ class WeightAverage:
 
     Args:
         model: Holds them.
-        names: Of the parameters and buffers to average.
+        names: Names of the parameters and buffers to average.
         decay: In [0, 1); None averages nothing.
     """
 

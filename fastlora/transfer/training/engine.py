@@ -24,10 +24,10 @@ class Engine:
 
     Args:
         model: To train; wrapped while the engine lives, see :meth:`release`.
-        head: Its classifier.
+        head: Classifier of the model.
         saved: Names of the parameters and buffers that can change.
         settings: Hyper-parameters.
-        total_steps: Of the run.
+        total_steps: Optimiser steps of the run.
         accelerator: An ``accelerate.Accelerator``.
     """
 

@@ -18,7 +18,7 @@ class Progress:
 
     Attributes:
         step: Optimiser steps done.
-        loss_sum: Of the epoch under way.
+        loss_sum: Sum of the losses in the epoch under way.
         examples: Seen in the epoch under way.
         seconds: Spent on the epoch under way.
         history: The epochs that are over.
@@ -53,9 +53,9 @@ class Progress:
         """Keep what an epoch gave.
 
         Args:
-            record: Of the epoch.
+            record: What the epoch gave.
             monitor: What :meth:`EpochRecord.score` makes the best epoch by.
-            settings: Of the run: ``restore_best`` and ``patience``.
+            settings: Hyper-parameters of the run, of which ``restore_best`` and ``patience`` count.
             weights: Gives what to keep where the epoch is the best so far.
         """
         self.history.append(record)

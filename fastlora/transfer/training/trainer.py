@@ -128,7 +128,7 @@ class Trainer:
         """Train as :meth:`fit` does, an epoch whenever the next record is asked for: for runs in turns.
 
         Args:
-            resume: See :meth:`fit`, also for what is raised.
+            resume: Go on with the run that the output folder holds; :meth:`fit` says what is raised.
         """
         checks.check_unused(self._output, resume=resume)
         found = self._checkpoints.latest(checks.check_state)
