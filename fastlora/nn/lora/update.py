@@ -32,6 +32,7 @@ class LoRAUpdate(TunerModule):
     lora_B: nn.Parameter
     lora_magnitude_vector: nn.Parameter
     dora: bool = False
+    _layout: Layout
     _scalars: Scalars
 
     # the name of the frozen weight in its owner, and the untouched weight while another one stands there.
@@ -125,6 +126,8 @@ class LoRAUpdate(TunerModule):
         self.rank, self.alpha = settings.rank, settings.alpha
         self.lora_dropout, self.rslora = settings.dropout, settings.rslora
         self.dora, self._norms = settings.dora, NormCache()
+        # kept: every call asks for it
+        self._layout = layout_of(self._weight_owner())
 
     def _new_update(self, settings: LoRASettings) -> None:
         self._apply_settings(settings)
@@ -139,10 +142,6 @@ class LoRAUpdate(TunerModule):
         take_start(self)
         self._layout.draw(*self._pair())
         self._reset_magnitude()
-
-    @property
-    def _layout(self) -> Layout:
-        return layout_of(self._weight_owner())
 
     def _pair(self) -> tuple[Tensor, Tensor]:
         """A and B, whatever they are called here."""
