@@ -27,7 +27,7 @@ LARGE_KERNELS: dict[tuple[Pass, str], Kernel] = {
     ("forward", "single"): kernels.LORA_FORWARD_SINGLE,
     ("backward", "split"): kernels.LORA_GRAD_X_A,
 }
-# the paths that need a kernel of ours at all, a large product of ours, and an output without DoRA's factor
+# the paths with any kernel of ours, with a large product of ours, and those that can't scale for DoRA
 _WITH_KERNELS: tuple[Path, ...] = ("split", "single", "epilogue")
 _WITH_OUR_PRODUCT: tuple[Path, ...] = ("split", "single")
 _WITHOUT_FACTOR: tuple[Path, ...] = ("single", "epilogue")

@@ -7,13 +7,11 @@ is measured by us: whatever comes out is a prediction.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from fastlora_kernels.predict.traffic import Wave, grouped_wave, lost, product_bytes, square_wave
 from fastlora_kernels.targets import Target
-
-if TYPE_CHECKING:
-    from fastlora_kernels.tile import Tile
+from fastlora_kernels.tile import Tile
 
 Bound = Literal["products", "memory", "integers"]
 
@@ -110,7 +108,7 @@ def kernel_product(
     n: int,
     k: int,
     itemsize: int,
-    tile: "Tile",
+    tile: Tile,
     target: Target,
     *,
     group: int,

@@ -1,15 +1,12 @@
 """How many programs of a compiled kernel one multiprocessor holds at a time."""
 
 import functools
-from typing import TYPE_CHECKING
 
 import torch
 
 from fastlora_kernels.compiled import Row, committed, tile_text
 from fastlora_kernels.targets import Target
-
-if TYPE_CHECKING:
-    from fastlora_kernels.tile import Tile
+from fastlora_kernels.tile import Tile
 
 # what the table leaves out differs little from what it holds
 _NAMES = {torch.float32: "fp32", torch.float16: "bf16", torch.bfloat16: "bf16"}
@@ -18,7 +15,7 @@ _LIKE = {"sm_89": "sm_86"}
 _REGISTERS, _THREADS, _RESERVED = 65_536, 2048, 1024
 
 
-def programs_at_once(kernel: str, tile: "Tile", dtype: torch.dtype, target: Target, *, dropping: bool) -> int:
+def programs_at_once(kernel: str, tile: Tile, dtype: torch.dtype, target: Target, *, dropping: bool) -> int:
     """Programs that a multiprocessor holds, by registers and shared memory; 1 where the table lacks the tile.
 
     Args:
@@ -38,7 +35,7 @@ def programs_at_once(kernel: str, tile: "Tile", dtype: torch.dtype, target: Targ
 
 
 @functools.lru_cache(maxsize=1024)
-def _find(kernel: str, architecture: str, dtype: str, tile: "Tile", dropping: bool) -> Row | None:
+def _find(kernel: str, architecture: str, dtype: str, tile: Tile, dropping: bool) -> Row | None:
     settings = (tile_text(tile), tile.warps, tile.stages)
     fitting = [
         row for row in _rows(kernel, architecture, dtype) if (row.tile, row.warps, row.stages) == settings
