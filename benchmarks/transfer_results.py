@@ -8,7 +8,6 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -66,14 +65,6 @@ DATA = {
 PROBE_EPOCHS = 60
 
 
-class _Rows:
-    def __init__(self, pixels: torch.Tensor) -> None:
-        self._pixels = pixels
-
-    def __call__(self, index: int) -> torch.Tensor:
-        return self._pixels[index].expand(3, -1, -1)
-
-
 def pictures(name: str) -> LabelledImages:
     """All pictures of a data set."""
     if name == "textile":
@@ -84,9 +75,7 @@ def pictures(name: str) -> LabelledImages:
             extra="results",
         )
         return open_images(folder / "data" / "textile_images" / "simulated")
-    found = load_images(name, DATA[name].image_size)
-    names = tuple(f"{name} {index}" for index in range(len(found)))
-    return LabelledImages(found.classes, tuple(found.labels.tolist()), names, _Rows(found.images))
+    return load_images(name, DATA[name].image_size).labelled()
 
 
 def split(name: str, seed: int) -> tuple[LabelledImages, LabelledImages]:

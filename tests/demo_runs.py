@@ -12,17 +12,18 @@ import torch
 from typer.testing import CliRunner
 
 import fastlora
+from fastlora._core import backend
 from fastlora.cli import app
-from fastlora.transfer.data import pretrained_transforms
+from fastlora.cli._progress import LiveReporter
 from fastlora.transfer.data.bundled import ImageSet, load_images, split
 from fastlora.transfer.demo import run as demo_run
 from fastlora.transfer.demo.methods import RECIPES, Recipe
+from fastlora.transfer.demo.study import transforms
 from fastlora.transfer.models.backbones import dinov2_vits14
-from fastlora.transfer.models.names import DINOV2
 from fastlora.transfer.training.device import make_accelerator
 from fastlora.transfer.training.prediction import predict
 
-SIZE, STEPS, SEED = 28, 3, 5
+SIZE, SEED = 28, 5
 TRAIN, VALIDATION, TEST = 64, 32, 64
 PICTURES = {"curves.png", "accuracy.png", "confusion.png"}
 CLASSES = {"elpv": 2, "mnist5k": 10}
@@ -34,10 +35,13 @@ LORA = 12 * 8 * ((384 + 1152) + (384 + 384) + 2 * (384 + 1536))
 
 @dataclass(frozen=True)
 class DemoRun:
+    """What a run wrote, printed, and told of each step: task, number, how many in all, and backend."""
+
     data: str
     folder: Path
     stdout: str
     stderr: str
+    steps: list[tuple[str, int, int, str]]
 
     @property
     def report(self) -> dict[str, Any]:
@@ -53,7 +57,7 @@ class DemoRun:
         test = split(some_pictures(self.data), train=TRAIN, validation=VALIDATION, seed=SEED).test.labelled()
         model = fastlora.load_adapter(dinov2_vits14(SIZE, CLASSES[self.data]), self.folder / folder)
         accelerator = make_accelerator()
-        seen = test.with_transform(pretrained_transforms(DINOV2, image_size=SIZE)[1])
+        seen = test.with_transform(transforms(())[1])
         logits = predict(model.to(accelerator.device), seen, 16, 0, accelerator)
         return (logits.argmax(dim=1) == torch.tensor(test.labels)).double().mean().item()
 
@@ -61,7 +65,7 @@ class DemoRun:
 @functools.cache
 def some_pictures(data: str) -> ImageSet:
     """The first ones of a data set, which takes seconds to read."""
-    return load_images(data, SIZE * 256 // 224).first(TRAIN + VALIDATION + TEST)
+    return load_images(data, SIZE).first(TRAIN + VALIDATION + TEST)
 
 
 def small(data: str) -> Recipe:
@@ -69,10 +73,18 @@ def small(data: str) -> Recipe:
 
 
 def demo(data: str, folder: Path, *arguments: str) -> DemoRun:
-    command: Sequence[str] = ["demo", "--data", data, "--output", str(folder), "--max-steps", str(STEPS)]
+    command: Sequence[str] = ["demo", "--data", data, "--output", str(folder), "--seed", str(SEED)]
+    told: list[tuple[str, int, int, str]] = []
+
+    def advance(
+        self: LiveReporter, task: str, done: int, total: int, loss: float | None, memory: int | None = None
+    ) -> None:
+        told.append((task, done, total, backend.selected()))
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LiveReporter, "advance", advance)
         patch.setitem(RECIPES, data, small(data))
         patch.setattr(demo_run, "load_images", lambda name, size: some_pictures(name))
-        result = CliRunner().invoke(app, [*command, "--seed", str(SEED), *arguments])
+        result = CliRunner().invoke(app, [*command, *arguments])
     assert result.exit_code == 0, result.output
-    return DemoRun(data, folder, result.stdout, result.stderr)
+    return DemoRun(data, folder, result.stdout, result.stderr, told)

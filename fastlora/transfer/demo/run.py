@@ -99,8 +99,7 @@ def run_demo(
 
 
 def _open(data: str, recipe: Recipe, training: TrainSettings, reporter: Reporter) -> Splits:
-    # as large as what the middle is cut out of
-    images = load_images(data, round(recipe.image_size * 256 / 224))
+    images = load_images(data, recipe.image_size)
     reporter.note(f"Data: {images.name}. Licence: {images.licence}")
     parts = split(images, train=recipe.train, validation=recipe.validation, seed=training.seed)
     if training.max_steps is None:

@@ -75,13 +75,18 @@ def finetune(
     with sole_use(output):
         check_unused(output, resume=resume)
         started = time.perf_counter()
-        run = begin(settings, training, reporter, images=images, test_images=test_images)
+        accelerator = make_accelerator(training.precision)
+        job = prepare(settings, training, reporter, images, test_images)
+        parameters = job.parameters()
+        half = str(accelerator.mixed_precision) != "no"
+        check_fits(parameters.training_bytes, accelerator.device, half=half)
+        run = begin(job, settings, accelerator, reporter)
         result = run.trainer.fit(resume=resume)
         ended = report_of_ended(output, result, (CONFIG, PAGE))
         if ended is not None:
             reporter.note(f"this run is finished; nothing in {output} was changed")
             return ended
-        return _finish(run, result, started)
+        return _finish(run, result, parameters, started)
 
 
 @dataclass(frozen=True)
@@ -91,48 +96,33 @@ class Run:
     Attributes:
         settings: What is fine-tuned, and on what.
         job: The model and its pictures.
-        parameters: How many there are, and how many train.
         view: From pictures to what the trained part sees of them.
-        trainer: Trains; its ``fit`` hasn't been called.
+        trainer: What trains it.
         feature_seconds: What computing the training pictures' features took, where they are cached.
         memory: Peak memory of computing these features.
     """
 
     settings: FinetuneSettings
     job: Job
-    parameters: ParameterReport
     view: View
     trainer: Trainer
     feature_seconds: float
     memory: PeakMemory
 
 
-def begin(
-    settings: FinetuneSettings,
-    training: TrainSettings,
-    reporter: Reporter,
-    *,
-    images: Any = None,
-    test_images: Any = None,
-) -> Run:
-    """Make everything that :func:`finetune` trains and trains with.
+def begin(job: Job, settings: FinetuneSettings, accelerator: Any, reporter: Reporter) -> Run:
+    """Put a job on its device, compute its features if they are cached, and make its trainer.
 
     Args:
-        settings: What to fine-tune, and on what.
-        training: How.
+        job: Everything that is trained, and trained on.
+        settings: What the job was made of; ``output`` is the folder that the trainer writes to.
+        accelerator: An ``accelerate.Accelerator``.
         reporter: Is told about the progress.
-        images: Instead of ``settings.data``: anything that ``open_images`` takes.
-        test_images: Instead of ``settings.test``: anything that ``open_images`` takes.
 
     Raises:
-        ValueError: Something doesn't fit, into memory for example; see :func:`prepare` and :class:`Trainer`.
-        FileNotFoundError: There are no such pictures or weights.
+        ValueError: See :class:`Trainer`.
     """
-    accelerator, output = make_accelerator(training.precision), Path(settings.output)
-    job = prepare(settings, training, reporter, images, test_images)
-    parameters = job.parameters()
-    half = str(accelerator.mixed_precision) != "no"
-    check_fits(parameters.training_bytes, accelerator.device, half=half)
+    output = Path(settings.output)
     # cached features are computed there too
     job.model.to(accelerator.device)
     view = view_of(job, settings, output, reporter)
@@ -151,12 +141,12 @@ def begin(
         reporter=reporter,
         accelerator=accelerator,
     )
-    return Run(settings, job, parameters, view, trainer, feature_seconds, memory)
+    return Run(settings, job, view, trainer, feature_seconds, memory)
 
 
-def _finish(run: Run, result: TrainResult, started: float) -> dict[str, Any]:
+def _finish(run: Run, result: TrainResult, parameters: ParameterReport, started: float) -> dict[str, Any]:
     """Write the model and the report, and return the report."""
-    settings, job, trainer, parameters = run.settings, run.job, run.trainer, run.parameters
+    settings, job, trainer = run.settings, run.job, run.trainer
     accelerator, output = trainer.accelerator, Path(settings.output)
     judged = job.validation if job.test is None else job.test
     is_main, size = trainer.is_main, int(judged[0][0].shape[-1])
