@@ -31,16 +31,16 @@ from fastlora.nn import (
     LoRAModule,
     LoRAMultiheadAttention,
 )
-from fastlora.nn.lora.checks import check_attention, check_conv, check_embedding, check_linear
+from fastlora.nn.lora.checks import check_carrier
 from fastlora.nn.lora.layout import layout_of
 from fastlora.nn.settings import LoRASettings
 
-# what can carry LoRA: how the LoRA layer is made of it, and what checks that it can
-_KINDS: dict[type[nn.Module], tuple[Callable[..., nn.Module], Callable[[object], None]]] = {
-    nn.Linear: (LoRALinear.from_linear, check_linear),
-    nn.MultiheadAttention: (LoRAMultiheadAttention.from_attention, check_attention),
-    nn.Conv2d: (LoRAConv2d.from_conv, check_conv),
-    nn.Embedding: (LoRAEmbedding.from_embedding, check_embedding),
+# what can carry LoRA, and how the LoRA layer is made of it
+_MAKERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
+    nn.Linear: LoRALinear.from_linear,
+    nn.MultiheadAttention: LoRAMultiheadAttention.from_attention,
+    nn.Conv2d: LoRAConv2d.from_conv,
+    nn.Embedding: LoRAEmbedding.from_embedding,
 }
 
 
@@ -250,7 +250,7 @@ def check_unadapted(model: nn.Module) -> None:
             f"expected a model without LoRA, got one adapted at {len(adapted)} places, {adapted[0]!r} first; "
             "take it out with fastlora.remove_adapters first (PEFT: unload or merge_and_unload)"
         )
-    for kind, (maker, _) in _KINDS.items():
+    for kind, maker in _MAKERS.items():
         if isinstance(model, kind):
             raise ValueError(
                 f"expected a model around its layers, got a bare {type(model).__name__}; "
@@ -278,9 +278,8 @@ def check_carriers(chosen: Mapping[str, nn.Module], settings: LoRASettings) -> N
 
 def cannot_carry(module: nn.Module) -> str | None:
     """Why this module can't be replaced by a LoRA layer, or None if it can."""
-    check = next((check for kind, (_, check) in _KINDS.items() if isinstance(module, kind)), check_linear)
     try:
-        check(module)
+        check_carrier(module)
     except (TypeError, ValueError) as error:
         return str(error)
     return None
@@ -294,5 +293,5 @@ def add_lora(model: nn.Module, plan: Mapping[nn.Module, LoRASettings]) -> None:
 def _adapted(module: nn.Module, settings: LoRASettings) -> nn.Module:
     if not layout_of(module).drops:
         settings = replace(settings, dropout=0.0)
-    maker = next(maker for kind, (maker, _) in _KINDS.items() if isinstance(module, kind))
+    maker = next(maker for kind, maker in _MAKERS.items() if isinstance(module, kind))
     return maker(module, **vars(settings))

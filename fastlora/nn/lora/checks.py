@@ -7,26 +7,49 @@ from fastlora._core.checks import FLOATING_DTYPES
 from fastlora.nn.settings import DTYPE_NAMES
 
 
-def check_linear(linear: object) -> None:
-    """Refuse anything but a plain ``nn.Linear`` whose weight can be shared and read.
+def check_carrier(layer: object) -> None:
+    """Refuse a layer that can't be replaced by a LoRA layer of its kind.
 
     Raises:
-        TypeError: Not an ``nn.Linear``, one that computes something else (quantised, already adapted), or
-            one whose weight is no plain floating Parameter.
-        ValueError: The weight is on the meta device.
+        TypeError: None of a kind that can carry LoRA, one that computes something else, or one whose weights
+            are no plain floating Parameters.
+        ValueError: A setting that its LoRA layer has not, or a weight on the meta device.
     """
-    _check_plain(linear, nn.Linear)
+    if isinstance(layer, nn.MultiheadAttention):
+        check_attention(layer)
+    elif isinstance(layer, nn.Embedding):
+        check_embedding(layer)
+    else:
+        check_plain(layer, nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear)
 
 
-def check_conv(conv: object) -> None:
-    """Refuse anything but a plain ``nn.Conv2d`` whose weight can be shared and read.
+def check_plain(layer: object, wanted: type[nn.Linear | nn.Conv2d | nn.Embedding]) -> None:
+    """Refuse anything but a plain layer of this kind whose weight can be shared and read.
 
     Raises:
-        TypeError: Not an ``nn.Conv2d``, one that computes something else (quantised, already adapted), or
-            one whose weight is no plain floating Parameter.
+        TypeError: Another kind, one that computes something else (quantised, already adapted), or one whose
+            weight is no plain floating Parameter.
         ValueError: The weight is on the meta device.
     """
-    _check_plain(conv, nn.Conv2d)
+    kind, name = type(layer).__name__, wanted.__name__
+    if not isinstance(layer, wanted):
+        raise TypeError(
+            f"expected an nn.{name}, got {kind}; LoRA is for nn.Linear, nn.Conv2d, nn.Embedding and "
+            "nn.MultiheadAttention, other layers cannot carry it yet"
+        )
+    changed = [
+        method
+        for method in ("forward", "_conv_forward")
+        if getattr(type(layer), method, None) is not getattr(wanted, method, None) or method in vars(layer)
+    ]
+    if changed:
+        raise TypeError(
+            f"expected a plain nn.{name}, got {kind} with a forward of its own (quantised, hooked or already "
+            f"adapted); convert it back to nn.{name} first"
+        )
+    check_parameter(f"{kind}.weight", layer._parameters.get("weight"))
+    if getattr(layer, "bias", None) is not None:
+        check_parameter(f"{kind}.bias", layer._parameters.get("bias"))
 
 
 def check_embedding(embedding: object) -> None:
@@ -37,7 +60,7 @@ def check_embedding(embedding: object) -> None:
             one whose weight is no plain floating Parameter.
         ValueError: ``max_norm`` or ``sparse`` is set, or the weight is on the meta device.
     """
-    _check_plain(embedding, nn.Embedding)
+    check_plain(embedding, nn.Embedding)
     assert isinstance(embedding, nn.Embedding)
     if embedding.max_norm is not None:
         raise ValueError(
@@ -73,7 +96,7 @@ def check_attention(attention: object) -> None:
     check_parameter(f"{kind}.in_proj_weight", attention._parameters.get("in_proj_weight"))
     if attention.in_proj_bias is not None:
         check_parameter(f"{kind}.in_proj_bias", attention._parameters.get("in_proj_bias"))
-    check_linear(attention.out_proj)
+    check_plain(attention.out_proj, nn.Linear)
 
 
 def check_packed(attention: nn.MultiheadAttention) -> None:
@@ -93,28 +116,6 @@ def check_packed(attention: nn.MultiheadAttention) -> None:
             f"expected nn.MultiheadAttention with one packed q, k, v weight and no extra keys, got "
             f"{', '.join(unsupported)}; leave this layer out"
         )
-
-
-def _check_plain(layer: object, wanted: type[nn.Linear | nn.Conv2d | nn.Embedding]) -> None:
-    kind, name = type(layer).__name__, wanted.__name__
-    if not isinstance(layer, wanted):
-        raise TypeError(
-            f"expected an nn.{name}, got {kind}; LoRA is for nn.Linear, nn.Conv2d, nn.Embedding and "
-            "nn.MultiheadAttention, other layers cannot carry it yet"
-        )
-    changed = [
-        method
-        for method in ("forward", "_conv_forward")
-        if getattr(type(layer), method, None) is not getattr(wanted, method, None) or method in vars(layer)
-    ]
-    if changed:
-        raise TypeError(
-            f"expected a plain nn.{name}, got {kind} with a forward of its own (quantised, hooked or already "
-            f"adapted); convert it back to nn.{name} first"
-        )
-    check_parameter(f"{kind}.weight", layer._parameters.get("weight"))
-    if getattr(layer, "bias", None) is not None:
-        check_parameter(f"{kind}.bias", layer._parameters.get("bias"))
 
 
 def check_parameter(name: str, parameter: object) -> None:

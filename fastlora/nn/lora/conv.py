@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fastlora._core.option_checks import check_flag
 from fastlora.nn.lora.base import LoRAModule
-from fastlora.nn.lora.checks import check_conv
+from fastlora.nn.lora.checks import check_plain
 from fastlora.nn.lora.linear import describe
 from fastlora.nn.settings import LoRAOptions, LoRASettings, lora_settings
 
@@ -126,7 +126,7 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
             True
         """
         settings = lora_settings(**options)
-        check_conv(conv)
+        check_plain(conv, nn.Conv2d)
         layer = _share_conv(cls.__new__(cls), conv)
         layer._add_lora(settings)
         return layer.train(conv.training)

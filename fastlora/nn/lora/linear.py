@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fastlora._core.option_checks import check_flag
 from fastlora.nn.lora.base import LoRAModule
-from fastlora.nn.lora.checks import check_linear
+from fastlora.nn.lora.checks import check_plain
 from fastlora.nn.settings import LoRAOptions, LoRASettings, lora_settings
 
 Linear = TypeVar("Linear", bound=nn.Linear)
@@ -90,7 +90,7 @@ class LoRALinear(LoRAModule, nn.Linear):
             True
         """
         settings = lora_settings(**options)
-        check_linear(linear)
+        check_plain(linear, nn.Linear)
         layer = cls.__new__(cls)
         with_bias = linear.bias is not None
         nn.Linear.__init__(layer, linear.in_features, linear.out_features, with_bias, device="meta")
