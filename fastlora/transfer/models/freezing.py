@@ -53,7 +53,12 @@ def keep_frozen_in_eval(model: Model) -> Model:
 
 
 def freeze_stages(
-    model: nn.Module, head: nn.Module, trained: int, *, train_batch_norm: bool = False
+    model: nn.Module,
+    head: nn.Module,
+    trained: int,
+    *,
+    parts: list[Stage] | None = None,
+    train_batch_norm: bool = False,
 ) -> list[Stage]:
     """Train the head and the last stages, freeze the others.
 
@@ -61,6 +66,7 @@ def freeze_stages(
         model: The model that holds the head and the stages, changed in place.
         head: Classifier of the model, which always trains.
         trained: How many of the last stages train, from 0.
+        parts: All stages from input to output; None finds them.
         train_batch_norm: Train the BatchNorm layers of frozen stages too, weights and running statistics.
 
     Returns:
@@ -69,27 +75,7 @@ def freeze_stages(
     Raises:
         ValueError: There are fewer stages.
     """
-    return freeze(model, stages(model, head), head, trained, train_batch_norm=train_batch_norm)
-
-
-def freeze(
-    model: nn.Module, parts: list[Stage], head: nn.Module, trained: int, *, train_batch_norm: bool
-) -> list[Stage]:
-    """Do the work of :func:`freeze_stages` where the stages are known.
-
-    Args:
-        model: The model that holds the head and the stages, changed in place.
-        parts: All of its stages from input to output.
-        head: Classifier of the model, which always trains.
-        trained: How many of the last stages train, from 0.
-        train_batch_norm: Train the BatchNorm layers of frozen stages too.
-
-    Returns:
-        The stages that train.
-
-    Raises:
-        ValueError: There are fewer stages.
-    """
+    parts = stages(model, head) if parts is None else parts
     if isinstance(trained, bool) or not isinstance(trained, int) or not 0 <= trained <= len(parts):
         raise ValueError(
             f"expected the number of last stages to train from 0 to {len(parts)}, got {trained!r}; "

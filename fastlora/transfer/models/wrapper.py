@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastlora._core.option_checks import check_flag
 from fastlora.anatomy.stages import Stage, stages
-from fastlora.transfer.models.freezing import KeepsFrozenInEval, freeze
+from fastlora.transfer.models.freezing import KeepsFrozenInEval, freeze_stages
 
 # what Hugging Face's and torchvision's models call the features in their outputs, best first
 _FEATURE_KEYS = ("pooler_output", "features", "x_norm_clstoken", "last_hidden_state", "out")
@@ -90,8 +90,13 @@ class TransferLearningModel(KeepsFrozenInEval):
         Raises:
             ValueError: The backbone has fewer stages; nothing is changed.
         """
-        parts = self.stages
-        chosen = freeze(self, parts, self.classifier, num_layers, train_batch_norm=self.train_batch_norm)
+        chosen = freeze_stages(
+            self,
+            self.classifier,
+            num_layers,
+            parts=self.stages,
+            train_batch_norm=self.train_batch_norm,
+        )
         return [stage.name for stage in chosen]
 
     def features(self, x: Any) -> Tensor:

@@ -3,7 +3,7 @@
 from torch import nn
 
 from fastlora.anatomy.stages import stages
-from fastlora.transfer.models.freezing import freeze, freeze_stages
+from fastlora.transfer.models.freezing import freeze_stages
 from fastlora.transfer.unfreezing import GradualUnfreezing
 
 
@@ -43,7 +43,7 @@ def full(model: nn.Module, head: str, *, train_batch_norm: bool = True) -> None:
     """
     layer = model.get_submodule(head)
     parts = stages(model, layer)
-    freeze(model, parts, layer, len(parts), train_batch_norm=train_batch_norm)
+    freeze_stages(model, layer, len(parts), parts=parts, train_batch_norm=train_batch_norm)
 
 
 def gradually(num_stages: int, epochs: int) -> GradualUnfreezing:
