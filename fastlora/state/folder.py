@@ -80,7 +80,7 @@ def read_adapter(folder: Path) -> AdapterFile:
             f"({error}); copy or save it again"
         ) from error
     check_sound(tensors, folder / TENSORS)
-    metadata = _header(content)[0].get("__metadata__", {})
+    metadata = _header(content)[0].get("__metadata__") or {}
     every_name = config.by_peft or metadata.get(_TIED) == _EVERY_NAME
     return AdapterFile(folder, tensors, config, every_name)
 

@@ -22,7 +22,10 @@ _SCALAR_SETTINGS = ("rank", "alpha", "rslora", "lora_dropout")
 
 
 class LoRAUpdate(TunerModule):
-    """What :class:`LoRAModule` is but for its state dict."""
+    """A frozen weight W and its trainable update (alpha/rank)·B·A: settings, parameters, folding.
+
+    :class:`LoRAModule` is this with state dicts that plain layers write and read, and documents the attributes.
+    """
 
     rank: int
     alpha: float
