@@ -59,7 +59,7 @@ def add_weighted_adapter(
         adapters: Names of those to combine.
         weights: A factor for each, negative ones too.
         adapter_name: Name of the new adapter; its scaling is 1 and it has no dropout.
-        combination_type: How.
+        combination_type: How they are combined, by PEFT's names.
         svd_rank: Rank of the new adapter for ``"svd"`` and ``…_svd``; None means the highest of theirs.
         density: Share of the values to keep, in (0, 1]; for the sparse ones alone.
         majority_sign_method: For ``"ties"`` and ``"dare_ties"``: how the sign of a value is elected.

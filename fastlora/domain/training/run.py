@@ -57,7 +57,7 @@ def adapt(
     Args:
         domain: The target, and the method.
         settings: What is adapted; ``data`` and ``hidden`` are those of ``domain``.
-        training: How; ``lr`` and ``head_factor`` are those of ``settings``.
+        training: Hyper-parameters; ``lr`` and ``head_factor`` are those of ``settings``.
         reporter: Is told about the progress.
         images: Instead of ``domain.source``: anything that ``open_images`` takes.
         resume: Go on with the run that ``settings.output`` holds; nothing is changed in a finished one.

@@ -24,7 +24,8 @@ _SCALAR_SETTINGS = ("rank", "alpha", "rslora", "lora_dropout")
 class LoRAUpdate(TunerModule):
     """A frozen weight W and its trainable update (alpha/rank)·B·A: settings, parameters, folding.
 
-    :class:`LoRAModule` is this with state dicts that plain layers write and read, and documents the attributes.
+    :class:`LoRAModule` is this with state dicts that plain layers write and read; it documents the
+    attributes.
     """
 
     rank: int

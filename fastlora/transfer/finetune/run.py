@@ -52,7 +52,7 @@ def finetune(
 
     Args:
         settings: What to fine-tune, and on what.
-        training: How; ``lr`` and ``head_factor`` are those of ``settings``.
+        training: Hyper-parameters; ``lr`` and ``head_factor`` are those of ``settings``.
         reporter: Is told about the progress.
         images: Instead of ``settings.data``: anything that ``open_images`` takes.
         test_images: Instead of ``settings.test``: anything that ``open_images`` takes.
