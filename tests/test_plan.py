@@ -11,7 +11,7 @@ from fastlora_kernels import targets
 from fastlora_kernels.choose import paths
 from fastlora_kernels.choose import plan as plans
 from fastlora_kernels.kernel import Kernel
-from fastlora_kernels.lora.kernels import LORA_DOWN, LORA_FORWARD
+from fastlora_kernels.lora.kernels import LORA_DOWN, LORA_FORWARD, LORA_GRAD_X_A
 from fastlora_kernels.tile import Shape, Tile
 
 LARGE = Shape(m=8192, n=4096, k=4096, r=16)
@@ -50,6 +50,17 @@ def test_choices_on_an_h100() -> None:
 def test_a_measured_tile_is_taken_as_it_is(kernel: Kernel, target: targets.Target) -> None:
     for tile in plans.tiles(kernel, 16, torch.bfloat16, target):
         assert plans.choose(kernel, LARGE, torch.bfloat16, target, tile=tile).tile == tile
+
+
+@pytest.mark.parametrize("kernel", [LORA_FORWARD, LORA_GRAD_X_A], ids=lambda kernel: kernel.name)
+def test_no_descriptor_reaches_two_gib(kernel: Kernel) -> None:
+    """Not even where such a tile was measured, with fewer rows."""
+    card, most = targets.TARGETS["sm_90"], 2**30 // 14336
+    persistent = plans.choose(kernel, Shape(most, 14336, 4096, 16), torch.bfloat16, card).tile
+    assert persistent.persistent
+    for measured in (None, persistent):
+        large = plans.choose(kernel, Shape(most + 1, 14336, 4096, 16), torch.bfloat16, card, tile=measured)
+        assert not large.tile.persistent
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,10 @@ def choose(
         shape: Sizes of the call.
         dtype: The dtype of x.
         target: The GPU.
-        tile: One that was measured to be the fastest; without it, the one predicted to be.
+        tile: One that was measured to be the fastest; without it, the one predicted to be. It was measured
+            with other rows, and is left where those of this call are too many for it.
     """
-    if tile is None:
+    if tile is None or _overflows(tile, shape, dtype):
         tile = _fastest(kernel, shape, dtype, target)
     return Plan(tile, _splits(kernel, shape, tile, target))
 
@@ -73,7 +74,17 @@ def _fastest(kernel: Kernel, shape: Shape, dtype: torch.dtype, target: Target) -
             group=TILES_PER_GROUP, at_once=at_once, low_rank=shape.r,
         ).microseconds  # fmt: skip
 
-    return min((*others, smallest), key=predicted_us)
+    fitting = [tile for tile in others if not _overflows(tile, shape, dtype)]
+    return min((*fitting, smallest), key=predicted_us)
+
+
+def _overflows(tile: Tile, shape: Shape, dtype: torch.dtype) -> bool:
+    """Whether a tile reads through a tensor descriptor of 2 GiB or more.
+
+    Triton 3.7 and 3.8 count its bytes in 32 bits, and pack it like that of a very small tensor.
+    """
+    m, n, k = shape.m, shape.n, shape.k
+    return tile.persistent and max(m * n, m * k, n * k) * dtype.itemsize >= 2**31
 
 
 def _splits(kernel: Kernel, shape: Shape, tile: Tile, target: Target) -> int:
