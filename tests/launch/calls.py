@@ -1,0 +1,180 @@
+"""Calls of every op: forward passes that return their backward pass. Tensors hold whatever memory holds."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import fastlora
+from fastlora.ops.tuned_file import gpu_key
+from fastlora.tuning.calls import LayerCall
+from fastlora_kernels.choose import tuned
+from fastlora_kernels.choose.tuned import Choice, Record
+from tests.launch.stage import DEVICE
+
+Backward = Callable[[], object]
+Work = Callable[[], Backward | None]
+
+
+def lora(
+    m: int,
+    n: int,
+    k: int,
+    r: int = 16,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    adapter_dtype: torch.dtype | None = torch.float32,
+    p: float = 0.0,
+    wanted: str = "xab",
+    bias: bool = True,
+    dora: bool = False,
+    backend: str = "auto",
+    training: bool = True,
+    x: Tensor | None = None,
+    weight: Tensor | None = None,
+    dy: Callable[[Tensor], Tensor] = torch.empty_like,
+) -> Work:
+    """A LoRA layer's call.
+
+    Args:
+        m: Rows of x.
+        n: Features that come out.
+        k: Features that go in.
+        r: Rank.
+        dtype: Of x, weight and bias.
+        adapter_dtype: Of A, B and DoRA's magnitude; None for ``dtype``.
+        p: Dropout's probability.
+        wanted: Whose gradients: letters out of ``x``, ``a``, ``b`` and, with DoRA, ``m``.
+        bias: Whether there is one.
+        dora: Whether it is DoRA's.
+        backend: As ``fastlora.use_backend`` takes it.
+        training: Whether dropout is on.
+        x: Another input than a new ``[m, k]``.
+        weight: Another weight than a new ``[n, k]``.
+        dy: Makes the output's gradient from the output.
+    """
+
+    def forward() -> Backward | None:
+        small = adapter_dtype or dtype
+        tensors = {
+            "x": torch.empty(m, k, dtype=dtype) if x is None else x.detach(),
+            "a": torch.empty(r, k, dtype=small),
+            "b": torch.empty(n, r, dtype=small),
+            "m": torch.empty(n, dtype=small),
+        }
+        sources = [tensor.requires_grad_() for name, tensor in tensors.items() if name in wanted]
+        frozen = torch.empty(n, k, dtype=dtype) if weight is None else weight
+        added = torch.empty(n, dtype=dtype) if bias else None
+        operands = (tensors["x"], frozen, added, tensors["a"], tensors["b"])
+        options: dict[str, Any] = {"scaling": 1.5, "dropout": p, "training": training}
+        with fastlora.use_backend(backend):
+            if dora:
+                y = fastlora.functional.dora_linear(*operands, tensors["m"], **options)
+            else:
+                y = fastlora.functional.lora_linear(*operands, **options)
+        assert y.shape == (*tensors["x"].shape[:-1], n)
+        return _backward(y, sources, dy, backend)
+
+    return forward
+
+
+def adapter(
+    m: int,
+    hidden: int,
+    size: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    parameter_dtype: torch.dtype | None = torch.float32,
+    p: float = 0.0,
+    wanted: str = "hdu",
+    bias: bool = True,
+    residual: Literal["input", "tensor"] | None = "input",
+    activation: Literal["gelu", "relu", "silu"] = "gelu",
+    backend: str = "triton",
+) -> Work:
+    """A bottleneck adapter's call.
+
+    Args:
+        m: Rows of h.
+        hidden: Its columns.
+        size: The bottleneck.
+        dtype: Of h.
+        parameter_dtype: Of the four parameters; None for ``dtype``.
+        p: Dropout's probability.
+        wanted: Whose gradients: letters out of ``h``, ``d`` (down) and ``u`` (up).
+        bias: Whether there are biases.
+        residual: ``input``, ``tensor`` for another tensor, or None.
+        activation: Between the products.
+        backend: As ``fastlora.use_backend`` takes it.
+    """
+
+    def forward() -> Backward | None:
+        small = parameter_dtype or dtype
+        h = torch.empty(m, hidden, dtype=dtype)
+        down, up = torch.empty(size, hidden, dtype=small), torch.empty(hidden, size, dtype=small)
+        biases = [torch.empty(each, dtype=small) if bias else None for each in (size, hidden)]
+        groups: dict[str, list[Tensor | None]] = {"h": [h], "d": [down, biases[0]], "u": [up, biases[1]]}
+        tensors = [each for letter in wanted for each in groups[letter] if each is not None]
+        sources = [each.requires_grad_() for each in tensors]
+        added = torch.empty(m, hidden, dtype=dtype) if residual == "tensor" else residual
+        with fastlora.use_backend(backend):
+            out = fastlora.functional.adapter(
+                h, down, biases[0], up, biases[1], residual=added, activation=activation, dropout=p
+            )
+        assert out.shape == h.shape
+        return _backward(out, sources, torch.empty_like, backend)
+
+    return forward
+
+
+def module(layer: torch.nn.Module, *inputs: Tensor, call: Callable[..., Any] | None = None) -> Work:
+    """A module's call, and the gradients of what it trains.
+
+    Args:
+        layer: The module.
+        inputs: What it is called with; floating-point ones want a gradient.
+        call: Calls it in another way.
+    """
+
+    def forward() -> Backward:
+        given = [each.detach().requires_grad_(each.is_floating_point()) for each in inputs]
+        made = (call or layer)(*given)
+        out = made[0] if isinstance(made, tuple) else made
+        trained = [each for each in layer.parameters() if each.requires_grad]
+        return lambda: torch.autograd.grad(out, trained, torch.empty_like(out), allow_unused=True)
+
+    return forward
+
+
+@contextlib.contextmanager
+def measured(call: LayerCall, forward: Choice, backward: Choice) -> Iterator[None]:
+    """Calls run as though ``fastlora tune`` had found these to be the fastest on this GPU.
+
+    Args:
+        call: The call that was timed.
+        forward: Path and tile of its forward pass.
+        backward: Path and tile of its backward pass.
+    """
+    gpu = gpu_key(DEVICE)
+    tuned.pin(gpu, [Record(call.shape, call.dtype, call.dropout > 0, forward, backward)])
+    try:
+        yield
+    finally:
+        tuned.pin(gpu, [])
+
+
+def _backward(
+    out: Tensor, sources: Sequence[Tensor], dout: Callable[[Tensor], Tensor], backend: str
+) -> Backward | None:
+    if not sources:
+        return None
+
+    def backward() -> None:
+        with fastlora.use_backend(backend):
+            gradients = torch.autograd.grad(out, sources, dout(out))
+        for gradient, source in zip(gradients, sources, strict=True):
+            assert (gradient.shape, gradient.dtype) == (source.shape, source.dtype)
+
+    return backward

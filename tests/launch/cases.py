@@ -1,0 +1,240 @@
+"""What is launched: every path, tile, dtype, rank, gradient, layout and layer, in calls that differ in kind.
+
+Quick cases are the default run's, on every target; the others are near-equals of them.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import fastlora
+from fastlora.tuning.calls import LayerCall
+from fastlora.tuning.candidates import choices
+from fastlora_kernels.choose.paths import Pass
+from fastlora_kernels.choose.tuned import Choice
+from fastlora_kernels.compiled import tile_text
+from tests.launch.calls import Backward, Work, adapter, lora, measured, module
+from tests.launch.stage import DEVICE
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+PASSES: tuple[Pass, ...] = get_args(Pass)
+
+
+class Case(NamedTuple):
+    """One call, or a few that belong together.
+
+    Attributes:
+        name: Says what is special about it.
+        work: The call.
+        quick: Whether the default run takes it.
+    """
+
+    name: str
+    work: Work
+    quick: bool = False
+
+
+def usual_layers() -> Iterator[Case]:
+    """What people run; plans choose."""
+    layers = {
+        "ViT-B": (768, 768), "ViT-B up": (3072, 768), "ViT-B down": (768, 3072), "LLaMA q": (4096, 4096),
+        "LLaMA k": (1024, 4096), "LLaMA gate": (14336, 4096), "LLaMA down": (4096, 14336),
+    }  # fmt: skip
+    rows = (1, 16, 64, 197, 512, 1024, 4096, 6304, 8192)
+    for (name, (n, k)), m, p in product(layers.items(), rows, (0.0, 0.1)):
+        quick = name == "LLaMA q" and m in (1, 8192)
+        yield Case(f"{name}, {m} rows, p = {p}", lora(m, n, k, p=p), quick)
+    for dtype, m in product((FP16, FP32), (64, 4096)):
+        yield Case(f"{dtype}, {m} rows", lora(m, 768, 768, 8, dtype=dtype, p=0.1), quick=m == 64)
+    for r in (8, 32, 64, 128):
+        yield Case(f"rank {r}", lora(4096, 4096, 4096, r), quick=r == 64)
+
+
+def every_path_and_tile() -> Iterator[Case]:
+    """Each that ``fastlora tune`` would time."""
+    for dtype, rank, p in product(("bfloat16", "float16", "float32"), (16, 8, 48, 64), (0.0, 0.1)):
+        call = LayerCall(1024, 1024, 2048, rank, p, dtype)
+        for part in PASSES:
+            for choice in choices(part, call, DEVICE):
+                tile = "" if choice.tile is None else f" {tile_text(choice.tile)}"
+                name = f"{part} {choice.path}{tile}, {dtype}, rank {rank}, p = {p}"
+                yield Case(name, _chosen(part, call, choice), (dtype, rank) == ("bfloat16", 16))
+
+
+def _chosen(part: Pass, call: LayerCall, choice: Choice) -> Work:
+    both = lora(call.rows, call.outputs, call.inputs, call.rank, dtype=call.torch_dtype, p=call.dropout)
+
+    def work() -> None:
+        other = Choice("split")
+        with measured(call, *((choice, other) if part == "forward" else (other, choice))):
+            backward = both()
+            assert backward is not None
+            backward()
+
+    return work
+
+
+def by_name() -> Iterator[Case]:
+    """The kernels asked for: sizes that plans would leave to the library."""
+    sizes = ((37, 50, 70, 5), (1, 1, 1, 1), (5, 33, 17, 1), (64, 48, 80, 3), (17, 2048, 256, 16))
+    ranks = (1, 2, 15, 17, 24, 48, 100, 256)
+    for dtype, p, (m, n, k, r) in product((BF16, FP16, FP32), (0.25, 0.0), sizes):
+        work = lora(m, n, k, r, dtype=dtype, p=p, backend="triton")
+        yield Case(f"{m}×{k}×{n}, rank {r}, {dtype}, p = {p}", work, quick=m == 37 and dtype != FP16)
+    for r in ranks:
+        yield Case(f"rank {r} by name", lora(96, 256, 512, r, p=0.25, backend="triton"), quick=r in (17, 256))
+    for (m, n, k), p in product(((0, 64, 64), (3, 0, 64), (3, 64, 0)), (0.0, 0.25)):
+        for backend in ("triton", "auto"):
+            yield Case(
+                f"empty: {m}×{k}×{n}, p = {p}, {backend}", lora(m, n, k, p=p, backend=backend), quick=p > 0
+            )
+    for p in (1 / 65536, 0.5, 0.999999):
+        yield Case(f"p = {p}", lora(64, 256, 256, p=p, backend="triton"), quick=p < 0.1)
+    same = lora(64, 256, 256, adapter_dtype=None, p=0.1, backend="triton")
+    yield Case("A and B in bf16", same, quick=True)
+
+
+def gradients() -> Iterator[Case]:
+    """Not every one is wanted."""
+    for wanted, p, m in product(("x", "a", "b", "xa", "xb", "ab", ""), (0.1, 0.0), (64, 4096)):
+        work = lora(m, 768, 768, p=p, wanted=wanted, backend="triton")
+        yield Case(f"gradients: {wanted or 'none'}, {m} rows, p = {p}", work, quick=m == 64 and p > 0)
+    yield Case("without a bias", lora(64, 768, 768, bias=False), quick=True)
+    yield Case("evaluation", lora(64, 768, 768, p=0.1, training=False), quick=True)
+
+
+def layouts() -> Iterator[Case]:
+    """Strides, offsets and views that models hand in."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=BF16)
+
+    inputs: dict[str, Callable[[], Tensor]] = {
+        "odd row stride": lambda: empty(512, 769)[:, :768],
+        "odd offset": lambda: empty(512 * 768 + 1)[1:].view(512, 768),
+        "transposed": lambda: empty(768, 512).t(),
+        "broadcast row": lambda: empty(1, 768).expand(512, 768),
+        "four dimensions": lambda: empty(2, 4, 64, 768),
+        "columns of a wider": lambda: empty(512, 1536)[:, :768],
+        "offset by 16 bytes": lambda: empty(512 * 768 + 8)[8:].view(512, 768),
+        "batch first, transposed": lambda: empty(64, 8, 768).transpose(0, 1),
+        "a row of a wider": lambda: empty(4, 1536)[1:2, :768],
+        "a row, odd stride": lambda: empty(4, 777)[1:2, :768],
+        "a vector": lambda: empty(768),
+        "every other row": lambda: empty(1024, 768)[::2],
+    }
+    for index, (name, x) in enumerate(inputs.items()):
+        for p in (0.1, 0.0):
+            yield Case(
+                f"x: {name}, p = {p}", lora(0, 768, 768, p=p, x=x(), backend="triton"), index < 5 and p > 0
+            )
+    outputs: dict[str, Callable[[Tensor], Tensor]] = {
+        "of a sum": lambda y: empty(1)[0].expand_as(y),
+        "of a mean over rows": lambda y: empty(1, y.shape[1]).expand_as(y),
+        "transposed": lambda y: empty(y.shape[1], y.shape[0]).t(),
+        "part of a wider": lambda y: empty(y.shape[0], 3 * y.shape[1])[:, : y.shape[1]],
+    }
+    for (name, dy), m in product(outputs.items(), (512, 1, 4096)):
+        yield Case(f"dy: {name}, {m} rows", lora(m, 768, 768, p=0.1, dy=dy, backend="triton"), quick=m == 512)
+    for backend in ("auto", "triton"):
+        weight = empty(768, 768).t()
+        yield Case(
+            f"weight: transposed, {backend}", lora(512, 768, 768, weight=weight, backend=backend), quick=True
+        )
+    yield Case("weight: rows of a packed one", lora(512, 768, 768, weight=empty(2304, 768)[768:1536]))
+
+
+def dora() -> Iterator[Case]:
+    """A factor for every output."""
+    for m, wanted, p in product((64, 1, 4096), ("xabm", "xab", "m"), (0.1, 0.0)):
+        work = lora(m, 768, 1024, p=p, wanted=wanted, dora=True, backend="triton")
+        yield Case(f"DoRA, {m} rows, gradients: {wanted}, p = {p}", work, quick=(m, p) == (64, 0.1))
+    for dtype in (FP16, FP32):
+        yield Case(
+            f"DoRA, {dtype}", lora(96, 256, 512, 8, dtype=dtype, wanted="xabm", dora=True, backend="triton")
+        )
+    ragged = lora(37, 50, 70, 5, wanted="xabm", dora=True, backend="triton")
+    yield Case("DoRA, ragged", ragged, quick=True)
+
+
+def adapters() -> Iterator[Case]:
+    """Bottlenecks of one launch and of two."""
+    for size, p in product((64, 256, 1, 8, 16, 17, 48, 65, 128, 200), (0.1, 0.0)):
+        quick = size in (64, 256) and p > 0
+        yield Case(f"adapter {size}, p = {p}", adapter(512, 768, size, p=p), quick)
+        yield Case(
+            f"adapter {size}, p = {p}, as planned", adapter(4096, 1024, size, p=p, backend="auto"), quick
+        )
+    for activation in ("relu", "silu"):
+        yield Case(
+            f"adapter with {activation}", adapter(512, 768, 64, activation=activation), activation == "relu"
+        )
+    others: tuple[Literal["tensor"] | None, ...] = ("tensor", None)
+    for residual, size in product(others, (64, 128)):
+        yield Case(
+            f"adapter {size}, residual {residual}", adapter(512, 768, size, residual=residual), size == 64
+        )
+    for wanted in ("h", "d", "u", "hd", "du", "hu", ""):
+        yield Case(
+            f"adapter, gradients: {wanted or 'none'}", adapter(512, 768, 64, wanted=wanted), wanted in "hu"
+        )
+    for dtype, size in product((FP16, FP32), (64, 16, 256)):
+        yield Case(
+            f"adapter {size}, {dtype}",
+            adapter(96, 256, size, dtype=dtype, p=0.1),
+            quick=dtype == FP32 and size == 64,
+        )
+    same = adapter(512, 768, 64, parameter_dtype=None, p=0.1)
+    yield Case("adapter with 16-bit parameters", same, quick=True)
+    yield Case("adapter without biases", adapter(512, 768, 64, bias=False))
+    for sizes in ((37, 70, 5), (1, 1, 1), (0, 768, 64)):
+        yield Case(f"adapter, {sizes} rows, columns and bottleneck", adapter(*sizes), quick=sizes[0] == 37)
+
+
+def modules() -> Iterator[Case]:
+    """Layers as models use them."""
+    rows = torch.empty(8, 197, 768, dtype=BF16)
+    image = torch.empty(8, 64, 28, 28, dtype=BF16).to(memory_format=torch.channels_last)
+    linear = fastlora.LoRALinear(768, 768, dropout=0.1, dtype=BF16)
+    plain = torch.nn.Linear(768, 768, dtype=BF16)
+    attention = fastlora.LoRAMultiheadAttention.from_attention(
+        torch.nn.MultiheadAttention(768, 12, batch_first=True, dtype=BF16), rank=16, dropout=0.1
+    )
+
+    def checkpointed(x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(linear, x, use_reentrant=False, preserve_rng_state=False)
+        return y
+
+    yield Case("LoRALinear", module(linear, rows), quick=True)
+    yield Case("LoRALinear in a checkpoint", module(linear, rows, call=checkpointed), quick=True)
+    yield Case("LoRALayer", module(fastlora.LoRALayer(plain, 16, 32.0, 0.1), rows))
+    pointwise = fastlora.LoRAConv2d(64, 128, 1, dropout=0.1, dtype=BF16)
+    yield Case("LoRAConv2d, 1×1, channels last", module(pointwise, image), quick=True)
+    yield Case("LoRAConv2d, 3×3", module(fastlora.LoRAConv2d(64, 128, 3, dropout=0.1, dtype=BF16), image))
+    words = torch.zeros(8, 16, dtype=torch.int64)
+    yield Case("LoRAEmbedding", module(fastlora.LoRAEmbedding(100, 64, dtype=BF16), words))
+    call = lambda x: attention(x, x, x)  # noqa: E731
+    yield Case("LoRAMultiheadAttention", module(attention, rows, call=call), quick=True)
+    bottleneck = fastlora.AdapterLayer(768, 64, layer_norm="pre", scale="learned", dtype=BF16)
+    yield Case("AdapterLayer, normed, with a learned scale", module(bottleneck, rows), quick=True)
+
+    def autocast() -> Backward | None:
+        with torch.autocast("cuda", dtype=BF16):
+            return lora(512, 768, 768, dtype=FP32, p=0.1)()
+
+    yield Case("autocast", autocast, quick=True)
+
+
+def huge() -> Iterator[Case]:
+    """More elements than 32 bits count, and outputs beyond 2 GiB."""
+    yield Case("huge y", lora(262_144, 14336, 1024, p=0.1), quick=True)
+    yield Case("huge x", lora(600_000, 4096, 4096, p=0.1))
+    yield Case("huge x by name", lora(600_000, 256, 4096, p=0.1, backend="triton"))
+    yield Case("huge adapter", adapter(600_000, 4096, 64, p=0.1))
+
+
+SUITES = (usual_layers, every_path_and_tile, by_name, gradients, layouts, dora, adapters, modules, huge)

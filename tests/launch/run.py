@@ -1,0 +1,124 @@
+"""Rehearse one target: ``python -m tests.launch.run --target sm_90 --suite full --cache FOLDER``.
+
+A process of its own, because Triton's interpreter, which the other tests run in, and its compiler can't share
+one. The last line is a JSON object.
+"""
+
+import argparse
+import json
+import random
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.launch.calls import lora
+from tests.launch.cards import CARDS
+from tests.launch.cases import SUITES, Case
+from tests.launch.library import Library
+from tests.launch.refusals import refusals
+from tests.launch.stage import Stage
+
+# batch sizes, half of them multiples of 16
+_BATCHES = 40
+
+
+class Rehearsal:
+    """Runs cases and keeps what was learnt.
+
+    Attributes:
+        failures: What went wrong, by the case's name.
+        launched: Names of the kernels, by the case's name.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage, self.library = stage, Library()
+        self.failures, self.launched = dict[str, str](), dict[str, list[str]]()
+
+    def run(self, case: Case) -> None:
+        """Forward and backward; what they raise is a failure."""
+        assert case.name not in self.launched, f"two cases are called {case.name!r}"
+        self.stage.launches.clear()
+        try:
+            with self.library:
+                backward = case.work()
+                if backward is not None:
+                    backward()
+        except Exception as error:
+            self.failures[case.name] = _said(error)
+        self.launched[case.name] = list(self.stage.launches)
+
+    def compilations(self, calls: list[Callable[[], Any]]) -> int:
+        """How many kernels a series of calls has compiled."""
+        self.stage.compiled.clear()
+        with self.library:
+            for call in calls:
+                call()()
+        return len(self.stage.compiled)
+
+
+def recompilations(rehearsal: Rehearsal) -> dict[str, int]:
+    """Kernels compiled in two passes over batch sizes that differ, and for other dropouts."""
+    draw = random.Random(0)
+    rows = [draw.randint(1, 4096) for _ in range(_BATCHES // 2)]
+    rows += [16 * draw.randint(1, 256) for _ in range(_BATCHES // 2)]
+
+    def series(rows: list[int]) -> int:
+        return rehearsal.compilations([lora(m, 1024, 1024, p=0.1) for m in rows])
+
+    return {
+        "first pass": series(rows),
+        "second pass": series([m + 16 * draw.randint(1, 4) for m in rows]),
+        "other dropouts": rehearsal.compilations([lora(rows[0], 1024, 1024, p=p) for p in (0.05, 0.2, 0.5)]),
+    }
+
+
+def rehearse(target: str, suite: str, cache: Path) -> dict[str, Any]:
+    """Everything for one target.
+
+    Args:
+        target: One of ``CARDS``.
+        suite: ``quick`` or ``full``.
+        cache: Folder that keeps compiled kernels.
+
+    Returns:
+        What failed, what the host waited for, kernels by case, compilations, what the stage refused.
+    """
+    stage = Stage(target, cache)
+    stage.install()
+    rehearsal = Rehearsal(stage)
+    compiled = recompilations(rehearsal)
+    for case in (case for cases in SUITES for case in cases()):
+        if case.quick or suite == "full":
+            rehearsal.run(case)
+    return {
+        "failures": rehearsal.failures,
+        "waits": rehearsal.library.waits,
+        "launched": rehearsal.launched,
+        "compilations": compiled,
+        "refusals": refusals(stage),
+    }
+
+
+def _said(error: BaseException) -> str:
+    """What an exception says, and the last line of the project on the way there."""
+    places = [frame for frame in traceback.extract_tb(error.__traceback__) if "fastlora" in frame.filename]
+    where = f" [{Path(places[-1].filename).name}:{places[-1].lineno}]" if places else ""
+    return f"{type(error).__name__}: {str(error)[-500:]}{where}"
+
+
+def main() -> None:
+    """Print what was learnt."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--target", choices=CARDS, default="sm_90")
+    parser.add_argument("--suite", choices=("quick", "full"), default="quick")
+    parser.add_argument("--cache", type=Path, required=True, help="folder that keeps compiled kernels")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    json.dump(rehearse(arguments.target, arguments.suite, arguments.cache), sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
