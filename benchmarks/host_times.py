@@ -1,0 +1,131 @@
+"""What a layer costs the host of a GPU: microseconds of Python and of Triton's launcher, without a GPU.
+
+The ops run as on an H100, launches included, up to the driver, which is the tests' stand-in
+(``tests/launch``): a real one takes 2 to 4 µs more a launch. Matrices are tiny, so that a library product
+takes a CPU about what its launch takes a GPU's host. A layer whose GPU work is shorter waits for the host.
+
+    python -m benchmarks.host_times --json host_times.json
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional as F
+
+import fastlora
+from fastlora.tuning.calls import LayerCall
+from fastlora_kernels.choose.tuned import Choice
+from tests.launch.calls import measured
+from tests.launch.cards import CARDS
+from tests.launch.stage import Stage
+
+SIZE, RANK = 64, 16
+BLOCKS, CALLS, WARM_UP = 300, 5, 40
+
+
+def fastest_us(work: Callable[[], object]) -> float:
+    """The fastest tenth of a call's times: whatever else the machine does only lengthens them."""
+    for _ in range(WARM_UP):
+        work()
+    times = []
+    for _ in range(BLOCKS):
+        start = time.perf_counter_ns()
+        for _ in range(CALLS):
+            work()
+        times.append((time.perf_counter_ns() - start) / 1e3 / CALLS)
+    return sorted(times)[BLOCKS // 10]
+
+
+class Passes:
+    """Times both passes of layers on one input.
+
+    Args:
+        stage: The GPU, whose launches are counted.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        """See the class."""
+        self._stage = stage
+        self.rows: dict[str, dict[str, float]] = {}
+
+    def add(self, name: str, layer: Callable[[Tensor], Tensor], trained: Sequence[Tensor]) -> None:
+        """Time a layer.
+
+        Args:
+            name: Of the row.
+            layer: Called with x ``[64, 64]``.
+            trained: What wants a gradient beside x.
+        """
+        x = torch.zeros(SIZE, SIZE, requires_grad=True)
+        dy = torch.zeros_like(layer(x))
+
+        def step() -> object:
+            return torch.autograd.grad(layer(x), [x, *trained], dy)
+
+        step()
+        before = self._stage.library.stand_in_launches()
+        step()
+        launches = self._stage.library.stand_in_launches() - before
+        forward, both = fastest_us(lambda: layer(x)), fastest_us(step)
+        self.rows[name] = {"forward": round(forward), "backward": round(both - forward), "launches": launches}
+
+
+def time_layers(stage: Stage) -> dict[str, dict[str, float]]:
+    """Microseconds of every kind of layer by pass, and how often it launches a kernel of ours."""
+    passes, call = Passes(stage), partial(LayerCall, SIZE, SIZE, SIZE, RANK, dtype="float32")
+    base = torch.nn.Linear(SIZE, SIZE).requires_grad_(False)
+    passes.add("frozen layer", base, [])
+    a, b = torch.zeros(RANK, SIZE, requires_grad=True), torch.zeros(SIZE, RANK, requires_grad=True)
+    passes.add("eager LoRA", lambda x: base(x) + F.linear(F.linear(x, a), b) * 2.0, [a, b])
+    for p in (0.0, 0.1):
+        layer = fastlora.LoRALinear(SIZE, SIZE, rank=RANK, dropout=p)
+        trained = [layer.lora_A, layer.lora_B]
+        # one launch draws no mask, and has no backward pass of its own
+        for path in ("split", "epilogue") if p else ("split", "single", "epilogue"):
+            backward = Choice("split" if path == "single" else path)
+            with measured(call(dropout=p), Choice(path), backward), fastlora.use_backend("triton"):
+                passes.add(f"{path}, p = {p}", layer, trained)
+        with fastlora.use_backend("torch"):
+            passes.add(f"torch backend, p = {p}", layer, trained)
+    with fastlora.use_backend("triton"):
+        dora = fastlora.LoRALinear(SIZE, SIZE, rank=RANK, dropout=0.1, dora=True)
+        passes.add("DoRA, p = 0.1", dora, [each for each in dora.parameters() if each.requires_grad])
+        adapter = fastlora.AdapterLayer(SIZE, RANK)
+        passes.add("adapter", adapter, list(adapter.parameters()))
+    return passes.rows
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "--target", choices=[card for card in CARDS if card.startswith("sm_")], default="sm_90"
+    )
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir(), "fastlora-host-times"))
+    parser.add_argument("--json", type=Path, help="file for the rows and what they were measured on")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    stage = Stage(arguments.target, arguments.cache, checking=False)
+    stage.install()
+    rows = time_layers(stage)
+    print(f"{'µs of the host':40} forward backward launches")
+    for name, row in rows.items():
+        print(f"{name:40} {row['forward']:7.0f} {row['backward']:8.0f} {row['launches']:8.0f}")
+    if arguments.json:
+        told: dict[str, Any] = {"torch": torch.__version__, "triton": triton.__version__}
+        told |= {"host": platform.processor() or platform.machine(), "target": arguments.target, "rows": rows}
+        arguments.json.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
