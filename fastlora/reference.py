@@ -31,7 +31,7 @@ def lora_linear(
         weight: ``[out_features, in_features]``, the frozen layer.
         bias: ``[out_features]`` or None.
         lora_A: ``[rank, in_features]``, in any floating dtype; rounded to x's.
-        lora_B: ``[out_features, rank]``, likewise.
+        lora_B: ``[out_features, rank]``, in any floating dtype; rounded to x's.
         scaling: Factor of the low-rank path, usually alpha / rank.
         dropout: Probability of zeroing an element of the low-rank path's input.
         training: Without it dropout does nothing.
@@ -92,7 +92,7 @@ def dora_linear(
         weight: ``[out_features, in_features]``, the frozen layer.
         bias: ``[out_features]`` or None.
         lora_A: ``[rank, in_features]``, in any floating dtype; rounded to x's.
-        lora_B: ``[out_features, rank]``, likewise.
+        lora_B: ``[out_features, rank]``, in any floating dtype; rounded to x's.
         magnitude: m ``[out_features]``, in any floating dtype.
         scaling: Factor of the low-rank path, usually alpha / rank.
         dropout: Probability of zeroing an element of the low-rank path's input.
@@ -153,9 +153,9 @@ def adapter(
     Args:
         h: ``[..., hidden_size]``.
         down_weight: ``[adapter_size, hidden_size]``, in any floating dtype; rounded to h's.
-        down_bias: ``[adapter_size]`` or None, likewise.
-        up_weight: ``[hidden_size, adapter_size]``, likewise.
-        up_bias: ``[hidden_size]`` or None, likewise.
+        down_bias: ``[adapter_size]`` in any floating dtype, or None; rounded to h's.
+        up_weight: ``[hidden_size, adapter_size]``, in any floating dtype; rounded to h's.
+        up_bias: ``[hidden_size]`` in any floating dtype, or None; rounded to h's.
         residual: What the bottleneck's output is added to: ``"input"`` means h; a tensor of h's shape, the
             output of the layer that the adapter runs beside, say; None adds it to nothing.
         activation: ``"gelu"`` (the exact one, by erf), ``"relu"`` or ``"silu"``.

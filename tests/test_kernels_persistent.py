@@ -93,7 +93,7 @@ def test_the_op_launches_what_the_plan_says(
     values = [torch.randn(size).to(kernel_device, torch.float16) for size in ((m, k), (n, k), (r, k), (n, r))]
 
     # other paths launch other kernels
-    monkeypatch.setattr("fastlora.ops.lora_triton.choose", lambda *_, **__: Choice("split"))
+    monkeypatch.setattr("fastlora.ops.kernel_paths.choose", lambda *_, **__: Choice("split"))
 
     def run() -> list[Tensor]:
         x, weight, a, b = (value.clone() for value in values)

@@ -12,6 +12,7 @@ import fastlora
 from fastlora import reference
 from fastlora.functional import adapter
 from fastlora.ops.adapter import AdapterFunction
+from fastlora.ops.decide import Decision
 from fastlora.ops.keep_mask import keep_probability
 from tests.adapter_yardstick import Case, assert_as_exact_as_eager, eager, make_case, outputs_and_gradients
 from tests.cases import cases
@@ -41,14 +42,15 @@ def run(case: Case, **options: Any) -> list[Tensor]:
     return outputs_and_gradients(functools.partial(adapter, **options), case)
 
 
-def run_with_dropout(case: Case, backend: str, dropout: float) -> list[Tensor]:
+def run_with_dropout(case: Case, backend: Any, dropout: float) -> list[Tensor]:
     """Like :func:`run`, recording in the case the mask that the op drew."""
     seed = torch.tensor([5], device=case.h.device) if dropout else None
 
     def forward(*args: Tensor, residual: Tensor | str, activation: str) -> Tensor:
         separate = None if isinstance(residual, str) else residual
         out: Tensor
-        out, z = AdapterFunction.apply(*args, separate, seed, separate is None, activation, dropout, backend)
+        settings = (separate is None, activation, dropout, Decision(backend))
+        out, z = AdapterFunction.apply(*args, separate, seed, *settings)
         if dropout:
             case.keep = (z > FAR_BELOW).view(*args[0].shape[:-1], z.shape[1])
         case.keep_probability = keep_probability(dropout)
@@ -223,7 +225,7 @@ def test_auto_follows_the_plan(
     apply = AdapterFunction.apply
 
     def spy(*args: Any) -> Any:
-        used.append(args[-1])
+        used.append(args[-1].backend)
         return apply(*args)
 
     monkeypatch.setattr(AdapterFunction, "apply", spy)

@@ -10,7 +10,7 @@ from torch import Tensor
 import fastlora
 from fastlora import reference
 from fastlora.functional import adapter
-from fastlora.ops import _adapter_library
+from fastlora.ops import adapter as adapter_op
 from tests.adapter_yardstick import NAMES
 from tests.exactness import assert_as_exact
 from tests.test_ops_autograd import kept_bytes
@@ -48,15 +48,15 @@ def test_gradcheck(backend: str, separate: bool, activation: Any, dropout: float
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("leading", [(), (M,), (2, 3), (0,)], ids=str)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_opcheck(backend: str, leading: tuple[int, ...], dropout: float, kernel_device: torch.device) -> None:
+def test_opcheck(backend: Any, leading: tuple[int, ...], dropout: float, kernel_device: torch.device) -> None:
     device = kernel_device if backend == "triton" else torch.device("cpu")
     _, *parameters = (t.to(device) for t in make(grad=False))
     h, dout, residual = (torch.randn(*leading, H, device=device) for _ in range(3))
     seed = torch.tensor([1], device=device) if dropout else None
     for added in (None, residual):
-        forward: Any = (h, *parameters, added, seed, added is None, "gelu", dropout, backend)
-        torch.library.opcheck(torch.ops.fastlora.adapter_forward.default, forward)
-    _, z = _adapter_library.adapter_forward(*forward)
+        forward: Any = (h, *parameters, added, seed, added is None, "gelu", dropout)
+        torch.library.opcheck(torch.ops.fastlora.adapter_forward.default, (*forward, backend))
+    _, z = torch.ops.fastlora.adapter_forward(*forward, backend)
     for need in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
         backward = (dout, h, z, parameters[0], parameters[2], True, "gelu", dropout, *need, backend)
         torch.library.opcheck(torch.ops.fastlora.adapter_backward.default, backward)
@@ -101,13 +101,13 @@ def test_gradients_that_are_not_wanted_are_skipped(
     device = kernel_device if backend == "triton" else torch.device("cpu")
     tensors = [t.detach().to(device).requires_grad_(i in wanted) for i, t in enumerate(make())]
     asked: list[tuple[bool, ...]] = []
-    original = _adapter_library.adapter_backward
+    original = adapter_op.adapter_backward
 
     def spy(*args: Any) -> Any:
         asked.append(args[8:11])
         return original(*args)
 
-    monkeypatch.setattr(_adapter_library, "adapter_backward", spy)
+    monkeypatch.setattr(adapter_op, "adapter_backward", spy)
     sources = [tensors[i] for i in wanted]
     with fastlora.use_backend(backend):
         gradients = torch.autograd.grad(adapter(*tensors).sum(), sources)
@@ -122,7 +122,7 @@ def test_a_residual_alone_needs_no_kernel(monkeypatch: pytest.MonkeyPatch) -> No
     def refuse(*args: Any) -> Any:
         raise AssertionError("nothing but the residual wants a gradient")
 
-    monkeypatch.setattr(_adapter_library, "adapter_backward", refuse)
+    monkeypatch.setattr(adapter_op, "adapter_backward", refuse)
     dout = torch.randn(M, H)
     (gradient,) = torch.autograd.grad(adapter(*tensors, residual=residual), residual, dout)
     assert torch.equal(gradient, dout)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 import fastlora
 from fastlora.functional import lora_linear
-from fastlora.ops import _lora_library
+from fastlora.ops import lora_linear as lora_op
+from fastlora.ops.decide import Decision
 from tests.exactness import assert_as_exact
 from tests.lora_yardstick import NAMES
 
@@ -41,14 +42,14 @@ def test_gradcheck(backend: str, dropout: float) -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("leading", [(), (M,), (2, 3), (0,)], ids=str)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_opcheck(backend: str, leading: tuple[int, ...], dropout: float, kernel_device: torch.device) -> None:
+def test_opcheck(backend: Any, leading: tuple[int, ...], dropout: float, kernel_device: torch.device) -> None:
     device = kernel_device if backend == "triton" else torch.device("cpu")
     _, weight, bias, a, b = (t.to(device) for t in make(torch.float32, grad=False))
     x, dy = torch.randn(*leading, K, device=device), torch.randn(*leading, N, device=device)
     seed = torch.tensor([1], device=device) if dropout else None
     forward = (x, weight, bias, a, b, seed, 1.3, dropout, backend)
     torch.library.opcheck(torch.ops.fastlora.lora_linear_forward.default, forward)
-    _, s, mask = _lora_library.lora_linear_forward(*forward)
+    _, s, mask = lora_op.lora_linear_forward(*forward[:-1], Decision(backend))
     for need in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
         backward = (dy, x, weight, a, b, s, mask, 1.3, dropout, *need, backend)
         torch.library.opcheck(torch.ops.fastlora.lora_linear_backward.default, backward)
@@ -122,13 +123,13 @@ def test_gradients_that_are_not_wanted_are_skipped(
     device = kernel_device if backend == "triton" else torch.device("cpu")
     tensors = [t.detach().to(device).requires_grad_(i in wanted) for i, t in enumerate(make(torch.float32))]
     asked: list[tuple[bool, ...]] = []
-    original = _lora_library.lora_linear_backward
+    original = lora_op.lora_linear_backward
 
     def spy(*args: Any) -> Any:
         asked.append(args[9:12])
         return original(*args)
 
-    monkeypatch.setattr(_lora_library, "lora_linear_backward", spy)
+    monkeypatch.setattr(lora_op, "lora_linear_backward", spy)
     with fastlora.use_backend(backend):
         y = lora_linear(*tensors, scaling=1.0)
         gradients = torch.autograd.grad(y.sum(), [tensors[i] for i in wanted])

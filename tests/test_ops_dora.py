@@ -10,8 +10,8 @@ from torch import Tensor
 import fastlora
 from fastlora import reference
 from fastlora.functional import dora_linear, dora_weight_norm
-from fastlora.ops._dora_library import dora_linear_forward
-from fastlora.ops.dora_linear import DoRALinearFunction
+from fastlora.ops.decide import Decision
+from fastlora.ops.dora_linear import DoRALinearFunction, dora_linear_forward
 from fastlora.ops.keep_mask import keep_probability
 from tests.exactness import assert_as_exact
 from tests.lora_yardstick import DTYPES, EACH_DTYPE, Case, make_case, unpack_mask
@@ -66,7 +66,11 @@ def assert_as_exact_as_eager(got: list[Tensor], case: Case, magnitude: Tensor) -
 @EACH_DTYPE
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_as_exact_as_eager(
-    backend: str, device: torch.device, size: tuple[int, int, int, int], dtype: torch.dtype, dropout: float
+    backend: Any,
+    device: torch.device,
+    size: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    dropout: float,
 ) -> None:
     m, n, k, r = size
     case = make_case(m, n, k, r, dtype, bias=n != 48, device=device)
@@ -79,7 +83,7 @@ def test_as_exact_as_eager(
         factor = m / dora_weight_norm(case.weight, a, b, case.scaling)
         y: Tensor
         y, _, mask, _ = DoRALinearFunction.apply(
-            x, case.weight, case.bias, a, b, factor, seed, case.scaling, dropout, backend
+            x, case.weight, case.bias, a, b, factor, seed, case.scaling, dropout, Decision(backend)
         )
         if dropout:
             case.keep = unpack_mask(mask, x.shape[-1])
@@ -134,14 +138,14 @@ def test_gradcheck(backend: str, dropout: float) -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("keep", [True, False], ids=["product", "no-product"])
-def test_opcheck(backend: str, device: torch.device, keep: bool, dropout: float) -> None:
+def test_opcheck(backend: Any, device: torch.device, keep: bool, dropout: float) -> None:
     x, weight, bias, a, b, factor = (
         torch.randn(*shape, device=device) for shape in ((2, 3, 7), (5, 7), (5,), (3, 7), (5, 3), (5,))
     )
     seed = torch.tensor([1], device=device) if dropout else None
     forward = (x, weight, bias, a, b, factor, seed, 1.3, dropout, keep, backend)
     torch.library.opcheck(torch.ops.fastlora.dora_linear_forward.default, forward)
-    product = dora_linear_forward(*forward)[3] if keep else None
+    product = dora_linear_forward(*forward[:-1], Decision(backend))[3] if keep else None
     grad = (torch.randn(2, 3, 5, device=device), product, factor, backend)
     torch.library.opcheck(torch.ops.fastlora.dora_grad_product.default, grad)
 

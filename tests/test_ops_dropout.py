@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora.functional import lora_linear
+from fastlora.ops.decide import Decision
 from fastlora.ops.keep_mask import draw_keep_mask, drop_threshold, keep_probability
 from fastlora.ops.lora_linear import LoRALinearFunction
 from tests.cases import cases
@@ -30,11 +31,12 @@ def device(backend: str, request: pytest.FixtureRequest) -> Any:
     return request.getfixturevalue("kernel_device") if backend == "triton" else torch.device("cpu")
 
 
-def draw(backend: str, shape: tuple[int, int], dropout: float, seed: int, device: torch.device) -> Tensor:
+def draw(backend: Any, shape: tuple[int, int], dropout: float, seed: int, device: torch.device) -> Tensor:
     """The keep mask that an op call draws."""
     x = torch.ones(shape, device=device)
     tensors = (x, x[:1], None, x[:1], torch.ones(1, 1, device=device))
-    mask = LoRALinearFunction.apply(*tensors, torch.tensor([seed], device=device), 1.0, dropout, backend)[2]
+    settings = (torch.tensor([seed], device=device), 1.0, dropout, Decision(backend))
+    mask = LoRALinearFunction.apply(*tensors, *settings)[2]
     return unpack_mask(mask, shape[1])
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import fastlora
 from fastlora.functional import lora_linear
+from fastlora.ops.decide import Decision
 from fastlora.ops.keep_mask import keep_probability
 from fastlora.ops.lora_linear import LoRALinearFunction
 from tests.cases import cases
@@ -52,14 +53,14 @@ def run(case: Case, **options: Any) -> list[Tensor]:
     )
 
 
-def run_with_dropout(case: Case, backend: str, dropout: float) -> list[Tensor]:
+def run_with_dropout(case: Case, backend: Any, dropout: float) -> list[Tensor]:
     """Like :func:`run`, recording in the case the mask that the op drew."""
     seed = torch.tensor([5], device=case.x.device)
 
     def forward(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         y: Tensor
         y, _, mask = LoRALinearFunction.apply(
-            x, case.weight, case.bias, a, b, seed, case.scaling, dropout, backend
+            x, case.weight, case.bias, a, b, seed, case.scaling, dropout, Decision(backend)
         )
         case.keep = unpack_mask(mask, x.shape[-1])
         case.keep_probability = keep_probability(dropout)
@@ -203,7 +204,7 @@ def test_auto_follows_the_plan(
     apply = LoRALinearFunction.apply
 
     def spy(*args: Any) -> Any:
-        used.append(args[8])
+        used.append(args[8].backend)
         return apply(*args)
 
     monkeypatch.setattr(LoRALinearFunction, "apply", spy)

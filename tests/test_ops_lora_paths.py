@@ -11,7 +11,8 @@ pytest.importorskip("triton", reason="the triton backend needs Triton")
 
 import fastlora
 from fastlora.functional import lora_linear
-from fastlora.ops import _lora_paths, lora_triton
+from fastlora.ops import kernel_paths, lora_triton
+from fastlora.ops.decide import Decision
 from fastlora.ops.keep_mask import keep_probability
 from fastlora.ops.lora_linear import LoRALinearFunction
 from fastlora_kernels import targets
@@ -48,12 +49,12 @@ class Taken:
 
     def __init__(self, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ran: list[str] = []
-        monkeypatch.setattr(lora_triton, "choose", taking(path, path))
+        monkeypatch.setattr(kernel_paths, "choose", taking(path, path))
         for name in ("single_forward", "epilogue_forward", "epilogue_grad_x"):
             monkeypatch.setattr(lora_triton, name, self._noting(name))
 
     def _noting(self, name: str) -> Any:
-        function = getattr(_lora_paths, name)
+        function = getattr(lora_triton, name)
 
         def run(*args: Any, **options: Any) -> Any:
             self.ran.append(name)
@@ -78,7 +79,7 @@ def run(case: Case, dropout: float = 0.0) -> list[Tensor]:
     def forward(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         y: Tensor
         y, _, mask = LoRALinearFunction.apply(
-            x, case.weight, case.bias, a, b, seed, case.scaling, dropout, "triton"
+            x, case.weight, case.bias, a, b, seed, case.scaling, dropout, Decision("triton")
         )
         if dropout:
             case.keep, case.keep_probability = unpack_mask(mask, x.shape[-1]), keep_probability(dropout)
@@ -175,7 +176,7 @@ def test_paths_mix(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch)
     # without dropout there is no mask, of which the library would keep another kind
     undropped = [("library", "split"), ("single", "library"), ("library", "epilogue"), ("library", "library")]
     for forward, backward in mixed + undropped:
-        monkeypatch.setattr(lora_triton, "choose", taking(forward, backward))
+        monkeypatch.setattr(kernel_paths, "choose", taking(forward, backward))
         for dropout in (0.0, 0.3) if (forward, backward) in mixed else (0.0,):
             case = make_case(20, 33, 40, 5, torch.float32, device=kernel_device)
             assert_as_exact_as_eager(run(case, dropout), case)

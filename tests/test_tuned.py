@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastlora.ops import tuned_file
-from fastlora.tuning.kept import keep
+from fastlora.ops.tuned_file import keep
 from fastlora_kernels.choose import tuned
 from fastlora_kernels.tile import Tile
 from tests.launching import in_two_processes

@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 
 import fastlora
 from fastlora.cli import app, tune
-from fastlora.ops import decide, lora_torch, lora_triton, tuned_file
+from fastlora.functional import lora_linear
+from fastlora.ops import kernel_paths, lora_torch, lora_triton, tuned_file
 from fastlora.transfer.models.weightless import ModelSpec
 from fastlora.tuning import search, timing
 from fastlora.tuning.calls import LayerCall, calls_of_model, read_calls
-from fastlora.tuning.candidates import choices, draw, only, run_forward
+from fastlora.tuning.candidates import choices, draw, run_forward
 from fastlora.tuning.search import name_of
 from fastlora_kernels.choose import tuned
 from fastlora_kernels.choose.tuned import Choice
@@ -67,7 +68,7 @@ def test_eager_wins_where_it_is_faster() -> None:
     found, _ = search.tune_call(CALL, device(), counting_timer(1000, -1), lambda what: None)
     assert found.forward == found.backward == Choice(tuned.REFERENCE)
     tuned.pin(GPU, [found])
-    assert decide.prefers_eager(CALL.shape, torch.float16, device(), dropping=False)
+    assert kernel_paths.prefers_eager(CALL.shape, torch.float16, device(), dropping=False)
 
 
 @pytest.mark.usefixtures("card")
@@ -92,16 +93,20 @@ def noting(function: Callable[..., Any], name: str, ran: list[str]) -> Callable[
 
 @pytest.mark.usefixtures("card")
 @pytest.mark.parametrize("path", ["single", "epilogue", "library"])
-def test_the_op_takes_what_is_pinned(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = draw(CALL, device())
+def test_the_op_takes_what_is_pinned_or_handed_down(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastlora._core.backend._automatic", lambda device, dtype: "triton")
+    t = draw(CALL, device())
     ran: list[str] = []
     modules = {"single_forward": lora_triton, "epilogue_forward": lora_triton, "forward": lora_torch}
     for name, module in modules.items():
         monkeypatch.setattr(module, name, noting(getattr(module, name), name, ran))
-    with only("forward", CALL, Choice(path), device()):
-        run_forward(tensors)
-    assert ran == [{"library": "forward"}.get(path, f"{path}_forward")]
-    assert tuned.pinned(GPU) == []
+    taken = "forward" if path == "library" else f"{path}_forward"
+    tuned.pin(GPU, [record(path=path)])
+    lora_linear(t.x, t.weight, t.bias, t.lora_A, t.lora_B, scaling=2.0)
+    assert ran == [taken]
+    tuned.pin(GPU, [])
+    run_forward(t, Choice(path))
+    assert ran == [taken, taken]
 
 
 @pytest.mark.usefixtures("card")
@@ -109,9 +114,9 @@ def test_the_kernels_asked_for_by_name_never_leave_to_the_library() -> None:
     tuned.pin(GPU, [record(path="library")])
     arguments = ("forward", CALL.shape, torch.float16, device())
     with fastlora.use_backend("triton"):
-        assert decide.choose(*arguments, dropping=False).path == "split"  # type: ignore[arg-type]
+        assert kernel_paths.choose(*arguments, dropping=False).path == "split"  # type: ignore[arg-type]
     with fastlora.use_backend("auto"):
-        assert decide.choose(*arguments, dropping=False).path == "library"  # type: ignore[arg-type]
+        assert kernel_paths.choose(*arguments, dropping=False).path == "library"  # type: ignore[arg-type]
 
 
 def test_calls_of_a_model_include_its_attention() -> None:

@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastlora.ops import decide
-from fastlora.tuning import candidates
+from fastlora.ops import tuned_file
 from fastlora.tuning.calls import LayerCall
 from fastlora_kernels import targets
 from fastlora_kernels.choose import tuned
@@ -28,8 +27,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, target: targets.Target = SMALL_CARD
     """Let whatever is here pass for a GPU with tiles of its own; what was pinned before comes back."""
     monkeypatch.setattr(targets, "detect", lambda device: target)
     monkeypatch.setattr(tuned, "_pinned", {})
-    monkeypatch.setattr(decide, "gpu_of", lambda device: GPU)
-    monkeypatch.setattr(candidates, "gpu_of", lambda device: GPU)
+    monkeypatch.setattr(tuned_file, "gpu_of", lambda device: GPU)
 
 
 def device() -> torch.device:

@@ -139,7 +139,7 @@ def _sizes(call: "LayerCall") -> str:
 def _tune(
     calls: "list[LayerCall]", device: "torch.device", gpu: str, console: Console
 ) -> "tuple[list[Record], list[tuple[str, LeftOut]]]":
-    from fastlora.tuning.kept import keep
+    from fastlora.ops.tuned_file import keep
     from fastlora.tuning.search import tune_call
     from fastlora.tuning.timing import graph_timer
 

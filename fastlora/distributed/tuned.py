@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from fastlora.ops.decide import gpu_of
+from fastlora.ops.tuned_file import gpu_of
 from fastlora_kernels.choose import tuned
 
 

@@ -13,7 +13,7 @@ from torch.nn.modules import module as torch_module
 
 from fastlora.functional import dora_linear, dora_weight_norm, lora_linear
 from fastlora.interop._peft_parts import PLAIN, Adapter, Parts, read
-from fastlora.ops._autocast import autocast_dtype
+from fastlora.ops.runtime import autocast_dtype
 
 # torch fills these dicts in place
 _GLOBAL_HOOKS = (

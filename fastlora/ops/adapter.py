@@ -1,4 +1,8 @@
-"""The fused bottleneck adapter op: check the arguments, choose the backend, run in an autograd Function."""
+"""The fused bottleneck adapter op: check the arguments, decide how, run it inside an autograd Function.
+
+Beneath the Function stand two ops of torch, so that it compiles; :mod:`fastlora.ops.adapter_torch` and
+:mod:`fastlora.ops.adapter_triton` compute them.
+"""
 
 from typing import Any, Literal
 
@@ -6,17 +10,21 @@ import torch
 from torch import Tensor
 
 from fastlora import reference
-from fastlora._core import backend as _backend
-from fastlora._core.checks import check_adapter, check_adapter_size
-from fastlora.ops import _adapter_library
-from fastlora.ops._autocast import autocast_dtype
-from fastlora.ops._autograd import draw_seed, refuse_second_derivative
-from fastlora.ops._packing import needs_no_packing
-from fastlora.ops.runtime import in_dtype
+from fastlora._core.checks import check_adapter
+from fastlora.ops import adapter_torch
+from fastlora.ops.decide import Decision, decide_adapter
+from fastlora.ops.runtime import (
+    autocast_dtype,
+    draw_seed,
+    in_dtype,
+    refuse_second_derivative,
+    registered,
+    rows_of,
+    unrecorded,
+)
 from fastlora.reference import Activation
 
-# multiplications of the down-projection up to which eager was faster on a CPU (AMD's Zen 4, by 1 to 29 %)
-_SMALL = 2**24
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def adapter(
@@ -43,11 +51,11 @@ def adapter(
     Args:
         h: ``[..., hidden_size]`` in float64, float32, float16 or bfloat16; autocast is honoured. Nested
             tensors run the eager formula.
-        down_weight: ``[adapter_size, hidden_size]`` in any of these dtypes; rounded to h's for the product,
-            its gradient comes back in its own.
-        down_bias: ``[adapter_size]`` or None, likewise.
-        up_weight: ``[hidden_size, adapter_size]``, likewise.
-        up_bias: ``[hidden_size]`` or None, likewise.
+        down_weight: ``[adapter_size, hidden_size]`` in any of these dtypes. Parameters are rounded to h's for
+            the products; their gradients come back in their own.
+        down_bias: ``[adapter_size]`` in any of these dtypes, or None.
+        up_weight: ``[hidden_size, adapter_size]`` in any of these dtypes.
+        up_bias: ``[hidden_size]`` in any of these dtypes, or None.
         residual: What the bottleneck's output is added to: ``"input"`` means h; a tensor of h's shape, the
             output of the layer that the adapter runs beside, say; None adds it to nothing.
         activation: ``"gelu"`` (the exact one, by erf), ``"relu"`` or ``"silu"``.
@@ -80,8 +88,8 @@ def adapter(
     if dropping and dropout == 1:
         # nothing is kept: weights of zero do it, without a mask
         up_weight, dropping = up_weight * 0, False
-    backend = _choose_backend(h, down_weight.shape[1], down_weight.shape[0], compute_dtype, dropping=dropping)
-    if backend == "reference":
+    decision = decide_adapter(h, down_weight, compute_dtype, dropping=dropping)
+    if decision.backend == "reference":
         return reference.adapter(
             h,
             down_weight,
@@ -96,19 +104,21 @@ def adapter(
         )
     active_dropout = float(dropout) if dropping else 0.0
     seed = draw_seed(h.device, generator) if dropping else None
-    parameters = (down_weight, down_bias, up_weight, up_bias)
     added = h if isinstance(residual, str) else residual
     # as in eager mode, a sum of two dtypes has the wider one: under autocast a float32 stream stays float32
     fused = added is not None and added.dtype == compute_dtype
     out: Tensor = AdapterFunction.apply(
         in_dtype(h, compute_dtype),
-        *parameters,
+        down_weight,
+        down_bias,
+        up_weight,
+        up_bias,
         added if fused and added is not h else None,
         seed,
         fused and added is h,
         activation,
         active_dropout,
-        backend,
+        decision,
     )[0]
     return out if fused or added is None else added + out
 
@@ -118,42 +128,15 @@ class AdapterFunction(torch.autograd.Function):
 
     # forward with ctx, not setup_context: binding the arguments to its signature costs torch 80 µs a call
     @staticmethod
-    def forward(
-        ctx: Any,
-        h: Tensor,
-        down_weight: Tensor,
-        down_bias: Tensor | None,
-        up_weight: Tensor,
-        up_bias: Tensor | None,
-        residual: Tensor | None,
-        seed: Tensor | None,
-        add_input: bool,
-        activation: str,
-        dropout: float,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        """out and z; keeps what the wanted gradients need."""
-        out, z = _adapter_library.adapter_forward(
-            h,
-            down_weight,
-            down_bias,
-            up_weight,
-            up_bias,
-            residual,
-            seed,
-            add_input,
-            activation,
-            dropout,
-            backend,
-        )
-        ctx.settings = (add_input, activation, dropout, backend)
+    def forward(ctx: Any, *call: Any) -> tuple[Tensor, Tensor]:
+        """out and z of :func:`adapter_forward`; keeps what the wanted gradients need."""
+        out, z = adapter_forward(*call)
         ctx.mark_non_differentiable(z)
         ctx.set_materialize_grads(False)
-        need_down = any(ctx.needs_input_grad[1:3])
-        kept = any(ctx.needs_input_grad[:5])
-        ctx.save_for_backward(
-            h if need_down else None, *((z, down_weight, up_weight) if kept else (None, None, None))
-        )
+        h, down_weight, _, up_weight, *_ = call
+        *_, ctx.add_input, ctx.activation, ctx.dropout, ctx.decision = call
+        kept = (z, down_weight, up_weight) if any(ctx.needs_input_grad[:5]) else (None, None, None)
+        ctx.save_for_backward(h if any(ctx.needs_input_grad[1:3]) else None, *kept)
         return out, z
 
     @staticmethod
@@ -171,41 +154,101 @@ class AdapterFunction(torch.autograd.Function):
 
 def _wanted_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad[:6]
-    need_h, need_down, need_up = needed[0], any(needed[1:3]), any(needed[3:5])
-    gradients: tuple[Tensor | None, ...] = (None,) * 5
-    if need_h or need_down or need_up:
+    needs = (needed[0], any(needed[1:3]), any(needed[3:5]))
+    gradients: Gradients = (None,) * 5
+    if any(needs):
         h, z, down_weight, up_weight = ctx.saved_tensors
-        add_input, activation, dropout, backend = ctx.settings
-        gradients = _adapter_library.adapter_backward(
-            dout,
-            h,
-            z,
-            down_weight,
-            up_weight,
-            add_input,
-            activation,
-            dropout,
-            need_h,
-            need_down,
-            need_up,
-            backend,
-        )
+        settings = (ctx.add_input, ctx.activation, ctx.dropout, *needs, ctx.decision)
+        gradients = adapter_backward(dout, h, z, down_weight, up_weight, *settings)
     return tuple(g if n else None for g, n in zip((*gradients, dout), needed, strict=True))
 
 
-def _choose_backend(
-    h: Tensor, hidden: int, size: int, compute_dtype: torch.dtype, *, dropping: bool
-) -> _backend.Backend:
-    backend = _backend.resolve(h.device, compute_dtype, h)
-    if backend == "torch" and _backend.is_automatic() and not (dropping or torch.compiler.is_compiling()):
-        small = h.numel() * size <= _SMALL and needs_no_packing(h, compute_dtype, hidden, size)
-        return "reference" if small else backend
-    if backend != "triton":
-        return backend
-    # imported late: Triton is not installed everywhere
-    from fastlora.ops.adapter_triton import WIDEST, plans_library
+def _fake_forward(h: Tensor, down_weight: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(h, memory_format=torch.contiguous_format)
+    return out, h.new_empty(rows_of(h).shape[0], down_weight.shape[0])
 
-    if _backend.is_automatic():
-        return "torch" if plans_library(h, hidden, size, compute_dtype, dropping=dropping) else "triton"
-    check_adapter_size(size, WIDEST)
-    return backend
+
+@registered(_fake_forward)
+def adapter_forward(
+    h: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    add_input: bool,
+    activation: str,
+    dropout: float,
+    decision: Decision,
+) -> tuple[Tensor, Tensor]:
+    """out ``[..., H]`` and the kept z ``[M, D]``, for h ``[..., H]``; ``add_input`` adds h to the output.
+
+    z, the input of the activation, is all that is kept beside h. Where dropout struck, it holds a value at
+    which the activation and its slope are 0, so that no mask is needed.
+    """
+    added = h if add_input else residual
+    with unrecorded(h):
+        added = None if added is None else rows_of(added)
+        tensors = (rows_of(h), down_weight, down_bias, up_weight, up_bias, added, seed)
+        if decision.backend == "torch":
+            out, z = adapter_torch.forward(*tensors, activation=activation, dropout=dropout)
+        else:
+            # imported late: Triton is not installed everywhere
+            from fastlora.ops import adapter_triton
+
+            out, z = adapter_triton.forward(*tensors, activation=activation, dropout=dropout)
+    # not .view: autograd refuses in-place changes of a Function's output that is a view
+    return out if h.dim() == 2 else torch.ops.aten._unsafe_view(out, h.shape), z
+
+
+def _fake_backward(
+    dout: Tensor, h: Any, z: Any, down_weight: Tensor, up_weight: Tensor, *more: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *_, need_h, need_down, need_up, _ = more
+
+    def gradient(needed: bool, like: Tensor, *shape: int) -> Tensor:
+        return like.new_empty(shape) if needed else dout.new_empty(0)
+
+    size, hidden = down_weight.shape
+    return (
+        gradient(need_h, dout, *dout.shape),
+        gradient(need_down, down_weight, size, hidden),
+        gradient(need_down, down_weight, size),
+        gradient(need_up, up_weight, hidden, size),
+        gradient(need_up, up_weight, hidden),
+    )
+
+
+@registered(_fake_backward)
+def adapter_backward(
+    dout: Tensor,
+    h: Tensor | None,
+    z: Tensor,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    add_input: bool,
+    activation: str,
+    dropout: float,
+    need_h: bool,
+    need_down: bool,
+    need_up: bool,
+    decision: Decision,
+) -> Gradients:
+    """dh ``[..., H]``, dW_d, db_d, dW_u and db_u, those that are needed, in their weights' dtypes."""
+    with unrecorded(dout):
+        kept = (rows_of(dout), None if h is None else rows_of(h), z, down_weight, up_weight)
+        if decision.backend == "torch":
+            dh, *of_parameters = adapter_torch.backward(
+                *kept, add_input=add_input, activation=activation, dropout=dropout,
+                need_h=need_h, need_down=need_down, need_up=need_up,
+            )  # fmt: skip
+        else:
+            from fastlora.ops import adapter_triton
+
+            dh, *of_parameters = adapter_triton.backward(
+                *kept, add_input=add_input, activation=activation, dropout=dropout,
+                need_h=need_h, need_down=need_down, need_up=need_up,
+            )  # fmt: skip
+    d_down_weight, d_down_bias, d_up_weight, d_up_bias = of_parameters
+    return None if dh is None else dh.view(dout.shape), d_down_weight, d_down_bias, d_up_weight, d_up_bias

@@ -1,5 +1,7 @@
 """The ``torch`` backend of adapter: library matrix products, and nothing of h's size beside the results.
 
+Tensors are 2-D: h ``[M, H]``, down_weight ``[D, H]``, up_weight ``[H, D]``, z ``[M, D]``.
+
 The eager formula writes act(z)·W_uᵀ and dz·W_d out before it adds them; here they are made where they end up.
 """
 
@@ -9,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastlora.ops._packing import packed
 from fastlora.ops.keep_mask import draw_keep_mask, keep_probability
-from fastlora.ops.runtime import in_dtype
+from fastlora.ops.runtime import in_dtype, packed
 from fastlora.reference import ACTIVATIONS
 
 # where dropout strikes, z is set to a value at which every activation and its slope are exactly 0
@@ -35,7 +36,7 @@ def forward(
     activation: str,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
-    """out = residual + dropout(act(z))·W_uᵀ + b_u; see :mod:`fastlora.ops._adapter_library`."""
+    """out = residual + dropout(act(z))·W_uᵀ + b_u, and z."""
     z = _linear(h, down_weight, down_bias)
     if seed is not None:
         z.masked_fill_(draw_keep_mask((z.shape[0], z.shape[1]), dropout, seed) == 0, _DROPPED)

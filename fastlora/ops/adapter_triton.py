@@ -1,41 +1,22 @@
-"""The ``triton`` backend of adapter: allocates, asks the plan for tiles, launches the kernels."""
+"""The ``triton`` backend of adapter: allocates, asks the plan for tiles, launches the kernels.
 
-from dataclasses import replace
+Tensors are 2-D: h ``[M, H]``, down_weight ``[D, H]``, up_weight ``[H, D]``, z ``[M, D]``.
+"""
 
 import torch
 from torch import Tensor
 
-from fastlora.ops._launch import current_device, is_aligned, row_major
+from fastlora.ops.decide import is_aligned
 from fastlora.ops.keep_mask import drop_threshold, keep_probability
+from fastlora.ops.runtime import current_device, row_major
 from fastlora_kernels import targets
 from fastlora_kernels.adapter import kernels
 from fastlora_kernels.adapter.backward import adapter_grad_h_weights, adapter_grad_z
 from fastlora_kernels.adapter.forward import adapter_down, adapter_forward, adapter_up
-from fastlora_kernels.adapter.kernels import WIDEST as WIDEST
 from fastlora_kernels.choose import plan as plans
-from fastlora_kernels.choose.paths import choose_adapter_path, has_adapter_kernels
 from fastlora_kernels.kernel import Kernel
 from fastlora_kernels.partials import sum_four_partials
 from fastlora_kernels.tile import Plan, Shape
-
-
-def plans_library(h: Tensor, hidden: int, size: int, dtype: torch.dtype, *, dropping: bool) -> bool:
-    """Whether library products are predicted to be faster for h ``[..., H]`` and a bottleneck of ``size``."""
-    if not _has_kernels(hidden, size, dtype, h.device):
-        return True
-    # a compiled graph has to serve any number of rows
-    if torch.compiler.is_compiling():
-        return False
-    target = targets.detect(h.device)
-    shape = Shape(m=1, n=hidden, k=hidden, r=size, aligned=hidden % 16 == 0)
-    call = replace(shape, m=h.shape[:-1].numel())
-    return choose_adapter_path(call, dtype, target, dropping=dropping) == "library"
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_kernels(hidden: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
-    shape = Shape(m=1, n=hidden, k=hidden, r=size, aligned=hidden % 16 == 0)
-    return has_adapter_kernels(shape, dtype, targets.detect(device))
 
 
 def forward(
@@ -50,7 +31,7 @@ def forward(
     activation: str,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
-    """out = residual + dropout(act(z))·W_uᵀ + b_u; see :mod:`fastlora.ops._adapter_library`."""
+    """out = residual + dropout(act(z))·W_uᵀ + b_u, and z."""
     h, residual = row_major(h), None if residual is None else row_major(residual)
     down_weight, up_weight = down_weight.contiguous(), up_weight.contiguous()
     size = down_weight.shape[0]

@@ -1,58 +1,170 @@
-"""Which path and tile a LoRA op takes on its GPU: what was measured there, else what is predicted."""
+"""How a call is computed: asked once, before anything runs, and handed down to both passes.
 
-import functools
+The answer depends on the sizes, dtypes and layout of the call alone, and on what ``fastlora tune`` measured.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
+from torch import Tensor
 
-from fastlora._core import backend
-from fastlora.ops import tuned_file
-from fastlora_kernels import targets
-from fastlora_kernels.choose import paths, tuned
-from fastlora_kernels.choose.paths import Pass
-from fastlora_kernels.choose.tuned import Choice, Record
-from fastlora_kernels.tile import Shape
+from fastlora._core import backend as _backend
+from fastlora._core.backend import Backend
+from fastlora._core.checks import check_adapter_size
+
+if TYPE_CHECKING:
+    from fastlora_kernels.choose.tuned import Choice
+    from fastlora_kernels.tile import Shape
+
+# multiplications up to which eager was faster on a CPU (AMD's Zen 4): of LoRA's frozen product, by 2 to 15 %,
+# and of an adapter's down-projection, by 1 to 29 %
+_SMALL_LORA = 2**22
+_SMALL_ADAPTER = 2**24
 
 
-def choose(
-    part: Pass, shape: Shape, dtype: torch.dtype, device: torch.device, *, dropping: bool, dora: bool = False
-) -> Choice:
-    """Path and tile of one pass.
+class Paths(NamedTuple):
+    """The kernels' paths of a LoRA call.
 
-    Never the library's path where the kernels were asked for by name, or with dropout, whose mask the library
-    would keep in another form.
+    Attributes:
+        shape: The call that they are for.
+        forward: Path and tile of the forward pass.
+        backward: Path and tile of the backward pass.
     """
-    record = None if dora else _measured(shape, dtype, device, dropping=dropping)
-    choice = None if record is None else (record.forward if part == "forward" else record.backward)
-    if choice is None or choice.path == tuned.REFERENCE:
-        target = targets.detect(device)
-        choice = Choice(paths.choose_path(part, shape, dtype, target, dropping=dropping, dora=dora))
-    if choice.path == "library" and (dropping or not backend.is_automatic()):
-        return Choice("split")
-    return choice
+
+    shape: "Shape"
+    forward: "Choice"
+    backward: "Choice"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def has_kernels(n: int, k: int, r: int, aligned: bool, device: torch.device) -> bool:
-    """Whether the kernels are meant for calls like this on its GPU, however many rows there are."""
-    return paths.has_kernels(Shape(m=1, n=n, k=k, r=r, aligned=aligned), targets.detect(device))
+class Decision(NamedTuple):
+    """How a call is computed.
+
+    Attributes:
+        backend: The implementation.
+        paths: The kernels' paths. None where there is but one, and where they stay open until the op runs: in
+            a compiled graph, which serves any number of rows.
+    """
+
+    backend: Backend
+    paths: Paths | None = None
 
 
-def prefers_eager(shape: Shape, dtype: torch.dtype, device: torch.device, *, dropping: bool) -> bool:
-    """Whether the eager formula was measured to be the fastest for this LoRA call."""
-    record = _measured(shape, dtype, device, dropping=dropping)
-    return record is not None and record.forward.path == tuned.REFERENCE
+# made once: a small call on a CPU takes 30 µs, of which making one would be a hundredth
+_WITHOUT_PATHS: dict[Backend, Decision] = {name: Decision(name) for name in get_args(Backend)}
 
 
-@functools.cache
-def gpu_of(device: torch.device) -> str:
-    """The name under which a device's records go; its file is read once, so that nothing changes later."""
-    if device.type != "cuda":
-        return device.type
-    gpu = tuned_file.gpu_key(device)
-    if gpu not in tuned.gpus():
-        tuned.pin(gpu, tuned_file.read_or_warn(gpu, targets.detect(device)))
-    return gpu
+def decide_lora(
+    x: Tensor, weight: Tensor, lora_A: Tensor, dtype: torch.dtype, *, dropping: bool, dora: bool = False
+) -> Decision:
+    """How a call of LoRA's or DoRA's linear op is computed.
+
+    Args:
+        x: ``[..., in_features]``.
+        weight: ``[out_features, in_features]``.
+        lora_A: ``[rank, in_features]``.
+        dtype: What products compute in.
+        dropping: Whether dropout is active.
+        dora: Whether every output is multiplied by a factor.
+
+    Raises:
+        ValueError: The backend that was asked for can't serve the call.
+    """
+    backend, automatic = _backend.resolve(x.device, dtype, x, weight), _backend.is_automatic()
+    if backend == "torch" and automatic and not (dropping or dora) and _is_small(x, weight, lora_A, dtype):
+        return _WITHOUT_PATHS["reference"]
+    if backend != "triton":
+        return _WITHOUT_PATHS[backend]
+    # imported late: most calls have no kernels to choose from
+    from fastlora.ops import kernel_paths
+    from fastlora_kernels.tile import Shape
+
+    (n, k), r, aligned = weight.shape, lora_A.shape[0], in_wide_words(*weight.shape)
+    # a weight that the kernels would have to copy is left to the library
+    if automatic and not kernel_paths.has_lora_kernels(n, k, r, aligned and weight.stride(-1) == 1, x.device):
+        return _WITHOUT_PATHS["torch"]
+    # a compiled graph has to serve any number of rows
+    if torch.compiler.is_compiling():
+        return _WITHOUT_PATHS["triton"]
+    shape = Shape(m=x.shape[:-1].numel(), n=n, k=k, r=r, aligned=aligned)
+    if automatic and not dora and kernel_paths.prefers_eager(shape, dtype, x.device, dropping=dropping):
+        return _WITHOUT_PATHS["reference"]
+    forward = kernel_paths.choose("forward", shape, dtype, x.device, dropping=dropping, dora=dora)
+    # by then the factor is taken off the gradient
+    backward = kernel_paths.choose("backward", shape, dtype, x.device, dropping=dropping)
+    return Decision("triton", Paths(shape, forward, backward))
 
 
-def _measured(shape: Shape, dtype: torch.dtype, device: torch.device, *, dropping: bool) -> Record | None:
-    return tuned.find(gpu_of(device), shape, dtype, dropping=dropping)
+def decide_adapter(h: Tensor, down_weight: Tensor, dtype: torch.dtype, *, dropping: bool) -> Decision:
+    """How a call of the adapter op is computed; its kernels have one path.
+
+    Args:
+        h: ``[..., hidden_size]``.
+        down_weight: ``[adapter_size, hidden_size]``.
+        dtype: What products compute in.
+        dropping: Whether dropout is active.
+
+    Raises:
+        ValueError: The backend that was asked for can't serve the call.
+    """
+    backend, automatic = _backend.resolve(h.device, dtype, h), _backend.is_automatic()
+    size, hidden = down_weight.shape
+    compiling = torch.compiler.is_compiling()
+    if backend == "torch" and automatic and not (dropping or compiling):
+        small = h.numel() * size <= _SMALL_ADAPTER and _needs_no_packing(h, dtype, hidden, size)
+        return _WITHOUT_PATHS["reference" if small else "torch"]
+    if backend != "triton":
+        return _WITHOUT_PATHS[backend]
+    # imported late: most calls have no kernels to choose from
+    from fastlora.ops import kernel_paths
+    from fastlora_kernels.adapter.kernels import WIDEST
+    from fastlora_kernels.tile import Shape
+
+    if not automatic:
+        check_adapter_size(size, WIDEST)
+        return _WITHOUT_PATHS["triton"]
+    aligned = in_wide_words(hidden)
+    if not kernel_paths.has_adapter_kernels(hidden, size, aligned, dtype, h.device):
+        return _WITHOUT_PATHS["torch"]
+    # a compiled graph has to serve any number of rows
+    if compiling:
+        return _WITHOUT_PATHS["triton"]
+    shape = Shape(m=h.shape[:-1].numel(), n=hidden, k=hidden, r=size, aligned=aligned)
+    library = kernel_paths.prefers_library(shape, dtype, h.device, dropping=dropping)
+    return _WITHOUT_PATHS["torch" if library else "triton"]
+
+
+def is_aligned(*matrices: Tensor) -> bool:
+    """Whether kernels can read the rows in wide words where they lie."""
+    return all(in_wide_words(t.shape[1], t.stride(0), t.data_ptr()) for t in matrices)
+
+
+def in_wide_words(*numbers: int) -> bool:
+    """Whether lengths, strides or addresses let rows be read in wide words: all are multiples of 16."""
+    return all(number % 16 == 0 for number in numbers)
+
+
+def _is_small(x: Tensor, weight: Tensor, lora_A: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a CPU call costs more by its launches than by its passes, so that eager's fewer ones win.
+
+    Not with dropout, whose mask has to be the same in a compiled graph, which serves any number of rows; nor
+    where float32 trains, which the fused backward does as fast at any size.
+    """
+    if torch.compiler.is_compiling() or (dtype == torch.float32 and torch.is_grad_enabled()):
+        return False
+    small = x.numel() * weight.shape[0] <= _SMALL_LORA
+    return small and _needs_no_packing(x, dtype, *weight.shape, lora_A.shape[0])
+
+
+def _needs_no_packing(x: Tensor, dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether the eager formula, which packs nothing, can't have an operand for ``runtime.packed`` to copy.
+
+    Args:
+        x: ``[..., columns]``.
+        dtype: What products compute in.
+        sizes: Every other length of a line: columns, outputs, rank.
+    """
+    if dtype.itemsize != 2:
+        return True
+    # rows are a line's length in a gradient that comes transposed
+    rows_even = x.shape[:-1].numel() % 2 == 0 or not torch.is_grad_enabled()
+    return rows_even and x.stride(-1) == 1 and all(size % 2 == 0 for size in sizes)

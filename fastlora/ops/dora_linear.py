@@ -1,4 +1,8 @@
-"""DoRA's linear op: lora_linear with every output multiplied by a trained magnitude over a norm."""
+"""DoRA's linear op: lora_linear with every output multiplied by a trained magnitude over a norm.
+
+Check the arguments, decide how, run it inside an autograd Function; the ops of torch beneath it are
+:mod:`fastlora.ops.lora_linear`'s and three of its own.
+"""
 
 from typing import Any
 
@@ -8,10 +12,18 @@ from torch import Tensor
 from fastlora import reference
 from fastlora._core import backend as _backend
 from fastlora._core.checks import check_compute_dtype, check_lora_linear, check_magnitude
-from fastlora.ops import _dora_library
-from fastlora.ops._autocast import autocast_dtype
-from fastlora.ops._autograd import draw_seed, refuse_second_derivative
-from fastlora.ops.lora_linear import choose_backend, layer_gradients
+from fastlora.ops import dora_torch
+from fastlora.ops.decide import Decision, decide_lora
+from fastlora.ops.lora_linear import fake_forward, keep_layer, layer_gradients
+from fastlora.ops.runtime import (
+    autocast_dtype,
+    draw_seed,
+    in_dtype,
+    refuse_second_derivative,
+    registered,
+    rows_of,
+    unrecorded,
+)
 
 
 def dora_linear(
@@ -41,9 +53,9 @@ def dora_linear(
             tensors, like quantised or sharded weights, run the eager formula.
         weight: ``[out_features, in_features]`` in x's dtype.
         bias: ``[out_features]`` in x's dtype, or None.
-        lora_A: ``[rank, in_features]`` in any of these dtypes.
-        lora_B: ``[out_features, rank]``, likewise.
-        magnitude: m ``[out_features]``, likewise; never rounded to x's dtype.
+        lora_A: ``[rank, in_features]`` in any of these dtypes; rounded to x's for the product.
+        lora_B: ``[out_features, rank]`` in any of these dtypes; rounded to x's for the product.
+        magnitude: m ``[out_features]`` in any of these dtypes; never rounded to x's.
         scaling: Factor of the low-rank path, usually alpha / rank.
         dropout: Probability of zeroing an element of the low-rank path's input, in steps of 2⁻¹⁶;
             1 leaves nothing of it.
@@ -67,13 +79,13 @@ def dora_linear(
     """
     check_lora_linear(x, weight, bias, lora_A, lora_B, scaling=scaling, dropout=dropout)
     check_magnitude(magnitude, weight)
-    autocast = autocast_dtype(x)
-    if autocast is None:
+    compute_dtype = autocast_dtype(x)
+    if compute_dtype is None:
         check_compute_dtype(x, weight, bias)
-    compute_dtype = autocast or x.dtype
-    dropping = training and dropout > 0
-    backend = choose_backend(x, weight, lora_A, compute_dtype, dropping=dropping, dora=True)
-    if backend == "reference":
+        compute_dtype = x.dtype
+    dropping = training and 0 < dropout < 1
+    decision = decide_lora(x, weight, lora_A, compute_dtype, dropping=dropping, dora=True)
+    if decision.backend == "reference":
         return reference.dora_linear(
             x,
             weight,
@@ -90,13 +102,22 @@ def dora_linear(
     if weight_norm is None:
         weight_norm = dora_weight_norm(weight, lora_A, lora_B, scaling)
     factor = magnitude.to(weight_norm.dtype) / weight_norm
-    if dropping and dropout == 1:
+    if training and dropout == 1:
         # nothing is kept: a factor of zero does it, without a mask; the norm is of the whole sum
-        scaling, dropping = 0.0, False
+        scaling = 0.0
     active_dropout = float(dropout) if dropping else 0.0
     seed = draw_seed(x.device, generator) if dropping else None
     y: Tensor = DoRALinearFunction.apply(
-        x.to(compute_dtype), weight, bias, lora_A, lora_B, factor, seed, scaling, active_dropout, backend
+        in_dtype(x, compute_dtype),
+        weight,
+        bias,
+        lora_A,
+        lora_B,
+        factor,
+        seed,
+        scaling,
+        active_dropout,
+        decision,
     )[0]
     return y
 
@@ -115,44 +136,24 @@ def dora_weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: fl
         ``[out]`` in float32, for float64 weights in float64; without a gradient.
     """
     backend = _backend.resolve(weight.device, weight.dtype)
-    return _dora_library.dora_weight_norm(weight, lora_A, lora_B, scaling, backend)
+    # the reference has no way of its own to a norm
+    decision = Decision("torch" if backend == "reference" else backend)
+    return _dora_weight_norm(weight, lora_A, lora_B, scaling, decision)
 
 
 class DoRALinearFunction(torch.autograd.Function):
     """Autograd of :func:`dora_linear`, given the factor m/‖W + s·B·A‖."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        factor: Tensor,
-        seed: Tensor | None,
-        scaling: float,
-        dropout: float,
-        backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """y, S, the dropout mask and the product (empty where they are not there)."""
-        need_x, need_weight, _, need_A, need_B, need_factor = ctx.needs_input_grad[:6]
-        y, s, mask, product = _dora_library.dora_linear_forward(
-            x, weight, bias, lora_A, lora_B, factor, seed, scaling, dropout, need_factor, backend
-        )
-        ctx.scaling, ctx.dropout, ctx.backend = scaling, dropout, backend
-        ctx.mark_non_differentiable(s, mask, product)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            x if need_A or need_weight else None,
-            weight if need_x else None,
-            lora_A if need_x or need_A else None,
-            lora_B if need_x or need_A or need_B else None,
-            s if need_B else None,
-            mask if need_x or need_A else None,
-            product if need_factor else None,
-            factor,
-        )
+    def forward(ctx: Any, *call: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """y, S, the dropout mask and the product, of which backward gets what the wanted gradients need."""
+        x, weight, bias, lora_A, lora_B, factor, seed, scaling, dropout, decision = call
+        ctx.scaling, ctx.dropout, ctx.decision = scaling, dropout, decision
+        keep_product = ctx.needs_input_grad[5]
+        layer = (x, weight, bias, lora_A, lora_B, factor, seed)
+        y, s, mask, product = dora_linear_forward(*layer, scaling, dropout, keep_product, decision)
+        ctx.mark_non_differentiable(*(t for t in (s, mask, product) if t is not None))
+        keep_layer(ctx, x, weight, lora_A, lora_B, s, mask, product if keep_product else None, factor)
         return y, s, mask, product
 
     @staticmethod
@@ -163,7 +164,85 @@ class DoRALinearFunction(torch.autograd.Function):
             return (None,) * 10
         with torch.no_grad():
             *saved, product, factor = ctx.saved_tensors
-            dproduct, dfactor = _dora_library.dora_grad_product(dy, product, factor, ctx.backend)
-            wanted = layer_gradients(ctx, dy, dproduct, (*saved, None))
+            dproduct, dfactor = dora_grad_product(dy, product, factor, ctx.decision)
+            wanted = layer_gradients(ctx, dy, dproduct, saved)
         wanted = (*wanted, None if product is None else dfactor)
         return (*refuse_second_derivative("dora_linear", ctx, dy, wanted), None, None, None, None)
+
+
+def _fake_forward(
+    x: Tensor, weight: Tensor, bias: Any, lora_A: Tensor, lora_B: Any, factor: Any, *more: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    seed, *_, keep_product, backend = more
+    y, s, mask = fake_forward(x, weight, bias, lora_A, lora_B, seed, backend)
+    return y, s, mask, x.new_empty(s.shape[0], weight.shape[0]) if keep_product else x.new_empty(0)
+
+
+@registered(_fake_forward)
+def dora_linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    factor: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    dropout: float,
+    keep_product: bool,
+    decision: Decision,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """y ``[..., N]``, S ``[M, R]``, with a seed the dropout mask and, to be kept, the product ``[M, N]``."""
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    product = torch.empty_like(rows_of(y)) if keep_product else None
+    with unrecorded(x):
+        bias = None if bias is None else in_dtype(bias, x.dtype)
+        layer = (rows_of(x), in_dtype(weight, x.dtype), bias, lora_A, lora_B, seed, factor)
+        if decision.backend == "torch":
+            s, mask = dora_torch.forward(
+                *layer, scaling=scaling, dropout=dropout, y=rows_of(y), product=product
+            )
+        else:
+            # imported late: Triton is not installed everywhere
+            from fastlora.ops import dora_triton
+
+            s, mask = dora_triton.forward(
+                *layer, scaling=scaling, dropout=dropout, y=rows_of(y), product=product, paths=decision.paths
+            )
+    return y, s, mask, product
+
+
+def _fake_weight_norm(weight: Tensor, *more: Any) -> Tensor:
+    return weight.new_empty(weight.shape[0], dtype=torch.promote_types(weight.dtype, torch.float32))
+
+
+@registered(_fake_weight_norm)
+def _dora_weight_norm(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, decision: Decision
+) -> Tensor:
+    """‖W + s·B·A‖ of every row ``[N]``, in float32 at least."""
+    with unrecorded(weight):
+        if decision.backend == "torch":
+            return dora_torch.weight_norm(weight, lora_A, lora_B, scaling)
+        from fastlora.ops import dora_triton
+
+        return dora_triton.weight_norm(weight, lora_A, lora_B, scaling)
+
+
+def _fake_grad_product(dy: Tensor, product: Tensor | None, factor: Tensor, _: str) -> tuple[Tensor, Tensor]:
+    return dy.new_empty(dy.shape), factor.new_empty(0 if product is None else factor.shape)
+
+
+@registered(_fake_grad_product)
+def dora_grad_product(
+    dy: Tensor, product: Tensor | None, factor: Tensor, decision: Decision
+) -> tuple[Tensor, Tensor | None]:
+    """dU = factor ⊙ dY ``[..., N]`` and, with a product, dfactor ``[N]``."""
+    with unrecorded(dy):
+        if decision.backend == "torch":
+            dproduct, dfactor = dora_torch.grad_product(rows_of(dy), product, factor)
+        else:
+            from fastlora.ops import dora_triton
+
+            dproduct, dfactor = dora_triton.grad_product(rows_of(dy), product, factor)
+    return dproduct.view(dy.shape), dfactor

@@ -1,14 +1,16 @@
-"""Dropout masks of the ``torch`` backend: a function of seed and shape, so that recomputation repeats them.
+"""Dropout masks: what every backend keeps of them, and how the ``torch`` backend draws and applies its own.
 
-A mask is int8: -1 keeps, 0 drops. Sign-extended to the width of a float it is the bit pattern to AND with,
-which is several times cheaper on a CPU than multiplying by a bool.
+It draws them as a function of seed and shape, so that recomputation repeats them. A mask is int8: -1 keeps,
+0 drops. Sign-extended to the width of a float it is the bit pattern to AND with, which is several times
+cheaper on a CPU than multiplying by a bool.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-KEEP_MASK_DTYPE = torch.int8
+from fastlora_kernels.tile import MASK_WORD_BITS, cdiv
+
 _BITS_DTYPE = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 _GOLDEN_RATIO = -7046029254386353131
 _FEW_ELEMENTS = 1 << 11
@@ -27,9 +29,22 @@ def keep_probability(dropout: float) -> float:
     return 1 - drop_threshold(dropout) / 65536 if dropout > 0 else 1.0
 
 
+def empty_keep_mask(backend: str, rows: int, x: Tensor) -> Tensor:
+    """Room for the mask of x ``[..., columns]``: a byte an element, or, for the kernels, a bit.
+
+    Args:
+        backend: ``"torch"`` or ``"triton"``.
+        rows: Everything but x's last dimension.
+        x: What is dropped.
+    """
+    if backend == "torch":
+        return x.new_empty(rows, x.shape[-1], dtype=torch.int8)
+    return x.new_empty(rows, cdiv(x.shape[-1], MASK_WORD_BITS), dtype=torch.int32)
+
+
 def draw_keep_mask(shape: tuple[int, int], dropout: float, seed: Tensor) -> Tensor:
     """Keep mask of a shape ``[rows, cols]``, on the seed's device."""
-    mask = torch.empty(shape, dtype=KEEP_MASK_DTYPE, device=seed.device)
+    mask = torch.empty(shape, dtype=torch.int8, device=seed.device)
     if not seed.is_cpu:
         # in one go: a launch costs more than the traffic it would save
         words = _splitmix64(seed, -(-mask.numel() // 4))

@@ -1,23 +1,32 @@
-"""The fused LoRA linear op: check the arguments, choose the backend, run inside an autograd Function."""
+"""The fused LoRA linear op: check the arguments, decide how, run it inside an autograd Function.
 
-from dataclasses import replace
+Beneath the Function stand two ops of torch, so that it compiles; :mod:`fastlora.ops.lora_torch` and
+:mod:`fastlora.ops.lora_triton` compute them.
+"""
+
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastlora import reference
-from fastlora._core import backend as _backend
 from fastlora._core.checks import check_compute_dtype, check_lora_linear
-from fastlora.ops import _lora_library
-from fastlora.ops._autocast import autocast_dtype, without_autocast
-from fastlora.ops._autograd import draw_seed, refuse_second_derivative
-from fastlora.ops._packing import needs_no_packing, packed
-from fastlora.ops._scalars import Scalars
-from fastlora.ops.runtime import in_dtype, rows_of
-
-# multiplications of the frozen product up to which eager was faster on a CPU (AMD's Zen 4, by 2 to 15 %)
-_SMALL = 2**22
+from fastlora.ops import lora_torch
+from fastlora.ops.decide import Decision, decide_lora
+from fastlora.ops.keep_mask import empty_keep_mask
+from fastlora.ops.runtime import (
+    autocast_dtype,
+    draw_seed,
+    in_dtype,
+    packed,
+    refuse_second_derivative,
+    registered,
+    rows_of,
+    unrecorded,
+    without_autocast,
+)
 
 
 def lora_linear(
@@ -48,7 +57,8 @@ def lora_linear(
         bias: ``[out_features]`` in x's dtype, or None.
         lora_A: ``[rank, in_features]`` in any of these dtypes; rounded to x's for the product, its gradient
             comes back in its own.
-        lora_B: ``[out_features, rank]``, likewise.
+        lora_B: ``[out_features, rank]`` in any of these dtypes; rounded to x's for the product, its gradient
+            comes back in its own.
         scaling: Factor of the low-rank path, usually alpha / rank; applied in float32. In float16 S is kept
             times scaling / (1 - dropout), which must stay below 65504.
         dropout: Probability of zeroing an element of the low-rank path's input, in steps of 2⁻¹⁶;
@@ -73,16 +83,16 @@ def lora_linear(
                 [2.5000, 2.5000, 2.5000]])
     """
     check_lora_linear(x, weight, bias, lora_A, lora_B, scaling=scaling, dropout=dropout)
-    autocast = autocast_dtype(x)
-    if autocast is None:
+    compute_dtype = autocast_dtype(x)
+    if compute_dtype is None:
         check_compute_dtype(x, weight, bias)
-    compute_dtype = autocast or x.dtype
+        compute_dtype = x.dtype
     dropping = training and dropout > 0
     if dropping and dropout == 1:
         # nothing is kept: a factor of zero does it, without a mask
         scaling, dropping = 0.0, False
-    backend = choose_backend(x, weight, lora_A, compute_dtype, dropping=dropping)
-    if backend == "reference":
+    decision = decide_lora(x, weight, lora_A, compute_dtype, dropping=dropping)
+    if decision.backend == "reference":
         return reference.lora_linear(
             x,
             weight,
@@ -105,49 +115,7 @@ def lora_linear(
         seed,
         float(scaling),
         active_dropout,
-        backend,
-        None,
-    )[0]
-    return y
-
-
-def lora_linear_by_scalars(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    *,
-    scalars: Scalars,
-    training: bool,
-) -> Tensor:
-    """:func:`lora_linear` for compiled CPU graphs, which then stay valid when scaling or dropout change.
-
-    Not for GPUs: a captured CUDA graph would go on with the numbers it was captured with.
-    """
-    if training and scalars.drops_all:
-        return lora_linear(x, weight, bias, lora_A, lora_B, scaling=0.0)
-    check_lora_linear(x, weight, bias, lora_A, lora_B, scaling=1.0, dropout=0.0)
-    compute_dtype = autocast_dtype(x)
-    if compute_dtype is None:
-        check_compute_dtype(x, weight, bias)
-        compute_dtype = x.dtype
-    dropping = training and scalars.drops
-    backend = choose_backend(x, weight, lora_A, compute_dtype, dropping=dropping)
-    if backend == "reference":
-        return reference.lora_linear(
-            x,
-            weight,
-            bias,
-            lora_A,
-            lora_B,
-            scaling=scalars.scaling,
-            dropout=scalars.dropout,
-            training=training,
-        )
-    seed = draw_seed(x.device, None) if dropping else None
-    y: Tensor = LoRALinearFunction.apply(
-        in_dtype(x, compute_dtype), weight, bias, lora_A, lora_B, seed, 1.0, 0.0, backend, scalars.tensor
+        decision,
     )[0]
     return y
 
@@ -157,36 +125,12 @@ class LoRALinearFunction(torch.autograd.Function):
 
     # forward with ctx, not setup_context: binding the arguments to its signature costs torch 80 µs a call
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        seed: Tensor | None,
-        scaling: float,
-        dropout: float,
-        backend: str,
-        scalars: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """y, S and the dropout mask (empty or None without dropout); keeps what the wanted gradients need."""
-        y, s, mask = _lora_library.lora_linear_forward(
-            x, weight, bias, lora_A, lora_B, seed, scaling, dropout, backend, scalars
-        )
-        need_x, need_weight, _, need_A, need_B = ctx.needs_input_grad[:5]
-        ctx.scaling, ctx.dropout, ctx.backend = scaling, dropout, backend
+    def forward(ctx: Any, *call: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        """y, S and the dropout mask of :func:`lora_linear_forward`; keeps what the wanted gradients need."""
+        x, weight, _, lora_A, lora_B, _, ctx.scaling, ctx.dropout, ctx.decision = call
+        y, s, mask = lora_linear_forward(*call)
         ctx.mark_non_differentiable(*((s,) if mask is None else (s, mask)))
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            x if need_A or need_weight else None,
-            weight if need_x else None,
-            lora_A if need_x or need_A else None,
-            lora_B if need_x or need_A or need_B else None,
-            s if need_B else None,
-            mask if need_x or need_A else None,
-            scalars,
-        )
+        keep_layer(ctx, x, weight, lora_A, lora_B, s, mask)
         return y, s, mask
 
     @staticmethod
@@ -194,47 +138,56 @@ class LoRALinearFunction(torch.autograd.Function):
         """Gradients of x, weight, bias, lora_A and lora_B, those that are wanted."""
         dy = grads[0]
         if dy is None:
-            return (None,) * 10
+            return (None,) * 9
         if not torch.is_grad_enabled():
-            return (*layer_gradients(ctx, dy, dy, ctx.saved_tensors), None, None, None, None, None)
+            return (*layer_gradients(ctx, dy, dy, ctx.saved_tensors), None, None, None, None)
         with torch.no_grad():
             wanted = layer_gradients(ctx, dy, dy, ctx.saved_tensors)
-        wanted = refuse_second_derivative("lora_linear", ctx, dy, wanted)
-        return (*wanted, None, None, None, None, None)
+        return (*refuse_second_derivative("lora_linear", ctx, dy, wanted), None, None, None, None)
+
+
+def keep_layer(
+    ctx: Any,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    s: Tensor,
+    mask: Tensor | None,
+    *more: Tensor | None,
+) -> None:
+    """Keep for backward those of these tensors that the wanted gradients need, and all of ``more``."""
+    need_x, need_weight, _, need_A, need_B = ctx.needs_input_grad[:5]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        x if need_A or need_weight else None,
+        weight if need_x else None,
+        lora_A if need_x or need_A else None,
+        lora_B if need_x or need_A or need_B else None,
+        s if need_B else None,
+        mask if need_x or need_A else None,
+        *more,
+    )
 
 
 def layer_gradients(
-    ctx: Any, dy: Tensor, dproduct: Tensor, saved: tuple[Tensor | None, ...]
+    ctx: Any, dy: Tensor, dproduct: Tensor, saved: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias, lora_A and lora_B, those that are wanted.
 
     Args:
-        ctx: Context of the Function whose first inputs these five are.
+        ctx: Context of a Function whose arguments begin with these five; holds scaling, dropout, decision.
         dy: Gradient of the output.
         dproduct: Gradient of what the bias is added to.
-        saved: x, weight, lora_A, lora_B, S, the mask and the scalars.
+        saved: x, weight, lora_A, lora_B, S and the mask, those that were kept.
     """
-    x, weight, lora_A, lora_B, s, mask, scalars = saved
+    x, weight, lora_A, lora_B, s, mask = saved
     need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
     dx = da = db = dweight = dbias = None
     if need_x or need_A or need_B:
         assert lora_B is not None
-        dx, da, db = _lora_library.lora_linear_backward(
-            dproduct,
-            x,
-            weight,
-            lora_A,
-            lora_B,
-            s,
-            mask,
-            ctx.scaling,
-            ctx.dropout,
-            need_x,
-            need_A,
-            need_B,
-            ctx.backend,
-            scalars,
-        )
+        settings = (ctx.scaling, ctx.dropout, need_x, need_A, need_B, ctx.decision)
+        dx, da, db = lora_linear_backward(dproduct, x, weight, lora_A, lora_B, s, mask, *settings)
     # the base layer is frozen as a rule; whoever trains it all the same gets its gradient, never silence
     if need_weight or need_bias:
         with without_autocast(dy):
@@ -242,54 +195,100 @@ def layer_gradients(
                 dweight = packed(rows_of(dproduct)).t() @ packed(rows_of(x))
             if need_bias:
                 dbias = rows_of(dy).sum(0)
-    return (
-        dx if need_x else None,
-        dweight,
-        dbias,
-        da if need_A else None,
-        db if need_B else None,
-    )
+    # a graph has an empty tensor for what is not needed
+    return dx if need_x else None, dweight, dbias, da if need_A else None, db if need_B else None
 
 
-def choose_backend(
+def fake_forward(
+    x: Tensor, weight: Tensor, bias: Any, lora_A: Tensor, lora_B: Any, seed: Tensor | None, *more: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tensors like those of :func:`lora_linear_forward`; the last argument is the backend's name."""
+    rows, mask = math.prod(x.shape[:-1]), x.new_empty(0)
+    if seed is not None:
+        mask = empty_keep_mask(more[-1], rows, x)
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(rows, lora_A.shape[0]), mask
+
+
+@registered(fake_forward)
+def lora_linear_forward(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     lora_A: Tensor,
-    compute_dtype: torch.dtype,
-    *,
-    dropping: bool,
-    dora: bool = False,
-) -> _backend.Backend:
-    """Which implementation serves a layer call: the chosen one, or under ``auto`` the fastest for it."""
-    backend = _backend.resolve(x.device, compute_dtype, x, weight)
-    if not _backend.is_automatic():
-        return backend
-    if backend != "triton":
-        eager = backend == "torch" and not (dropping or dora) and _is_small(x, weight, lora_A, compute_dtype)
-        return "reference" if eager else backend
-    # imported late: Triton is not installed everywhere
-    from fastlora.ops.decide import has_kernels, prefers_eager
-    from fastlora_kernels.tile import Shape
+    lora_B: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    dropout: float,
+    decision: Decision,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y ``[..., N]``, S ``[M, R]`` and the dropout mask (None without a seed), for x ``[..., K]``."""
+    # allocated in its final shape: autograd refuses in-place changes of a Function's output that is a view
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    dropout = dropout if seed is not None else 0.0
+    with unrecorded(x):
+        bias = None if bias is None else in_dtype(bias, x.dtype)
+        layer = (rows_of(x), in_dtype(weight, x.dtype), bias, lora_A, lora_B, seed)
+        if decision.backend == "torch":
+            s, mask = lora_torch.forward(*layer, scaling=scaling, dropout=dropout, y=rows_of(y))
+        else:
+            # imported late: Triton is not installed everywhere
+            from fastlora.ops import lora_triton
 
-    n, k = weight.shape
-    aligned = n % 16 == 0 and k % 16 == 0 and weight.stride(-1) == 1
-    if not has_kernels(n, k, lora_A.shape[0], aligned, x.device):
-        return "torch"
-    # a compiled graph has to serve any number of rows
-    if dora or torch.compiler.is_compiling():
-        return backend
-    layer = Shape(m=1, n=n, k=k, r=lora_A.shape[0], aligned=aligned)
-    call = replace(layer, m=x.shape[:-1].numel())
-    return "reference" if prefers_eager(call, compute_dtype, x.device, dropping=dropping) else backend
+            s, mask = lora_triton.forward(
+                *layer, scaling=scaling, dropout=dropout, y=rows_of(y), paths=decision.paths
+            )
+    return y, s, mask
 
 
-def _is_small(x: Tensor, weight: Tensor, lora_A: Tensor, compute_dtype: torch.dtype) -> bool:
-    """Whether a CPU call costs more by its launches than by its passes, so that eager's fewer ones win.
+def _fake_backward(
+    dy: Tensor, x: Any, weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor, *more: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    need_x, need_A, need_B, _ = more[-4:]
 
-    Not with dropout, whose mask has to be the same in a compiled graph, which serves any number of rows; nor
-    where float32 trains, which the fused backward does as fast at any size.
-    """
-    if torch.compiler.is_compiling() or (compute_dtype == torch.float32 and torch.is_grad_enabled()):
-        return False
-    small = x.numel() * weight.shape[0] <= _SMALL
-    return small and needs_no_packing(x, compute_dtype, *weight.shape, lora_A.shape[0])
+    def like(tensor: Tensor | None, needed: bool) -> Tensor:
+        if tensor is None or not needed:
+            return dy.new_empty(0)
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+    dx = dy.new_empty(*dy.shape[:-1], weight.shape[1]) if need_x and weight is not None else dy.new_empty(0)
+    return dx, like(lora_A, need_A), like(lora_B, need_B)
+
+
+@registered(_fake_backward)
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor,
+    s: Tensor | None,
+    mask: Tensor | None,
+    scaling: float,
+    dropout: float,
+    need_x: bool,
+    need_A: bool,
+    need_B: bool,
+    decision: Decision,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dX ``[..., K]``, dA and dB, those that are needed."""
+    # a graph has an empty tensor where there is no mask
+    mask = mask if mask is not None and mask.dim() == 2 else None
+    dropout = dropout if mask is not None else 0.0
+    with unrecorded(dy):
+        x = None if x is None else rows_of(x)
+        weight = None if weight is None else in_dtype(weight, dy.dtype)
+        kept = (rows_of(dy), x, weight, lora_A, lora_B, s, mask)
+        if decision.backend == "torch":
+            dx, da, db = lora_torch.backward(
+                *kept, scaling=scaling, dropout=dropout, need_x=need_x, need_A=need_A, need_B=need_B
+            )
+        else:
+            from fastlora.ops import lora_triton
+
+            dx, da, db = lora_triton.backward(
+                *kept, scaling=scaling, dropout=dropout, need_x=need_x, need_A=need_A, need_B=need_B,
+                paths=decision.paths,
+            )  # fmt: skip
+    if dx is not None and dy.dim() != 2:
+        dx = dx.view(*dy.shape[:-1], dx.shape[1])
+    return dx, da, db

@@ -1,30 +1,33 @@
-"""The ``triton`` backend of lora_linear: allocates, asks the plan for tiles, launches the kernels."""
+"""The ``triton`` backend of lora_linear: allocates, asks the plan for tiles, launches the kernels.
+
+Tensors are 2-D: x ``[M, K]``, weight ``[N, K]``, lora_A ``[R, K]``, lora_B ``[N, R]``, S ``[M, R]``. S
+carries the factor scaling / (1 - p), applied in float32, and so does dS: nothing else has to scale.
+"""
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fastlora.ops import lora_torch
-from fastlora.ops._launch import current_device, is_aligned, row_major
-from fastlora.ops._lora_paths import epilogue_forward, epilogue_grad_x, single_forward
-from fastlora.ops.decide import choose
-from fastlora.ops.keep_mask import drop_threshold, keep_probability
+from fastlora.ops import kernel_paths, lora_torch
+from fastlora.ops.decide import Paths, is_aligned
+from fastlora.ops.keep_mask import drop_threshold, empty_keep_mask, keep_probability
+from fastlora.ops.runtime import current_device, row_major
 from fastlora_kernels import targets
 from fastlora_kernels.choose import plan as plans
+from fastlora_kernels.choose.paths import Pass
+from fastlora_kernels.choose.tuned import Choice
 from fastlora_kernels.lora import kernels
 from fastlora_kernels.lora.backward import lora_grad_a, lora_grad_s_b, lora_grad_x
-from fastlora_kernels.lora.dora import dora_grad_product, dora_weight_norm
 from fastlora_kernels.lora.down import lora_down
+from fastlora_kernels.lora.epilogue import lora_add
 from fastlora_kernels.lora.forward import lora_forward
 from fastlora_kernels.lora.grad_x_a import lora_grad_x_a
 from fastlora_kernels.lora.persistent import lora_forward_persistent, lora_grad_x_a_persistent
+from fastlora_kernels.lora.single import lora_forward_single
 from fastlora_kernels.partials import sum_partials, sum_two_partials
 from fastlora_kernels.targets import Target
-from fastlora_kernels.tile import MASK_WORD_BITS, Plan, Shape, Tile, cdiv
-
-
-def keep_mask_shape(rows: int, in_features: int) -> tuple[tuple[int, int], torch.dtype]:
-    """One bit an element, 32 to a word."""
-    return (rows, cdiv(in_features, MASK_WORD_BITS)), torch.int32
+from fastlora_kernels.tile import Plan, Shape, Tile, cdiv
 
 
 def forward(
@@ -38,70 +41,29 @@ def forward(
     scaling: float,
     dropout: float,
     y: Tensor,
-    factor: Tensor | None = None,
-    product: Tensor | None = None,
+    paths: Paths | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """y = x·Wᵀ + bias + S·Bᵀ, S = scaling/(1 - p) · dropout(x)·Aᵀ; see :mod:`fastlora.ops._lora_library`."""
+    """Fill y = x·Wᵀ + bias + S·Bᵀ; S = scaling/(1 - p) · dropout(x)·Aᵀ and, with a seed, the dropout mask."""
     x, weight, lora_A, lora_B = row_major(x), row_major(weight), lora_A.contiguous(), lora_B.contiguous()
-    (m, k), n, r = x.shape, weight.shape[0], lora_A.shape[0]
-    shape = Shape(m=m, n=n, k=k, r=r, aligned=is_aligned(x, weight, y))
-    target = targets.detect(x.device)
-    mask = None
-    if seed is not None:
-        mask_shape, mask_dtype = keep_mask_shape(shape.m, shape.k)
-        mask = x.new_empty(mask_shape, dtype=mask_dtype)
-    choice = choose("forward", shape, x.dtype, x.device, dropping=seed is not None, dora=factor is not None)
+    shape, target = shape_of(x, weight, lora_A, y), targets.detect(x.device)
+    choice = choice_of("forward", paths, shape, x, dropping=seed is not None)
     layer = (x, weight, bias, lora_A, lora_B)
     if choice.path == "library":
-        return lora_torch.forward(
-            *layer, None, scaling=scaling, dropout=0.0, y=y, factor=factor, product=product
-        )
+        return lora_torch.forward(*layer, None, scaling=scaling, dropout=0.0, y=y)
     with current_device(x):
         if choice.path == "single":
             return single_forward(*layer, y, shape, target, scaling=scaling, tile=choice.tile), None
-        down = plans.choose(kernels.LORA_DOWN, shape, x.dtype, target)
-        s = _down(x, lora_A, seed, mask, down, scaling=scaling, dropout=dropout)
+        s, mask = down(x, lora_A, seed, shape, target, scaling=scaling, dropout=dropout)
         if choice.path == "epilogue":
             epilogue_forward(x, weight, bias, s, lora_B, y, shape, target)
             return s, mask
-        kernel = kernels.LORA_FORWARD if factor is None else kernels.DORA_FORWARD
-        plan = plans.choose(kernel, shape, x.dtype, target, tile=choice.tile)
+        plan = plans.choose(kernels.LORA_FORWARD, shape, x.dtype, target, tile=choice.tile)
         if plan.tile.persistent:
             programs = target.multiprocessors
             lora_forward_persistent(x, weight, bias, s, lora_B, y, plan=plan, multiprocessors=programs)
         else:
-            lora_forward(x, weight, bias, s, lora_B, y, plan=plan, factor=factor, product=product)
+            lora_forward(x, weight, bias, s, lora_B, y, plan=plan)
     return s, mask
-
-
-def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """‖W + s·B·A‖ of every row ``[N]``, in float32."""
-    weight = row_major(weight)
-    (n, k), r = weight.shape, lora_A.shape[0]
-    shape = Shape(m=0, n=n, k=k, r=r, aligned=is_aligned(weight))
-    plan = plans.choose(kernels.DORA_WEIGHT_NORM, shape, weight.dtype, targets.detect(weight.device))
-    norm = weight.new_empty(n, dtype=torch.float32)
-    with current_device(weight):
-        a, b = lora_A.contiguous(), lora_B.contiguous()
-        dora_weight_norm(weight, a, b, norm, scale=scaling, plan=plan)
-    return norm
-
-
-def grad_product(dy: Tensor, product: Tensor | None, factor: Tensor) -> tuple[Tensor, Tensor | None]:
-    """dU = factor ⊙ dY, and Σ_m dY ⊙ U where U is given; see :mod:`fastlora.ops._dora_library`."""
-    dy = row_major(dy)
-    m, n = dy.shape
-    shape = Shape(m=m, n=n, k=0, r=1, aligned=is_aligned(dy))
-    plan = plans.choose(kernels.DORA_GRAD_PRODUCT, shape, dy.dtype, targets.detect(dy.device))
-    dproduct = dy.new_empty(m, n)
-    partial = None if product is None else dy.new_empty(plan.splits, n, dtype=torch.float32)
-    with current_device(dy):
-        dora_grad_product(dy, product, factor, dproduct, partial, plan=plan)
-        if partial is None:
-            return dproduct, None
-        dfactor = torch.empty_like(factor)
-        sum_partials(partial, dfactor)
-    return dproduct, dfactor
 
 
 def backward(
@@ -118,6 +80,7 @@ def backward(
     need_x: bool,
     need_A: bool,
     need_B: bool,
+    paths: Paths | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dS and dB, from one read of dY at low ranks, then dX = dY·W + mask ⊙ (dS·A) and dA = dSᵀ·dropped x."""
     dy, lora_B = row_major(dy), lora_B.contiguous()
@@ -126,7 +89,7 @@ def backward(
     (m, n), r = dy.shape, lora_B.shape[1]
     shape = Shape(m=m, n=n, k=columns, r=r, aligned=aligned)
     target = targets.detect(dy.device)
-    choice = choose("backward", shape, dy.dtype, dy.device, dropping=mask is not None)
+    choice = choice_of("backward", paths, shape, dy, dropping=mask is not None)
     if choice.path == "library":
         return lora_torch.backward(
             dy, x, weight, lora_A, lora_B, s, None,
@@ -152,17 +115,35 @@ def backward(
     return fused_dx if dx is None else dx, da, db if need_B else None
 
 
-def _down(
+def shape_of(x: Tensor, weight: Tensor, lora_A: Tensor, y: Tensor) -> Shape:
+    """The sizes of a call on these tensors, and whether their rows can be read in wide words."""
+    (m, k), n = x.shape, weight.shape[0]
+    return Shape(m=m, n=n, k=k, r=lora_A.shape[0], aligned=is_aligned(x, weight, y))
+
+
+def choice_of(
+    part: Pass, paths: Paths | None, shape: Shape, x: Tensor, *, dropping: bool, dora: bool = False
+) -> Choice:
+    """What was decided; chosen now where it was left open, or for rows that no wide words can read."""
+    if paths is not None and paths.shape == shape:
+        return paths.forward if part == "forward" else paths.backward
+    return kernel_paths.choose(part, shape, x.dtype, x.device, dropping=dropping, dora=dora)
+
+
+def down(
     x: Tensor,
     lora_A: Tensor,
     seed: Tensor | None,
-    mask: Tensor | None,
-    plan: Plan,
+    shape: Shape,
+    target: Target,
     *,
     scaling: float,
     dropout: float,
-) -> Tensor:
-    s = x.new_empty(x.shape[0], lora_A.shape[0])
+) -> tuple[Tensor, Tensor | None]:
+    """S and, with a seed, the dropout mask."""
+    mask = None if seed is None else empty_keep_mask("triton", shape.m, x)
+    plan = plans.choose(kernels.LORA_DOWN, shape, x.dtype, target)
+    s = x.new_empty(shape.m, shape.r)
     partial = s if plan.splits == 1 else s.new_empty(plan.splits, *s.shape, dtype=torch.float32)
     lora_down(
         x,
@@ -176,7 +157,70 @@ def _down(
     )
     if plan.splits > 1:
         sum_partials(partial, s)
+    return s, mask
+
+
+def single_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    y: Tensor,
+    shape: Shape,
+    target: Target,
+    *,
+    scaling: float,
+    tile: Tile | None = None,
+) -> Tensor:
+    """Fill y ``[M, N]`` in one launch; S."""
+    s = x.new_empty(shape.m, shape.r)
+    plan = plans.choose(kernels.LORA_FORWARD_SINGLE, shape, x.dtype, target, tile=tile)
+    lora_forward_single(x, weight, bias, lora_A, lora_B, s, y, scale=scaling, plan=plan)
     return s
+
+
+def epilogue_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    s: Tensor,
+    lora_B: Tensor,
+    y: Tensor,
+    shape: Shape,
+    target: Target,
+) -> None:
+    """Fill y ``[M, N]`` by a library product and add S·Bᵀ to it."""
+    if bias is None:
+        torch.mm(x, weight.t(), out=y)
+    else:
+        torch.addmm(bias, x, weight.t(), out=y)
+    _add_low_rank(s, lora_B, None, y, shape, target, transposed=True)
+
+
+def epilogue_grad_x(
+    dy: Tensor, weight: Tensor, ds: Tensor, lora_A: Tensor, mask: Tensor | None, shape: Shape, target: Target
+) -> Tensor:
+    """dX = dY·W by a library product, plus mask ⊙ (dS·A)."""
+    dx = dy.new_empty(shape.m, shape.k)
+    torch.mm(dy, row_major(weight), out=dx)
+    _add_low_rank(ds, lora_A.contiguous(), mask, dx, shape, target, transposed=False)
+    return dx
+
+
+def _add_low_rank(
+    left: Tensor,
+    right: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    shape: Shape,
+    target: Target,
+    *,
+    transposed: bool,
+) -> None:
+    # out is read and written here, x and the weight are not
+    plan = plans.choose(kernels.LORA_ADD, replace(shape, aligned=is_aligned(out)), out.dtype, target)
+    lora_add(left, right, mask, out, transposed=transposed, plan=plan)
 
 
 def _grad_s_b(

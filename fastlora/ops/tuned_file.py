@@ -1,21 +1,24 @@
 """The file of measured choices: one for each GPU in the user's cache folder, written whole or not at all."""
 
+import contextlib
+import functools
 import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fastlora._core import backend
 from fastlora._core.files import read_json, write_report
 from fastlora._version import __version__
-
-if TYPE_CHECKING:
-    from fastlora_kernels.choose.tuned import Record
-    from fastlora_kernels.targets import Target
+from fastlora_kernels import targets
+from fastlora_kernels.choose import tuned
+from fastlora_kernels.choose.tuned import Choice, Record
+from fastlora_kernels.targets import Target
+from fastlora_kernels.tile import Shape, Tile
 
 _SCHEMA = 1
 _ADVICE = "delete it, or run fastlora tune again"
@@ -23,6 +26,17 @@ _ADVICE = "delete it, or run fastlora tune again"
 
 class _Unfit(ValueError):
     """A sound file that is not for here."""
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> str:
+    """The name under which a device's records go; its file is read once, so that nothing changes later."""
+    if device.type != "cuda":
+        return device.type
+    gpu = gpu_key(device)
+    if gpu not in tuned.gpus():
+        tuned.pin(gpu, read_or_warn(gpu, targets.detect(device)))
+    return gpu
 
 
 def gpu_key(device: torch.device) -> str:
@@ -37,7 +51,7 @@ def path_of(gpu: str) -> Path:
     return backend.cache_folder() / f"tuned-{gpu}.json"
 
 
-def write(path: Path, gpu: str, records: "Iterable[Record]") -> None:
+def write(path: Path, gpu: str, records: Iterable[Record]) -> None:
     """Replace the file in one step.
 
     Raises:
@@ -47,7 +61,7 @@ def write(path: Path, gpu: str, records: "Iterable[Record]") -> None:
     write_report(path, _made_by(gpu) | {"records": [asdict(record) for record in records]})
 
 
-def read(path: Path, gpu: str) -> "list[Record]":
+def read(path: Path, gpu: str) -> list[Record]:
     """The records of a file.
 
     Raises:
@@ -68,10 +82,8 @@ def read(path: Path, gpu: str) -> "list[Record]":
         ) from error
 
 
-def read_or_warn(gpu: str, target: "Target") -> "list[Record]":
+def read_or_warn(gpu: str, target: Target) -> list[Record]:
     """The records for a GPU; with a warning, without those that can't be used."""
-    from fastlora_kernels.choose import tuned
-
     path = path_of(gpu)
     try:
         records = read(path, gpu)
@@ -90,6 +102,29 @@ def read_or_warn(gpu: str, target: "Target") -> "list[Record]":
         return []
 
 
+def keep(record: Record, gpu: str) -> None:
+    """Put a record into this GPU's file, in the place of an earlier one of the same call, and use it.
+
+    Args:
+        record: What was measured.
+        gpu: The GPU's name, of :func:`gpu_key`.
+
+    Raises:
+        OSError: The file can't be written.
+    """
+    path, before = path_of(gpu), []
+    # a damaged file, or one of another version, is replaced
+    with contextlib.suppress(OSError, ValueError):
+        before = read(path, gpu)
+    records = [*(each for each in before if _call(each) != _call(record)), record]
+    write(path, gpu, records)
+    tuned.pin(gpu, records)
+
+
+def _call(record: Record) -> tuple[object, ...]:
+    return record.shape, record.dtype, record.dropping
+
+
 def _made_by(gpu: str) -> dict[str, Any]:
     """What has to be the same for records to be of use: another Triton makes other code of a kernel."""
     # not the distribution's version: nightlies and vendors' images call it by other names
@@ -98,10 +133,7 @@ def _made_by(gpu: str) -> dict[str, Any]:
     return {"schema": _SCHEMA, "fastlora": __version__, "triton": triton.__version__, "gpu": gpu}
 
 
-def _record(values: Mapping[str, Any]) -> "Record":
-    from fastlora_kernels.choose.tuned import Choice, Record
-    from fastlora_kernels.tile import Shape, Tile
-
+def _record(values: Mapping[str, Any]) -> Record:
     def choice(part: str) -> Choice:
         tile = values[part]["tile"]
         return Choice(values[part]["path"], None if tile is None else Tile(**tile))

@@ -60,7 +60,7 @@ class LayerCall:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of the layer."""
+        """The layer's dtype."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 

@@ -1,25 +1,22 @@
 """Every way to compute one pass of a layer call, as choices that the op can be told to take."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fastlora import reference
-from fastlora._core.backend import use_backend
-from fastlora.ops._lora_library import lora_linear_backward, lora_linear_forward
-from fastlora.ops.decide import gpu_of
+from fastlora.ops.decide import Decision, Paths, is_aligned
 from fastlora.ops.keep_mask import keep_probability
+from fastlora.ops.lora_linear import lora_linear_backward, lora_linear_forward
 from fastlora.tuning.calls import LayerCall
 from fastlora_kernels import targets
-from fastlora_kernels.choose import paths, tuned
+from fastlora_kernels.choose import paths
 from fastlora_kernels.choose import plan as plans
 from fastlora_kernels.choose.lora import Call
 from fastlora_kernels.choose.paths import LARGE_KERNELS, Pass
-from fastlora_kernels.choose.tuned import Choice, Record
-from fastlora_kernels.tile import MASK_WORD_BITS
+from fastlora_kernels.choose.tuned import Choice
+from fastlora_kernels.tile import MASK_WORD_BITS, Shape
 
 SCALING = 2.0
 
@@ -81,27 +78,30 @@ def choices(part: Pass, call: LayerCall, device: torch.device) -> list[Choice]:
     return found
 
 
-def run_forward(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
-    """y, S and the packed mask, by the op as it is."""
+def run_forward(tensors: Tensors, choice: Choice) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y, S and, with dropout, the packed mask, by the op on this path."""
     t = tensors
-    y, s, mask = lora_linear_forward(
-        t.x, t.weight, t.bias, t.lora_A, t.lora_B, t.seed, SCALING, t.dropout, "triton", None
-    )
-    # without dropout the kernels leave an empty one
-    assert mask is not None
-    return y, s, mask
+    layer = (t.x, t.weight, t.bias, t.lora_A, t.lora_B, t.seed)
+    return lora_linear_forward(*layer, SCALING, t.dropout, _taking(choice, t))
 
 
-def run_backward(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
-    """dX, dA and dB, by the op as it is."""
+def run_backward(tensors: Tensors, choice: Choice) -> tuple[Tensor, Tensor, Tensor]:
+    """dX, dA and dB, by the op on this path."""
     t = tensors
-    arguments = (t.dy, t.x, t.weight, t.lora_A, t.lora_B, t.s, t.mask)
-    dx, da, db = lora_linear_backward(*arguments, SCALING, t.dropout, True, True, True, "triton", None)
+    kept = (t.dy, t.x, t.weight, t.lora_A, t.lora_B, t.s, t.mask)
+    dx, da, db = lora_linear_backward(*kept, SCALING, t.dropout, True, True, True, _taking(choice, t))
     # all three are wanted
     assert dx is not None
     assert da is not None
     assert db is not None
     return dx, da, db
+
+
+def _taking(choice: Choice, t: Tensors) -> Decision:
+    aligned = is_aligned(t.x, t.weight, t.dy)
+    (n, k), m, r = t.weight.shape, t.x.shape[0], t.lora_A.shape[0]
+    shape = Shape(m=m, n=n, k=k, r=r, aligned=aligned)
+    return Decision("triton", Paths(shape, choice, choice))
 
 
 def run_eager(tensors: Tensors, *, keep: Tensor | None = None) -> list[Tensor]:
@@ -123,17 +123,3 @@ def unpacked(mask: Tensor, columns: int) -> Tensor:
     """The packed keep bits as bool ``[rows, columns]``."""
     bits = mask[:, :, None] >> torch.arange(MASK_WORD_BITS, device=mask.device, dtype=torch.int32)
     return (bits & 1).bool().flatten(1)[:, :columns]
-
-
-@contextmanager
-def only(part: Pass, call: LayerCall, choice: Choice, device: torch.device) -> Iterator[None]:
-    """Let the op take this choice, and nothing else that was measured."""
-    gpu = gpu_of(device)
-    before = tuned.pinned(gpu)
-    both = {"forward": Choice("split"), "backward": Choice("split")} | {part: choice}
-    tuned.pin(gpu, [Record(call.shape, call.dtype, call.dropout > 0, both["forward"], both["backward"])])
-    try:
-        with use_backend("auto"):
-            yield
-    finally:
-        tuned.pin(gpu, before)

@@ -13,7 +13,6 @@ from fastlora.tuning.candidates import (
     Tensors,
     choices,
     draw,
-    only,
     run_backward,
     run_eager,
     run_forward,
@@ -69,23 +68,21 @@ def tune_call(
         The winners, with every candidate's time; and the candidates that were left out.
     """
     tensors = draw(call, device)
-    with only("forward", call, Choice("split"), device):
-        _, s, mask = run_forward(tensors)
-    tensors = replace(tensors, s=s, mask=mask if call.dropout else None)
-    keep = unpacked(mask, call.inputs) if call.dropout else None
+    _, s, mask = run_forward(tensors, Choice("split"))
+    tensors = replace(tensors, s=s, mask=mask)
+    keep = None if mask is None else unpacked(mask, call.inputs)
     exact = run_eager(tensors.to(torch.float64), keep=keep)
     eager = run_eager(tensors, keep=keep)
     times: dict[Pass, dict[Choice, float]] = {"forward": {}, "backward": {}}
     left_out = []
     for part, found in times.items():
         slices = slice(0, 1) if part == "forward" else slice(1, 4)
-        work = _work(part, tensors)
         for choice in choices(part, call, device):
             progress(f"{part} {name_of(choice)}")
+            work = _work(part, tensors, choice)
             try:
-                with only(part, call, choice, device):
-                    _check(work(), eager[slices], exact[slices])
-                    found[choice] = timer(work)
+                _check(work(), eager[slices], exact[slices])
+                found[choice] = timer(work)
             except _LEFT_OUT as error:
                 wrong = isinstance(error, WrongResult)
                 left_out.append(LeftOut(f"{part} {name_of(choice)}", str(error), wrong))
@@ -99,10 +96,10 @@ def name_of(choice: Choice) -> str:
     return choice.path if choice.tile is None else f"{choice.path} {tile_text(choice.tile)}"
 
 
-def _work(part: Pass, tensors: Tensors) -> Callable[[], Sequence[Tensor]]:
+def _work(part: Pass, tensors: Tensors, choice: Choice) -> Callable[[], Sequence[Tensor]]:
     if part == "forward":
-        return lambda: run_forward(tensors)[:1]
-    return lambda: run_backward(tensors)
+        return lambda: run_forward(tensors, choice)[:1]
+    return lambda: run_backward(tensors, choice)
 
 
 def _check(got: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor]) -> None:

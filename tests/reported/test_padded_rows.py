@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlora
 from fastlora.functional import adapter, dora_linear, lora_linear
-from fastlora.ops._packing import packed
+from fastlora.ops.runtime import packed
 
 M, N, K, R = 37, 31, 69, 5
 PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.linear)

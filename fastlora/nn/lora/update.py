@@ -15,10 +15,6 @@ from fastlora.nn.lora.norm_cache import NormCache
 from fastlora.nn.lora.start import take_start, with_start
 from fastlora.nn.settings import LoRASettings
 from fastlora.nn.tuner import TunerModule
-from fastlora.ops._scalars import Scalars
-from fastlora.ops.lora_linear import lora_linear_by_scalars
-
-_SCALAR_SETTINGS = ("rank", "alpha", "rslora", "lora_dropout")
 
 
 class LoRAUpdate(TunerModule):
@@ -37,7 +33,6 @@ class LoRAUpdate(TunerModule):
     lora_magnitude_vector: nn.Parameter
     dora: bool = False
     _layout: Layout
-    _scalars: Scalars
 
     # the name of the frozen weight in its owner, and the untouched weight while another one stands there.
     # a tuple hides the Parameter from nn.Module, which would list it beside the merged one
@@ -104,12 +99,6 @@ class LoRAUpdate(TunerModule):
         """The plain layer, sharing this one's weight as it is now (folded in if merged), still frozen."""
         raise NotImplementedError
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """As ``nn.Module``'s; what compiled graphs read follows the settings."""
-        super().__setattr__(name, value)
-        if name in _SCALAR_SETTINGS and all(setting in vars(self) for setting in _SCALAR_SETTINGS):
-            self.__dict__["_scalars"] = Scalars(self.scaling, self.lora_dropout)
-
     def train(self, mode: bool = True) -> Self:
         """As ``nn.Module.train``; DoRA's norms are computed anew."""
         if self.dora:
@@ -173,10 +162,6 @@ class LoRAUpdate(TunerModule):
                 dropout=self.lora_dropout,
                 training=self.training,
                 weight_norm=self._weight_norm(),
-            )
-        if torch.compiler.is_compiling() and x.is_cpu:
-            return lora_linear_by_scalars(
-                x, weight, bias, lora_A, lora_B, scalars=self._scalars, training=self.training
             )
         return lora_linear(
             x,

@@ -1,0 +1,60 @@
+"""Which calls the kernels are for, their paths and tiles: what was measured on a GPU, else predicted."""
+
+import torch
+
+from fastlora._core import backend
+from fastlora.ops import tuned_file
+from fastlora_kernels import targets
+from fastlora_kernels.choose import paths, tuned
+from fastlora_kernels.choose.paths import Pass
+from fastlora_kernels.choose.tuned import Choice, Record
+from fastlora_kernels.tile import Shape
+
+
+# constants to torch.compile, which can't trace a GPU's properties; nor does it take a shape as an argument
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def has_lora_kernels(n: int, k: int, r: int, aligned: bool, device: torch.device) -> bool:
+    """Whether the kernels are meant for such a LoRA layer on its GPU, however many rows there are."""
+    return paths.has_kernels(Shape(m=1, n=n, k=k, r=r, aligned=aligned), targets.detect(device))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def has_adapter_kernels(
+    hidden: int, size: int, aligned: bool, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether the kernels are meant for such an adapter on its GPU, however many rows there are."""
+    shape = Shape(m=1, n=hidden, k=hidden, r=size, aligned=aligned)
+    return paths.has_adapter_kernels(shape, dtype, targets.detect(device))
+
+
+def prefers_eager(shape: Shape, dtype: torch.dtype, device: torch.device, *, dropping: bool) -> bool:
+    """Whether the eager formula was measured to be the fastest for this LoRA call."""
+    record = _measured(shape, dtype, device, dropping=dropping)
+    return record is not None and record.forward.path == tuned.REFERENCE
+
+
+def prefers_library(shape: Shape, dtype: torch.dtype, device: torch.device, *, dropping: bool) -> bool:
+    """Whether library products are predicted to be the fastest for this call of an adapter."""
+    return paths.choose_adapter_path(shape, dtype, targets.detect(device), dropping=dropping) == "library"
+
+
+def choose(
+    part: Pass, shape: Shape, dtype: torch.dtype, device: torch.device, *, dropping: bool, dora: bool = False
+) -> Choice:
+    """Path and tile of one pass of a LoRA call.
+
+    Never the library's path where the kernels were asked for by name, or with dropout, whose mask the library
+    would keep in another form.
+    """
+    record = None if dora else _measured(shape, dtype, device, dropping=dropping)
+    choice = None if record is None else (record.forward if part == "forward" else record.backward)
+    if choice is None or choice.path == tuned.REFERENCE:
+        target = targets.detect(device)
+        choice = Choice(paths.choose_path(part, shape, dtype, target, dropping=dropping, dora=dora))
+    if choice.path == "library" and (dropping or not backend.is_automatic()):
+        return Choice("split")
+    return choice
+
+
+def _measured(shape: Shape, dtype: torch.dtype, device: torch.device, *, dropping: bool) -> Record | None:
+    return tuned.find(tuned_file.gpu_of(device), shape, dtype, dropping=dropping)
