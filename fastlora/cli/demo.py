@@ -44,7 +44,9 @@ def demo(
     max_steps: Annotated[
         int | None, typer.Option(min=1, help="Optimiser steps of each method at most, for a quick try.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of split, initial weights, order and augmentation.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of split, initial weights, order and augmentation.")
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
 ) -> None:
     """Fine-tune DINOv2 on real pictures: linear probe against LoRA with the fused layers, or more methods.
