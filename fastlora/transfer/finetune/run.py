@@ -120,7 +120,7 @@ def begin(job: Job, settings: FinetuneSettings, accelerator: Any, reporter: Repo
         reporter: Is told about the progress.
 
     Raises:
-        ValueError: See :class:`Trainer`.
+        ValueError: Nothing trains, or a batch has fewer examples than processes.
     """
     output = Path(settings.output)
     # cached features are computed there too

@@ -22,7 +22,7 @@ def check_unused(output: Path, *, resume: bool) -> None:
     """Refuse a folder that holds a run, unless it is to go on.
 
     Raises:
-        ValueError: See above.
+        ValueError: It holds one, and ``resume`` is False.
     """
     if resume:
         return
@@ -39,7 +39,7 @@ def check_state(state: Mapping[str, Any]) -> None:
     """Refuse a checkpoint's state that lacks what a trainer writes.
 
     Raises:
-        ValueError: See above.
+        ValueError: Something is missing, or of another kind.
     """
     kinds = {"engine": dict, "progress": dict, "generators": list, "fingerprint": dict}
     wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
@@ -67,7 +67,7 @@ def check_classes(train: LabelledImages, validation: LabelledImages) -> None:
     """Refuse two sets of pictures with different classes, or none.
 
     Raises:
-        ValueError: See above.
+        ValueError: The classes differ, or there are no pictures.
     """
     if train.classes != validation.classes:
         raise ValueError(
@@ -105,7 +105,7 @@ def several_examples() -> Iterator[None]:
     """Say what to do where a BatchNorm that trains has one value per channel; torch names only the layer's.
 
     Raises:
-        ValueError: See above.
+        ValueError: A BatchNorm that trains got one value per channel.
     """
     try:
         yield
