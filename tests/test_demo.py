@@ -93,7 +93,7 @@ def test_report_of_a_method(run: DemoRun, strategy: str) -> None:
 
     assert method["hyper_parameters"]["max_steps"] == method["steps"] == STEPS
     assert [epoch["epoch"] for epoch in method["epochs"]] == list(range(1, len(method["epochs"]) + 1))
-    assert method["validation_accuracy"] == method["epochs"][method["best_epoch"] - 1]["accuracy"]
+    assert method["validation_accuracy"] == method["epochs"][-1]["accuracy"]
     assert method["seconds"] >= sum(epoch["seconds"] for epoch in method["epochs"]) > 0
     if sys.platform == "linux":
         assert method["peak_memory_bytes"] > 2e8

@@ -66,6 +66,8 @@ def run_demo(
         epochs=recipe.epochs if epochs is None else epochs,
         batch_size=16,
         max_steps=max_steps,
+        # the best epoch on so few validation pictures is luck
+        restore_best=False,
         # no run is resumed
         checkpoint_every=LARGEST_COUNT,
         seed=seed,

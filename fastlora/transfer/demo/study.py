@@ -126,7 +126,7 @@ class Study:
             "total_parameters": parameters.total_parameters,
             "trainable_percent": parameters.trainable_percent,
             **{name: scores[name] for name in _SCORES},
-            "validation_accuracy": result.best.accuracy,
+            "validation_accuracy": result.history[-1].accuracy,
             **training_record(result),
             "seconds": run.feature_seconds + result.seconds,
             "peak_memory_bytes": max(peaks, default=None),
