@@ -137,8 +137,8 @@ class DomainTrainer(Trainer):
         total: Tensor = losses + term * (weight / pieces)
         return total
 
-    def _step(self, parts: Sequence[Part], epoch: int) -> None:
-        super()._step(parts, epoch)
+    def _step(self, parts: Sequence[Part], epoch: int, indices: Sequence[int]) -> None:
+        super()._step(parts, epoch, indices)
         self.model.schedule.advance()
 
     def _record(self, epoch: int) -> DomainRecord:

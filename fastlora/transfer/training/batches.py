@@ -133,5 +133,8 @@ class Seeded(Dataset[tuple[Any, int]]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
         """The example at (epoch, index)."""
         epoch, index = key
+        # features that were computed before: nothing is drawn, and seeding would take a third of a step
+        if self.images.transform is None:
+            return self.images[index]
         with seeded(derived_seed(self.seed, epoch, index)):
             return self.images[index]

@@ -196,12 +196,13 @@ class Trainer:
     def _run_epoch(self) -> None:
         progress = self._progress
         epoch, first = divmod(progress.step, self._steps_per_epoch)
+        batches = self._plan.batches(epoch)
         for parts in self._load(epoch, first):
             started = time.perf_counter()
             if self._stages.turn(progress.step):
                 self._engine.rewrap()
             self.model.train()
-            self._step(parts, epoch)
+            self._step(parts, epoch, batches[progress.step % self._steps_per_epoch])
             self.step_seconds.append(time.perf_counter() - started)
             progress.seconds += self.step_seconds[-1]
             over = progress.step % self._steps_per_epoch == 0 or progress.step == self.total_steps
@@ -216,9 +217,8 @@ class Trainer:
             if over:
                 return
 
-    def _step(self, parts: Sequence[Part], epoch: int) -> None:
+    def _step(self, parts: Sequence[Part], epoch: int, indices: Sequence[int]) -> None:
         progress = self._progress
-        indices = self._plan.batches(epoch)[progress.step % self._steps_per_epoch]
         share = self._loss.share(progress.step)
         weight = self._loss.weight([self._train.labels[i] for i in indices], share)
         # processes average their gradients, so each one's are multiplied by how many there are
