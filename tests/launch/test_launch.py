@@ -60,7 +60,7 @@ MOST_COMPILED = 32
 @pytest.fixture(
     scope="module",
     params=cases(
-        ["sm_90 quick", "sm_86 quick"],
+        ["sm_90 quick"],
         [f"{target} full" for target in ("sm_90", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx942")],
     ),
 )
