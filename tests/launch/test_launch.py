@@ -61,7 +61,7 @@ MOST_COMPILED = 32
     scope="module",
     params=cases(
         ["sm_90 quick"],
-        [f"{target} full" for target in ("sm_90", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx942")],
+        ["sm_90 full", *(f"sm_{n} quick" for n in (80, 86, 89, 100, 120)), "gfx942 quick"],
     ),
 )
 def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
