@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.launch.calls import lora
 from tests.launch.cards import CARDS
-from tests.launch.cases import SUITES, Case
+from tests.launch.launched import SUITES, Case
 from tests.launch.library import Library
 from tests.launch.refusals import refusals
 from tests.launch.stage import Stage
