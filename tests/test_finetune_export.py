@@ -32,13 +32,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pictures(tmp_path_factory.mktemp("data") / "pictures", count=6)
 
 
-@pytest.fixture(scope="module")
-def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("runs")
-    for strategy in ("lora", "adapter", "prompt", "feature_extraction"):
-        result = invoke("finetune", data, *SETTINGS, "--strategy", strategy, "--output", folder / strategy)
+class Runs(dict[str, Path]):
+    """Finished runs by strategy, each made when it is first asked for: processes share the tests."""
+
+    def __init__(self, data: Path, folder: Path) -> None:
+        super().__init__()
+        self.data, self.folder = data, folder
+
+    def __missing__(self, strategy: str) -> Path:
+        output = self[strategy] = self.folder / strategy
+        result = invoke("finetune", self.data, *SETTINGS, "--strategy", strategy, "--output", output)
         assert result.exit_code == 0, result.output
-    return {path.name: path for path in folder.iterdir()}
+        return output
+
+
+@pytest.fixture(scope="module")
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(data, tmp_path_factory.mktemp("runs"))
 
 
 # what each exported file says of itself
@@ -62,7 +72,7 @@ def logits_of(folder: Path, count: int = 5) -> tuple[torch.Tensor, torch.Tensor]
     return images, load_run(folder).model(images)
 
 
-def test_merged_weights_are_the_plain_models(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_merged_weights_are_the_plain_models(runs: Runs, tmp_path: Path) -> None:
     agreement = export_run(runs["lora"], "state_dict", tmp_path / "merged.safetensors")
     plain = dinov2_vits14(28, 2)
     plain.load_state_dict(load_file(agreement.path))
@@ -77,9 +87,7 @@ def test_merged_weights_are_the_plain_models(runs: dict[str, Path], tmp_path: Pa
 
 
 @pytest.mark.parametrize("strategy", cases(["lora"], ["prompt", "adapter", "feature_extraction"]))
-def test_a_program_answers_the_same_for_any_batch(
-    runs: dict[str, Path], tmp_path: Path, strategy: str
-) -> None:
+def test_a_program_answers_the_same_for_any_batch(runs: Runs, tmp_path: Path, strategy: str) -> None:
     agreement = export_run(runs[strategy], "torch", tmp_path / "model.pt2")
     images, expected = logits_of(runs[strategy])
     extra = {"model.json": ""}
@@ -91,7 +99,7 @@ def test_a_program_answers_the_same_for_any_batch(
 
 
 @pytest.mark.parametrize("strategy", cases(["adapter"], ["lora"]))
-def test_onnx_answers_the_same_for_any_batch(runs: dict[str, Path], tmp_path: Path, strategy: str) -> None:
+def test_onnx_answers_the_same_for_any_batch(runs: Runs, tmp_path: Path, strategy: str) -> None:
     import onnxruntime
 
     result = invoke("export", runs[strategy], "--format", "onnx", "--output", tmp_path / "model.onnx")
@@ -107,7 +115,7 @@ def test_onnx_answers_the_same_for_any_batch(runs: dict[str, Path], tmp_path: Pa
 
 
 @pytest.mark.parametrize("strategy", ["adapter", "prompt"])
-def test_what_plain_weights_can_not_hold_is_refused(runs: dict[str, Path], strategy: str) -> None:
+def test_what_plain_weights_can_not_hold_is_refused(runs: Runs, strategy: str) -> None:
     result = invoke("export", runs[strategy], "--format", "state_dict")
     assert result.exit_code == 2
     assert "can't be folded in; export it as onnx or torch" in result.stderr
@@ -115,7 +123,7 @@ def test_what_plain_weights_can_not_hold_is_refused(runs: dict[str, Path], strat
 
 
 def test_a_model_that_answers_otherwise_is_not_written(
-    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(*arguments: Any) -> Any:
         answer = original(*arguments)
@@ -128,7 +136,7 @@ def test_a_model_that_answers_otherwise_is_not_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_predictions_are_the_models(runs: dict[str, Path], data: Path) -> None:
+def test_predictions_are_the_models(runs: Runs, data: Path) -> None:
     run = load_run(runs["lora"])
     images = open_images(data).with_transform(run.transform)
     shares = run.model(torch.stack([images[index][0] for index in range(12)])).softmax(dim=1)
@@ -140,7 +148,7 @@ def test_predictions_are_the_models(runs: dict[str, Path], data: Path) -> None:
         assert [found[name] for name in CLASSES] == pytest.approx(share.tolist(), abs=1e-5)
 
 
-def test_predictions_as_csv_and_table(runs: dict[str, Path], data: Path) -> None:
+def test_predictions_as_csv_and_table(runs: Runs, data: Path) -> None:
     picture = data / "dark" / "00.png"
     printed = invoke("predict", runs["lora"], picture, "--format", "csv").stdout
     (row,) = csv.DictReader(io.StringIO(printed))
@@ -162,7 +170,7 @@ def test_no_run_is_told(arguments: list[str], told: str) -> None:
     assert told in result.stderr
 
 
-def test_no_pictures_are_told(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_no_pictures_are_told(runs: Runs, tmp_path: Path) -> None:
     assert "found nothing at gone.png" in invoke("predict", runs["lora"], "gone.png").stderr
     assert "found none" in invoke("predict", runs["lora"], tmp_path).stderr
     (tmp_path / "broken.png").write_bytes(b"no picture")
@@ -171,7 +179,7 @@ def test_no_pictures_are_told(runs: dict[str, Path], tmp_path: Path) -> None:
     assert "broken.png" in result.stderr
 
 
-def test_damaged_runs_are_told(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_damaged_runs_are_told(runs: Runs, tmp_path: Path) -> None:
     run = shutil.copytree(runs["feature_extraction"], tmp_path / "run")
     weights = run / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])

@@ -87,7 +87,8 @@ def test_two_processes_give_the_curve_of_one(
         torch.testing.assert_close(state(output)["engine"]["weights"][name], weight, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("sharding", cases(["fsdp2"], ["ddp"]))
+@pytest.mark.full
+@pytest.mark.parametrize("sharding", ["fsdp2", "ddp"])
 def test_two_processes_go_on_after_a_kill(
     together: Callable[[str, str], Path], tmp_path: Path, sharding: str
 ) -> None:
