@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks.candidates import TOLERANCE, adapter_candidates
 from benchmarks.marks import parameters
-from benchmarks.measuring import checked_candidates, memory, time_in_turns
-from benchmarks.results_file import Record
-from benchmarks.shapes import Case, adapter_cases, adapter_flops
+from benchmarks.measuring import memory, time_in_turns
+from benchmarks.shapes import adapter_cases, adapter_flops
+from fastlora.bench.candidates import TOLERANCE, adapter_candidates
+from fastlora.bench.cases import Case
+from fastlora.bench.checked import checked_candidates
+from fastlora.bench.results_file import Record
 
 
 @pytest.mark.parametrize("case", parameters(adapter_cases()))

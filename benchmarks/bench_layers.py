@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks.candidates import TOLERANCE, lora_candidates
 from benchmarks.marks import parameters
-from benchmarks.measuring import checked_candidates, time_in_turns
-from benchmarks.results_file import Record
-from benchmarks.shapes import Case, layer_cases, layer_work
+from benchmarks.measuring import time_in_turns
+from benchmarks.shapes import layer_cases, layer_work
+from fastlora.bench.candidates import TOLERANCE, lora_candidates
+from fastlora.bench.cases import Case
+from fastlora.bench.checked import checked_candidates
+from fastlora.bench.results_file import Record
 
 
 @pytest.mark.parametrize("case", parameters(layer_cases()))

@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks.candidates import TOLERANCE, lora_candidates
 from benchmarks.marks import parameters
-from benchmarks.measuring import checked_candidates, memory
-from benchmarks.results_file import Record
-from benchmarks.shapes import Case, memory_cases
+from benchmarks.measuring import memory
+from benchmarks.shapes import memory_cases
+from fastlora.bench.candidates import TOLERANCE, lora_candidates
+from fastlora.bench.cases import Case
+from fastlora.bench.checked import checked_candidates
+from fastlora.bench.results_file import Record
 
 
 @pytest.mark.parametrize("case", parameters(memory_cases()))

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 import fastlora
 from benchmarks import peft_steps
-from benchmarks.candidates import DTYPES, TOLERANCE
 from benchmarks.marks import parameters
-from benchmarks.measuring import BOUNDS, checked, peaks, time_in_turns, without
-from benchmarks.results_file import Record
-from benchmarks.shapes import Case, step_cases
-from benchmarks.turns import Step
+from benchmarks.measuring import peaks, time_in_turns
+from benchmarks.shapes import step_cases
 from fastlora._core.extras import require
+from fastlora.bench.candidates import DTYPES, TOLERANCE
+from fastlora.bench.cases import Case
+from fastlora.bench.checked import BOUNDS, checked, without
+from fastlora.bench.results_file import Record
+from fastlora.bench.turns import Step
 
 
 def tiny_bert() -> peft_steps.Case:

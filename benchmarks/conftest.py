@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.results_file import Record, ResultsFile, as_json_row
-from benchmarks.shapes import Case
+from benchmarks.shapes import is_quick
+from fastlora.bench.cases import Case
 from fastlora.bench.page import PAGE, write_report
+from fastlora.bench.results_file import Record, ResultsFile, as_json_row
 
 _FILES = pytest.StashKey[dict[str, ResultsFile]]()
 
@@ -39,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what ``--quick`` does."""
     if config.getoption("--quick"):
-        items[:] = [item for item in items if (case := _case_of(item)) is not None and case.is_quick]
+        items[:] = [item for item in items if (case := _case_of(item)) is not None and is_quick(case)]
 
 
 def _case_of(item: pytest.Item) -> Case | None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.shapes import Case
+from fastlora.bench.cases import Case
 
 
 def parameters(cases: Iterable[Case]) -> list[Any]:

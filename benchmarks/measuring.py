@@ -1,60 +1,18 @@
-"""How a case is measured: checked, then timed in turns inside pytest-benchmark, its memory counted."""
+"""How a case is measured: timed in turns inside pytest-benchmark, its memory counted."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.candidates import Candidates
-from benchmarks.shapes import Case
-from benchmarks.turns import WARM_UP_TURNS, Clock, Step, Turns, check_equal, cpu_clock, peak_bytes
+from fastlora.bench.cases import Case
+from fastlora.bench.checked import BOUNDS
+from fastlora.bench.results import OURS
+from fastlora.bench.turns import WARM_UP_TURNS, Clock, Step, Turns, cpu_clock, gpu_peak_bytes, peak_bytes
 
-OURS = "fastlora"
-# these compute something else: bounds, not candidates
-BOUNDS = ("frozen", "products")
 # a step this long in ms needs fewer rounds
 _LONG = 400.0
-
-
-def checked(
-    steps: dict[str, Step], tolerance: float, *, expected: str = "reference"
-) -> tuple[dict[str, Step], dict[str, str]]:
-    """The candidates that compute what ``expected`` does, and why others are left out.
-
-    Raises:
-        RuntimeError: A candidate computes something else.
-    """
-    right, left_out = steps[expected](), dict[str, str]()
-    for name in [name for name in steps if name not in (*BOUNDS, expected)]:
-        try:
-            got = steps[name]()
-        except Exception as error:
-            # a machine without a C++ compiler, a graph the compiler does not take: the others still count
-            if "compiled" not in name:
-                raise
-            left_out[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-            continue
-        check_equal(name, got, right, tolerance)
-    return without(steps, left_out), left_out
-
-
-def checked_candidates(
-    case: Case, make: Callable[[Case], Candidates], tolerance: float
-) -> tuple[Candidates, dict[str, str]]:
-    """A case's candidates, checked without dropout: with it, each draws a mask of its own."""
-    made = make(case.without_dropout())
-    right, left_out = checked(made.steps, tolerance)
-    if case.dropout:
-        made = make(case)
-        right = without(made.steps, left_out)
-    return replace(made, steps=right), left_out
-
-
-def without(steps: Mapping[str, Step], left_out: Iterable[str]) -> dict[str, Step]:
-    """The candidates but for some."""
-    return {name: step for name, step in steps.items() if name not in left_out}
 
 
 def time_in_turns(benchmark: Any, case: Case, steps: Mapping[str, Step], rounds: int) -> dict[str, Any]:
@@ -121,7 +79,7 @@ def memory(case: Case, steps: Mapping[str, Step], given: Iterable[Tensor]) -> di
 
 def peaks(case: Case, steps: Mapping[str, Step]) -> dict[str, int]:
     """The most that each step's tensors hold at once, beside what was there before it, in bytes."""
-    peak = peak_bytes if case.device == "cpu" else _gpu_peak_bytes
+    peak = peak_bytes if case.device == "cpu" else gpu_peak_bytes
     return {name: peak(step) for name, step in steps.items()}
 
 
@@ -138,12 +96,3 @@ def kept_bytes(step: Step, outside: set[int]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         step()
     return sum(kept.values())
-
-
-def _gpu_peak_bytes(step: Step) -> int:
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 import fastlora
 from benchmarks.runs import page_parser, table
-from benchmarks.turns import environment, peak_bytes, take_turns
 from fastlora._core.extras import package_folder, require
 from fastlora._core.files import write_file, write_report
 from fastlora.bench.results import geometric_mean
+from fastlora.bench.turns import environment, peak_bytes, take_turns
 
 RANK, ALPHA, BATCH, TOKENS, PIXELS = 16, 32, 16, 128, 112
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

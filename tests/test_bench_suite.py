@@ -17,12 +17,12 @@ ROOT = Path(__file__).parents[1]
 # the same functions as the suite's, on cases that take no time; one of them computes something else
 TINY = """
 import pytest
-from benchmarks import candidates
+from fastlora.bench import candidates
 from benchmarks.bench_adapters import bench_adapter as adapter
 from benchmarks.bench_layers import bench_layer as layer
 from benchmarks.bench_memory import bench_memory as memory
 from benchmarks.marks import parameters
-from benchmarks.shapes import Case
+from fastlora.bench.cases import Case
 
 TINY = dict(k=16, n=16, rank=4, dtype="fp32", threads=1)
 LAYER = Case("layers", "tiny", 8, dropout=0.1, **TINY)

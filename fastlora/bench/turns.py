@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-import fastlora
+from fastlora._version import __version__
 
 Step = Callable[[], tuple[Tensor, ...]]
 # a step's time in ms
@@ -79,6 +79,16 @@ def peak_bytes(step: Step) -> int:
     return peak
 
 
+def gpu_peak_bytes(step: Step) -> int:
+    """The most that a step's tensors hold at once on the current GPU, beside what was there before it."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def check_equal(name: str, got: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float) -> None:
     """Refuse to time a candidate that computes something else.
 
@@ -102,7 +112,7 @@ def environment(*packages: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         **{package: _version(package) for package in packages},
-        "fastlora": fastlora.__version__,
+        "fastlora": __version__,
         "date": time.strftime("%Y-%m-%d"),
     }
 

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks.shapes import Case
-from benchmarks.turns import environment, processor
 from fastlora._core.files import write_report
+from fastlora.bench.cases import Case
 from fastlora.bench.results import SCHEMA
+from fastlora.bench.turns import environment, processor
 
 _CLOCKS = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.limit,temperature.gpu"
 

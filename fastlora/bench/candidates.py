@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import fastlora
-from benchmarks.library_split import LibrarySplit
-from benchmarks.shapes import ALPHA, BOTH, FORWARD, Case
-from benchmarks.turns import Step
 from fastlora import reference
 from fastlora._core.extras import require
+from fastlora.bench.cases import ALPHA, BOTH, FORWARD, Case
+from fastlora.bench.library_split import LibrarySplit
+from fastlora.bench.turns import Step
+from fastlora.nn import AdapterLayer, LoRALinear
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # largest error relative to the reference's largest element that still counts as the same function
@@ -47,7 +47,7 @@ def lora_candidates(case: Case) -> Candidates:
         base = nn.Linear(_size(case.k), _size(case.n), dtype=dtype).requires_grad_(False)
         x = torch.randn(_size(case.m), _size(case.k), dtype=dtype).requires_grad_()
         dy = torch.randn(_size(case.m), _size(case.n), dtype=dtype)
-    fused = fastlora.LoRALinear.from_linear(base, rank=case.rank, alpha=ALPHA, dropout=case.dropout)
+    fused = LoRALinear.from_linear(base, rank=case.rank, alpha=ALPHA, dropout=case.dropout)
     a, b = fused.lora_A, fused.lora_B
     with torch.no_grad():
         b.normal_(std=0.02)
@@ -87,7 +87,7 @@ def _step(case: Case, forward: Forward, inputs: tuple[Tensor, ...], grad: Tensor
     return step
 
 
-def _eager(base: nn.Linear, fused: fastlora.LoRALinear, dropout: float, *, compiled: bool = False) -> Forward:
+def _eager(base: nn.Linear, fused: LoRALinear, dropout: float, *, compiled: bool = False) -> Forward:
     formula = reference.lora_linear
     if compiled:
         # of one case's graph nothing is of use to the next
@@ -103,7 +103,7 @@ def _eager(base: nn.Linear, fused: fastlora.LoRALinear, dropout: float, *, compi
 
 
 def _peft_layer(
-    base: nn.Linear, fused: fastlora.LoRALinear, dropout: float, fp32_adapters: bool
+    base: nn.Linear, fused: LoRALinear, dropout: float, fp32_adapters: bool
 ) -> tuple[Any, Tensor, Tensor]:
     peft = require("peft", distribution="peft", purpose="the comparison with PEFT", extra="bench")
     config = peft.LoraConfig(
@@ -145,7 +145,7 @@ def adapter_candidates(case: Case) -> Candidates:
     torch.manual_seed(0)
     hidden, dtype = _size(case.k), DTYPES[case.dtype]
     eager = EagerAdapter(hidden, case.rank, case.dropout).to(case.device, dtype)
-    ours = fastlora.AdapterLayer(
+    ours = AdapterLayer(
         hidden, case.rank, dropout=case.dropout, dtype=dtype, device=torch.device(case.device)
     )
     for mine, theirs in ((ours.down_proj, eager.down), (ours.up_proj, eager.up)):
