@@ -134,8 +134,17 @@ def decide_adapter(h: Tensor, down_weight: Tensor, dtype: torch.dtype, *, droppi
 
 
 def is_aligned(*matrices: Tensor) -> bool:
-    """Whether kernels can read the rows in wide words where they lie."""
-    return all(in_wide_words(t.shape[1], t.stride(0), t.data_ptr()) for t in matrices)
+    """Whether kernels can read the rows in wide words where they lie, by tensor descriptors too."""
+    return all(in_wide_words(t.shape[1], t.stride(0), t.data_ptr()) and not _too_long(t) for t in matrices)
+
+
+def _too_long(matrix: Tensor) -> bool:
+    """Whether rows of a wider matrix reach so far that Triton 3.7 and 3.8 count the bytes wrong, in 32 bits.
+
+    The plan knows sizes alone, and keeps large tensors without margins out of descriptors by itself.
+    """
+    stride = matrix.stride(0)
+    return stride > matrix.shape[1] and matrix.shape[0] * stride * matrix.element_size() >= 2**31
 
 
 def in_wide_words(*numbers: int) -> bool:
@@ -147,9 +156,10 @@ def _is_small(x: Tensor, weight: Tensor, lora_A: Tensor, dtype: torch.dtype) -> 
     """Whether a CPU call costs more by its launches than by its passes, so that eager's fewer ones win.
 
     Not with dropout, whose mask has to be the same in a compiled graph, which serves any number of rows; nor
-    where float32 trains, which the fused backward does as fast at any size.
+    in float32, where the fused backward is as fast at any size. Whether gradients are recorded doesn't count:
+    a checkpoint computes the same call first without, then with them, and has to find the same bits.
     """
-    if torch.compiler.is_compiling() or (dtype == torch.float32 and torch.is_grad_enabled()):
+    if torch.compiler.is_compiling() or dtype == torch.float32:
         return False
     small = x.numel() * weight.shape[0] <= _SMALL_LORA
     return small and _needs_no_packing(x, dtype, *weight.shape, lora_A.shape[0])
@@ -166,5 +176,4 @@ def _needs_no_packing(x: Tensor, dtype: torch.dtype, *sizes: int) -> bool:
     if dtype.itemsize != 2:
         return True
     # rows are a line's length in a gradient that comes transposed
-    rows_even = x.shape[:-1].numel() % 2 == 0 or not torch.is_grad_enabled()
-    return rows_even and x.stride(-1) == 1 and all(size % 2 == 0 for size in sizes)
+    return x.shape[:-1].numel() % 2 == 0 and x.stride(-1) == 1 and all(size % 2 == 0 for size in sizes)
