@@ -49,6 +49,8 @@ def forward(
     choice = choice_of("forward", paths, shape, x, dropping=seed is not None)
     layer = (x, weight, bias, lora_A, lora_B)
     if choice.path == "library":
+        # it would draw another mask
+        assert seed is None
         return lora_torch.forward(*layer, None, scaling=scaling, dropout=0.0, y=y)
     with current_device(x):
         if choice.path == "single":
@@ -91,6 +93,7 @@ def backward(
     target = targets.detect(dy.device)
     choice = choice_of("backward", paths, shape, dy, dropping=mask is not None)
     if choice.path == "library":
+        assert mask is None
         return lora_torch.backward(
             dy, x, weight, lora_A, lora_B, s, None,
             scaling=scaling, dropout=0.0, need_x=need_x, need_A=need_A, need_B=need_B,

@@ -68,6 +68,10 @@ def choices(part: Pass, call: LayerCall, device: torch.device) -> list[Choice]:
     for candidate in paths.candidates(part, Call(call.shape, dtype, target, call.dropout > 0)):
         if candidate.refused:
             continue
+        if candidate.path == "library" and call.dropout:
+            # where no kernel is meant for the call; the library's mask has another form
+            found.append(Choice("split"))
+            continue
         kernel = LARGE_KERNELS.get((part, candidate.path))
         tiles = (
             ()
