@@ -56,7 +56,8 @@ def test_rows_change_without_compiling_again() -> None:
         torch.testing.assert_close(y, model(x))
         torch.testing.assert_close(gradients(model, y), gradients(model, model(x)))
         first = first or counter.frame_count
-    assert counter.frame_count == first
+    # a symbol for alpha is made a constant in a second graph
+    assert counter.frame_count == first <= 2
 
 
 @pytest.mark.parametrize(
@@ -79,6 +80,9 @@ def test_another_alpha_or_dropout_compiles_once(values: list[tuple[float, float]
         torch.testing.assert_close(y, expected)
         torch.testing.assert_close(gradients(model, y), gradients(model, expected))
         counts.append(counter.frame_count)
+    # torch first takes a number for a constant, then for a symbol that its own checks make a constant again
+    most = [1, 3, 4]
+    assert all(count <= limit for count, limit in zip(counts, most, strict=False))
     assert counts[2:] == [counts[2]] * 4
 
 
@@ -174,4 +178,5 @@ def test_the_kernels_in_one_graph_for_any_number_of_rows(
         for one, other in zip(*results, strict=True):
             assert torch.equal(one, other)
         first = first or counter.frame_count
-    assert counter.frame_count == first
+    # a symbol for alpha is made a constant in a second graph
+    assert counter.frame_count == first <= 2
