@@ -1,7 +1,7 @@
 """What a layer costs the host of a GPU: microseconds of Python and of Triton's launcher, without a GPU.
 
 The ops run as on an H100, launches included, up to the driver, which is the tests' stand-in
-(``tests/launch``): a real one takes 2 to 4 µs more a launch. Matrices are tiny, so that a library product
+(``tests/launch``) and does nothing. Matrices are tiny, so that a library product
 takes a CPU about what its launch takes a GPU's host. A layer whose GPU work is shorter waits for the host.
 
     python -m benchmarks.host_times --json host_times.json
@@ -9,7 +9,6 @@ takes a CPU about what its launch takes a GPU's host. A layer whose GPU work is 
 
 import argparse
 import json
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastlora
+from benchmarks.turns import processor
 from fastlora.tuning.calls import LayerCall
 from fastlora_kernels.choose.tuned import Choice
 from tests.launch.calls import measured
@@ -61,7 +61,7 @@ class Passes:
         """Time a layer.
 
         Args:
-            name: Of the row.
+            name: What the row is called.
             layer: Called with x ``[64, 64]``.
             trained: What wants a gradient beside x.
         """
@@ -122,7 +122,7 @@ def main() -> None:
         print(f"{name:40} {row['forward']:7.0f} {row['backward']:8.0f} {row['launches']:8.0f}")
     if arguments.json:
         told: dict[str, Any] = {"torch": torch.__version__, "triton": triton.__version__}
-        told |= {"host": platform.processor() or platform.machine(), "target": arguments.target, "rows": rows}
+        told |= {"host": processor(), "target": arguments.target, "rows": rows}
         arguments.json.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
 
 

@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from fastlora_kernels.tile import MASK_WORD_BITS as MASK_WORD_BITS
-from fastlora_kernels.tile import TILES_PER_GROUP as TILES_PER_GROUP
 
 # what stands for a dropped bottleneck element: every activation and its slope are exactly 0 there, so no mask
 # has to be kept beside z; float16 can hold it

@@ -43,13 +43,13 @@ def lora(
         n: Features that come out.
         k: Features that go in.
         r: Rank.
-        dtype: Of x, weight and bias.
-        adapter_dtype: Of A, B and DoRA's magnitude; None for ``dtype``.
+        dtype: Dtype of x, weight and bias.
+        adapter_dtype: Dtype of A, B and DoRA's magnitude; None for ``dtype``.
         p: Dropout's probability.
         wanted: Whose gradients: letters out of ``x``, ``a``, ``b`` and, with DoRA, ``m``.
-        bias: Whether there is one.
+        bias: Whether the layer has a bias.
         dora: Whether it is DoRA's.
-        backend: As ``fastlora.use_backend`` takes it.
+        backend: Name of a backend, see :func:`fastlora.use_backend`.
         training: Whether dropout is on.
         x: Another input than a new ``[m, k]``.
         weight: Another weight than a new ``[n, k]``.
@@ -98,16 +98,16 @@ def adapter(
 
     Args:
         m: Rows of h.
-        hidden: Its columns.
+        hidden: Columns of h.
         size: The bottleneck.
-        dtype: Of h.
-        parameter_dtype: Of the four parameters; None for ``dtype``.
+        dtype: Dtype of h.
+        parameter_dtype: Dtype of the four parameters; None for ``dtype``.
         p: Dropout's probability.
         wanted: Whose gradients: letters out of ``h``, ``d`` (down) and ``u`` (up).
-        bias: Whether there are biases.
+        bias: Whether both products have a bias.
         residual: ``input``, ``tensor`` for another tensor, or None.
-        activation: Between the products.
-        backend: As ``fastlora.use_backend`` takes it.
+        activation: Name of the function between the products.
+        backend: Name of a backend, see :func:`fastlora.use_backend`.
     """
 
     def forward() -> Backward | None:

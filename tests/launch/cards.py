@@ -7,7 +7,7 @@ class Card(NamedTuple):
     """What a driver tells of a GPU.
 
     Attributes:
-        name: As the driver has it.
+        name: What the driver calls the card.
         multiprocessors: SMs or compute units.
         shared_bytes: Shared memory that one program may use.
         shared_per_multiprocessor: Shared memory of all programs on one of them.

@@ -24,7 +24,7 @@ class Expected(NamedTuple):
     """A parameter.
 
     Attributes:
-        name: Of the argument, or of a part of it.
+        name: The argument, or the part of it, that this is.
         size: In bytes.
         start: The first of its bytes; the others don't matter.
     """
