@@ -36,18 +36,23 @@ def no_norm() -> nn.Module:
 
 BAD: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "no-blocks": (mlp, {}, ValueError, "got Sequential with none that we know; say where.*target_modules"),
-    "style": (tiny_vit, {"placement": "adapterhub"}, ValueError, "'houlsby', 'pfeiffer', 'parallel' without"),
+    "style": (
+        tiny_vit,
+        {"placement": "adapterhub"},
+        ValueError,
+        "placement without target_modules to be 'houlsby', 'pfeiffer', 'parallel'",
+    ),
     "style-of-names": (
         tiny_vit,
         {"placement": "sequential"},
         ValueError,
-        "'parallel' without target_modules",
+        "without target_modules to be 'houlsby', 'pfeiffer', 'parallel', got 'sequential'",
     ),
     "style-of-blocks": (
         mlp,
         {"target_modules": ["head"], "placement": "houlsby"},
         ValueError,
-        "to be 'sequential', 'parallel' with target_modules, got 'houlsby'",
+        "with target_modules to be 'sequential', 'parallel', got 'houlsby'",
     ),
     "torch-parallel": (
         torch_encoder,

@@ -144,6 +144,20 @@ def test_files_become_named_adapters(tmp_path: Path) -> None:
     torch.testing.assert_close(PeftModel.from_pretrained(plain, tmp_path / "again")(WORDS), outputs["b"])
 
 
+def test_a_file_with_dropout_joins_a_model_with_an_embedding(tmp_path: Path) -> None:
+    """Which has nothing to drop: PEFT passes over its dropout, too."""
+    words = LoraConfig(r=2, target_modules=TARGETS, lora_dropout=0.1)
+    get_peft_model(Model(), words).save_pretrained(str(tmp_path / "peft"))
+    own = fastlora.apply_lora(Model(), target_modules=TARGETS, rank=2, dropout=0.1)
+    fastlora.save_adapter(own, tmp_path / "own")
+    base = two()
+    for name in ("peft", "own"):
+        fastlora.load_adapter(base, tmp_path / name, adapter_name=name)
+        set_adapter(base, name)
+        dropouts = {type(m).__name__: m.lora_dropout for m in base.modules() if isinstance(m, LoRAModule)}
+        assert dropouts == {"LoRAEmbedding": 0.0, "LoRAConv2d": 0.1, "LoRALinear": 0.1}
+
+
 def test_a_file_that_does_not_fit_adds_nothing(tmp_path: Path) -> None:
     model = two()
     before = {name: t.clone() for name, t in model.state_dict().items()}

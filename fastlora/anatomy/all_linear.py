@@ -22,7 +22,7 @@ def classifier_heads(model: nn.Module) -> dict[str, nn.Module]:
     """The classification head of a model of Hugging Face, timm or torchvision; empty for other models.
 
     Hugging Face's is all that stands beside the pretrained base model (a ``pre_classifier``, too), timm's the
-    last layer, torchvision's too where it is linear (its detectors end in convolutions for boxes).
+    last layer, torchvision's too where it is linear: its detectors have none under a usual name.
     """
     kinds = [kind for kind in type(model).__mro__ if kind is not nn.Module]
     libraries = {kind.__module__.partition(".")[0] for kind in kinds}

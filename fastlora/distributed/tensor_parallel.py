@@ -67,7 +67,7 @@ class LoRAColwiseParallel(ColwiseParallel):
     With the same seed everywhere dropout is that of one process.
 
     Raises:
-        TypeError: The module is no LoRALinear.
+        TypeError: The module is no LoRALinear, but a subclass, one parallel already, or another kind.
         ValueError: It is merged, has DoRA, or a start to subtract (``fastlora.init``).
 
     Example:
@@ -93,7 +93,7 @@ class LoRARowwiseParallel(RowwiseParallel):
     The processes' parts of the input are dropped at the same places where their seeds are the same.
 
     Raises:
-        TypeError: The module is no LoRALinear.
+        TypeError: The module is no LoRALinear, but a subclass, one parallel already, or another kind.
         ValueError: It is merged, has DoRA, or a start to subtract (``fastlora.init``).
     """
 
@@ -109,8 +109,9 @@ class LoRARowwiseParallel(RowwiseParallel):
 def _checked(module: nn.Module, style: str) -> LoRALinear:
     if type(module) is not LoRALinear:
         raise TypeError(
-            f"expected a fastlora.LoRALinear for {style}, got {type(module).__name__}; call "
-            "fastlora.apply_lora first, and use torch's own styles for other modules"
+            f"expected a fastlora.LoRALinear, no subclass and not parallel already, for {style}, got "
+            f"{type(module).__name__}; call fastlora.apply_lora first, and use torch's own styles for other "
+            "modules"
         )
     problem = None
     if module.merged:

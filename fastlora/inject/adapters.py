@@ -1,12 +1,12 @@
 """Put bottleneck adapters into a model."""
 
 from collections.abc import Collection, Mapping
-from typing import Literal, TypeVar
+from typing import Literal, cast
 
 import torch
 from torch import nn
 
-from fastlora._core.option_checks import check_count
+from fastlora._core.option_checks import check_count, check_one_of
 from fastlora._core.words import first_few
 from fastlora.anatomy.all_linear import tell_frozen_head
 from fastlora.anatomy.blocks import find_blocks, output_sizes
@@ -30,7 +30,6 @@ from fastlora.reference import Activation
 _BLOCK_STYLES = ("houlsby", "pfeiffer", "parallel")
 _NAMED_STYLES: tuple[AdapterPlacement, ...] = ("sequential", "parallel")
 Placement = Literal["houlsby", "pfeiffer", "parallel", "sequential"]
-Style = TypeVar("Style", bound=str)
 
 
 def apply_adapters(
@@ -108,29 +107,19 @@ def apply_adapters(
     _check_no_adapters(root)
     chosen: dict[str, AdapterPlacement]
     if target_modules is None:
-        style = _style(placement, _BLOCK_STYLES, "without target_modules")
+        style = _BLOCK_STYLES[0] if placement is None else placement
+        check_one_of("placement without target_modules", style, _BLOCK_STYLES)
         chosen, whole = _choose_blocks(root, style, exclude_modules, modules_to_save)
     else:
-        named: AdapterPlacement = _style(placement, _NAMED_STYLES, "with target_modules")
+        named = _NAMED_STYLES[0] if placement is None else placement
+        check_one_of("placement with target_modules", named, _NAMED_STYLES)
         modules, whole = select_targets(root, target_modules, exclude_modules, modules_to_save)
-        chosen = dict.fromkeys(modules, named)
+        chosen = dict.fromkeys(modules, cast(AdapterPlacement, named))
     _check_whole(root, whole)
     add_adapters(root, _plan_places(root, chosen, settings, hidden_size), adapter_dtype)
     train_only_tuners(root, whole)
     tell_frozen_head(root)
     return model
-
-
-def _style(placement: str | None, accepted: tuple[Style, ...], when: str) -> Style:
-    if placement is None:
-        return accepted[0]
-    for style in accepted:
-        if style == placement:
-            return style
-    raise ValueError(
-        f"expected placement to be {', '.join(map(repr, accepted))} {when}, got {placement!r}; "
-        "use one of these"
-    )
 
 
 def _choose_blocks(

@@ -1,7 +1,6 @@
 """Put LoRA layers into a model by name, fold them in, and take them out again."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from fastlora.nn import (
     LoRAMultiheadAttention,
 )
 from fastlora.nn.lora.checks import check_carrier
-from fastlora.nn.lora.layout import layout_of
+from fastlora.nn.lora.layout import fitted, layout_of
 from fastlora.nn.settings import LoRASettings
 
 # what can carry LoRA, and how the LoRA layer is made of it
@@ -71,12 +70,12 @@ def apply_lora(
             every ``….query``); or a regular expression for whole names; or ``"all-linear"`` for every
             ``nn.Linear`` and ``nn.MultiheadAttention`` except what ``model.get_output_embeddings()`` returns
             and the head of a classifier of Hugging Face, timm or torchvision. That head is trained whole, as
-            PEFT does it for a classification task; ``exclude_modules`` leaves it frozen. Other models' heads
-            are linear layers like all. What else ``"all-linear"`` does not reach (convolutions, the experts
-            of a mixture kept in one tensor) is logged as a warning. An attention includes its ``out_proj``;
-            convolutions and embeddings are adapted where they are named, never by ``"all-linear"``. Layers
-            whose weights the model reads without calling them (torchvision's Swin, see the warning logged)
-            can't carry LoRA: ``"all-linear"`` leaves them out.
+            PEFT does it for a classification task; ``exclude_modules`` leaves it frozen. Where nothing else
+            is linear, and in other models, a head is a linear layer like all. What else ``"all-linear"`` does
+            not reach (convolutions, the experts of a mixture kept in one tensor) is logged as a warning. An
+            attention includes its ``out_proj``; convolutions and embeddings are adapted where they are named,
+            never by ``"all-linear"``. Layers whose weights the model reads without calling them
+            (torchvision's Swin, see the warning logged) can't carry LoRA: ``"all-linear"`` leaves them out.
         rank: Inner size of every update.
         alpha: Strength of every update.
         dropout: Probability in [0, 1] of zeroing an element of an update's input while training; an
@@ -291,7 +290,5 @@ def add_lora(model: nn.Module, plan: Mapping[nn.Module, LoRASettings]) -> None:
 
 
 def _adapted(module: nn.Module, settings: LoRASettings) -> nn.Module:
-    if not layout_of(module).drops:
-        settings = replace(settings, dropout=0.0)
     maker = next(maker for kind, maker in _MAKERS.items() if isinstance(module, kind))
-    return maker(module, **vars(settings))
+    return maker(module, **vars(fitted(module, settings)))

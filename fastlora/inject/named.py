@@ -11,7 +11,7 @@ from fastlora._core.words import did_you_mean
 from fastlora.anatomy.names import Model, require_lora_layers, unwrap
 from fastlora.nn import LoRAModule
 from fastlora.nn.lora.checks import check_parameter
-from fastlora.nn.lora.layout import check_fit
+from fastlora.nn.lora.layout import check_fit, fitted
 from fastlora.nn.lora.shelf import Shelf
 from fastlora.nn.settings import LoRASettings
 
@@ -64,11 +64,7 @@ def add_adapter(
     given = {"rank": rank, "alpha": alpha, "dropout": dropout, "rslora": rslora, "dora": dora}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
 
-    def settings(layer: LoRAModule) -> LoRASettings:
-        own = {k: v for k, v in changes.items() if k != "dropout" or layer._layout.drops}
-        return replace(layer._settings(), **own)
-
-    put_in(model, adapter_name, settings)
+    put_in(model, adapter_name, lambda layer: replace(layer._settings(), **changes))
     return model
 
 
@@ -117,7 +113,7 @@ def put_in(model: nn.Module, name: str, settings: Callable[[LoRAModule], LoRASet
     layers = all_layers(model)
     _check_new(model, name)
     _check_unsharded(layers)
-    wanted = [(layer, settings(layer)) for layer in layers]
+    wanted = [(layer, fitted(layer._weight_owner(), settings(layer))) for layer in layers]
     for layer, asked in wanted:
         check_fit(layer._weight_owner(), asked)
     for layer, asked in wanted:

@@ -17,7 +17,19 @@ def check_carrier(layer: object) -> None:
     """
     if isinstance(layer, nn.MultiheadAttention):
         check_attention(layer)
-    elif isinstance(layer, nn.Embedding):
+    else:
+        check_wrappable(layer)
+
+
+def check_wrappable(layer: object) -> None:
+    """Refuse a layer that no ``LoRALayer`` can go around.
+
+    Raises:
+        TypeError: None of a kind with one weight, one that computes something else, or one whose weight is no
+            plain floating Parameter.
+        ValueError: A setting that its LoRA layer has not, or a weight on the meta device.
+    """
+    if isinstance(layer, nn.Embedding):
         check_embedding(layer)
     else:
         check_plain(layer, nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear)

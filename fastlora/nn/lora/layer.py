@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastlora.nn.lora.base import LoRAModule
-from fastlora.nn.lora.checks import check_embedding, check_plain
+from fastlora.nn.lora.checks import check_wrappable
 from fastlora.nn.lora.conv import check_groups, convolve
 from fastlora.nn.lora.embedding import embed
 from fastlora.nn.lora.linear import describe
@@ -57,10 +57,7 @@ class LoRALayer(LoRAModule):
     ) -> None:
         """See the class."""
         settings = LoRASettings(rank, alpha, dropout, rslora, adapter_dtype, dora)
-        if isinstance(original_layer, nn.Embedding):
-            check_embedding(original_layer)
-        else:
-            check_plain(original_layer, nn.Conv2d if isinstance(original_layer, nn.Conv2d) else nn.Linear)
+        check_wrappable(original_layer)
         super().__init__()
         self.original_layer = original_layer
         self._add_lora(settings)

@@ -1,6 +1,7 @@
 """How an update lies beside each kind of layer: PEFT's names and shapes, first values, and what can't be."""
 
 import math
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -151,6 +152,11 @@ def lora_parts(layer: nn.Module, rank: int, *, dora: bool = False) -> dict[str, 
 def adapter_dtype(weight_dtype: torch.dtype) -> torch.dtype:
     """What A and B have where nobody says: float32 beside a 16-bit weight."""
     return torch.float32 if weight_dtype.itemsize < 4 else weight_dtype
+
+
+def fitted(layer: nn.Module, settings: LoRASettings) -> LoRASettings:
+    """What a layer takes of settings for many: no dropout where it has nothing to act on."""
+    return settings if layout_of(layer).drops else replace(settings, dropout=0.0)
 
 
 def check_fit(layer: nn.Module, settings: LoRASettings) -> None:
