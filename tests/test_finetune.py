@@ -268,7 +268,8 @@ def test_bad_pictures_are_told(data: Path, tmp_path: Path) -> None:
     result = invoke(one, *RESNET, "--output", tmp_path / "run")
     assert (result.exit_code, "two classes" in result.stderr) == (2, True), result.stderr
     (tmp_path / "empty").mkdir()
-    assert invoke(tmp_path / "empty", *RESNET).exit_code == 2
+    result = invoke(tmp_path / "empty", *RESNET, "--output", tmp_path / "run")
+    assert (result.exit_code, "empty" in result.stderr) == (2, True), result.stderr
     other = write_pictures(tmp_path / "other", classes=("dark", "light", "new"))
     result = invoke(data, *RESNET, "--test", other, "--output", tmp_path / "run")
     assert result.exit_code == 2
@@ -319,7 +320,8 @@ def test_weights_of_another_architecture_are_refused(data: Path, tmp_path: Path)
     from torchvision.models import resnet34
 
     torch.save(resnet34().state_dict(), tmp_path / "weights.pt")
-    result = invoke(data, "--model", "resnet18", "--weights", tmp_path / "weights.pt", "--image-size", 32)
+    weights = ["--weights", tmp_path / "weights.pt"]
+    result = invoke(data, "--model", "resnet18", *weights, "--image-size", 32, "--output", tmp_path / "run")
     assert result.exit_code == 2
     assert "weights.pt" in result.stderr
 

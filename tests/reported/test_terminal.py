@@ -138,7 +138,11 @@ def test_machines_get_the_names_themselves(data: Path, trained: tuple[Path, Any]
     ],
     ids=lambda arguments: arguments[0],
 )
-def test_an_error_is_one_line(arguments: tuple[str, ...]) -> None:
+def test_an_error_is_one_line(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # where a command's default output folder may be made
+    monkeypatch.chdir(tmp_path)
     result = invoke(*arguments)
     assert result.exit_code == 2, result.output
     check_plain(result.stderr, "error: ")
