@@ -225,7 +225,8 @@ Kept is what forward leaves for backward, peak the most that a step's tensors ho
 AdapterHub has no LoRA on the attention's output projection and knows no DINOv2.
 LoRA's own products, r = 16 on layers 384 wide, are 8 % of the frozen ones: nothing that trains it can get
 much below 1.07, where PEFT over it would be 1.1 to 1.2 in fp32 and 1.3 to 1.4 in bf16, without dropout.
-`python -m benchmarks.peft_steps` regenerates the page.
+`python -m benchmarks.peft_steps` regenerates the page; for the column of AdapterHub with its package
+`adapters` and transformers 4.57, which is older than what fastlora is tested with.
 """
 
 
