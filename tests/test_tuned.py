@@ -45,7 +45,7 @@ def test_a_file_gives_back_what_was_kept(folder: Path) -> None:
     first, second = record(), record(replace(CALL, rows=500), path="split", tile=TILE)
     keep(first, GPU)
     keep(second, GPU)
-    again = record(path="epilogue")
+    again = record(path="epilogue", from_host="library")
     keep(again, GPU)
     assert tuned_file.read(tuned_file.path_of(GPU), GPU) == [second, again]
     assert tuned.pinned(GPU) == [second, again]
@@ -90,14 +90,24 @@ def test_a_file_that_does_not_fit_is_ignored_with_a_warning(change, message: str
     assert json.loads(path.read_text())["gpu"] == GPU
 
 
+def test_a_file_from_before_hosts_were_timed_is_read() -> None:
+    keep(record(), GPU)
+    path = tuned_file.path_of(GPU)
+    content = json.loads(path.read_text())
+    assert content["records"][0].pop("from_host", "absent") is None
+    path.write_text(json.dumps(content))
+    assert tuned_file.read_or_warn(GPU, SMALL_CARD) == [record()]
+
+
 @pytest.mark.parametrize(
     "stale",
     [
         record(path="folded"),
+        record(from_host="folded"),
         record(path="split", tile=TILE),
         record(replace(CALL, dropout=0.1), path="single"),
     ],
-    ids=["path", "tile", "no dropout in it"],
+    ids=["path", "path in eager mode", "tile", "no dropout in it"],
 )
 def test_a_choice_that_the_plans_do_not_offer_is_not_taken(stale: tuned.Record) -> None:
     keep(record(), GPU)

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from triton.runtime.errors import OutOfResources
 from typer.testing import CliRunner
 
 import fastlora
@@ -17,12 +20,13 @@ from fastlora.cli import app, tune
 from fastlora.functional import lora_linear
 from fastlora.ops import kernel_paths, lora_torch, lora_triton, tuned_file
 from fastlora.transfer.models.weightless import ModelSpec
-from fastlora.tuning import search, timing
+from fastlora.tuning import search, timing, truth
 from fastlora.tuning.calls import LayerCall, calls_of_model, read_calls
-from fastlora.tuning.candidates import choices, draw, run_forward
+from fastlora.tuning.candidates import choices, draw, run_eager, run_forward
 from fastlora.tuning.search import name_of
+from fastlora.tuning.timing import Times
 from fastlora_kernels.choose import tuned
-from fastlora_kernels.choose.tuned import Choice
+from fastlora_kernels.choose.tuned import Choice, Record
 from fastlora_kernels.lora.forward import lora_forward
 from tests.tuning_models import CALL, GPU, device, pretend, record
 
@@ -34,15 +38,27 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch)
 
 
-def counting_timer(first: float, step: float) -> Callable[[Callable[[], object]], float]:
-    """Later candidates take longer, or shorter with a negative step; the work is done all the same."""
-    times = itertools.count(first, step)
+def counting_timer(first: float, step: float, from_host: float = 0.0) -> timing.Timer:
+    """Later candidates take longer, or shorter with a negative step; the work is done all the same.
 
-    def time(work: Callable[[], object]) -> float:
+    Args:
+        first: Microseconds of the first.
+        step: What each takes more than the one before.
+        from_host: What each takes more than the one before where the host launches it.
+    """
+    times, host = itertools.count(first, step), itertools.count(1000.0, from_host)
+
+    def time(work: Callable[[], object]) -> Times:
         work()
-        return next(times)
+        return Times(next(times), next(host))
 
     return time
+
+
+def tuned_call(call: LayerCall, timer: timing.Timer) -> tuple[Record, list[search.LeftOut]]:
+    found, left_out = search.tune_call(call, device(), timer, lambda what: None)
+    assert found is not None
+    return found, left_out
 
 
 @pytest.mark.usefixtures("card")
@@ -52,23 +68,158 @@ def test_every_candidate_is_checked_and_timed(dropout: float) -> None:
     told: list[str] = []
     found, left_out = search.tune_call(call, device(), counting_timer(1, 1), told.append)
     assert left_out == []
+    assert found is not None
     for part in ("forward", "backward"):
         wanted = [name_of(choice) for choice in choices(part, call, device())]
         assert list(found.microseconds[part]) == wanted
         assert len(wanted) >= 4
-    assert told[-1] == "eager"
-    # the first of each pass was the fastest, and both together faster than eager
-    assert found.forward == choices("forward", call, device())[0]
-    assert found.microseconds["step"]["eager"] > found.microseconds["step"]["fused"]
+    assert told[-2:] == ["eager", "both passes"]
+    # the first of each pass was the fastest
+    assert found.microseconds["forward"][wanted[0]] == 1
+    assert found.microseconds["step"]["eager"] < found.microseconds["step"]["fused"]
 
 
 @pytest.mark.usefixtures("card")
 def test_eager_wins_where_it_is_faster() -> None:
-    """The last timed is the fastest: eager. The op then runs the eager formula for this call."""
-    found, _ = search.tune_call(CALL, device(), counting_timer(1000, -1), lambda what: None)
-    assert found.forward == found.backward == Choice(tuned.REFERENCE)
+    """Both passes, timed later, took longer. The op then runs the eager formula for this call."""
+    found, _ = tuned_call(CALL, counting_timer(1, 1, from_host=1))
+    for won in (found.in_graph, found.from_host):
+        assert won is not None
+        assert won.forward == won.backward == Choice(tuned.REFERENCE)
     tuned.pin(GPU, [found])
     assert kernel_paths.prefers_eager(CALL.shape, torch.float16, device(), dropping=False)
+
+
+@pytest.mark.usefixtures("card")
+def test_each_way_to_run_has_a_winner_of_its_own() -> None:
+    """The first is the fastest in a CUDA graph, the last where the host launches, and there eager loses."""
+    found, _ = tuned_call(CALL, counting_timer(1, 1, from_host=-1))
+    first, *_, last = choices("forward", CALL, device())
+    assert found.from_host is not None
+    assert found.forward == Choice(tuned.REFERENCE)
+    assert min(found.microseconds["forward"].values()) == found.microseconds["forward"][name_of(first)]
+    assert found.from_host.forward == last
+
+
+@pytest.mark.usefixtures("card")
+def test_calls_take_the_winner_of_the_way_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, dtype = CALL.shape, torch.float16
+    tuned.pin(GPU, [record(path="single", from_host="epilogue")])
+
+    def path(**more: bool) -> str:
+        return kernel_paths.choose("forward", shape, dtype, device(), dropping=False, **more).path
+
+    t = draw(CALL, device())
+    assert (path(), path(in_graph=True)) == ("epilogue", "single")
+    # a compiled graph leaves the paths open until its op runs
+    assert lora_triton.choice_of("forward", None, shape, t.x, dropping=False).path == "single"
+    monkeypatch.setattr(kernel_paths, "_is_capturing", lambda device: True)
+    assert path() == "single"
+    tuned.pin(GPU, [record(path="single", from_host=tuned.REFERENCE)])
+    assert not kernel_paths.prefers_eager(shape, dtype, device(), dropping=False)
+    monkeypatch.setattr(kernel_paths, "_is_capturing", lambda device: False)
+    assert kernel_paths.prefers_eager(shape, dtype, device(), dropping=False)
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def run(*arguments: Any, **more: Any) -> Any:
+        raise error
+
+    return run
+
+
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize(
+    ("error", "wrong"),
+    [
+        (RuntimeError("Triton Error [CUDA]: invalid argument"), True),
+        (SyntaxError("at 3:4: " + "source " * 200 + "no such name"), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (OutOfResources(300_000, 232_448, "shared memory"), False),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_a_candidate_that_fails_is_left_out(
+    error: Exception, wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora_triton, "single_forward", raising(error))
+    found, left_out = tuned_call(CALL, counting_timer(1, 1))
+    assert {each.candidate.split()[1] for each in left_out} == {"single"}
+    assert {each.wrong for each in left_out} == {wrong}
+    assert all(type(error).__name__ in each.reason and len(each.reason) < 500 for each in left_out)
+    assert all(each.reason.endswith(str(error)[-10:]) for each in left_out)
+    assert not any(name.startswith("single") for name in found.microseconds["forward"])
+
+
+@pytest.mark.usefixtures("card")
+def test_a_call_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora_triton, "down", raising(torch.OutOfMemoryError("CUDA out of memory")))
+    found, (left_out,) = search.tune_call(CALL, device(), counting_timer(1, 1), lambda what: None)
+    assert found is None
+    assert (left_out.candidate, left_out.wrong) == ("everything", False)
+
+
+@pytest.mark.usefixtures("card")
+def test_a_gpu_that_answers_no_more_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora_triton, "single_forward", raising(RuntimeError("an illegal memory access")))
+    monkeypatch.setattr(search, "answers", lambda device: False)
+    with pytest.raises(
+        search.GpuLostError, match=r"after forward single.*illegal memory access.*start again"
+    ):
+        tuned_call(CALL, counting_timer(1, 1))
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many elements the largest float64 tensor has."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for each in tree_iter(out):
+            if isinstance(each, Tensor) and each.dtype == torch.float64:
+                self.elements = max(self.elements, each.numel())
+        return out
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_the_truth_of_many_rows_takes_the_memory_of_few(
+    dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the eager formula's in float64, and no float64 copy of all rows is made on the way."""
+    call = replace(CALL, rows=2000, dropout=dropout, dtype="bfloat16")
+    tensors = draw(call, torch.device("cpu"))
+    keep = torch.rand(2000, call.inputs) >= dropout if dropout else None
+    exact = run_eager(tensors.to(torch.float64), keep=keep)
+    monkeypatch.setattr(truth, "_BLOCK_BYTES", 8 * call.outputs * 300)
+    with Largest() as largest:
+        found = truth.truth_of(tensors, keep)
+    assert largest.elements <= 512 * call.outputs
+    assert (int(found.rows[0]), int(found.rows[-1]), len(found.rows)) == (0, 1999, 512)
+    for index, (got, wanted) in enumerate(zip(found.exact, exact, strict=True)):
+        torch.testing.assert_close(got, wanted[found.rows] if index < 2 else wanted)
+    # eager itself passes, what is off by a tenth of the largest does not
+    eager = run_eager(tensors, keep=keep)
+    found.check(eager, first=0)
+    for index, value in enumerate(eager):
+        with pytest.raises(truth.WrongResult, match="errs by"):
+            found.check([value + value.abs().max() / 10], first=index)
+
+
+def test_a_host_is_timed_on_an_idle_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, log = [0.0], list[str]()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    def work() -> None:
+        log.append("work")
+        # the first calls compile
+        clock[0] += 7e-6 if len(log) > 6 else 1.0
+
+    assert timing.host_us(work, torch.device("cuda", 0)) == pytest.approx(7)
+    assert log == ["wait", "work"] * (len(log) // 2)
 
 
 @pytest.mark.usefixtures("card")
@@ -77,10 +228,11 @@ def test_a_wrong_result_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
         lora_forward(x * 1.05, *rest, **more)
 
     monkeypatch.setattr(lora_triton, "lora_forward", wrong)
-    found, left_out = search.tune_call(CALL, device(), counting_timer(1, 1), lambda what: None)
-    assert all(each.wrong and "where eager errs by" in each.reason for each in left_out)
+    found, left_out = tuned_call(CALL, counting_timer(1000, -1))
+    assert left_out != []
+    assert all(each.wrong and "WrongResult: errs by" in each.reason for each in left_out)
     assert {each.candidate.split()[1] for each in left_out} == {"split"}
-    assert found.forward.path != "split"
+    assert found.forward.path not in ("split", tuned.REFERENCE)
 
 
 def noting(function: Callable[..., Any], name: str, ran: list[str]) -> Callable[..., Any]:
@@ -181,7 +333,7 @@ def test_the_command_measures_keeps_and_shows(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tune, "_device", device)
     monkeypatch.setattr(tuned_file, "gpu_key", lambda device: GPU)
-    monkeypatch.setattr(timing, "graph_timer", lambda device: counting_timer(1, 1))
+    monkeypatch.setattr(timing, "gpu_timer", lambda device: counting_timer(1000, -1, from_host=-1))
     calls = [
         {"rows": 20, "inputs": 32, "outputs": 48, "dtype": "float16"},
         {"rows": 4, "inputs": 5, "outputs": 6},
@@ -202,3 +354,24 @@ def test_the_command_measures_keeps_and_shows(tmp_path: Path, monkeypatch: pytes
     refused = runner.invoke(app, ["tune", "--shapes", str(shapes)])
     assert refused.exit_code == 2
     assert "multiples of 16" in refused.stderr
+
+
+@pytest.mark.usefixtures("card")
+def test_the_command_goes_on_after_a_call_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tune, "_device", device)
+    monkeypatch.setattr(tuned_file, "gpu_key", lambda device: GPU)
+    monkeypatch.setattr(timing, "gpu_timer", lambda device: counting_timer(1, 1))
+
+    def tune_call(call: LayerCall, *more: Any) -> tuple[Record | None, list[search.LeftOut]]:
+        if call.rows == 20:
+            return None, [search.LeftOut("everything", "CompilationError: no such name", wrong=True)]
+        return record(call), []
+
+    monkeypatch.setattr(search, "tune_call", tune_call)
+    shapes = tmp_path / "shapes.json"
+    shapes.write_text(json.dumps([{"rows": rows, "inputs": 32, "outputs": 48} for rows in (20, 40)]))
+    result = CliRunner().invoke(app, ["tune", "--shapes", str(shapes), "--json"])
+    assert result.exit_code == 1
+    assert "left out: 20 × 32 × 48: everything: CompilationError: no such name" in result.stderr
+    assert [each["shape"]["m"] for each in json.loads(result.stdout)] == [40]

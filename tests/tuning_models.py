@@ -9,7 +9,7 @@ from fastlora.ops import tuned_file
 from fastlora.tuning.calls import LayerCall
 from fastlora_kernels import targets
 from fastlora_kernels.choose import tuned
-from fastlora_kernels.choose.tuned import Choice, Record
+from fastlora_kernels.choose.tuned import Choice, Record, Winners
 from fastlora_kernels.tile import Tile
 
 GPU = "a-card-7"
@@ -18,9 +18,13 @@ CALL = LayerCall(rows=40, inputs=32, outputs=48, rank=16, dtype="float16")
 SMALL_CARD = replace(targets.TARGETS["sm_80"], multiprocessors=2)
 
 
-def record(call: LayerCall = CALL, path: str = "single", tile: Tile | None = None) -> Record:
-    choice = Choice(path, tile)
-    return Record(call.shape, call.dtype, call.dropout > 0, choice, Choice("split"), {"step": {"eager": 2.0}})
+def record(
+    call: LayerCall = CALL, path: str = "single", tile: Tile | None = None, *, from_host: str | None = None
+) -> Record:
+    """A record of which ``path`` won in CUDA graphs and, where it is given, ``from_host`` in eager mode."""
+    took, second = {"step": {"eager": 2.0}}, Choice("split")
+    host = None if from_host is None else Winners(Choice(from_host), second, took)
+    return Record(call.shape, call.dtype, call.dropout > 0, Choice(path, tile), second, took, host)
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, target: targets.Target = SMALL_CARD) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from fastlora.tuning.calls import LayerCall
     from fastlora.tuning.search import LeftOut
-    from fastlora_kernels.choose.tuned import Record
+    from fastlora_kernels.choose.tuned import Record, Winners
 
 
 def tune(
@@ -44,9 +44,11 @@ def tune(
 ) -> None:
     """Time every path and tile of LoRA layers on this GPU, eager PyTorch included, and keep the fastest.
 
-    Each candidate is checked against float64 before it is timed, as a CUDA graph with a cold cache. The
-    choices are kept in the user's cache folder (FASTLORA_CACHE moves it), for this GPU and version; from then
-    on calls of these layers, with up to twice or half the rows, take them. What was kept for others stays.
+    Each candidate is checked against float64 (the gradients of A and B whole, y and the input's gradient on
+    512 rows), then timed twice: as a CUDA graph with a cold cache, and where Python launches every kernel.
+    What wins is kept for both, in the user's cache folder (FASTLORA_CACHE moves it), for this GPU and
+    version; from then on calls of these layers, with up to twice or half the rows, take it: in eager mode the
+    one, in CUDA graphs and compiled ones the other. What was kept for other layers stays.
 
     [bold]Example[/bold]: fastlora tune --model vit_b_16 --batch-size 64 --dropout 0.1
     """
@@ -65,7 +67,7 @@ def tune(
     _print(records, as_json)
     for where, each in left_out:
         typer.echo(f"left out: {where}: {each.candidate}: {visible(each.reason)}", err=True)
-    # what doesn't fit this GPU is no failure, a kernel that computes something else is
+    # what doesn't fit this GPU is no failure, a kernel that fails or computes something else is
     if any(each.wrong for _, each in left_out):
         raise typer.Exit(1)
 
@@ -141,9 +143,9 @@ def _tune(
 ) -> "tuple[list[Record], list[tuple[str, LeftOut]]]":
     from fastlora.ops.tuned_file import keep
     from fastlora.tuning.search import tune_call
-    from fastlora.tuning.timing import graph_timer
+    from fastlora.tuning.timing import gpu_timer
 
-    timer, records = graph_timer(device), []
+    timer, records = gpu_timer(device), []
     left_out: list[tuple[str, LeftOut]] = []
     with LiveReporter(console) as reporter:
         for done, call in enumerate(calls):
@@ -153,10 +155,11 @@ def _tune(
                 reporter.show("tuning", done, len(calls), f"{where}: {what}")
 
             record, problems = tune_call(call, device, timer, tell)
-            # at once, so that a crash later loses nothing
-            keep(record, gpu)
-            records.append(record)
             left_out += [(where, each) for each in problems]
+            if record is not None:
+                # at once, so that a crash later loses nothing
+                keep(record, gpu)
+                records.append(record)
             reporter.show("tuning", done + 1, len(calls))
     return records, left_out
 
@@ -165,28 +168,34 @@ def _print(records: "list[Record]", as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps([asdict(record) for record in records], indent=1))
         return
-    table = Table(caption="Medians of CUDA graphs with a cold cache. Shape: rows × inputs × outputs.")
-    for heading in ("Shape", "Rank", "Dtype", "Dropout", "Forward", "Backward"):
+    table = Table(
+        caption="Medians: graph, of CUDA graphs with a cold cache; host, where Python launches every kernel. "
+        "Shape: rows × inputs × outputs."
+    )
+    for heading in ("Shape", "Rank", "Dtype", "Dropout", "Run", "Forward", "Backward"):
         table.add_column(heading)
     for heading in ("µs", "Eager µs", "Gain"):
         table.add_column(heading, justify="right")
     for record in records:
-        table.add_row(*_cells(record))
+        for run, won in (("graph", record.in_graph), ("host", record.from_host)):
+            if won is not None:
+                table.add_row(*_cells(record, run, won))
     make_console().print(table)
 
 
-def _cells(record: "Record") -> list[str]:
+def _cells(record: "Record", run: str, won: "Winners") -> list[str]:
     from fastlora.tuning.search import name_of
 
-    shape, step = record.shape, record.microseconds["step"]
+    shape, step = record.shape, won.microseconds["step"]
     best = min(step.values())
     return [
         f"{shape.m} × {shape.k} × {shape.n}",
         str(shape.r),
         record.dtype,
         "yes" if record.dropping else "",
-        name_of(record.forward),
-        name_of(record.backward),
+        run,
+        name_of(won.forward),
+        name_of(won.backward),
         f"{best:,.0f}",
         f"{step['eager']:,.0f}",
         f"{step['eager'] / best:.2f}×",

@@ -7,7 +7,7 @@ from fastlora.ops import tuned_file
 from fastlora_kernels import targets
 from fastlora_kernels.choose import paths, tuned
 from fastlora_kernels.choose.paths import Pass
-from fastlora_kernels.choose.tuned import Choice, Record
+from fastlora_kernels.choose.tuned import Choice, Winners
 from fastlora_kernels.tile import Shape
 
 
@@ -29,8 +29,8 @@ def has_adapter_kernels(
 
 def prefers_eager(shape: Shape, dtype: torch.dtype, device: torch.device, *, dropping: bool) -> bool:
     """Whether the eager formula was measured to be the fastest for this LoRA call."""
-    record = _measured(shape, dtype, device, dropping=dropping)
-    return record is not None and record.forward.path == tuned.REFERENCE
+    won = _measured(shape, dtype, device, dropping=dropping)
+    return won is not None and won.forward.path == tuned.REFERENCE
 
 
 def prefers_library(shape: Shape, dtype: torch.dtype, device: torch.device, *, dropping: bool) -> bool:
@@ -39,15 +39,23 @@ def prefers_library(shape: Shape, dtype: torch.dtype, device: torch.device, *, d
 
 
 def choose(
-    part: Pass, shape: Shape, dtype: torch.dtype, device: torch.device, *, dropping: bool, dora: bool = False
+    part: Pass,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    dropping: bool,
+    dora: bool = False,
+    in_graph: bool = False,
 ) -> Choice:
     """Path and tile of one pass of a LoRA call.
 
     Never the library's path where the kernels were asked for by name, or with dropout, whose mask the library
-    would keep in another form.
+    would keep in another form. ``in_graph`` says that a compiled graph calls, so that the host's time counts
+    as little as in a CUDA graph, which is noticed here.
     """
-    record = None if dora else _measured(shape, dtype, device, dropping=dropping)
-    choice = None if record is None else (record.forward if part == "forward" else record.backward)
+    won = None if dora else _measured(shape, dtype, device, dropping=dropping, in_graph=in_graph)
+    choice = None if won is None else (won.forward if part == "forward" else won.backward)
     if choice is None or choice.path == tuned.REFERENCE:
         target = targets.detect(device)
         choice = Choice(paths.choose_path(part, shape, dtype, target, dropping=dropping, dora=dora))
@@ -56,5 +64,16 @@ def choose(
     return choice
 
 
-def _measured(shape: Shape, dtype: torch.dtype, device: torch.device, *, dropping: bool) -> Record | None:
-    return tuned.find(tuned_file.gpu_of(device), shape, dtype, dropping=dropping)
+def _measured(
+    shape: Shape, dtype: torch.dtype, device: torch.device, *, dropping: bool, in_graph: bool = False
+) -> Winners | None:
+    record = tuned.find(tuned_file.gpu_of(device), shape, dtype, dropping=dropping)
+    if record is None:
+        return None
+    if record.from_host is None or in_graph or _is_capturing(device):
+        return record.in_graph
+    return record.from_host
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -130,7 +130,11 @@ def choice_of(
     """What was decided; chosen now where it was left open, or for rows that no wide words can read."""
     if paths is not None and paths.shape == shape:
         return paths.forward if part == "forward" else paths.backward
-    return kernel_paths.choose(part, shape, x.dtype, x.device, dropping=dropping, dora=dora)
+    # left open by a compiled graph alone
+    in_graph = paths is None
+    return kernel_paths.choose(
+        part, shape, x.dtype, x.device, dropping=dropping, dora=dora, in_graph=in_graph
+    )
 
 
 def down(

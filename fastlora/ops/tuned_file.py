@@ -16,7 +16,7 @@ from fastlora._core.files import read_json, write_report
 from fastlora._version import __version__
 from fastlora_kernels import targets
 from fastlora_kernels.choose import tuned
-from fastlora_kernels.choose.tuned import Choice, Record
+from fastlora_kernels.choose.tuned import Choice, Record, Winners
 from fastlora_kernels.targets import Target
 from fastlora_kernels.tile import Shape, Tile
 
@@ -134,11 +134,24 @@ def _made_by(gpu: str) -> dict[str, Any]:
 
 
 def _record(values: Mapping[str, Any]) -> Record:
+    own = {name: values[name] for name in ("dtype", "dropping")}
+    # absent from files of before it was measured
+    other = values.get("from_host")
+    return Record(
+        shape=Shape(**values["shape"]),
+        **own,
+        **_won(values),
+        from_host=None if other is None else Winners(**_won(other)),
+    )
+
+
+def _won(values: Mapping[str, Any]) -> dict[str, Any]:
     def choice(part: str) -> Choice:
         tile = values[part]["tile"]
         return Choice(values[part]["path"], None if tile is None else Tile(**tile))
 
-    own = {name: values[name] for name in ("dtype", "dropping", "microseconds")}
-    return Record(
-        shape=Shape(**values["shape"]), forward=choice("forward"), backward=choice("backward"), **own
-    )
+    return {
+        "forward": choice("forward"),
+        "backward": choice("backward"),
+        "microseconds": values["microseconds"],
+    }

@@ -8,7 +8,8 @@ from torch import Tensor
 from fastlora import reference
 from fastlora.ops.decide import Decision, Paths, is_aligned
 from fastlora.ops.keep_mask import keep_probability
-from fastlora.ops.lora_linear import lora_linear_backward, lora_linear_forward
+from fastlora.ops.lora_linear import LoRALinearFunction, lora_linear_backward, lora_linear_forward
+from fastlora.ops.runtime import draw_seed
 from fastlora.tuning.calls import LayerCall
 from fastlora_kernels import targets
 from fastlora_kernels.choose import paths
@@ -101,11 +102,25 @@ def run_backward(tensors: Tensors, choice: Choice) -> tuple[Tensor, Tensor, Tens
     return dx, da, db
 
 
+def run_step(tensors: Tensors, forward: Choice, backward: Choice) -> list[Tensor]:
+    """y, dX, dA and dB by the op on these paths and autograd; with dropout, of a seed drawn anew."""
+    t = tensors
+    inputs = [each.detach().requires_grad_() for each in (t.x, t.lora_A, t.lora_B)]
+    x, lora_A, lora_B = inputs
+    seed = None if t.seed is None else draw_seed(t.x.device, None)
+    decision = Decision("triton", Paths(_shape(t), forward, backward))
+    layer = (x, t.weight, t.bias, lora_A, lora_B, seed)
+    y = LoRALinearFunction.apply(*layer, SCALING, t.dropout, decision)[0]
+    return [y.detach(), *torch.autograd.grad(y, inputs, t.dy)]
+
+
 def _taking(choice: Choice, t: Tensors) -> Decision:
-    aligned = is_aligned(t.x, t.weight, t.dy)
+    return Decision("triton", Paths(_shape(t), choice, choice))
+
+
+def _shape(t: Tensors) -> Shape:
     (n, k), m, r = t.weight.shape, t.x.shape[0], t.lora_A.shape[0]
-    shape = Shape(m=m, n=n, k=k, r=r, aligned=aligned)
-    return Decision("triton", Paths(shape, choice, choice))
+    return Shape(m=m, n=n, k=k, r=r, aligned=is_aligned(t.x, t.weight, t.dy))
 
 
 def run_eager(tensors: Tensors, *, keep: Tensor | None = None) -> list[Tensor]:
@@ -125,5 +140,8 @@ def run_eager(tensors: Tensors, *, keep: Tensor | None = None) -> list[Tensor]:
 
 def unpacked(mask: Tensor, columns: int) -> Tensor:
     """The packed keep bits as bool ``[rows, columns]``."""
-    bits = mask[:, :, None] >> torch.arange(MASK_WORD_BITS, device=mask.device, dtype=torch.int32)
-    return (bits & 1).bool().flatten(1)[:, :columns]
+    keep = torch.empty(*mask.shape, MASK_WORD_BITS, dtype=torch.bool, device=mask.device)
+    # a bit at a time: all at once take four bytes an element
+    for bit in range(MASK_WORD_BITS):
+        torch.ne(mask >> bit & 1, 0, out=keep[..., bit])
+    return keep.flatten(1)[:, :columns]

@@ -33,6 +33,24 @@ class Choice:
     tile: Tile | None = None
 
 
+Microseconds = Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Winners:
+    """What won a call's two passes.
+
+    Attributes:
+        forward: What won forward.
+        backward: What won backward.
+        microseconds: Median of every candidate by pass and name, the winners' included.
+    """
+
+    forward: Choice
+    backward: Choice
+    microseconds: Microseconds = field(default_factory=dict, hash=False)
+
+
 @dataclass(frozen=True)
 class Record:
     """What was measured for one layer call.
@@ -41,9 +59,11 @@ class Record:
         shape: Sizes of the call.
         dtype: The dtype of x: ``bfloat16``, ``float16`` or ``float32``.
         dropping: Whether dropout was active.
-        forward: What won forward.
-        backward: What won backward.
-        microseconds: Median of every candidate by pass and name, the winners' included.
+        forward: What won forward as a CUDA graph, where the host's time does not count.
+        backward: What won backward as a CUDA graph.
+        microseconds: Median of every candidate as a CUDA graph by pass and name, the winners' included.
+        from_host: What won where the host launches every kernel, as in eager mode; None where that was not
+            measured.
     """
 
     shape: Shape
@@ -51,7 +71,13 @@ class Record:
     dropping: bool
     forward: Choice
     backward: Choice
-    microseconds: Mapping[str, Mapping[str, float]] = field(default_factory=dict, hash=False)
+    microseconds: Microseconds = field(default_factory=dict, hash=False)
+    from_host: Winners | None = None
+
+    @property
+    def in_graph(self) -> Winners:
+        """What won as a CUDA graph."""
+        return Winners(self.forward, self.backward, self.microseconds)
 
 
 _Layer = tuple[int, int, int, str, bool]
@@ -89,15 +115,18 @@ def find(gpu: str, shape: Shape, dtype: torch.dtype, *, dropping: bool) -> Recor
 
 def fits(record: Record, target: Target) -> bool:
     """Whether a GPU's plans still offer what a record chose: tables of tiles change."""
-    dtype = getattr(torch, record.dtype)
-    call = Call(record.shape, dtype, target, record.dropping)
-    choices: dict[Pass, Choice] = {"forward": record.forward, "backward": record.backward}
+    call = Call(record.shape, getattr(torch, record.dtype), target, record.dropping)
+    return all(_offered(won, call) for won in (record.in_graph, record.from_host) if won is not None)
+
+
+def _offered(won: Winners, call: Call) -> bool:
+    choices: dict[Pass, Choice] = {"forward": won.forward, "backward": won.backward}
     if {choice.path for choice in choices.values()} == {REFERENCE}:
         return True
     for part, choice in choices.items():
         offered = [each.path for each in paths.candidates(part, call) if not each.refused]
         kernel = LARGE_KERNELS.get((part, choice.path))
-        tiles = () if kernel is None else tuple(plans.tiles(kernel, record.shape.r, dtype, target))
+        tiles = () if kernel is None else tuple(plans.tiles(kernel, call.shape.r, call.dtype, call.target))
         if choice.path not in offered or not (choice.tile is None or choice.tile in tiles):
             return False
     return True
