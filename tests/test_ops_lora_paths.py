@@ -36,7 +36,9 @@ SIZES = [(33, 37, 41, 5), (65, 48, 1, 3), (34, 34, 48, 40), (31, 33, 63, 70)]
 def taking(forward: str, backward: str) -> Callable[..., Choice]:
     """A choice of these paths, of the split one where they can't serve the call."""
 
-    def choose(part: str, shape: Shape, *args: Any, dropping: bool, dora: bool = False) -> Choice:
+    def choose(
+        part: str, shape: Shape, *args: Any, dropping: bool, dora: bool = False, in_graph: bool = False
+    ) -> Choice:
         path = forward if part == "forward" else backward
         fits = part == "forward" and not (dropping or dora) and shape.n > 0 and shape.r <= 64
         return Choice("split" if path == "single" and not fits else path)
