@@ -47,6 +47,11 @@ class Progress:
         self.loss_sum += loss * examples
         self.examples += examples
 
+    def figures(self, epoch: int) -> dict[str, Any]:
+        """What an :class:`EpochRecord` says of training in the epoch under way, counted from 0."""
+        loss = self.loss_sum / self.examples
+        return {"epoch": epoch + 1, "step": self.step, "train_loss": loss, "seconds": self.seconds}
+
     def end_epoch(
         self, record: EpochRecord, monitor: str, settings: TrainSettings, weights: Callable[[], Weights]
     ) -> None:

@@ -51,6 +51,14 @@ def generator_states() -> dict[str, Any]:
     return state | {"cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 
+@contextmanager
+def others_draw() -> Iterator[None]:
+    """Around what may draw from all generators of this process: they go on afterwards as if it had not."""
+    before = generator_states()
+    yield
+    set_generator_states(before)
+
+
 def gathered_states(accelerator: Any) -> list[dict[str, Any]]:
     """The generators of every process, in their order; each has to ask.
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,10 @@ from fastlora.transfer.training.logs import NoLogs, RunLogs
 from fastlora.transfer.training.loss import Loss
 from fastlora.transfer.training.prediction import predict
 from fastlora.transfer.training.progress import Progress
-from fastlora.transfer.training.randomness import gathered_states, set_gathered_states, start_from
+from fastlora.transfer.training.randomness import others_draw, start_from
 from fastlora.transfer.training.records import EpochRecord, TrainResult, scores
 from fastlora.transfer.training.settings import TrainSettings
+from fastlora.transfer.training.snapshot import put_back, taken
 from fastlora.transfer.training.stage_switch import StageSwitch
 from fastlora.transfer.unfreezing import GradualUnfreezing
 
@@ -120,35 +121,50 @@ class Trainer:
             OSError: A checkpoint couldn't be written; those before stay.
             Interrupted: Ctrl-C or SIGTERM, after a checkpoint; in several processes, or repeated, at once.
         """
-        for _ in self.epochs(resume=resume):
-            pass
+        with self._running(resume=resume), self._stop:
+            while not self._finished:
+                with self._peak:
+                    self._run_epoch()
         return self.result()
 
     def epochs(self, *, resume: bool = False) -> Generator[EpochRecord, None, None]:
         """Train as :meth:`fit` does, an epoch whenever the next record is asked for: for runs in turns.
 
+        Each ends bit-identical to the same run alone. Between epochs signals do what they did before; one
+        that comes during an epoch, the last one too, ends the run with a checkpoint.
+
         Args:
             resume: Go on with the run that the output folder holds; :meth:`fit` says what is raised.
         """
+        with self._running(resume=resume):
+            while not self._finished:
+                # not across the yield: two runs in turns would put back each other's handlers
+                with self._stop, self._peak:
+                    self._run_epoch()
+                if self._stop.number is not None:
+                    # it came after the epoch's last step, or the run is over but the others aren't
+                    self._save()
+                    raise self._checkpoints.interrupted(self._stop.number, self._progress.step)
+                with others_draw():
+                    yield self._progress.history[-1]
+
+    @contextmanager
+    def _running(self, *, resume: bool) -> Iterator[None]:
+        """Begin or resume, and end with the weights that are kept."""
         checks.check_unused(self._output, resume=resume)
-        found = self._checkpoints.latest(checks.check_state)
+        self._resumed_at, state = self._checkpoints.latest(checks.check_state) or (None, None)
         # of the model as it was given, before it is wrapped or trained
         self._fingerprint = fingerprint(
             self.model, self._saved, self._train, self._validation, self._settings, self._configuration
         )
-        if found is not None:
-            check_same(found[1]["fingerprint"], self._fingerprint)
-        self._resumed_at = None if found is None else found[0]
-        with nullcontext() if found is None else checks.told_as_damage(self._checkpoints.folder):
-            self._begin(None if found is None else found[1])
+        if state is not None:
+            check_same(state["fingerprint"], self._fingerprint)
+        with nullcontext() if state is None else checks.told_as_damage(self._checkpoints.folder):
+            self._begin(state)
         # processes would stop at different steps, and wait for each other
         self._stop = Stop(watch=self.accelerator.num_processes == 1)
         try:
-            with self._stop:
-                while not self._finished:
-                    with self._peak:
-                        self._run_epoch()
-                    yield self._progress.history[-1]
+            yield
             best = self._progress.best_weights
             self._engine.set_weights(self._validated_weights() if best is None else best)
         finally:
@@ -171,7 +187,7 @@ class Trainer:
         )
         self._average = WeightAverage(self.model, self._saved, self._settings.ema)
         if state is not None:
-            self._restore(state)
+            put_back(state, self._engine, self._average, self.accelerator)
         # the logs of a finished run stay as they are
         writes = self.is_main and not self._finished
         self._logs = RunLogs(self._output, self._progress.step) if writes else NoLogs()
@@ -265,15 +281,11 @@ class Trainer:
 
     def _figures(self, epoch: int, logits: Tensor) -> dict[str, Any]:
         """Fields of :class:`EpochRecord`, from the logits of the validation pictures."""
-        progress = self._progress
         return {
-            "epoch": epoch + 1,
-            "step": progress.step,
-            "train_loss": progress.loss_sum / progress.examples,
+            **self._progress.figures(epoch),
             **scores(logits, self._validation),
             "lr": self._lr,
             "trained_stages": self._stages.trained,
-            "seconds": progress.seconds,
         }
 
     def _validated_weights(self) -> dict[str, Tensor]:
@@ -281,19 +293,8 @@ class Trainer:
             return self._engine.weights()
 
     def _save(self) -> None:
-        state = {
-            "engine": self._engine.state(),
-            "average": self._average.state(),
-            "progress": self._progress.stored(),
-            "generators": gathered_states(self.accelerator),
-            "fingerprint": self._fingerprint,
-        }
+        state = taken(self._engine, self._average, self._progress, self.accelerator)
         if self.is_main:
             self._logs.flush()
-            self._checkpoints.save(self._progress.step, state)
+            self._checkpoints.save(self._progress.step, {**state, "fingerprint": self._fingerprint})
         self.accelerator.wait_for_everyone()
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        self._engine.set_state(state["engine"])
-        self._average.set_state(state["average"])
-        set_gathered_states(state["generators"], self.accelerator)
