@@ -18,7 +18,7 @@ from fastlora.transfer.training.checkpoint import Checkpoints
 from fastlora.transfer.training.loss import Loss
 from fastlora.transfer.training.schedule import make_schedule
 from fastlora.transfer.unfreezing import GradualUnfreezing
-from tests.training_runs import COUNT, Net, Noise, make_net, pictures
+from tests.training_runs import COUNT, Net, make_net, pictures
 
 PLAIN = TrainSettings(epochs=3, batch_size=8, lr=0.02, precision="no")
 
@@ -107,30 +107,6 @@ def test_mixup_is_the_loss_of_soft_targets() -> None:
     assert shares.mean().item() == pytest.approx(0.5, abs=0.03)
     # of Beta(a, a): 1 / (4 (2 a + 1))
     assert shares.var().item() == pytest.approx(1 / (4 * 1.8), rel=0.1)
-
-
-@pytest.mark.parametrize("processes", [1, 2, 3])
-@pytest.mark.parametrize("in_pairs", [False, True])
-def test_every_example_counts_once_in_an_epoch(processes: int, in_pairs: bool) -> None:
-    seen: list[str] = []
-    for rank in range(processes):
-        plan = BatchPlan(pictures(), 8, 0, 2, rank, processes, in_pairs)
-        for parts in plan.load(0, 0, 0):
-            assert all(len(part.labels) == len(part.counted) for part in parts)
-            assert not in_pairs or all(len(part.labels) % 2 == 0 for part in parts)
-            seen += [name for part in parts for name in part.names]
-            assert sum(int(part.counted.sum()) for part in parts) == sum(len(part.names) for part in parts)
-    assert sorted(seen) == sorted(pictures().names)
-
-
-def test_augmentation_belongs_to_the_example_not_to_its_place() -> None:
-    def by_name(batch_size: int, workers: int) -> dict[str, Tensor]:
-        plan = BatchPlan(pictures(Noise()), batch_size, 0)
-        parts = [part for parts in plan.load(2, 0, workers) for part in parts]
-        return {name: pixels for part in parts for name, pixels in zip(part.names, part.inputs, strict=True)}
-
-    one, other = by_name(8, 0), by_name(5, 2)
-    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         classes: Names of the classes; a label is an index into them.
         labels: Label of every picture.
         names: Name of every picture, for people: a path, or its place in a data set.
-        read: Decodes the picture at an index, as RGB; a data set of tensors gives those.
+        read: Decodes the picture at an index, as RGB; a data set of tensors gives those. One that draws no
+            random numbers may say so by an attribute ``draws_nothing``.
         transform: What items pass through; None gives pictures as they are.
         digests: Hash of every picture's pixels, if they were looked at: equal ones are the same picture.
     """
@@ -39,6 +40,11 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         classes = sorted(set(labels), key=natural)
         places = {name: index for index, name in enumerate(classes)}
         return cls(tuple(classes), tuple(places[label] for label in labels), tuple(names), read)
+
+    @property
+    def draws_nothing(self) -> bool:
+        """Whether reading an example is known to draw no random numbers."""
+        return self.transform is None and bool(getattr(self.read, "draws_nothing", False))
 
     def __len__(self) -> int:
         """Number of pictures."""
@@ -102,6 +108,10 @@ class _Chosen:
 
     read: Callable[[int], Image.Image | Tensor]
     indices: list[int]
+
+    @property
+    def draws_nothing(self) -> bool:
+        return bool(getattr(self.read, "draws_nothing", False))
 
     def __call__(self, index: int) -> Image.Image | Tensor:
         return self.read(self.indices[index])

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -65,9 +65,11 @@ class Rows:
 
     Attributes:
         features: ``[n, F]``.
+        draws_nothing: True: reading them draws no random numbers.
     """
 
     features: Tensor
+    draws_nothing: ClassVar[bool] = True
 
     def __call__(self, index: int) -> Tensor:
         """Those of one example."""

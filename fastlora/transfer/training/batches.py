@@ -125,7 +125,7 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class Seeded(Dataset[tuple[Any, int]]):
-    """Examples whose random transform depends on seed, epoch and index alone, in whichever process."""
+    """Examples whose random reading and transform depend on seed, epoch and index alone, in any process."""
 
     images: LabelledImages
     seed: int
@@ -133,8 +133,8 @@ class Seeded(Dataset[tuple[Any, int]]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
         """The example at (epoch, index)."""
         epoch, index = key
-        # features that were computed before: nothing is drawn, and seeding would take a third of a step
-        if self.images.transform is None:
+        # features that were computed before: seeding would take a third of a step
+        if self.images.draws_nothing:
             return self.images[index]
         with seeded(derived_seed(self.seed, epoch, index)):
             return self.images[index]
