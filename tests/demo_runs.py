@@ -2,6 +2,7 @@
 
 import functools
 import json
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,6 +73,11 @@ def small(data: str) -> Recipe:
     return replace(RECIPES[data], image_size=SIZE, train=TRAIN, validation=VALIDATION)
 
 
+def handlers() -> list[Any]:
+    """What Ctrl-C and SIGTERM do."""
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
 def demo(data: str, folder: Path, *arguments: str) -> DemoRun:
     command: Sequence[str] = ["demo", "--data", data, "--output", str(folder), "--seed", str(SEED)]
     told: list[tuple[str, int, int, str]] = []
@@ -85,6 +91,8 @@ def demo(data: str, folder: Path, *arguments: str) -> DemoRun:
         patch.setattr(LiveReporter, "advance", advance)
         patch.setitem(RECIPES, data, small(data))
         patch.setattr(demo_run, "load_images", lambda name, size: some_pictures(name))
+        before = handlers()
         result = CliRunner().invoke(app, [*command, *arguments])
+    assert handlers() == before
     assert result.exit_code == 0, result.output
     return DemoRun(data, folder, result.stdout, result.stderr, told)

@@ -259,16 +259,3 @@ def test_missing_package_ends_with_one_line(
     assert result.exit_code == 1
     assert 'pip install "fastlora-triton[demo]"' in result.stderr
     assert "Traceback" not in result.output
-
-
-def test_failure_later_on_leaves_no_half_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def breaks(*_: object, **__: object) -> Any:
-        raise FloatingPointError("expected a finite loss, got nan at step 1; lower lr")
-
-    monkeypatch.setitem(RECIPES, "elpv", small("elpv"))
-    monkeypatch.setattr(demo_run, "load_images", lambda name, size: some_pictures("mnist5k"))
-    monkeypatch.setattr("fastlora.transfer.demo.study.begin", breaks)
-    result = CliRunner().invoke(app, ["demo", "--output", str(tmp_path)])
-    assert result.exit_code == 1
-    assert "error: expected a finite loss" in result.stderr
-    assert list(tmp_path.iterdir()) == []

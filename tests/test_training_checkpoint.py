@@ -2,14 +2,17 @@
 
 import errno
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fastlora._core.interruption import Interrupted
+from fastlora.transfer.training import Trainer
 from fastlora.transfer.training.checkpoint import Checkpoints
-from tests.training_runs import make_trainer
+from tests.training_runs import SETTINGS, Killer, make_net, make_trainer, pictures
 
 
 def test_the_last_two_are_kept(tmp_path: Path) -> None:
@@ -88,3 +91,43 @@ def test_a_run_on_a_full_disk_can_go_on(tmp_path: Path, monkeypatch: Any) -> Non
     whole.fit(resume=True)
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+class Interrupter(Killer):
+    """Presses Ctrl-C after an optimiser step."""
+
+    number = signal.SIGINT
+
+
+def test_a_run_without_checkpoints_is_the_same_run(tmp_path: Path) -> None:
+    kept, bare = tmp_path / "kept", tmp_path / "bare"
+    for output in (kept, bare):
+        trainer = Trainer(
+            make_net(), pictures(), pictures(), SETTINGS, output=output, checkpoints=output == kept
+        )
+        trainer.fit()
+        torch.save(trainer.model.state_dict(), output / "model.pt")
+    assert (bare / "model.pt").read_bytes() == (kept / "model.pt").read_bytes()
+    assert (bare / "steps.csv").read_bytes() == (kept / "steps.csv").read_bytes()
+    assert (kept / "checkpoints").is_dir()
+    assert not (bare / "checkpoints").exists()
+
+
+def test_a_run_without_checkpoints_stops_at_once_and_names_none(tmp_path: Path) -> None:
+    run = Trainer(
+        make_net(),
+        pictures(),
+        pictures(),
+        SETTINGS,
+        output=tmp_path,
+        checkpoints=False,
+        reporter=Interrupter(2),
+    )
+    with pytest.raises(KeyboardInterrupt) as raised:
+        run.fit()
+    assert not isinstance(raised.value, Interrupted)
+    assert not (tmp_path / "checkpoints").exists()
+    train = pictures(lambda pixels: pixels * float("nan"))
+    with pytest.raises(FloatingPointError) as told:
+        Trainer(make_net(), train, pictures(), SETTINGS, output=tmp_path / "b", checkpoints=False).fit()
+    assert "checkpoint" not in str(told.value)

@@ -89,6 +89,8 @@ RUNS: dict[str, tuple[dict[str, Any], GradualUnfreezing | None]] = {
 class Killer:
     """Kills its process after an optimiser step."""
 
+    number = signal.SIGKILL
+
     def __init__(self, step: int | None) -> None:
         self._step = step
 
@@ -99,7 +101,7 @@ class Killer:
         self, task: str, done: int, total: int, loss: float | None, memory: int | None = None
     ) -> None:
         if done == self._step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.number)
 
 
 def make_trainer(name: str, output: Path, *, reporter: Any = None, **changes: Any) -> Trainer:

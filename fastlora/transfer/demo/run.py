@@ -17,7 +17,6 @@ from fastlora.transfer.finetune.record import reporting
 from fastlora.transfer.plots import draw_accuracies, draw_confusions, draw_curves
 from fastlora.transfer.training import TrainSettings
 from fastlora.transfer.training.device import make_accelerator
-from fastlora.transfer.training.settings import LARGEST_COUNT
 
 _MODEL = "DINOv2 ViT-S/14"
 
@@ -68,8 +67,6 @@ def run_demo(
         max_steps=max_steps,
         # the best epoch on so few validation pictures is luck
         restore_best=False,
-        # no run is resumed
-        checkpoint_every=LARGEST_COUNT,
         seed=seed,
     )
     check_output_folder(output)

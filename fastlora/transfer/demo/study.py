@@ -87,8 +87,8 @@ class Study:
         return trained, _compared(trained["seconds"], fused, eager)
 
     def _folder(self) -> "tempfile.TemporaryDirectory[str]":
-        # of what a run writes, the demo keeps the adapter alone
-        return tempfile.TemporaryDirectory(prefix=".run-", dir=self.output)
+        # of what a run writes, the demo keeps the adapter alone; a killed one leaves nothing in its output
+        return tempfile.TemporaryDirectory(prefix="fastlora-demo-")
 
     def _begin(self, method: Method, folder: str, title: str, epochs: int | None = None) -> Run:
         settings = FinetuneSettings(
@@ -112,7 +112,8 @@ class Study:
             validation=job.validation.with_transform(plain),
             test=job.test.with_transform(plain),
         )
-        return begin(job, settings, make_accelerator(training.precision), titled)
+        # nobody could resume it
+        return begin(job, settings, make_accelerator(training.precision), titled, checkpoints=False)
 
     def _record(self, method: Method, run: Run, result: TrainResult) -> dict[str, Any]:
         test, parameters = run.job.test, parameter_report(run.job.model)

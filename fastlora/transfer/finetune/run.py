@@ -110,7 +110,9 @@ class Run:
     memory: PeakMemory
 
 
-def begin(job: Job, settings: FinetuneSettings, accelerator: Any, reporter: Reporter) -> Run:
+def begin(
+    job: Job, settings: FinetuneSettings, accelerator: Any, reporter: Reporter, *, checkpoints: bool = True
+) -> Run:
     """Put a job on its device, compute its features if they are cached, and make its trainer.
 
     Args:
@@ -118,6 +120,7 @@ def begin(job: Job, settings: FinetuneSettings, accelerator: Any, reporter: Repo
         settings: What the job was made of; ``output`` is the folder that the trainer writes to.
         accelerator: An ``accelerate.Accelerator``.
         reporter: Is told about the progress.
+        checkpoints: Whether the trainer writes any.
 
     Raises:
         ValueError: Nothing trains, or a batch has fewer examples than processes.
@@ -139,6 +142,7 @@ def begin(job: Job, settings: FinetuneSettings, accelerator: Any, reporter: Repo
         unfreezing=job.unfreezing,
         configuration={"strategy": job.strategy.name, **settings.compared()},
         reporter=reporter,
+        checkpoints=checkpoints,
         accelerator=accelerator,
     )
     return Run(settings, job, view, trainer, feature_seconds, memory)

@@ -142,8 +142,10 @@ def check_finite(what: str, value: float, step: int, parts: Sequence[Part], lr: 
     if math.isfinite(value):
         return
     names = [name for part in parts for name in part.names]
+    folder = output / CHECKPOINTS
+    kept = f"the checkpoints in {output} are from before; " if folder.is_dir() else ""
     raise FloatingPointError(
         f"expected a finite {what}, got {value} at step {step} on {', '.join(names[:_NAMED])}"
-        f"{', …' if len(names) > _NAMED else ''}; the checkpoints in {output} are from before; "
+        f"{', …' if len(names) > _NAMED else ''}; {kept}"
         f"lower lr ({lr:g}) or look at these pictures"
     )

@@ -19,7 +19,7 @@ def taken(engine: Engine, average: WeightAverage, progress: Progress, accelerato
 
 
 def put_back(state: dict[str, Any], engine: Engine, average: WeightAverage, accelerator: Any) -> None:
-    """Undo what changed since :func:`taken`, but for the progress, which is read before there is an engine."""
+    """Undo what changed since :func:`taken`, but for the progress: it is read before there is an engine."""
     engine.set_state(state["engine"])
     average.set_state(state["average"])
     set_gathered_states(state["generators"], accelerator)

@@ -63,6 +63,7 @@ class Trainer:
         head: The classifier inside the model; None looks for it.
         configuration: What else a resumed run must share: JSON values, by name.
         reporter: Is told about the progress.
+        checkpoints: Whether to write any; a run without can't be resumed, and signals end it at once.
         accelerator: An ``accelerate.Accelerator``; None makes one of the settings.
 
     Raises:
@@ -85,6 +86,7 @@ class Trainer:
         head: nn.Module | None = None,
         configuration: Mapping[str, Any] | None = None,
         reporter: Reporter | None = None,
+        checkpoints: bool = True,
         accelerator: Any = None,
     ) -> None:
         """See the class."""
@@ -94,7 +96,7 @@ class Trainer:
         self._head = find_head(model)[1] if head is None else head
         self._settings, self._unfreezing, self._reporter = settings, unfreezing, reporter
         self._train, self._validation, self._output = train, validation, output
-        count, self._monitor = len(train), str(settings.monitor)
+        count, self._monitor, self._resumable = len(train), str(settings.monitor), checkpoints
         plan = {} if unfreezing is None else {"unfreezing": [list(unfreezing.at), unfreezing.unit]}
         self._configuration = {**(configuration or {}), **plan}
         self.accelerator = make_accelerator(settings.precision) if accelerator is None else accelerator
@@ -161,8 +163,8 @@ class Trainer:
             check_same(state["fingerprint"], self._fingerprint)
         with nullcontext() if state is None else checks.told_as_damage(self._checkpoints.folder):
             self._begin(state)
-        # processes would stop at different steps, and wait for each other
-        self._stop = Stop(watch=self.accelerator.num_processes == 1)
+        # several processes would stop at different steps, and wait for each other
+        self._stop = Stop(watch=self._resumable and self.accelerator.num_processes == 1)
         try:
             yield
             best = self._progress.best_weights
@@ -206,8 +208,9 @@ class Trainer:
 
         Every process has to call it, and gets all of them.
         """
-        settings = self._settings
-        return predict(self.model, images, settings.batch_size, settings.workers, self.accelerator)
+        return predict(
+            self.model, images, self._settings.batch_size, self._settings.workers, self.accelerator
+        )
 
     def _run_epoch(self) -> None:
         progress = self._progress
@@ -226,7 +229,7 @@ class Trainer:
                 self._validate(epoch)
             every = self._settings.checkpoint_every
             due = self._finished or (over if every is None else progress.step % every == 0)
-            if due or self._stop.number is not None:
+            if (due and self._resumable) or self._stop.number is not None:
                 self._save()
             if self._stop.number is not None and not self._finished:
                 raise self._checkpoints.interrupted(self._stop.number, progress.step)
@@ -269,11 +272,10 @@ class Trainer:
         return self._loss.sum(logits.float(), part.labels.to(device), part.counted.to(device), share)
 
     def _validate(self, epoch: int) -> None:
-        progress = self._progress
         with self._average.swapped_in():
             record = self._record(epoch)
-        progress.end_epoch(record, self._monitor, self._settings, self._validated_weights)
-        self._logs.epoch(progress.history)
+        self._progress.end_epoch(record, self._monitor, self._settings, self._validated_weights)
+        self._logs.epoch(self._progress.history)
 
     def _record(self, epoch: int) -> EpochRecord:
         """What an epoch, counted from 0, gave."""
