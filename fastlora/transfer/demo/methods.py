@@ -37,7 +37,7 @@ METHODS: dict[str, Method] = {
     "probe": Method(
         "feature_extraction",
         settings={"cache_features": True},
-        training={"epochs": 100, "batch_size": 32},
+        training={"epochs": 100, "batch_size": 32, "weight_decay": 1e-4},
     ),
     "lora": Method("lora", "adapter", fused=True, settings={"rank": 8, "alpha": 16.0}, shown="LoRA, fused"),
     "adapter": Method("adapter", "bottleneck", fused=True),
