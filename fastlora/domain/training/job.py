@@ -127,7 +127,7 @@ def prepare(
     parameters = job.parameters()
     half = str(accelerator.mixed_precision) != "no"
     check_fits(parameters.training_bytes, accelerator.device, half=half)
-    before = _pretrained(job, target, Path(settings.output), reporter)
+    before = _pretrained(job, target, Path(settings.output), reporter, accelerator)
     source, others = before.domains()
     return DomainJob(
         job,
@@ -167,7 +167,9 @@ def rows(images: LabelledImages) -> Tensor:
     return images.read.features
 
 
-def _pretrained(job: Job, target: LabelledImages, output: Path, reporter: Reporter) -> Pretrained:
+def _pretrained(
+    job: Job, target: LabelledImages, output: Path, reporter: Reporter, accelerator: Any
+) -> Pretrained:
     plain = job.validation.transform
     parts = (part.with_transform(plain) for part in (job.train, job.validation, target))
-    return Pretrained(*(frozen_features(job, part, output, reporter) for part in parts))
+    return Pretrained(*(frozen_features(job, part, output, reporter, accelerator) for part in parts))

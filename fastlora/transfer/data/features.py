@@ -24,12 +24,13 @@ def cached_features(
     *,
     batch_size: int = 32,
     head: nn.Module | None = None,
+    precision: str = "no",
     on_done: Callable[[int, int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Features of all pictures, read from ``folder`` if they are there.
 
-    A cache belongs to the model's weights, the names, labels and pixels of the pictures and what they are
-    transformed by: a change of any of them computes anew. Pictures must not be augmented.
+    A cache belongs to the model's weights, the names, labels and pixels of the pictures, what they are
+    transformed by and the precision: a change of any of them computes anew. Pictures must not be augmented.
 
     Args:
         features: Maps a batch ``[B, 3, H, W]`` to features ``[B, F]``, such as
@@ -39,12 +40,14 @@ def cached_features(
         folder: Holds one file for each cache; made if it isn't there.
         batch_size: Pictures at a time.
         head: Part of ``model`` that the features don't depend on; it may have changed since.
+        precision: Name of the precision that ``features`` multiplies in, Accelerate's ``"bf16"``, say; it
+            tells caches apart and changes nothing itself. ``"no"`` is the weights' own.
         on_done: Called with how many pictures are done, of how many.
 
     Returns:
         Features ``[N, F]`` on the CPU, and labels ``[N]`` (int64).
     """
-    path = folder / f"{_key(model, head, images)}.safetensors"
+    path = folder / f"{_key(model, head, images, precision)}.safetensors"
     stored = _read(path)
     if stored is None:
         stored = {"features": _compute(features, model, images, batch_size, on_done)}
@@ -79,7 +82,7 @@ def _read(path: Path) -> dict[str, Tensor] | None:
         return None
 
 
-def _key(model: nn.Module, head: nn.Module | None, images: LabelledImages) -> str:
+def _key(model: nn.Module, head: nn.Module | None, images: LabelledImages, precision: str) -> str:
     digest = hashlib.sha256()
     left_out = {id(tensor) for tensor in head.state_dict(keep_vars=True).values()} if head else set()
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -87,7 +90,8 @@ def _key(model: nn.Module, head: nn.Module | None, images: LabelledImages) -> st
             continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    digest.update(json.dumps([images.classes, images.labels, images.names, repr(images.transform)]).encode())
+    described = [images.classes, images.labels, images.names, repr(images.transform), precision]
+    digest.update(json.dumps(described).encode())
     for index in range(len(images)):
         picture = np.asarray(images.read(index))
         digest.update(f"{picture.dtype} {picture.shape}".encode() + picture.tobytes())

@@ -36,8 +36,11 @@ def features_of(
     folder: Path,
     batch_size: int,
     on_done: Callable[[int, int], None],
+    accelerator: Any,
 ) -> LabelledImages:
     """The same examples as what the head reads of them, for :class:`HeadOnly`.
+
+    They are computed in the precision of training and prediction, and kept in float32.
 
     Args:
         model: Frozen but for its head.
@@ -46,14 +49,21 @@ def features_of(
         folder: Keeps the features.
         batch_size: Pictures at a time.
         on_done: Called with how many pictures are done, of how many.
+        accelerator: An ``accelerate.Accelerator``.
     """
+
+    def read(batch: Tensor) -> Tensor:
+        with accelerator.autocast():
+            return read_by(model, head, batch).float()
+
     features, _ = cached_features(
-        lambda batch: read_by(model, head, batch),
+        read,
         model,
         images,
         folder,
         batch_size=batch_size,
         head=head,
+        precision=str(accelerator.mixed_precision),
         on_done=on_done,
     )
     return replace(images, read=Rows(features), transform=None)

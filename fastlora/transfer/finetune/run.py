@@ -128,7 +128,7 @@ def begin(
     output = Path(settings.output)
     # cached features are computed there too
     job.model.to(accelerator.device)
-    view = view_of(job, settings, output, reporter)
+    view = view_of(job, settings, output, reporter, accelerator)
     started, memory = time.perf_counter(), PeakMemory(accelerator.device)
     with memory:
         train = view(job.train)

@@ -73,6 +73,7 @@ class Trainer:
     """
 
     _record_kind: type[EpochRecord] = EpochRecord
+    _resumed_at: int | None
 
     def __init__(
         self,
@@ -154,7 +155,8 @@ class Trainer:
     def _running(self, *, resume: bool) -> Iterator[None]:
         """Begin or resume, and end with the weights that are kept."""
         checks.check_unused(self._output, resume=resume)
-        self._resumed_at, state = self._checkpoints.latest(checks.check_state) or (None, None)
+        found = self._checkpoints.latest(checks.check_state)
+        self._resumed_at, state = (None, None) if found is None else found
         # of the model as it was given, before it is wrapped or trained
         self._fingerprint = fingerprint(
             self.model, self._saved, self._train, self._validation, self._settings, self._configuration
@@ -283,12 +285,8 @@ class Trainer:
 
     def _figures(self, epoch: int, logits: Tensor) -> dict[str, Any]:
         """Fields of :class:`EpochRecord`, from the logits of the validation pictures."""
-        return {
-            **self._progress.figures(epoch),
-            **scores(logits, self._validation),
-            "lr": self._lr,
-            "trained_stages": self._stages.trained,
-        }
+        plan = {"lr": self._lr, "trained_stages": self._stages.trained}
+        return self._progress.figures(epoch) | scores(logits, self._validation) | plan
 
     def _validated_weights(self) -> dict[str, Tensor]:
         with self._average.swapped_in():
