@@ -1,8 +1,10 @@
 """``fastlora predict`` and ``fastlora export``: the same answers, whatever the format."""
 
 import csv
+import errno
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typer.testing import CliRunner
 from fastlora.cli import app
 from fastlora.transfer.data import open_images
 from fastlora.transfer.finetune import export, export_run, load_run
+from fastlora.transfer.finetune.saved import SavedRun
 from fastlora.transfer.models.backbones import dinov2_vits14
 from tests.cases import cases
 from tests.finetune_models import CLASSES, write_pictures
@@ -134,6 +137,29 @@ def test_a_model_that_answers_otherwise_is_not_written(
     with pytest.raises(ValueError, match="expected the exported model to answer as the run's own"):
         export_run(runs["lora"], "state_dict", tmp_path / "merged.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+def test_a_file_that_the_disk_does_not_take_leaves_the_older_one(
+    format: export.Format, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def written(model: torch.nn.Module, run: SavedRun, path: Path) -> torch.nn.Module:
+        path.write_bytes(b"new")
+        return run.model
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    older = tmp_path / f"model{export.SUFFIXES[format]}"
+    older.write_bytes(b"older")
+    monkeypatch.setitem(export._EXPORTERS, format, written)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_run(runs["lora"], format, older)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"older"]
+    monkeypatch.undo()
+    monkeypatch.setitem(export._EXPORTERS, format, written)
+    assert export_run(runs["lora"], format, older).path.read_bytes() == b"new"
 
 
 def test_predictions_are_the_models(runs: Runs, data: Path) -> None:

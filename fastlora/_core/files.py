@@ -52,7 +52,17 @@ def write_through(path: Path, content: bytes | memoryview) -> None:
     """
     with open(path, "xb") as file:
         file.write(content)
-        file.flush()
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """See on the disk what a file holds, before it takes an older one's name.
+
+    Raises:
+        OSError: The disk didn't take it.
+    """
+    # some systems sync only what may be written to
+    with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
 

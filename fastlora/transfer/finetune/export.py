@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastlora._core.backend import use_backend
 from fastlora._core.extras import require
-from fastlora._core.files import aside, check_file_place, settle, write_file
+from fastlora._core.files import aside, check_file_place, settle, sync, write_file
 from fastlora.anatomy.names import unwrap
 from fastlora.inject.lora import merge_adapters, remove_adapters
 from fastlora.nn.adapted import AdaptedModule
@@ -75,6 +75,7 @@ def export_run(folder: str | Path, format: Format, output: str | Path | None = N
         with use_backend("reference"), torch.no_grad():
             answer = _EXPORTERS[format](model, run, new)
             agreement = _compare(run, answer, path)
+        sync(new)
         new.replace(path)
     settle(path.parent)
     return agreement
