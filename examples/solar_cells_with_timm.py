@@ -10,12 +10,14 @@ import time
 import timm
 import torch
 from peft import LoraConfig, get_peft_model
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch.nn import functional as F
+from torchvision.transforms import v2
 
 import fastlora
 from fastlora.transfer.data import stratified_split
-from fastlora.transfer.data.bundled import load_images, normalise
+from fastlora.transfer.data.bundled import load_images
 
 
 def train(arguments: argparse.Namespace, *, accelerated: bool) -> tuple[float, float]:
@@ -23,6 +25,13 @@ def train(arguments: argparse.Namespace, *, accelerated: bool) -> tuple[float, f
     torch.manual_seed(0)
     cells = load_images("elpv", 96)
     chosen, held_out = stratified_split(cells.labels.tolist(), [0.8, 0.2], seed=0)
+    as_seen = v2.Compose(
+        [
+            v2.RGB(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+        ]
+    )
     base = timm.create_model(
         "vit_tiny_patch16_224", pretrained=arguments.pretrained, img_size=96, num_classes=len(cells.classes)
     )
@@ -38,7 +47,7 @@ def train(arguments: argparse.Namespace, *, accelerated: bool) -> tuple[float, f
     started = time.perf_counter()
     for step in range(arguments.steps):
         rows = torch.tensor(chosen)[torch.randint(len(chosen), (32,))]
-        loss = F.cross_entropy(model(normalise(cells.images[rows])), cells.labels[rows])
+        loss = F.cross_entropy(model(as_seen(cells.images[rows])), cells.labels[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -47,7 +56,7 @@ def train(arguments: argparse.Namespace, *, accelerated: bool) -> tuple[float, f
     model.eval()
     with torch.no_grad():
         parts = cells.images[held_out].split(64)
-        answers = torch.cat([model(normalise(part)).argmax(dim=1) for part in parts])
+        answers = torch.cat([model(as_seen(part)).argmax(dim=1) for part in parts])
     return seconds, float((answers == cells.labels[held_out]).double().mean())
 
 

@@ -4,9 +4,8 @@ import sys
 
 import pytest
 import torch
-from torchvision.transforms.functional import normalize
 
-from fastlora.transfer.data.bundled import MEAN, STD, ImageSet, Splits, load_images, normalise, split
+from fastlora.transfer.data.bundled import ImageSet, Splits, load_images, split
 
 
 def numbered(counts: tuple[int, ...]) -> ImageSet:
@@ -72,12 +71,6 @@ def test_mnist_has_ten_digits() -> None:
     ink = [digits.images[digits.labels == digit].float().mean() for digit in (0, 1)]
     assert ink[1] < ink[0] < 100
     assert digits.flip_dims == ()
-
-
-def test_normalise_is_what_torchvision_does() -> None:
-    images = torch.randint(0, 256, (3, 1, 5, 4), dtype=torch.uint8)
-    expected = normalize((images / 255).expand(-1, 3, -1, -1), list(MEAN), list(STD))
-    torch.testing.assert_close(normalise(images), expected)
 
 
 def test_unknown_data_set_lists_the_known() -> None:

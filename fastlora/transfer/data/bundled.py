@@ -12,10 +12,6 @@ from fastlora._core.extras import package_folder, require
 from fastlora.transfer.data.images import LabelledImages
 from fastlora.transfer.data.picture import open_picture
 
-# ImageNet's channel statistics: what DINOv2 and torchvision's models were trained with
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -92,17 +88,6 @@ def load_images(name: str, image_size: int) -> ImageSet:
             f"expected a data set out of {', '.join(_LOADERS)}, got {name!r}; choose one of them"
         )
     return _LOADERS[name](image_size)
-
-
-def normalise(images: Tensor) -> Tensor:
-    """From grey uint8 ``[n, 1, h, w]`` to the float32 ``[n, 3, h, w]`` that the backbones expect.
-
-    Example:
-        >>> normalise(torch.zeros(2, 1, 4, 4, dtype=torch.uint8)).shape
-        torch.Size([2, 3, 4, 4])
-    """
-    mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (MEAN, STD))
-    return (images.float() / 255 - mean) / std
 
 
 def split(images: ImageSet, *, train: int, validation: int, seed: int) -> Splits:

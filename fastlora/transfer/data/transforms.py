@@ -12,6 +12,7 @@ from torchvision.transforms import InterpolationMode, v2
 from fastlora._core.extras import require
 from fastlora.transfer.models.names import DINOV2, EFFICIENTNET_LITE0, TIMM_PREFIX
 
+# what DINOv2 and torchvision's models were trained with
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _LITE_MEAN, _LITE_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 _SMALLEST_CROP = 0.35

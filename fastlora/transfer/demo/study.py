@@ -15,8 +15,8 @@ from fastlora._core import backend
 from fastlora._core.progress import Reporter
 from fastlora.parameters import ParameterReport, parameter_report
 from fastlora.state.save import save_adapter
-from fastlora.transfer.data.bundled import MEAN, STD, Splits
-from fastlora.transfer.data.transforms import Transform
+from fastlora.transfer.data.bundled import Splits
+from fastlora.transfer.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Transform
 from fastlora.transfer.demo.methods import Method
 from fastlora.transfer.finetune.evaluation import evaluate
 from fastlora.transfer.finetune.job import prepare
@@ -172,7 +172,7 @@ def transforms(flip_dims: Sequence[int]) -> tuple[Transform, Transform]:
     Args:
         flip_dims: Dimensions along which a picture may be mirrored without changing its label: -1, -2.
     """
-    finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(MEAN), list(STD))]
+    finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
     mirrors = {-1: v2.RandomHorizontalFlip(), -2: v2.RandomVerticalFlip()}
     return v2.Compose([*(mirrors[dim] for dim in flip_dims), *finish]), v2.Compose(finish)
 
