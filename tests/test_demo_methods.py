@@ -10,18 +10,19 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torchvision.transforms.functional import normalize
 from typer.testing import CliRunner
 
 from fastlora.cli import app
 from fastlora.transfer.demo import study
 from fastlora.transfer.demo.methods import METHODS, choose_methods
+from fastlora.transfer.demo.study import transforms
 from fastlora.transfer.finetune.run import Run, begin
 from fastlora.transfer.plots import accuracy_figure
 from fastlora.transfer.strategies import STRATEGIES
-from tests.demo_runs import BACKBONE, HEAD_WIDTH, PICTURES, TEST, DemoRun, demo
+from tests.demo_runs import BACKBONE, HEAD_WIDTH, PICTURES, TEST, TRAIN, DemoRun, demo
 
 HEAD = HEAD_WIDTH * 2
-STEPS = 3
 # what each method that test_demo doesn't train adds to the backbone and the head: two bottlenecks of 64 with
 # their biases in each block; ten tokens in each block
 ADDED = {
@@ -61,7 +62,7 @@ def rest(tmp_path_factory: pytest.TempPathFactory, held: list[int]) -> DemoRun:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "begin", watched)
         folder = tmp_path_factory.mktemp("rest")
-        return demo("elpv", folder, "--max-steps", str(STEPS), "--methods", "full, prompts,adapter")
+        return demo("elpv", folder, "--epochs", "1", "--methods", "full, prompts,adapter")
 
 
 def test_chosen_methods_are_reported_in_their_order(rest: DemoRun) -> None:
@@ -90,7 +91,7 @@ def test_report_of_a_method(rest: DemoRun, strategy: str) -> None:
     assert method["adapter_folder"] == FOLDERS.get(strategy)
     # a file has names, too
     assert 4 * trained <= method["adapter_bytes"] < 4 * trained + 50_000
-    assert method["hyper_parameters"]["max_steps"] == STEPS
+    assert method["hyper_parameters"]["epochs"] == len(method["epochs"]) == 1
     assert method["hyper_parameters"]["lr"] == STRATEGIES[strategy].lr
     assert ("backend" in method["hyper_parameters"]) == (strategy == "adapter")
     assert method["seconds"] >= sum(epoch["seconds"] for epoch in method["epochs"]) > 0
@@ -133,7 +134,7 @@ def test_a_method_alone_gives_the_same_numbers_in_a_folder_of_an_older_run(
     rest: DemoRun, tmp_path: Path
 ) -> None:
     (tmp_path / "prompts").mkdir()
-    subset = demo("elpv", tmp_path, "--max-steps", str(STEPS), "--methods", "prompts")
+    subset = demo("elpv", tmp_path, "--epochs", "1", "--methods", "prompts")
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", *PICTURES, "prompts"}
     measured = ("seconds", "peak_memory_bytes", "epochs")
     (method,), same = subset.report["methods"], rest.method("prompt")
@@ -142,8 +143,33 @@ def test_a_method_alone_gives_the_same_numbers_in_a_folder_of_an_older_run(
         assert method[key] == same[key]
 
 
+def test_epochs_are_those_of_all_methods_but_the_probe(rest: DemoRun, tmp_path: Path) -> None:
+    both = demo("elpv", tmp_path, "--methods", "probe,lora", "--epochs", "1")
+    records = both.report["methods"] + rest.report["methods"]
+    assert {METHODS[name].strategy for name in METHODS} == {m["strategy"] for m in records}
+    for method in records:
+        epochs = 100 if method["strategy"] == "feature_extraction" else 1
+        assert method["hyper_parameters"]["epochs"] == len(method["epochs"]) == epochs
+    assert both.method("feature_extraction")["hyper_parameters"]["weight_decay"] == 1e-4
+    # of all training pictures, by 16
+    assert both.method("lora")["steps"] == TRAIN // 16
+
+
+def test_pictures_that_no_step_reaches_are_not_read(tmp_path: Path) -> None:
+    run = demo("elpv", tmp_path, "--methods", "probe", "--max-steps", "1")
+    # a batch of the probe is the largest
+    assert run.report["pictures"]["train"] == 32 < TRAIN
+    assert ("Linear probe: features of 32 pictures", 32, 32) in [step[:3] for step in run.steps]
+
+
 def test_methods_are_strategies() -> None:
     assert {method.strategy for method in METHODS.values()} <= set(STRATEGIES)
+
+
+def test_pictures_reach_the_backbone_as_those_it_was_trained_on() -> None:
+    picture = torch.randint(0, 256, (3, 5, 4), dtype=torch.uint8)
+    expected = normalize(picture / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    torch.testing.assert_close(transforms(())[1](picture), expected)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +178,8 @@ def test_methods_are_strategies() -> None:
         (["all"], tuple(METHODS)),
         (["full", "all"], tuple(METHODS)),
         (["full", "lora", "full"], ("lora", "full")),
+        (["prompt", "prompts", "feature_extraction"], ("probe", "prompts")),
+        ([method.strategy for method in METHODS.values()], tuple(METHODS)),
     ],
     ids=",".join,
 )

@@ -34,8 +34,9 @@ def demo(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Out of probe, lora, adapter, prompts, full, with commas between, or all. Without it probe "
-            "and lora, and the first epochs of lora again with the eager formula."
+            help="Out of probe, lora, adapter, prompts, full, with commas between, or all; names of finetune "
+            "--strategy mean the same. Without it probe and lora, and the first epochs of lora again with "
+            "the eager formula."
         ),
     ] = None,
     epochs: Annotated[

@@ -74,7 +74,7 @@ def choose_methods(names: Iterable[str]) -> tuple[str, ...]:
     """Look up methods by name.
 
     Args:
-        names: Out of :data:`METHODS`; ``"all"`` stands for all of them.
+        names: Out of :data:`METHODS`, or those of their strategies; ``"all"`` stands for all of them.
 
     Returns:
         Those named, once each, in the order of :data:`METHODS`.
@@ -83,16 +83,19 @@ def choose_methods(names: Iterable[str]) -> tuple[str, ...]:
         ValueError: An unknown name, or none.
 
     Example:
-        >>> choose_methods(["full", "probe"])
+        >>> choose_methods(["full", "feature_extraction"])
         ('probe', 'full')
         >>> choose_methods(["all"]) == tuple(METHODS)
         True
     """
     given = list(names)
-    unknown = [name for name in given if name not in (*METHODS, "all")]
+    # finetune knows the same things by the names of their strategies
+    known = {method.strategy: name for name, method in METHODS.items()} | {name: name for name in METHODS}
+    unknown = [name for name in given if name not in (*known, "all")]
     if unknown or not given:
         raise ValueError(
             f"expected methods out of {', '.join(METHODS)}, or all, got {unknown[0] if unknown else ''!r}; "
             "name one or more of them"
         )
-    return tuple(name for name in METHODS if name in given or "all" in given)
+    chosen = {known.get(name) for name in given}
+    return tuple(name for name in METHODS if name in chosen or "all" in given)
