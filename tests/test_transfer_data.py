@@ -109,7 +109,8 @@ def test_data_sets_of_tensors() -> None:
 
 
 def test_a_real_hugging_face_data_set(folder: Path) -> None:
-    datasets = pytest.importorskip("datasets", reason="the object is Hugging Face's")
+    import datasets
+
     source = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train")
     assert sorted(open_images(source).labels) == sorted(open_images(folder).labels)
 
