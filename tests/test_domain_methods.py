@@ -155,13 +155,13 @@ def moons(angle: float, seed: int) -> tuple[Tensor, Tensor]:
 
 def test_dann_wins_on_turned_moons() -> None:
     torch.set_num_threads(1)
-    pairs = [(moons(0, seed), moons(30, seed + 10)) for seed in range(3)]
+    pairs = [(moons(0, seed), moons(35, seed + 100)) for seed in range(3)]
     adapted, plain = (
         np.mean([target_accuracy(*pair, adapt, seed) for seed, pair in enumerate(pairs)])
         for adapt in (True, False)
     )
-    # 27 of 30 other seeds pass this alone
-    assert adapted > plain + 0.03
+    # of the seeds 0 to 29 all but two pass alone; three in a row, from any of them on, gain 0.12 and more
+    assert adapted > plain + 0.05
 
 
 def test_dann_rewards_mixed_classes_where_only_their_shares_differ() -> None:
