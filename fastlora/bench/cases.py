@@ -15,13 +15,13 @@ class Case:
         suite: ``layers``, ``memory``, ``adapters`` or ``steps``.
         name: The model's layer, for people.
         m: Rows of the input, None where the case is a whole model.
-        k: Its columns.
+        k: Columns of the input.
         n: Columns of the output.
-        rank: Of LoRA; the bottleneck of an adapter.
-        dtype: Of the frozen weights: ``fp32``, ``bf16`` or ``fp16``.
+        rank: Rank of LoRA, or size of an adapter's bottleneck.
+        dtype: Type of the frozen weights: ``fp32``, ``bf16`` or ``fp16``.
         dropout: Probability.
         passes: ``forward``, ``forward_backward`` or ``step``.
-        threads: Of the CPU; None on a GPU.
+        threads: Number of the CPU's threads; None on a GPU.
         busy: Processes that keep the CPU busy beside it.
     """
 
