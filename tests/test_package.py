@@ -31,6 +31,38 @@ except ValueError as error:
 """
 
 
+# what a GPU's image may lack: all that a command, a report, pictures or another library's layers need
+WITHOUT_EXTRAS = """
+import importlib, pkgutil, sys
+from importlib.machinery import PathFinder
+lacking = (
+    "torchvision PIL matplotlib jinja2 typer rich tomli_w packaging platformdirs peft timm transformers "
+    "accelerate torchao bitsandbytes sklearn scipy onnx onnxruntime tensorboard lightning pytest"
+).split()
+find = PathFinder.find_spec
+hidden = lambda name, *rest: None if name.split(".")[0] in lacking else find(name, *rest)
+PathFinder.find_spec = staticmethod(hidden)
+import fastlora, fastlora_kernels, torch
+for name in fastlora.__all__:
+    getattr(fastlora, name)
+rooms = "_core ops nn anatomy inject parameters init state interop distributed tuning".split()
+names = ["fastlora_kernels", *(f"fastlora.{room}" for room in rooms)]
+for package in map(importlib.import_module, names):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        # PEFT's layers are known by their classes
+        if not module.name.startswith("fastlora.interop._peft"):
+            importlib.import_module(module.name)
+layer, adapter = fastlora.LoRALinear(32, 16, rank=2, dropout=0.1), fastlora.AdapterLayer(16, 16)
+adapter(layer(torch.randn(3, 32))).sum().backward()
+assert layer.lora_B.grad.abs().sum() > 0
+model = fastlora.apply_lora(torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.Linear(16, 4)))
+fastlora.save_adapter(model, FOLDER)
+fastlora.load_adapter(model, FOLDER)
+print(fastlora.parameter_report(model))
+print([name for name in lacking if name in sys.modules])
+"""
+
+
 def run_python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -39,6 +71,13 @@ def run_python(code: str) -> str:
 
 def test_imports_runs_and_plans_without_triton() -> None:
     assert "the package triton is not installed" in run_python(WITHOUT_TRITON)
+
+
+def test_layers_and_ops_need_torch_numpy_and_safetensors_alone(tmp_path: Path) -> None:
+    """Every public name too, and every module of the rooms that hold no command and no report."""
+    printed = run_python(WITHOUT_EXTRAS.replace("FOLDER", repr(str(tmp_path))))
+    assert "of 1,684 parameters train" in printed
+    assert printed.splitlines()[-1] == "[]"
 
 
 def test_import_is_lazy() -> None:

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from rich.filesize import pick_unit_and_suffix
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def readable_bytes(size: int) -> str:
@@ -14,10 +14,11 @@ def readable_bytes(size: int) -> str:
         >>> [readable_bytes(size) for size in (0, 1000, 2048, 3 * 2**30 // 2)]
         ['0 B', '1000 B', '2.0 KiB', '1.5 GiB']
     """
-    unit, suffix = pick_unit_and_suffix(size, ["B", "KiB", "MiB", "GiB", "TiB"], 1024)
-    if unit == 1:
+    power = min(max(size.bit_length() - 1, 0) // 10, len(_UNITS) - 1)
+    if power == 0:
         return f"{size} B"
-    return f"{size / unit:,.{1 if size < 100 * unit else 0}f} {suffix}"
+    number = size / 1024**power
+    return f"{number:,.{1 if number < 100 else 0}f} {_UNITS[power]}"
 
 
 def readable_percent(percent: float) -> str:

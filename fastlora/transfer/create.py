@@ -6,7 +6,6 @@ from typing import Any
 from torch import nn
 
 from fastlora._core.option_checks import check_flag
-from fastlora.transfer.models.find import find_model
 from fastlora.transfer.models.wrapper import check_num_classes
 from fastlora.transfer.strategies import find_strategy
 
@@ -59,6 +58,9 @@ def create_transfer_model(
     chosen = find_strategy(strategy)
     own = {"image_size": options.pop("image_size")} if "image_size" in options else {}
     chosen.check_options(options)
+    # the name can be imported where torchvision is not installed
+    from fastlora.transfer.models.find import find_model
+
     model, head = find_model(pretrained_name, weights, **own)(num_classes)
     if train_batch_norm is not None:
         options["train_batch_norm"] = train_batch_norm
