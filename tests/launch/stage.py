@@ -6,9 +6,7 @@ replaced. AMD has no stand-in driver: kernels are compiled and bound for it, and
 """
 
 import ctypes
-import hashlib
 import os
-import subprocess
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +19,7 @@ from triton.backends.amd.driver import HIPDriver
 from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime import driver as active_driver
 
+from tests.c_library import compile_c, kept_library
 from tests.launch.cards import CARDS, Card
 from tests.launch.parameters import Problem, check_parameters, check_specialisation
 
@@ -184,7 +183,8 @@ class Stage:
         path.write_text(Path(source).read_text("utf-8").replace("libcuda.so.1", _LIBRARY), "utf-8")
         # Debian's own scheme leads elsewhere
         include = [*include, folder, sysconfig.get_path("include", "posix_prefix")]
-        _compile(path, made, include, self.library._name)
+        folders = (f"-I{each}" for each in include)
+        compile_c([path], made, "-O2", *folders, self.library._name)
         return str(made)
 
 
@@ -209,31 +209,14 @@ def _made_on_the_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 def _stand_in_driver(cache: Path) -> ctypes.CDLL:
     """``driver.c`` as a library, loaded under the name that Triton's modules are linked to."""
     include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
-    kept = cache / f"{hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:12]}-{triton.__version__}" / _LIBRARY
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    if not kept.exists():
-        made = kept.with_suffix(f".{os.getpid()}")
-        _compile(_SOURCE, made, [str(include)], f"-Wl,-soname,{_LIBRARY}")
-        made.replace(kept)
+    # the headers of CUDA come with Triton
+    options = ("-O2", f"-I{include}", f"-Wl,-soname,{_LIBRARY}")
+    kept = kept_library([_SOURCE], cache / f"driver-{triton.__version__}", _LIBRARY, *options)
     library = ctypes.CDLL(str(kept), mode=ctypes.RTLD_GLOBAL)
     library.stand_in_last.restype = ctypes.POINTER(_Arrived)
     library.stand_in_launches.restype = ctypes.c_long
     library.stand_in_error.restype = ctypes.c_char_p
     return library
-
-
-def _compile(source: Path, made: Path, include: list[str], *options: str) -> None:
-    command = [
-        os.environ.get("CC", "gcc"),
-        "-O2",
-        "-shared",
-        "-fPIC",
-        "-Wno-psabi",
-        str(source),
-        "-o",
-        str(made),
-    ]
-    subprocess.run([*command, *(f"-I{folder}" for folder in include), *options], check=True)
 
 
 class _AmdUtils:
