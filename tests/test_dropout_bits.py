@@ -8,6 +8,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="kernels need Triton; the other backends are tested without")
 
 from tests.dropout_bits_kernels import draw_kernel, words_kernel
+from tests.philox import mask_uniforms, philox
 
 ROWS, WORDS = 64, 32
 THRESHOLDS = [0, 1, 2, 3, 6554, 0x5555, 0xAAAA, 32767, 32768, 65534, 65535]
@@ -22,32 +23,6 @@ def draw(device: torch.device, threshold: int, *, seed: int = 11, first_row: int
     return packed
 
 
-def philox(seed: int, counter: np.ndarray) -> np.ndarray:
-    """Philox4x32-7 in plain numpy: ``[4, *counter.shape]`` words."""
-    low = np.uint64(0xFFFFFFFF)
-    c0, c1 = counter & low, counter >> np.uint64(32)
-    c2, c3 = np.zeros_like(c0), np.zeros_like(c0)
-    k0, k1 = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
-    for _ in range(7):
-        a, b = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
-        c0, c1 = (b >> np.uint64(32)) ^ c1 ^ np.uint64(k0), b & low
-        c2, c3 = (a >> np.uint64(32)) ^ c3 ^ np.uint64(k1), a & low
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return np.stack([c0, c1, c2, c3])
-
-
-def uniforms(seed: int, first_row: int = 0) -> np.ndarray:
-    """The uniform of every element ``[ROWS, 32 * WORDS]``: digit d of 32 of them is a random word."""
-    rows = np.arange(first_row, first_row + ROWS, dtype=np.uint64)[:, None, None]
-    words = np.arange(WORDS, dtype=np.uint64)[None, :, None]
-    counters = (rows * np.uint64(WORDS) + words) * np.uint64(4) + np.arange(4, dtype=np.uint64)
-    drawn = np.moveaxis(philox(seed, counters), 0, -1).reshape(ROWS, WORDS, 16)
-    bits = drawn[..., None] >> np.arange(32, dtype=np.uint64) & np.uint64(1)
-    digits = np.uint64(1) << np.arange(16, dtype=np.uint64)
-    values: np.ndarray = (bits * digits[:, None]).sum(2, dtype=np.uint64)
-    return values.reshape(ROWS, 32 * WORDS)
-
-
 def unpack(packed: Tensor) -> np.ndarray:
     words = packed.cpu().numpy().view(np.uint32)
     return ((words[..., None] >> np.arange(32, dtype=np.uint32)) & 1).reshape(ROWS, 32 * WORDS).astype(bool)
@@ -57,7 +32,9 @@ def unpack(packed: Tensor) -> np.ndarray:
 def test_every_bit_is_the_comparison(kernel_device: torch.device, threshold: int) -> None:
     for seed, first_row in ((11, 0), (2**40 + 3, 0), (-5, 7)):
         packed = draw(kernel_device, threshold, seed=seed, first_row=first_row)
-        assert np.array_equal(unpack(packed), uniforms(seed, first_row) >= threshold)
+        assert np.array_equal(
+            unpack(packed), mask_uniforms(seed, ROWS, 32 * WORDS, first_row=first_row) >= threshold
+        )
 
 
 def test_the_ends_of_the_threshold(kernel_device: torch.device) -> None:
