@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastlora_kernels.primitives import draw_keep_words, random_words
+from fastlora_kernels.primitives import draw_keep_words, draw_low_keep, random_words
 
 
 @triton.jit
@@ -18,7 +18,9 @@ def draw_kernel(
 ):
     """packed [ROWS, WORDS]: what draw_keep_words makes of consecutive rows."""
     rows, words = tl.arange(0, ROWS), tl.arange(0, WORDS)
-    packed = draw_keep_words(tl.load(seed_ptr), first_row + rows, words, words_per_row, drop_threshold)
+    seed, rows_drawn = tl.load(seed_ptr), first_row + rows
+    low_keep = draw_low_keep(seed, rows_drawn, words_per_row, drop_threshold)
+    packed = draw_keep_words(seed, rows_drawn, words, words_per_row, low_keep, drop_threshold)
     tl.store(packed_ptr + rows[:, None] * WORDS + words[None, :], packed)
 
 

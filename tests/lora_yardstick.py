@@ -109,5 +109,7 @@ def unpack_mask(mask: Tensor, columns: int) -> Tensor:
     """Bool keep mask out of either backend's stored form."""
     if mask.dtype == torch.int8:
         return mask != 0
-    bits = (mask[:, :, None] >> torch.arange(32, device=mask.device)) & 1
+    # even columns in the lower half of a word, odd ones in the upper
+    column = torch.arange(32, device=mask.device)
+    bits = (mask[:, :, None] >> (column // 2 + column % 2 * 16)) & 1
     return bits.flatten(1)[:, :columns].bool()

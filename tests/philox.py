@@ -25,6 +25,8 @@ def philox(seed: int, counter: np.ndarray) -> np.ndarray:
 def mask_uniforms(seed: int, rows: int, columns: int, *, first_row: int = 0) -> np.ndarray:
     """The uniform of every element of a packed mask: digit d of 32 of them is a random word.
 
+    Each word has its own twelve higher digits; the words of a row share the four lowest.
+
     Args:
         seed: Of the draw.
         rows: How many.
@@ -34,9 +36,12 @@ def mask_uniforms(seed: int, rows: int, columns: int, *, first_row: int = 0) -> 
     words_per_row = cdiv(columns, MASK_WORD_BITS)
     at_row = np.arange(first_row, first_row + rows, dtype=np.uint64)[:, None, None]
     words = np.arange(words_per_row, dtype=np.uint64)[None, :, None]
-    counters = (at_row * np.uint64(words_per_row) + words) * np.uint64(4) + np.arange(4, dtype=np.uint64)
-    drawn = np.moveaxis(philox(seed, counters), 0, -1).reshape(rows, words_per_row, 16)
-    bits = drawn[..., None] >> np.arange(32, dtype=np.uint64) & np.uint64(1)
+    counters = (at_row * np.uint64(words_per_row) + words) * np.uint64(4) + np.arange(3, dtype=np.uint64)
+    own = np.moveaxis(philox(seed, counters), 0, -1).reshape(rows, words_per_row, 12)
+    shared = np.moveaxis(philox(seed, at_row[:, :, 0] * np.uint64(4 * words_per_row) + np.uint64(3)), 0, -1)
+    drawn = np.concatenate([np.broadcast_to(shared, (rows, words_per_row, 4)), own], axis=2)
+    # even columns in the lower half of a word, odd ones in the upper
+    bits = drawn[..., None] >> np.arange(32, dtype=np.uint64).reshape(2, 16).T.reshape(32) & np.uint64(1)
     digits = np.uint64(1) << np.arange(16, dtype=np.uint64)
     values: np.ndarray = (bits * digits[:, None]).sum(2, dtype=np.uint64)
     return values.reshape(rows, MASK_WORD_BITS * words_per_row)[:, :columns]

@@ -8,6 +8,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="kernels need Triton; the other backends are tested without")
 
 from tests.dropout_bits_kernels import draw_kernel, words_kernel
+from tests.lora_yardstick import unpack_mask
 from tests.philox import mask_uniforms, philox
 
 ROWS, WORDS = 64, 32
@@ -24,8 +25,7 @@ def draw(device: torch.device, threshold: int, *, seed: int = 11, first_row: int
 
 
 def unpack(packed: Tensor) -> np.ndarray:
-    words = packed.cpu().numpy().view(np.uint32)
-    return ((words[..., None] >> np.arange(32, dtype=np.uint32)) & 1).reshape(ROWS, 32 * WORDS).astype(bool)
+    return unpack_mask(packed.cpu(), 32 * WORDS).numpy()
 
 
 @pytest.mark.parametrize("threshold", THRESHOLDS)
@@ -66,6 +66,17 @@ def test_kept_frequency(kernel_device: torch.device, threshold: int) -> None:
     assert abs(keep.mean() - expected) < 5 * deviation * keep.size**-0.5
     by_bit = keep.reshape(-1, 32).mean(0)
     assert np.abs(by_bit - expected).max() < 5 * deviation * (ROWS * WORDS) ** -0.5
+
+
+@pytest.mark.parametrize("threshold", [40, 655, 6554])
+def test_words_of_a_row_share_no_answers(kernel_device: torch.device, threshold: int) -> None:
+    """How often a bit drops in a row's words, which share four digits, varies as a binomial's count does."""
+    dropped = threshold / 65536
+    counts = (~unpack(draw(kernel_device, threshold))).reshape(ROWS, WORDS, 16, 2).sum(1)
+    variance = WORDS * dropped * (1 - dropped)
+    ratio = ((counts - WORDS * dropped) ** 2).mean() / variance
+    fourth_moment = 3 + (1 - 6 * dropped * (1 - dropped)) / variance
+    assert abs(ratio - 1) < 5 * ((fourth_moment - 1) / counts.size) ** 0.5
 
 
 @pytest.mark.parametrize("threshold", [6554, 32768])

@@ -53,6 +53,18 @@ def load_tile(ptr, rows, cols, stride, num_rows, num_cols):
 
 
 @triton.jit
+def load_transposed(ptr, rows, cols, stride, num_rows, num_cols):
+    """The transpose of the tile ``ptr[rows, cols]``; zero outside ``num_rows`` × ``num_cols``.
+
+    For the left side of a product: what is loaded as it lies and turned there passes through registers on
+    sm_80, this is copied to shared memory ahead of time.
+    """
+    offsets = rows.to(tl.int64)[None, :] * stride + cols[:, None]
+    inside = (rows < num_rows)[None, :] & (cols < num_cols)[:, None]
+    return tl.load(ptr + offsets, mask=inside, other=0.0)
+
+
+@triton.jit
 def store_tile(ptr, tile, rows, cols, stride, num_rows, num_cols):
     """Store ``tile`` to ``ptr[rows, cols]``, only inside ``num_rows`` × ``num_cols``."""
     offsets = rows.to(tl.int64)[:, None] * stride + cols[None, :]
@@ -85,22 +97,41 @@ def random_words(seed, counter):
 
 
 @triton.jit
-def draw_keep_words(seed, rows, words, words_per_row, drop_threshold):
-    """Packed keep bits, int32 ``[rows, words]``: bit b of word w keeps element 32·w + b of its row.
+def _at_least(keep, digits, drop_threshold, FIRST: tl.constexpr):
+    """Keep bits after comparing four more digits of the uniforms, from digit FIRST up, with the threshold's.
+
+    Where the digits differ the greater one decides, where they are equal the lower digits' answer stays. That
+    is the majority of three bits, one instruction for 32 elements.
+    """
+    for i in tl.static_range(4):
+        # all ones where the threshold's digit is 0
+        not_digit = (((drop_threshold >> (FIRST + i)) & 1) - 1).to(tl.uint32, bitcast=True)
+        keep = (digits[i] & keep) | (not_digit & (digits[i] | keep))
+    return keep
+
+
+@triton.jit
+def draw_low_keep(seed, rows, words_per_row, drop_threshold):
+    """What the four lowest digits of a row's uniforms say, ``[rows, 1]``, for :func:`draw_keep_words`.
+
+    The words of a row share them: only where the twelve higher digits of two elements both equal the
+    threshold's, one time in 2²⁴, does that make one's answer the other's.
+    """
+    call = rows.to(tl.int64)[:, None] * words_per_row * 4 + 3
+    return _at_least((call * 0 - 1).to(tl.uint32), random_words(seed, call), drop_threshold, 0)
+
+
+@triton.jit
+def draw_keep_words(seed, rows, words, words_per_row, low_keep, drop_threshold):
+    """Packed keep bits, int32 ``[rows, words]``; bits of a word's elements as :func:`unpack_keep` has them.
 
     An element is kept when its 16-bit uniform is at least ``drop_threshold``. The 32 uniforms of a word are
-    drawn and compared a binary digit at a time, from the lowest: where the digits differ the greater one
-    decides, where they are equal the lower digits' answer stays. That is the majority of three bits, one
-    instruction for 32 elements.
+    drawn and compared a binary digit at a time, from the lowest, ``low_keep`` being the answer of four.
     """
     first_call = (rows.to(tl.int64)[:, None] * words_per_row + words[None, :]) * 4
-    keep = (first_call * 0 - 1).to(tl.uint32)
-    for call in tl.static_range(4):
-        digits = random_words(seed, first_call + call)
-        for i in tl.static_range(4):
-            # all ones where the threshold's digit is 0
-            not_digit = (((drop_threshold >> (call * 4 + i)) & 1) - 1).to(tl.uint32, bitcast=True)
-            keep = (digits[i] & keep) | (not_digit & (digits[i] | keep))
+    keep = low_keep
+    for call in tl.static_range(3):
+        keep = _at_least(keep, random_words(seed, first_call + call), drop_threshold, 4 + 4 * call)
     # the sum over an axis of one changes nothing, but without it the compiler draws every word again in each
     # thread that unpacks a part of it, instead of passing 4 bytes on
     return tl.sum(keep.to(tl.int32, bitcast=True)[None, :, :], axis=0)
@@ -116,9 +147,34 @@ def load_keep_words(mask_ptr, rows, words, words_per_row, num_rows):
 
 @triton.jit
 def unpack_keep(packed, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """Bool tile ``[BLOCK_ROWS, BLOCK_COLS]`` out of packed words ``[BLOCK_ROWS, BLOCK_COLS / 32]``."""
-    bits = (packed[:, :, None] >> tl.arange(0, _WORD_BITS)[None, None, :]) & 1
+    """Bool tile ``[BLOCK_ROWS, BLOCK_COLS]`` out of packed words ``[BLOCK_ROWS, BLOCK_COLS / 32]``.
+
+    A word has the bits of its even columns in its lower half and those of its odd columns in the upper half,
+    so that two neighbours' are 16 bits apart, as their values are in a register of two.
+    """
+    element = tl.arange(0, _WORD_BITS)
+    bits = (packed[:, :, None] >> (element // 2 + element % 2 * 16)[None, None, :]) & 1
     return tl.reshape(bits, (BLOCK_ROWS, BLOCK_COLS)) != 0
+
+
+@triton.jit
+def zero_dropped(tile, packed, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """A tile ``[BLOCK_ROWS, BLOCK_COLS]``, zero where packed words ``[BLOCK_ROWS, BLOCK_COLS / 32]`` drop."""
+    if tile.dtype.primitive_bitwidth == 16:
+        return _zero_dropped_pairs(tile, packed, BLOCK_ROWS, BLOCK_COLS // 2)
+    else:
+        return tl.where(unpack_keep(packed, BLOCK_ROWS, BLOCK_COLS), tile, 0.0)
+
+
+@triton.jit
+def _zero_dropped_pairs(tile, packed, ROWS: tl.constexpr, PAIRS: tl.constexpr):
+    # two neighbours share a register: one AND zeroes both, where tl.where would take them apart and join them
+    low, high = tl.split(tl.reshape(tile.to(tl.uint16, bitcast=True), (ROWS, PAIRS, 2)))
+    pairs = low.to(tl.uint32) | (high.to(tl.uint32) << 16)
+    bits = (packed.to(tl.uint32, bitcast=True)[:, :, None] >> tl.arange(0, 16)[None, None, :]) & 0x10001
+    pairs &= tl.reshape(bits * 0xFFFF, (ROWS, PAIRS))
+    kept = tl.join(pairs.to(tl.uint16), (pairs >> 16).to(tl.uint16))
+    return tl.reshape(kept, (ROWS, 2 * PAIRS)).to(tile.dtype, bitcast=True)
 
 
 @triton.jit

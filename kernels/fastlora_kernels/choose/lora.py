@@ -23,8 +23,9 @@ from fastlora_kernels.tile import MASK_WORD_BITS, TILES_PER_GROUP, Plan, Shape, 
 
 Path = Literal["split", "single", "epilogue", "library"]
 
-# integer operations for every element: drawing its bit by Philox, and taking it out of a packed word
-_DRAW, _UNPACK = 9.0, 3.0
+# integer instructions for every element, as counted in the machine code for sm_80 and sm_90, a wide product
+# as two: drawing its bit by Philox, and zeroing it by its bit of a packed word
+_DRAW, _UNPACK = 4.5, 2.0
 # bytes for every element that the library path reads and writes to draw its mask, a byte an element, on a GPU
 _LIBRARY_DRAW, _LIBRARY_DRAW_LAUNCHES = 71, 20
 

@@ -12,8 +12,10 @@ from fastlora_kernels.primitives import (
     grouped_tile,
     load_keep_words,
     load_tile,
+    load_transposed,
     store_tile,
     unpack_keep,
+    zero_dropped,
 )
 from fastlora_kernels.tile import Plan, cdiv
 
@@ -51,10 +53,10 @@ def _lora_grad_s_b_kernel(
     db = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
     for m in range(group * rows_per_group, min(M, (group + 1) * rows_per_group), BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
-        dy_tile = load_tile(dy_ptr, offs_m, offs_n, stride_dym, M, N)
+        dy_transposed = load_transposed(dy_ptr, offs_m, offs_n, stride_dym, M, N)
         s_tile = load_tile(s_ptr, offs_m, offs_r, R, M, R)
-        db = tl.dot(tl.trans(dy_tile), s_tile, db, input_precision="ieee")
-        ds = tl.dot(dy_tile, b_tile, input_precision="ieee")
+        db = tl.dot(dy_transposed, s_tile, db, input_precision="ieee")
+        ds = tl.dot(tl.trans(dy_transposed), b_tile, input_precision="ieee")
         store_tile(ds_ptr, ds * scale, offs_m, offs_r, R, M, R)
     store_tile(db_ptr, db, offs_n, offs_r, R, N, R)
 
@@ -206,14 +208,15 @@ def grad_a_tile(
     da = tl.zeros((BLOCK_R, BLOCK_K) if HAS_DROPOUT else (BLOCK_K, BLOCK_R), dtype=tl.float32)
     for m in range(group * rows_per_group, min(M, (group + 1) * rows_per_group), BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
-        x_tile = load_tile(x_ptr, offs_m, offs_k, stride_xm, M, K)
         ds_tile = load_tile(ds_ptr, offs_m, offs_r, R, M, R)
         if HAS_DROPOUT:
+            x_tile = load_tile(x_ptr, offs_m, offs_k, stride_xm, M, K)
             packed = load_keep_words(mask_ptr, offs_m, words, tl.cdiv(K, _WORD_BITS), M)
-            x_tile = tl.where(unpack_keep(packed, BLOCK_M, BLOCK_K), x_tile, 0.0)
+            x_tile = zero_dropped(x_tile, packed, BLOCK_M, BLOCK_K)
             da = tl.dot(tl.trans(ds_tile), x_tile, da, input_precision="ieee")
         else:
-            da = tl.dot(tl.trans(x_tile), ds_tile, da, input_precision="ieee")
+            x_transposed = load_transposed(x_ptr, offs_m, offs_k, stride_xm, M, K)
+            da = tl.dot(x_transposed, ds_tile, da, input_precision="ieee")
     store_tile(da_ptr, da if HAS_DROPOUT else tl.trans(da), offs_r, offs_k, K, R, K)
 
 

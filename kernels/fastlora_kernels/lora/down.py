@@ -10,9 +10,10 @@ from fastlora_kernels.primitives import (
     MASK_WORD_BITS,
     block_range,
     draw_keep_words,
+    draw_low_keep,
     load_tile,
     store_tile,
-    unpack_keep,
+    zero_dropped,
 )
 from fastlora_kernels.tile import Plan, cdiv
 
@@ -51,6 +52,7 @@ def _lora_down_kernel(
     words_per_row = tl.cdiv(K, _WORD_BITS)
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
+        low_keep = draw_low_keep(seed, offs_m, words_per_row, drop_threshold)
 
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     for k in range(split * k_per_split, k_end, BLOCK_K):
@@ -58,10 +60,10 @@ def _lora_down_kernel(
         x_tile = load_tile(x_ptr, offs_m, offs_k, stride_xm, M, K)
         if HAS_DROPOUT:
             words = k // _WORD_BITS + tl.arange(0, BLOCK_K // _WORD_BITS)
-            packed = draw_keep_words(seed, offs_m, words, words_per_row, drop_threshold)
+            packed = draw_keep_words(seed, offs_m, words, words_per_row, low_keep, drop_threshold)
             if tl.program_id(2) == 0:
                 store_tile(mask_ptr, packed, offs_m, words, words_per_row, M, words_per_row)
-            x_tile = tl.where(unpack_keep(packed, BLOCK_M, BLOCK_K), x_tile, 0.0)
+            x_tile = zero_dropped(x_tile, packed, BLOCK_M, BLOCK_K)
         a_tile = load_tile(lora_a_ptr, offs_r, offs_k, K, R, K).to(x_tile.dtype)
         acc = tl.dot(x_tile, tl.trans(a_tile), acc, input_precision="ieee")
 

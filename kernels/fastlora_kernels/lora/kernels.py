@@ -101,6 +101,13 @@ def _down(rank: int, dtype: torch.dtype, target: Target, aligned: bool) -> list[
     return [tile if tile == _SMALL else replace(tile, cols=tile.rank, depth=128, warps=4)]
 
 
+def _grad_s_b(rank: int, dtype: torch.dtype, target: Target, aligned: bool) -> list[Tile]:
+    # higher ranks are left to library products
+    (tile,) = _skinny(min(rank, MOST_RANKS_PER_READ), dtype, target, aligned)
+    # AMD turns a tile in registers, and dY is wanted both ways
+    return [replace(tile, rows=32) if target.is_amd else tile]
+
+
 def _add(rank: int, dtype: torch.dtype, target: Target, aligned: bool) -> list[Tile]:
     (tile,) = _skinny(rank, dtype, target, aligned)
     return [tile if tile == _SMALL else replace(tile, depth=1, warps=8, stages=2)]
@@ -163,7 +170,7 @@ LORA_GRAD_S_B = Kernel(
     name="lora_grad_s_b",
     function=("lora.backward", "_lora_grad_s_b_kernel"),
     axes={"rows": "M", "cols": "N", "rank": "R"},
-    tiles=_skinny,
+    tiles=_grad_s_b,
     shared=_tall_shared,
     split="rows",
 )
