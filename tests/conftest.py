@@ -1,7 +1,8 @@
 """Fixtures for every test."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -28,6 +29,15 @@ def seeded() -> Iterator[None]:
     yield
     # torchao lowers it for the whole process where it quantises
     torch.set_float32_matmul_precision(precision)
+
+
+@pytest.fixture(scope="session")
+def kept_folder(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Makes folders, by name, that pytest keeps from run to run; new ones where its cache is switched off."""
+    kept = getattr(request.config, "cache", None)
+    return kept.mkdir if kept else tmp_path_factory.mktemp
 
 
 @pytest.fixture(scope="session")

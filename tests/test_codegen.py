@@ -1,6 +1,7 @@
 """Every kernel of every plan, compiled for five GPU targets without a GPU: a gate on what it takes."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,9 @@ def few_specs() -> list[Spec]:
 
 
 @pytest.fixture(scope="module", params=["few", pytest.param("every", marks=pytest.mark.full)])
-def rows(request: pytest.FixtureRequest) -> list[Row]:
+def rows(request: pytest.FixtureRequest, kept_folder: Callable[[str], Path]) -> list[Row]:
     wanted = few_specs() if request.param == "few" else codegen.gate_specs()
-    # absent where pytest's cache is switched off
-    cache = getattr(request.config, "cache", None)
-    compiled = list(codegen.compile_rows(wanted, cache=cache.mkdir("codegen") if cache else None))
+    compiled = list(codegen.compile_rows(wanted, cache=kept_folder("codegen")))
     assert len(compiled) == len(wanted)
     return compiled
 

@@ -1,5 +1,6 @@
 """Arguments that the op refuses: one clear error each, before anything is drawn or changed."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -138,11 +139,29 @@ def test_without_a_compiler_auto_takes_the_library_and_a_name_raises(monkeypatch
     gpu = torch.device("cuda")
     monkeypatch.setattr("triton.runtime.driver", NoCompiler())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    _backend.launch_failure.cache_clear()
+    asked = (_backend.launch_failure, _backend._can_launch)
+    for each in asked:
+        each.cache_clear()
     try:
         with pytest.warns(UserWarning, match="Failed to find C compiler.*uses library products instead"):
+            assert _backend.resolve(gpu, torch.float16) == "torch"
+        with warnings.catch_warnings():
+            # told once, though warnings are always shown here
+            warnings.simplefilter("error")
             assert _backend.resolve(gpu, torch.float16) == "torch"
         with fastlora.use_backend("triton"), pytest.raises(ValueError, match="it needs a C compiler"):
             _backend.resolve(gpu, torch.float16)
     finally:
-        _backend.launch_failure.cache_clear()
+        for each in asked:
+            each.cache_clear()
+
+
+def test_a_cached_driver_does_not_hide_that_there_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6 builds a launcher for every kernel; from 3.7 on the driver, once built, has one for all."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    _backend._check_compiler("3.7.0")
+    with pytest.raises(RuntimeError, match="neither gcc nor clang"):
+        _backend._check_compiler("3.6.0+git1")
+    monkeypatch.setenv("CC", "tcc")
+    _backend._check_compiler("3.6.0")

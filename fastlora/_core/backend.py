@@ -8,6 +8,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,19 +134,33 @@ def launch_failure() -> str:
         import triton
 
         _ = triton.runtime.driver.active.utils
+        _check_compiler(triton.__version__)
     except Exception as error:
         # Triton raises plain RuntimeErrors here, and whatever its build steps raise
+        said = " ".join(f"{type(error).__name__}: {error}".split())
         return (
-            f"Triton can't launch kernels here ({type(error).__name__}: {error}); it needs a C compiler, "
-            "gcc for instance, and Python's headers"
+            f"Triton can't launch kernels here ({said}); it needs a C compiler, gcc for instance, "
+            "and Python's headers"
         )
     return ""
 
 
+def _check_compiler(triton_version: str) -> None:
+    # until Triton 3.7 every new kernel has a launcher of its own, whatever a cache holds of the rest
+    if tuple(map(int, triton_version.split(".")[:2])) >= (3, 7):
+        return
+    if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang"))):
+        raise RuntimeError("there is neither gcc nor clang, and CC names no other")
+
+
 def _launches() -> bool:
     # torch.compile could not trace the question, and needs the same compiler itself
-    if torch.compiler.is_compiling():
-        return True
+    return torch.compiler.is_compiling() or _can_launch()
+
+
+# told once
+@functools.cache
+def _can_launch() -> bool:
     failure = launch_failure()
     if failure:
         warnings.warn(f"{failure}; fastlora uses library products instead", stacklevel=2)

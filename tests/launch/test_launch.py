@@ -1,11 +1,9 @@
 """Every launch as a GPU would get it, on a machine without one; ``stage.py`` says how."""
 
-import json
-import os
 import shutil
 import struct
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +16,9 @@ pytest.importorskip("triton", reason="launches need Triton")
 from fastlora_kernels import targets
 from fastlora_kernels.choose.plan import KERNELS
 from tests.cases import cases
+from tests.compiling import told_by
 from tests.launch.parameters import MAP_BYTES, Problem, check_parameters, expected_parameters
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
     shutil.which("gcc") is None or sys.platform != "linux",
     reason="Triton's launcher is built with gcc on Linux",
@@ -64,21 +62,12 @@ MOST_COMPILED = 32
         ["sm_90 full", *(f"sm_{n} quick" for n in (80, 86, 89, 100, 120)), "gfx942 quick"],
     ),
 )
-def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def told(request: pytest.FixtureRequest, kept_folder: Callable[[str], Path]) -> dict[str, Any]:
     """What ``run.py`` tells of a target."""
     target, suite = request.param.split()
-    # absent where pytest's cache is switched off
-    kept = getattr(request.config, "cache", None)
-    cache = kept.mkdir("launch") if kept else tmp_path_factory.mktemp("launch")
-    command = ["-m", "tests.launch.run", "--target", target, "--suite", suite, "--cache", str(cache)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found | {"target": target}
+    cache = str(kept_folder("launch"))
+    command = ("tests.launch.run", "--target", target, "--suite", suite, "--cache", cache)
+    return {**told_by(*command), "target": target}
 
 
 def test_every_launch_is_sound(told: dict[str, Any]) -> None:

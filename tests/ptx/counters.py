@@ -6,6 +6,7 @@ worse one in the table is a decision that a reader of the diff can see.
 
 import argparse
 import csv
+import dataclasses
 import functools
 import io
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +28,8 @@ TARGETS = ("sm_80", "sm_90")
 FILE = Path(compile_room.__file__).with_name("counters.csv")
 # a wait for an mbarrier is a loop of its own
 _SHORTEST_LOOP = 6
-_KEY = ("kernel", "target", "dtype", "dropout", "activation", "one_chunk", "tile", "warps", "stages", "part")
+SPEC_KEY = ("kernel", "target", "dtype", "dropout", "activation", "one_chunk", "tile", "warps", "stages")
+_KEY = (*SPEC_KEY, "part")
 _COLUMNS = (*_KEY, "iterations", "instructions", *CLASSES, *COUNTS[1:])
 # lower is better; which kinds of instructions they are is there to be read
 _GATED = ("instructions", "barrier", "shuffle", "sectors", "waves")
@@ -46,6 +48,19 @@ def counted_specs(target: str, dtypes: Sequence[str] = ("bf16", "fp32")) -> list
     return [spec for spec in chosen if spec.aligned and spec.activation in ("", "gelu")]
 
 
+def key_of(spec: Spec) -> Row:
+    """The columns that name a spec.
+
+    Args:
+        spec: What is launched.
+    """
+    named = dataclasses.asdict(spec) | {
+        "dropout": int(spec.dropout), "one_chunk": int(spec.one_chunk), "tile": tile_text(spec.tile),
+        "warps": spec.tile.warps, "stages": spec.tile.stages,
+    }  # fmt: skip
+    return {name: str(named[name]) for name in SPEC_KEY}
+
+
 def count(gpu: ExecutedGpu, spec: Spec) -> list[Row]:
     """A row for each innermost loop, and one for everything else.
 
@@ -53,12 +68,8 @@ def count(gpu: ExecutedGpu, spec: Spec) -> list[Row]:
         gpu: What executes.
         spec: What is launched.
     """
-    tile, outcome = spec.tile, try_spec(gpu, spec, ragged=False)
-    key: dict[str, object] = {
-        "kernel": spec.kernel, "target": spec.target, "dtype": spec.dtype, "dropout": int(spec.dropout),
-        "activation": spec.activation, "one_chunk": int(spec.one_chunk), "tile": tile_text(tile),
-        "warps": tile.warps, "stages": tile.stages,
-    }  # fmt: skip
+    outcome = try_spec(gpu, spec, ragged=False)
+    key = key_of(spec)
     x, y, z = outcome.launch.grid
     warps = x * y * z * outcome.launch.warps
     loops = list(_innermost_loops(outcome.program))
@@ -80,7 +91,7 @@ def _innermost_loops(program: Program) -> Iterator[tuple[int, int]]:
             yield first, last
 
 
-def _row(key: dict[str, object], outcome: Outcome, part: Sequence[int], times: int, warps: int) -> Row:
+def _row(key: Row, outcome: Outcome, part: Sequence[int], times: int, warps: int) -> Row:
     """Figures of a part of the program, of each time that a warp runs it."""
     counts = outcome.counts[[*part]]
     classes = [outcome.program.classes[index] for index in part]
@@ -90,7 +101,7 @@ def _row(key: dict[str, object], outcome: Outcome, part: Sequence[int], times: i
     figures |= {name: counts[:, index].sum() for index, name in enumerate(COUNTS) if index}
     values = key | {"iterations": f"{times / warps:.4g}"}
     values |= {name: f"{round(int(value) / times, 2):g}" for name, value in figures.items()}
-    return {name: str(values[name]) for name in _COLUMNS}
+    return {name: values[name] for name in _COLUMNS}
 
 
 def table_text(rows: Sequence[Row]) -> str:

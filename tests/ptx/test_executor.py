@@ -3,6 +3,7 @@
 import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,10 +125,8 @@ WRONG = {
 
 
 @pytest.fixture(scope="session")
-def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    # absent where pytest's cache is switched off
-    kept = getattr(request.config, "cache", None)
-    return Engine(kept.mkdir("ptx") if kept else tmp_path_factory.mktemp("ptx"))
+def engine(kept_folder: Callable[[str], Path]) -> Engine:
+    return Engine(kept_folder("ptx"))
 
 
 def run(engine: Engine, body: str, *, programs: int = 1, columns: int = 0) -> tuple[Outcome, Tensor]:

@@ -1,10 +1,9 @@
 """Every kernel as Triton compiled it for sm_80 and sm_90, executed on the CPU; ``executor.h`` says how."""
 
-import json
-import os
 import shutil
-import subprocess
 import sys
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,13 @@ pytest.importorskip("triton", reason="kernels are compiled by Triton")
 import triton
 
 from fastlora_kernels.choose.plan import KERNELS
+from fastlora_kernels.compile.specs import DTYPES
 from tests.cases import cases
+from tests.compiling import told_by
 from tests.ptx import counters, executed
 from tests.ptx.faults import KINDS
 from tests.ptx.trials import TRIALS, said_of, trial_name
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
     shutil.which("gcc") is None or sys.platform != "linux",
     reason="the executor is built with gcc on Linux",
@@ -37,20 +37,13 @@ NOT_PLANTED = {
 
 
 @pytest.fixture(scope="module", params=cases(["quick"], [*NOT_PLANTED][1:]))
-def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def told(request: pytest.FixtureRequest, kept_folder: Callable[[str], Path]) -> dict[str, Any]:
     """What ``executed.py`` tells of a suite."""
-    # absent where pytest's cache is switched off
-    kept = getattr(request.config, "cache", None)
-    cache = kept.mkdir("ptx") if kept else tmp_path_factory.mktemp("ptx")
-    command = ["-m", "tests.ptx.executed", "--suite", request.param, "--cache", str(cache)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found | {"suite": request.param}
+    cache = str(kept_folder("ptx"))
+    return {
+        **told_by("tests.ptx.executed", "--suite", request.param, "--cache", cache),
+        "suite": request.param,
+    }
 
 
 def test_compiled_kernels_are_right(told: dict[str, Any]) -> None:
@@ -86,8 +79,35 @@ def test_no_counter_is_worse_than_the_committed_one(told: dict[str, Any]) -> Non
 
 
 def test_every_kernel_has_a_trial() -> None:
-    wanted = {kernel.name for kernel in KERNELS}
-    wanted |= {f"{kernel.name} persistent" for kernel in KERNELS if kernel.persistent}
-    assert {*TRIALS} == wanted
-    tried = {trial_name(spec) for target in counters.TARGETS for spec in executed.specs_of(target)}
-    assert tried == wanted
+    """Its record makes the cases: each dtype, with dropout and without."""
+    persistent = {f"{kernel.name} persistent" for kernel in KERNELS if kernel.persistent}
+    assert {*TRIALS} == {kernel.name for kernel in KERNELS} | persistent
+    wanted = {
+        (kernel.name, dtype, dropout)
+        for kernel, dtype in product(KERNELS, DTYPES)
+        for dropout in ((False, True) if "HAS_DROPOUT" in kernel.varies else (False,))
+    }
+    for target in counters.TARGETS:
+        specs = executed.specs_of(f"{target} full")
+        assert {(spec.kernel, spec.dtype, spec.dropout) for spec in specs} == wanted
+        # sm_80 has no tensor descriptors
+        assert persistent - {trial_name(spec) for spec in specs} == (
+            persistent if target == "sm_80" else set()
+        )
+
+
+def test_the_committed_counters_are_of_every_kernel() -> None:
+    specs = [spec for target in counters.TARGETS for spec in counters.counted_specs(target)]
+    assert {spec.kernel for spec in specs} == {kernel.name for kernel in KERNELS}
+    committed = {tuple(row[name] for name in counters.SPEC_KEY) for row in counters.committed()[1]}
+    assert committed == {tuple(counters.key_of(spec).values()) for spec in specs}
+
+
+@pytest.mark.parametrize("figure", ["instructions", "barrier", "shuffle", "sectors", "waves"])
+def test_the_gate_notices(figure: str) -> None:
+    row = counters.committed()[1][0]
+    assert counters.worse_than_committed([row]) == []
+    (line,) = counters.worse_than_committed([{**row, figure: str(float(row[figure]) + 0.01)}])
+    assert f"{figure} " in line
+    (line,) = counters.worse_than_committed([{**row, "warps": "16"}])
+    assert "is not in counters.csv" in line
