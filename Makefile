@@ -2,13 +2,20 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
+# VENV= runs on what is installed beside $(PYTHON), and asks no index
+ifeq ($(VENV),)
+RUN := PYTHONPATH=.:kernels $(PYTHON) -m
+installed =
+else
 RUN := $(VENV)/bin/python -m
+installed = $(VENV)/.installed-$(1)
+endif
 # for instance BENCH_FLAGS='--beside "a browser"' or '-k ViT'
 BENCH_FLAGS :=
 TESTS = $(RUN) pytest --numprocesses auto --dist worksteal
 SUITE = $(RUN) pytest benchmarks --results benchmarks/results $(BENCH_FLAGS)
 
-.PHONY: demo test test-all test-oldest lint bench bench-gpu results results-adapt results-digits
+.PHONY: demo test test-all test-oldest lint bench bench-gpu gpu-check results results-adapt results-digits
 
 demo: $(VENV)/.installed-demo
 	$(VENV)/bin/fastlora demo
@@ -36,11 +43,15 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-bench
 	$(SUITE) -m "not gpu"
 
-bench-gpu: $(VENV)/.installed-dev
-	$(RUN) pytest -m gpu
-	$(VENV)/bin/fastlora tune --shapes benchmarks/shapes.json || \
+bench-gpu: $(call installed,dev)
+	$(TESTS) -m gpu
+	$(RUN) fastlora.cli tune --shapes benchmarks/shapes.json || \
 		{ echo "fastlora tune failed (its message stands above); nothing was benchmarked" >&2; exit 1; }
 	$(SUITE) -m gpu
+
+# torch and Triton will do
+gpu-check:
+	PYTHONPATH=.:kernels $(PYTHON) -m fastlora.bench.gpu_check --output benchmarks/results
 
 results: $(VENV)/.installed-results
 	$(RUN) benchmarks.transfer_results

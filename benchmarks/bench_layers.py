@@ -6,9 +6,9 @@ import pytest
 
 from benchmarks.marks import parameters
 from benchmarks.measuring import time_in_turns
-from benchmarks.shapes import layer_cases, layer_work
+from benchmarks.shapes import layer_cases
 from fastlora.bench.candidates import TOLERANCE, lora_candidates
-from fastlora.bench.cases import Case
+from fastlora.bench.cases import Case, layer_work
 from fastlora.bench.checked import checked_candidates
 from fastlora.bench.results_file import Record
 

@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--results", metavar="DIR", help="Write DIR/<device>-<date>.json and a report; else none."
     )
     group.addoption("--beside", default="nothing known of", help="What else runs here, for the file.")
-    group.addoption("--quick", action="store_true", help="On a CPU only the cases that tell most.")
+    group.addoption("--quick", action="store_true", help="Only the cases that tell most.")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -116,5 +116,5 @@ def _file_of(config: pytest.Config, case: Case) -> ResultsFile | None:
     kind = "gpu" if case.device == "cuda" else "cpu"
     files = config.stash[_FILES]
     if kind not in files:
-        files[kind] = ResultsFile(Path(folder), kind, config.getoption("--beside"))
+        files[kind] = ResultsFile.of_suite(Path(folder), kind, config.getoption("--beside"))
     return files[kind]

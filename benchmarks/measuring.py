@@ -8,8 +8,9 @@ from torch import Tensor
 
 from fastlora.bench.cases import Case
 from fastlora.bench.checked import BOUNDS
+from fastlora.bench.clocks import make_gpu_clock
 from fastlora.bench.results import OURS
-from fastlora.bench.turns import WARM_UP_TURNS, Clock, Step, Turns, cpu_clock, gpu_peak_bytes, peak_bytes
+from fastlora.bench.turns import WARM_UP_TURNS, Step, Turns, cpu_clock, gpu_peak_bytes, peak_bytes
 
 # a step this long in ms needs fewer rounds
 _LONG = 400.0
@@ -42,25 +43,6 @@ def _doing(action: Callable[[], None]) -> Callable[[], None]:
         action()
 
     return setup
-
-
-def make_gpu_clock() -> Clock:
-    """A clock of CUDA events around a step whose operands were driven out of the L2 cache before."""
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    # at least twice the cache; the long write also lets the host run ahead of the GPU
-    size = max(4 * getattr(properties, "L2_cache_size", 0), 256 * 2**20)
-    flush = torch.empty(size, dtype=torch.int8, device="cuda")
-
-    def clock(step: Step) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end))
-
-    return clock
 
 
 def memory(case: Case, steps: Mapping[str, Step], given: Iterable[Tensor]) -> dict[str, dict[str, int]]:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import fastlora
@@ -132,15 +131,16 @@ def _with_adapterhub(model: nn.Module, dtype: torch.dtype, variant: Variant) -> 
 
 
 def _with_lora(model: nn.Module, dtype: torch.dtype, variant: Variant) -> Any:
+    peft = require("peft", distribution="peft", purpose="the comparison with PEFT", extra="bench")
     torch.manual_seed(0)
-    config = LoraConfig(
+    config = peft.LoraConfig(
         r=RANK,
         lora_alpha=ALPHA,
         lora_dropout=variant.dropout,
         use_dora=variant.dora,
         target_modules="all-linear",
     )
-    adapted = get_peft_model(copy.deepcopy(model).to(dtype), config)
+    adapted = peft.get_peft_model(copy.deepcopy(model).to(dtype), config)
     return adapted.train()
 
 

@@ -9,6 +9,7 @@ from fastlora.bench.cases import (
     BOTH,
     FORWARD,
     GPU,
+    HEADLINES,
     LLAMA_8B,
     LLAMA_70B,
     RANK,
@@ -17,7 +18,6 @@ from fastlora.bench.cases import (
     VIT_ATTENTION,
     Case,
 )
-from fastlora.bench.work import lora_flops, lora_least_bytes
 
 # rows, columns in, columns out: what two cores can do in minutes
 CPU = {
@@ -107,19 +107,13 @@ def _of(
 
 def is_quick(case: Case) -> bool:
     """Whether ``--quick`` keeps a case: what tells most in least time."""
+    if case.threads is None:
+        return (
+            case.dtype == "bf16"
+            and case.passes != FORWARD
+            and case.name in (*HEADLINES, "hidden 768", *QUICK)
+        )
     return case.threads == 2 and case.name in QUICK
-
-
-def layer_work(case: Case) -> dict[str, int]:
-    """Operations and least memory traffic of a LoRA layer, as a row has them."""
-    if case.m is None or case.k is None or case.n is None:
-        return {}
-    sizes, backward = (case.m, case.k, case.n, case.rank), case.passes == BOTH
-    itemsize, dropout = 4 if case.dtype == "fp32" else 2, case.dropout > 0
-    return {
-        "flops": lora_flops(*sizes, backward=backward),
-        "least_bytes": lora_least_bytes(*sizes, itemsize=itemsize, dropout=dropout, backward=backward),
-    }
 
 
 def adapter_flops(case: Case) -> int | None:

@@ -21,6 +21,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what runs on a GPU where there is one, so that ``-m gpu`` takes it."""
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        chosen = callspec is not None and callspec.params.get("backend") == "triton"
+        if chosen or "kernel_device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
     """Tests draw from torch's generator; none depends on which others ran before it."""

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import fastlora
@@ -189,9 +188,10 @@ OPTIONS: dict[str, dict[str, object]] = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_peft_files_both_ways(tmp_path: Path, options: dict[str, object]) -> None:
     """What PEFT trained computes the same here, learns the same, and goes back bit for bit."""
+    peft = pytest.importorskip("peft", reason="compares with PEFT, an optional package")
     base, words = Model(), torch.randint(11, (2, 4))
-    config = LoraConfig(r=2, lora_alpha=8, target_modules=TARGETS, use_dora=True, **options)  # type: ignore[arg-type]
-    theirs = get_peft_model(copy.deepcopy(base), config)
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=TARGETS, use_dora=True, **options)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
     for parameter in theirs.parameters():
         if parameter.requires_grad:
             parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
@@ -210,7 +210,7 @@ def test_peft_files_both_ways(tmp_path: Path, options: dict[str, object]) -> Non
             torch.testing.assert_close(own[plain], parameter.grad, rtol=1e-4, atol=1e-5)
 
     fastlora.save_adapter(ours, tmp_path / "ours")
-    back = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
     assert torch.equal(back(words), theirs(words))
     merged = fastlora.remove_adapters(fastlora.merge_adapters(ours))
     torch.testing.assert_close(merged(words), theirs.merge_and_unload()(words))

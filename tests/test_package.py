@@ -1,5 +1,6 @@
 """The package as a whole: imports, layout, and what the README promises."""
 
+import os
 import re
 import subprocess
 import sys
@@ -146,3 +147,31 @@ def test_readme_example_runs(
     # what the README shows in comments is what the lines print
     for line in re.findall(r"# prints: (.*)", example):
         assert line in printed
+
+
+def test_an_absent_optional_package_skips_its_files_alone(tmp_path: Path) -> None:
+    """An error while collecting would stop every other test; a package that is not optional still does."""
+    (tmp_path / "test_optional.py").write_text("import onnxruntime.no_such_part")
+    (tmp_path / "test_own.py").write_text("import no_such_package")
+    command = [
+        "-m",
+        "pytest",
+        "-p",
+        "conftest",
+        "-p",
+        "no:cacheprovider",
+        "-rs",
+        "--collect-only",
+        "-c",
+        os.devnull,
+    ]
+    done = subprocess.run(
+        [sys.executable, *command, f"--rootdir={tmp_path}", str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        capture_output=True,
+        text=True,
+    )
+    assert "onnxruntime.no_such_part is not installed" in done.stdout
+    assert "No module named 'no_such_package'" in done.stdout
+    assert "1 error" in done.stdout
+    assert "1 skipped" in done.stdout

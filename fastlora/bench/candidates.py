@@ -1,7 +1,8 @@
 """The implementations that are compared, one step each: LoRA layers and bottleneck adapters."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,10 +29,17 @@ class Candidates:
     Attributes:
         steps: One pass for each candidate.
         given: Inputs, gradients and weights, which memory measurements leave out.
+        absent: Why others are not among them.
     """
 
     steps: dict[str, Step]
     given: tuple[Tensor, ...]
+    absent: Mapping[str, str] = field(default_factory=dict)
+
+
+def has_peft() -> bool:
+    """Whether PEFT is installed."""
+    return importlib.util.find_spec("peft") is not None
 
 
 def lora_candidates(case: Case) -> Candidates:
@@ -43,10 +51,10 @@ def lora_candidates(case: Case) -> Candidates:
     """
     torch.manual_seed(0)
     dtype = DTYPES[case.dtype]
-    with torch.device(case.device):
-        base = nn.Linear(_size(case.k), _size(case.n), dtype=dtype).requires_grad_(False)
-        x = torch.randn(_size(case.m), _size(case.k), dtype=dtype).requires_grad_()
-        dy = torch.randn(_size(case.m), _size(case.n), dtype=dtype)
+    device, m, k, n = torch.device(case.device), _size(case.m), _size(case.k), _size(case.n)
+    base = nn.Linear(k, n, device=device, dtype=dtype).requires_grad_(False)
+    x = torch.randn(m, k, device=device, dtype=dtype).requires_grad_()
+    dy = torch.randn(m, n, device=device, dtype=dtype)
     fused = LoRALinear.from_linear(base, rank=case.rank, alpha=ALPHA, dropout=case.dropout)
     a, b = fused.lora_A, fused.lora_B
     with torch.no_grad():
@@ -58,7 +66,7 @@ def lora_candidates(case: Case) -> Candidates:
     }
     own: list[Tensor] = []
     for name, fp32_adapters in (("peft", True), ("peft_same_dtype", False)):
-        if fp32_adapters or dtype != torch.float32:
+        if has_peft() and (fp32_adapters or dtype != torch.float32):
             layer, *trained = _peft_layer(base, fused, case.dropout, fp32_adapters)
             steps[name] = _step(case, layer, (x, *trained), dy)
             own += trained
@@ -66,8 +74,9 @@ def lora_candidates(case: Case) -> Candidates:
     if compiles(case):
         steps["compiled"] = _step(case, _eager(base, fused, case.dropout, compiled=True), (x, a, b), dy)
     steps["fastlora"] = _step(case, fused, (x, a, b), dy)
+    absent = {} if has_peft() else {"peft": "the package peft is not installed"}
     # PEFT's A and B are its own
-    return Candidates(steps, (x, dy, *fused.parameters(), *own))
+    return Candidates(steps, (x, dy, *fused.parameters(), *own), absent)
 
 
 def compiles(case: Case) -> bool:

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from fastlora.bench.work import lora_flops, lora_least_bytes
+
 RANK, ALPHA = 16, 32.0
 FORWARD, BOTH, STEP = "forward", "forward_backward", "step"
 
@@ -85,3 +87,25 @@ GPU = {
     **SQUARES,
     **SMALL,
 }
+# what tells most in least time
+HEADLINES = (
+    f"{LLAMA_8B} q, o",
+    f"{LLAMA_8B} gate, up",
+    # so few rows that the host decides
+    f"{LLAMA_8B} q, o, 256 rows",
+    VIT_ATTENTION,
+    f"{VIT} MLP up",
+    f"{BERT} FFN up",
+)
+
+
+def layer_work(case: Case) -> dict[str, int]:
+    """Operations and least memory traffic of a LoRA layer, as a row has them."""
+    if case.m is None or case.k is None or case.n is None:
+        return {}
+    sizes, backward = (case.m, case.k, case.n, case.rank), case.passes == BOTH
+    itemsize, dropout = 4 if case.dtype == "fp32" else 2, case.dropout > 0
+    return {
+        "flops": lora_flops(*sizes, backward=backward),
+        "least_bytes": lora_least_bytes(*sizes, itemsize=itemsize, dropout=dropout, backward=backward),
+    }

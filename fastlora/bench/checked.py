@@ -42,7 +42,7 @@ def checked_candidates(
     if case.dropout:
         made = make(case)
         right = without(made.steps, left_out)
-    return replace(made, steps=right), left_out
+    return replace(made, steps=right), left_out | dict(made.absent)
 
 
 def without(steps: Mapping[str, Step], left_out: Iterable[str]) -> dict[str, Step]:

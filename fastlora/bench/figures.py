@@ -8,7 +8,17 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from fastlora.bench.results import CEILINGS, EAGER, OURS, PEFT, Results, Row, geometric_mean
+from fastlora.bench.results import (
+    CEILINGS,
+    EAGER,
+    EAGER_MODE,
+    GRAPHS,
+    OURS,
+    PEFT,
+    Results,
+    Row,
+    geometric_mean,
+)
 from fastlora.bench.style import PASSES, SUITES, colour, grouped, label, legend_below, ordered, title
 from fastlora.transfer.report.style import INK, drawn, heading, headline, new_figure, plain
 
@@ -28,7 +38,8 @@ def measured_figures(results: Results) -> dict[str, Figure]:
         for passes in PASSES
     }
     made |= {
-        f"overhead-{suite}": overhead_figure(results, suite) for suite in ("layers", "adapters", "steps")
+        f"overhead-{suite}": overhead_figure(results, suite)
+        for suite in ("layers", EAGER_MODE, GRAPHS, "adapters", "steps")
     }
     made |= {
         f"memory-{name}": memory_figure(results, suite)
@@ -123,7 +134,7 @@ def overhead_figure(results: Results, suite: str) -> Figure | None:
     for axes in panels[len(groups) :]:
         axes.remove()
     ceiling = "the six bare products" if suite == "adapters" else "the frozen model"
-    ceiling = "the frozen layer" if suite == "layers" else ceiling
+    ceiling = "the frozen layer" if suite in ("layers", EAGER_MODE, GRAPHS) else ceiling
     for axes in panels[max(0, len(groups) - columns) : len(groups)]:
         axes.set_xlabel(f"Time ÷ that of {ceiling} (logarithmic)")
         axes.tick_params(labelbottom=True)

@@ -11,7 +11,18 @@ from PIL import Image
 from fastlora._core.files import check_output_folder, write_file
 from fastlora.bench.figures import measured_figures
 from fastlora.bench.predictions import Predictions, predict
-from fastlora.bench.results import CEILINGS, EAGER, OURS, PEFT, Results, Row, geometric_mean, load_results
+from fastlora.bench.results import (
+    CEILINGS,
+    EAGER,
+    EAGER_MODE,
+    GRAPHS,
+    OURS,
+    PEFT,
+    Results,
+    Row,
+    geometric_mean,
+    load_results,
+)
 from fastlora.bench.roofline import measured_rows, roofline_figure
 from fastlora.bench.style import SUITES, conditions, label, ordered, title
 from fastlora.transfer.report.page import page
@@ -21,6 +32,8 @@ PAGE, _TEMPLATE = "report.html", "bench/report.html.jinja"
 # what the first paragraph calls a suite's cases, and what nobody can beat
 _SENTENCES = {
     ("layers", "forward_backward"): ("A LoRA layer's forward and backward pass", "frozen layer alone"),
+    (EAGER_MODE, "forward_backward"): ("Called one after another, a LoRA layer", "frozen layer alone"),
+    (GRAPHS, "forward_backward"): ("As a CUDA graph, a LoRA layer", "frozen layer alone"),
     ("adapters", "forward_backward"): ("That of a bottleneck adapter", "six bare products"),
     ("steps", "step"): ("A whole training step", "frozen model"),
 }
@@ -32,7 +45,7 @@ def write_report(results_path: Path, output: Path | None = None, card: str | Non
     """Write the page and its figures.
 
     Args:
-        results_path: File of ``make bench`` or ``make bench-gpu``.
+        results_path: File of ``make bench``, ``make bench-gpu`` or ``make gpu-check``.
         output: Folder for them; without it, beside the results under their name.
         card: GPU whose roof and predictions are shown; without it, that of the results, or H100.
 

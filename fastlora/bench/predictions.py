@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastlora._core.backend import triton_available
-from fastlora.bench.results import Row
+from fastlora.bench.results import GRAPHS, Row
 from fastlora.bench.work import lora_flops, lora_least_bytes
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def predict(card: str, rows: Iterable[Row] = ()) -> Predictions | None:
 
 
 def _comparable(row: Row) -> bool:
-    both = row.suite == "layers" and row.passes == "forward_backward"
+    both = row.suite in ("layers", GRAPHS) and row.passes == "forward_backward"
     return both and row.dropout == DROPOUT and row.dtype in _DTYPES and row.m is not None
 
 

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ SCHEMA = 1
 OURS, PEFT, EAGER = "fastlora", "peft", "reference"
 # what nobody can beat: the layer that does not train, or the bare products
 CEILINGS = ("frozen", "products")
+# suites of LoRA layers on a GPU: called one after another, the host included, and as CUDA graphs
+EAGER_MODE, GRAPHS = "eager", "graphs"
 # not rivals: they do less
 _BOUNDS = (*CEILINGS, "fastlora_compiled")
 _PASSES = ("forward", "forward_backward", "step")
@@ -23,7 +25,7 @@ class Row:
     """One measured case.
 
     Attributes:
-        suite: ``layers``, ``memory``, ``adapters`` or ``steps``.
+        suite: ``layers``, ``eager``, ``graphs``, ``memory``, ``adapters`` or ``steps``.
         name: Name of the layer or model.
         m: Rows of the input; None for a whole model.
         k: Columns of the input; None for a whole model.
@@ -40,6 +42,8 @@ class Row:
         flops: Floating-point operations of the case's formula, or None.
         least_bytes: Memory traffic of the formula where either pass moves each tensor once, or None.
         left_out: Why a candidate was not timed.
+        host_ms: What a pass of each candidate costs the host, in ms.
+        predicted_ms: What the launch plan predicts for fastlora and for the frozen layer, in ms.
     """
 
     suite: str
@@ -59,6 +63,8 @@ class Row:
     flops: int | None
     least_bytes: int | None
     left_out: Mapping[str, str]
+    host_ms: Mapping[str, float] = field(default_factory=dict)
+    predicted_ms: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def size(self) -> str:
@@ -125,6 +131,7 @@ class Results:
         complete: Whether every case of the run went through.
         failed: Cases that did not, with their errors.
         rows: The cases.
+        exactness: What a check of a card has compared with float64.
     """
 
     device: str
@@ -133,6 +140,7 @@ class Results:
     complete: bool
     failed: tuple[Mapping[str, str], ...]
     rows: tuple[Row, ...]
+    exactness: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def was_busy(self) -> bool:
@@ -207,6 +215,7 @@ def _results(content: Any, where: str) -> Results:
         environment=_get(content, "environment", dict, where),
         complete=bool(content.get("complete", True)),
         failed=tuple(content.get("failed", ())),
+        exactness=tuple(content.get("exactness", ())),
         rows=tuple(_row(row, f"{where}: row {number}") for number, row in enumerate(rows)),
     )
 
@@ -228,6 +237,8 @@ def _row(row: Any, where: str) -> Row:
         dropout=float(_get(row, "dropout", (int, float), where)),
         passes=passes,
         left_out=row.get("left_out", {}),
+        host_ms=_times(row, "host_ms", where) if "host_ms" in row else {},
+        predicted_ms=_times(row, "predicted_ms", where) if "predicted_ms" in row else {},
     )
 
 

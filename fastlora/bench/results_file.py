@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,24 +30,37 @@ class ResultsFile:
     """One run on one device.
 
     Args:
-        folder: Where the file goes.
+        path: The file.
         kind: ``cpu`` or ``gpu``.
-        beside: What else ran on the machine, in words.
+        name: The device's.
+        environment: Versions, and what else is needed to judge the times.
     """
 
-    def __init__(self, folder: Path, kind: str, beside: str) -> None:
+    def __init__(self, path: Path, kind: str, name: str, environment: Mapping[str, Any]) -> None:
         """See the class."""
-        name = processor() if kind == "cpu" else torch.cuda.get_device_name()
-        self.path = folder / f"{slug(name)}-{time.strftime('%Y-%m-%d')}.json"
+        self.path = path
         self._content: dict[str, Any] = {
             "schema": SCHEMA,
             "device": {"name": name, "kind": kind},
-            "environment": _environment(kind) | {"beside": beside},
+            "environment": dict(environment),
             # until the last case is through
             "complete": False,
             "failed": [],
             "rows": [],
         }
+
+    @classmethod
+    def of_suite(cls, folder: Path, kind: str, beside: str) -> "ResultsFile":
+        """The file ``<device>-<date>.json`` of the suite on this machine.
+
+        Args:
+            folder: Where the file goes.
+            kind: ``cpu`` or ``gpu``.
+            beside: What else ran on the machine, in words.
+        """
+        name = processor() if kind == "cpu" else torch.cuda.get_device_name()
+        path = folder / f"{slug(name)}-{time.strftime('%Y-%m-%d')}.json"
+        return cls(path, kind, name, environment_of(kind) | {"beside": beside})
 
     @property
     def has_rows(self) -> bool:
@@ -61,6 +75,11 @@ class ResultsFile:
     def add_failure(self, case: str, error: str) -> None:
         """Keep the word of a case that failed."""
         self._content["failed"].append({"case": case, "error": error})
+        self._write()
+
+    def put(self, **entries: Any) -> None:
+        """Keep what is no row: entries of the whole file, by name."""
+        self._content |= entries
         self._write()
 
     def finish(self, complete: bool) -> None:
@@ -96,7 +115,12 @@ def gpu_clocks() -> dict[str, str] | str:
     return dict(zip(_CLOCKS.split(","), (value.strip() for value in told.split(",")), strict=False))
 
 
-def _environment(kind: str) -> dict[str, Any]:
+def environment_of(kind: str) -> dict[str, Any]:
+    """Versions, commit and load of this machine; of a GPU its driver and clocks.
+
+    Args:
+        kind: ``cpu`` or ``gpu``.
+    """
     found = environment("peft", "transformers", "timm", "triton", "pytest-benchmark")
     found |= {"commit": _commit(), "load_before": _load()}
     if kind == "gpu":
@@ -109,12 +133,19 @@ def _load() -> float:
 
 
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    # installed, the package may lie inside of somebody's repository
+    ours = ["git", "ls-files", "--error-unmatch", Path(__file__).name]
+    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    told = ""
     try:
-        told = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        for command in (ours, describe):
+            ran = subprocess.run(
+                command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+            )
+            told = ran.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return told.stdout.strip()
+    return told
 
 
 def as_json_row(case: Case, measured: dict[str, dict[str, Any]], **more: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from fastlora.bench.predictions import Prediction, Predictions
-from fastlora.bench.results import EAGER, OURS, PEFT, Results, Row
+from fastlora.bench.results import EAGER, GRAPHS, OURS, PEFT, Results, Row
 from fastlora.bench.style import colour, label
 from fastlora.transfer.report.style import INK, headline, new_figure, plain
 
@@ -63,7 +63,7 @@ def measured_rows(results: Results) -> list[Row]:
     return [
         row
         for row in results.timed
-        if row.suite == "layers" and row.passes == "forward_backward" and row.dtype != "fp32"
+        if row.suite in ("layers", GRAPHS) and row.passes == "forward_backward" and row.dtype != "fp32"
         if row.flops and row.least_bytes
     ]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from fastlora.bench.results import Row
+from fastlora.bench.results import EAGER_MODE, GRAPHS, Row
 from fastlora.transfer.report.style import (
     BLACK,
     BLUE,
@@ -49,6 +49,8 @@ LABELS = {
 PASSES = {"forward_backward": "forward + backward", "forward": "forward", "step": "training step"}
 SUITES = {
     "layers": "LoRA layers",
+    EAGER_MODE: "LoRA layers, one call after another",
+    GRAPHS: "LoRA layers as CUDA graphs",
     "adapters": "Bottleneck adapters",
     "steps": "Training steps",
     "memory": "Memory",

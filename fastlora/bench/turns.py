@@ -57,9 +57,17 @@ class Turns:
         }
 
 
-def take_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, dict[str, float]]:
-    """Median and interquartile range in ms of every candidate, all timed in turns on the CPU."""
-    turns = Turns(steps)
+def take_turns(
+    steps: Mapping[str, Step], rounds: int, clock: Clock = cpu_clock
+) -> dict[str, dict[str, float]]:
+    """Median and interquartile range in ms of every candidate, all timed in turns.
+
+    Args:
+        steps: What each candidate does.
+        rounds: How often each has its turn, beside the turns that warm up.
+        clock: Measures one step.
+    """
+    turns = Turns(steps, clock)
     for _ in range(rounds + WARM_UP_TURNS):
         turns.take(*steps)
     return turns.result()

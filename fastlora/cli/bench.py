@@ -8,18 +8,22 @@ import typer
 from fastlora.cli._console import make_console
 
 app = typer.Typer(
-    name="bench", no_args_is_help=True, help="Show what `make bench` and `make bench-gpu` measured."
+    name="bench",
+    no_args_is_help=True,
+    help="Show what `make bench`, `make bench-gpu` and `make gpu-check` measured.",
 )
 
 
 @app.callback()
 def bench() -> None:
-    """Show what `make bench` and `make bench-gpu` measured."""
+    """Show what `make bench`, `make bench-gpu` and `make gpu-check` measured."""
 
 
 @app.command()
 def report(
-    results: Annotated[Path, typer.Argument(help="Results file (JSON) of make bench or make bench-gpu.")],
+    results: Annotated[
+        Path, typer.Argument(help="Results file (JSON) of make bench, make bench-gpu or make gpu-check.")
+    ],
     output: Annotated[
         Path | None, typer.Option(help="Folder to write to; without it, beside the file, under its name.")
     ] = None,

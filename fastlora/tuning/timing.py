@@ -37,7 +37,7 @@ def gpu_timer(device: torch.device) -> Timer:
     flush = torch.empty(_FLUSH_BYTES // 4, dtype=torch.int32, device=device)
 
     def times(work: Callable[[], object]) -> Times:
-        graph = _captured(work, device)
+        graph = captured(work, device)
         replays: list[float] = []
         for _ in range(_REPEATS):
             flush.zero_()
@@ -69,7 +69,13 @@ def host_us(work: Callable[[], object], device: torch.device) -> float:
     return statistics.median(taken[_WARM_UP:])
 
 
-def _captured(work: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
+def captured(work: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
+    """The work as a CUDA graph, after a few calls outside of it.
+
+    Args:
+        work: What launches; it must not wait for the GPU.
+        device: The GPU.
+    """
     # kernels compile and libraries allocate on the first calls, which must not happen while recording
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))

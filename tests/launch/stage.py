@@ -29,7 +29,7 @@ _STREAM = 0x5EED0
 _SOURCE = Path(__file__).with_name("driver.c")
 # not libcuda.so.1, which torch's own CUDA runtime would find, too
 _LIBRARY = "libstandincuda.so.1"
-_FACTORIES = ("arange", "empty", "full", "ones", "rand", "randint", "randn", "tensor", "zeros")
+_FACTORIES = ("arange", "empty", "full", "linspace", "ones", "rand", "randint", "randn", "tensor", "zeros")
 
 
 class _Arrived(ctypes.Structure):

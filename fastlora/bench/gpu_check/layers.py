@@ -1,0 +1,80 @@
+"""LoRA layers on the card: in eager mode, as CUDA graphs, what they cost the host, and what was predicted."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from fastlora.bench.candidates import DTYPES, TOLERANCE, lora_candidates
+from fastlora.bench.cases import GPU, HEADLINES, Case, layer_work
+from fastlora.bench.checked import checked_candidates
+from fastlora.bench.clocks import make_calls_clock, make_gpu_clock
+from fastlora.bench.gpu_check.items import Found, Item, refuse_lost_gpu
+from fastlora.bench.results import EAGER_MODE, GRAPHS, OURS
+from fastlora.bench.results_file import as_json_row
+from fastlora.bench.turns import Step, take_turns
+from fastlora.tuning.timing import captured, host_us
+from fastlora_kernels import targets
+from fastlora_kernels.choose.explain import explain
+from fastlora_kernels.tile import Shape
+
+# rows, columns in, columns out
+SHAPES: dict[str, tuple[int, int, int]] = {name: GPU[name] for name in HEADLINES}
+ROUNDS = 7
+
+
+def items(device: torch.device) -> Sequence[Item]:
+    """An item for each shape and dropout, in bf16."""
+    found = []
+    for name, (m, k, n) in SHAPES.items():
+        for dropout in (0.0, 0.1):
+            case = Case(EAGER_MODE, name, m, k, n, dropout=dropout)
+            found.append(Item(f"{name}, p = {dropout:g}", partial(rows, case, device)))
+    return found
+
+
+def rows(case: Case, device: torch.device) -> Iterator[Found]:
+    """The row of eager mode, then that of graphs: forward and backward of every candidate."""
+    made, left_out = checked_candidates(case, lora_candidates, TOLERANCE[case.dtype])
+    told: dict[str, Any] = layer_work(case) | {"predicted_ms": predicted_ms(case, device)}
+    about_ms = make_calls_clock(1.0)(made.steps[OURS])
+    timed = take_turns(made.steps, ROUNDS, make_calls_clock(about_ms))
+    host = {name: host_us(step, device) / 1e3 for name, step in made.steps.items()}
+    yield {"row": as_json_row(case, timed, host_ms=host, left_out=left_out, **told)}
+    graphs, failed = _graphs(made.steps, device)
+    timed = take_turns(graphs, ROUNDS, make_gpu_clock())
+    yield {"row": as_json_row(replace(case, suite=GRAPHS), timed, left_out=left_out | failed, **told)}
+
+
+def predicted_ms(case: Case, device: torch.device) -> dict[str, float]:
+    """What the launch plan predicts for the frozen layer and for fastlora, forward and backward."""
+    assert case.m is not None
+    assert case.k is not None
+    assert case.n is not None
+    shape = Shape(case.m, case.n, case.k, case.rank, aligned=case.k % 16 == 0 and case.n % 16 == 0)
+    target = targets.detect(device)
+    told = explain("lora_linear", shape, DTYPES[case.dtype], target, dropout=case.dropout)
+    return {"frozen": told.ceiling_us / 1e3, OURS: told.predicted_us / 1e3}
+
+
+def _graphs(steps: Mapping[str, Step], device: torch.device) -> tuple[dict[str, Step], dict[str, str]]:
+    """Each step as the replay of a graph, and why some can't be captured."""
+    made, failed = dict[str, Step](), dict[str, str]()
+    for name, step in steps.items():
+        try:
+            made[name] = _replaying(captured(step, device))
+        # what a library does while a graph is captured is not ours to foresee
+        except Exception as error:
+            refuse_lost_gpu(name)
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    return made, failed
+
+
+def _replaying(graph: torch.cuda.CUDAGraph) -> Step:
+    def replay() -> tuple[()]:
+        graph.replay()
+        return ()
+
+    return replay
