@@ -141,7 +141,9 @@ def run_eager(tensors: Tensors, *, keep: Tensor | None = None) -> list[Tensor]:
 def unpacked(mask: Tensor, columns: int) -> Tensor:
     """The packed keep bits as bool ``[rows, columns]``."""
     keep = torch.empty(*mask.shape, MASK_WORD_BITS, dtype=torch.bool, device=mask.device)
-    # a bit at a time: all at once take four bytes an element
-    for bit in range(MASK_WORD_BITS):
-        torch.ne(mask >> bit & 1, 0, out=keep[..., bit])
+    # a column at a time: all at once take four bytes an element
+    for column in range(MASK_WORD_BITS):
+        # even columns are in the lower half of a word, odd ones in the upper
+        bit = column // 2 + column % 2 * (MASK_WORD_BITS // 2)
+        torch.ne(mask >> bit & 1, 0, out=keep[..., column])
     return keep.flatten(1)[:, :columns]
