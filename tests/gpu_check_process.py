@@ -9,8 +9,8 @@ import time
 from typing import Any
 
 
-def outcome(what: str, *, right: bool = True) -> dict[str, Any]:
-    numbers = {"error": 1.0, "eager_error": 0.8, "allowed": 1.6, "used": 0.6}
+def outcome(what: str, *, right: bool = True, error: float | None = 1.0) -> dict[str, Any]:
+    numbers = {"error": error, "eager_error": 0.8, "allowed": 1.6, "used": 0.6}
     return {"outcome": {"case": "a kernel", "what": what, "right": right, **numbers}}
 
 
@@ -60,7 +60,7 @@ SCENARIO: dict[str, list[tuple[str, list[Any]]]] = {
         ("first", [outcome("first")]),
         ("other", [outcome("other")]),
         ("crashing", [outcome("before the crash"), "crash"]),
-        ("wrong", [outcome("a tile", right=False)]),
+        ("wrong", [outcome("a tile", right=False, error=None)]),
         ("after it", [outcome("after it")]),
     ],
     "layers": [

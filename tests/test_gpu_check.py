@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,6 +95,7 @@ def test_the_summary_and_the_page_tell_it(ran: tuple[dict[str, Any], GpuCheck, P
     assert eager.split()[-2:] == ["1,200.0", "100.0"]
     page = write_report(ran[2])[0].read_text("utf-8")
     assert "4 comparisons came out right, 1 wrong" in page
+    assert "a tile (errs by what is no number, eager by\n0.8)" in page
     assert "Predicted and measured" in page
     assert "1.25×" in page
 
@@ -191,16 +194,32 @@ def test_every_path_is_compared(part: Any, card: torch.device, monkeypatch: pyte
 
 def test_masks_are_those_of_the_interpreter(card: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     call = LayerCall(20, 70, 16, 16, 0.5, "float16")
-    drawn = mask_by_interpreter(call)
+    with monkeypatch.context() as compiling:
+        compiling.delenv("TRITON_INTERPRET", raising=False)
+        drawn = mask_by_interpreter(call)
     monkeypatch.setattr(exactness, "mask_by_interpreter", lambda call: drawn)
     assert_right(outcomes(exactness.masks(call, card)), least=3)
     monkeypatch.setattr(exactness, "mask_by_interpreter", lambda call: drawn ^ 1)
     assert outcomes(exactness.masks(call, card))[0]["right"] is False
 
 
-def test_strides_dora_and_adapters_are_compared(card: torch.device) -> None:
+def test_strides_and_huge_outputs_are_compared(card: torch.device) -> None:
     assert_right(outcomes(exactness.strides(card)), least=12)
     assert_right(outcomes(exactness.huge(CALL, card)), least=2)
+
+
+def test_replays_are_compared(card: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are no graphs, calling stands for a replay; one that does nothing is told."""
+    monkeypatch.setattr(exactness, "captured", lambda work, device: SimpleNamespace(replay=work))
+    monkeypatch.setattr(torch, "compile", lambda layer, **options: layer)
+    assert_right(outcomes(exactness.replays(0.0, card)), least=3)
+    assert_right(outcomes(exactness.replays(0.5, card)), least=1)
+    monkeypatch.setattr(exactness, "captured", lambda work, device: SimpleNamespace(replay=lambda: None))
+    found = [*outcomes(exactness.replays(0.0, card)), *outcomes(exactness.replays(0.5, card))]
+    assert {each["what"] for each in found if not each["right"]} == {"a replay", "another mask"}
+
+
+def test_dora_and_adapters_are_compared(card: torch.device) -> None:
     sizes: Any = (33, 48, 32, 5, torch.float16, 0.25)
     assert_right(outcomes(other_ops.dora("DoRA", card, *sizes)), least=2)
     for residual in ("input", "tensor", None):
@@ -229,15 +248,7 @@ def test_rehearsed_end_to_end(tmp_path: Path, request: pytest.FixtureRequest) ->
     assert content["failed"] == []
     assert content["late"] == []
     assert [row["suite"] for row in content["rows"]] == ["eager", "graphs"] * 2 + ["steps"] * 4
-    cases = {each["case"].split(":")[0] for each in content["exactness"]}
-    wanted = {
-        "LoRA forward",
-        "LoRA backward",
-        "DoRA",
-        "adapter",
-        "persistent kernels",
-        "dropout masks",
-        "strides",
-    }
-    assert cases == wanted
+    cases = {re.split("[:,]", each["case"])[0] for each in content["exactness"]}
+    lora = {"LoRA forward", "LoRA backward", "persistent kernels", "dropout masks", "strides", "beyond 2 GiB"}
+    assert cases == lora | {"DoRA", "adapter", "candidates", "replays and compiled graphs"}
     assert (path.with_suffix("") / "report.html").exists()

@@ -177,6 +177,11 @@ def interpreter_enabled() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def interpreter_environment() -> dict[str, str]:
+    """The environment of a process that is to run kernels in Triton's interpreter, as this one's is else."""
+    return os.environ | {"TRITON_INTERPRET": "1"}
+
+
 def _is_composite(tensor: Tensor) -> bool:
     kind = type(tensor)
     if kind is Tensor or kind is nn.Parameter:

@@ -17,7 +17,8 @@ from fastlora.bench.gpu_check.items import GpuLostError, Item, work_through
 
 STEPS: dict[str, Callable[[torch.device], Sequence[Item]]] = {
     "preflight": preflight.items,
-    "exactness": exactness.items,
+    # those that take longest first
+    "exactness": lambda device: [*layers.comparisons(device), *exactness.items(device)],
     "layers": layers.items,
     "training": training.items,
 }

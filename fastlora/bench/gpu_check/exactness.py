@@ -14,10 +14,12 @@ from fastlora.bench.gpu_check.comparing import eager_and_exact, equality, outcom
 from fastlora.bench.gpu_check.interpreted_mask import mask_by_interpreter
 from fastlora.bench.gpu_check.items import Found, Item, failure, refuse_lost_gpu
 from fastlora.bench.gpu_check.other_ops import adapter_items, dora_items
+from fastlora.nn import LoRALinear
 from fastlora.ops.lora_linear import lora_linear
 from fastlora.tuning.calls import LayerCall
 from fastlora.tuning.candidates import SCALING, choices, draw, run_backward, run_eager, run_forward, unpacked
 from fastlora.tuning.search import name_of
+from fastlora.tuning.timing import captured
 from fastlora.tuning.truth import WrongResult, truth_of
 from fastlora_kernels import targets
 from fastlora_kernels.choose import paths
@@ -59,6 +61,9 @@ def items(device: torch.device) -> Sequence[Item]:
         for part in PASSES
     ]
     found += dora_items(device) + adapter_items(device)
+    found += [
+        Item(f"replays and compiled graphs, p = {p:g}", partial(replays, p, device)) for p in (0.0, 0.1)
+    ]
     found += [Item(f"persistent kernels: {words(c)}", partial(persistent, c, device)) for c in TWINS]
     found += [Item(f"dropout masks: {words(call)}", partial(masks, call, device)) for call in MASKS]
     found += [Item("strides", partial(strides, device))]
@@ -148,6 +153,37 @@ def masks(call: LayerCall, device: torch.device) -> Iterator[Found]:
     yield equality(case, "the interpreter's", mask.cpu(), mask_by_interpreter(call))
     yield equality(case, "of the path epilogue", mask, drawn(call.rows, "epilogue"))
     yield equality(case, f"of {MANY_ROWS} rows", mask, drawn(MANY_ROWS)[: call.rows])
+
+
+def replays(p: float, device: torch.device) -> Iterator[Found]:
+    """A CUDA graph repeats a layer, drawing masks anew; ``torch.compile`` takes a layer as one graph."""
+    case = f"replays and compiled graphs, p = {p:g}"
+    m, k, n = STRIDED
+    layer = LoRALinear(k, n, rank=16, dropout=p, device=device, dtype=torch.bfloat16)
+    torch.nn.init.normal_(layer.lora_B, std=0.1)
+    x, dy = (torch.randn(m, size, device=device).bfloat16() for size in (k, n))
+    y = torch.zeros_like(dy)
+    # not where a plan would leave this layer to the library
+    with use_backend("triton"):
+        graph = captured(lambda: y.copy_(layer(x).detach()), device)
+        graph.replay()
+        first = y.clone()
+        graph.replay()
+    if p:
+        yield {"outcome": {"case": case, "what": "another mask", "right": bool((first != y).any())}}
+        return
+    yield equality(case, "two replays", first, y)
+
+    def eager(x: Tensor) -> Tensor:
+        weights = [each.to(x.dtype) for each in (layer.weight, layer.bias, layer.lora_A, layer.lora_B)]
+        return reference.lora_linear(x, *weights, scaling=layer.scaling)
+
+    both = eager_and_exact(eager, [x], dy)
+    eager_y, exact_y = ([each[0]] for each in both)
+    yield outcome(case, "a replay", [y], eager_y, exact_y, max(m, k, n))
+    with use_backend("triton"):
+        got = outputs_and_gradients(torch.compile(layer, fullgraph=True), [x], dy)
+    yield outcome(case, "a compiled layer in one graph", got, *both, max(m, k, n))
 
 
 def strides(device: torch.device) -> Iterator[Found]:

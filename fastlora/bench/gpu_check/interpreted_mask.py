@@ -8,17 +8,15 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
+from fastlora._core.backend import interpreter_environment
 from fastlora.tuning.calls import LayerCall
 from fastlora.tuning.candidates import draw, run_forward
 from fastlora_kernels.choose.tuned import Choice
 
 _SECONDS = 60
-# the interpreter has to be on before kernels are imported, and can't share a process with the compiler
 _SCRIPT = """
 import sys
 sys.path[:] = {path!r}
-import triton
-triton.knobs.runtime.interpret = True
 from {module} import print_mask
 print_mask({call!r})
 """
@@ -31,8 +29,14 @@ def mask_by_interpreter(call: LayerCall) -> Tensor:
         RuntimeError: The interpreter fails here, as some versions of Triton's do with some of NumPy.
     """
     script = _SCRIPT.format(path=sys.path, module=__name__, call=json.dumps(asdict(call)))
-    command = [sys.executable, "-c", script]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    # the interpreter can't share a process with the compiler
+    ran = subprocess.run(
+        [sys.executable, "-c", script],
+        env=interpreter_environment(),
+        capture_output=True,
+        text=True,
+        timeout=_SECONDS,
+    )
     if ran.returncode:
         raise RuntimeError(f"Triton's interpreter failed: {ran.stderr.strip().splitlines()[-1]}")
     return torch.tensor(json.loads(ran.stdout), dtype=torch.int32)

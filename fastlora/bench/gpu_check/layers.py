@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch._inductor import config as inductor
 
 from fastlora.bench.candidates import DTYPES, TOLERANCE, lora_candidates
 from fastlora.bench.cases import GPU, HEADLINES, Case, layer_work
@@ -27,12 +28,23 @@ ROUNDS = 7
 
 def items(device: torch.device) -> Sequence[Item]:
     """An item for each shape and dropout, in bf16."""
-    found = []
-    for name, (m, k, n) in SHAPES.items():
-        for dropout in (0.0, 0.1):
-            case = Case(EAGER_MODE, name, m, k, n, dropout=dropout)
-            found.append(Item(f"{name}, p = {dropout:g}", partial(rows, case, device)))
-    return found
+    return [Item(_name(case), partial(rows, case, device)) for case in _cases()]
+
+
+def comparisons(device: torch.device) -> Sequence[Item]:
+    """What several processes do before anything is timed: candidates compared, all of them compiled."""
+    return [Item(f"candidates: {_name(case)}", partial(compared, case)) for case in _cases()]
+
+
+def compared(case: Case) -> Iterator[Found]:
+    """Every candidate beside the eager formula; what was compiled is kept for :func:`rows`."""
+    # processes enough are at work
+    inductor.compile_threads = 1
+    made, _ = checked_candidates(case, lora_candidates, TOLERANCE[case.dtype])
+    for step in made.steps.values():
+        step()
+    what = "every candidate computes the eager formula"
+    yield {"outcome": {"case": f"candidates: {_name(case)}", "what": what, "right": True}}
 
 
 def rows(case: Case, device: torch.device) -> Iterator[Found]:
@@ -57,6 +69,18 @@ def predicted_ms(case: Case, device: torch.device) -> dict[str, float]:
     target = targets.detect(device)
     told = explain("lora_linear", shape, DTYPES[case.dtype], target, dropout=case.dropout)
     return {"frozen": told.ceiling_us / 1e3, OURS: told.predicted_us / 1e3}
+
+
+def _cases() -> list[Case]:
+    return [
+        Case(EAGER_MODE, name, m, k, n, dropout=dropout)
+        for name, (m, k, n) in SHAPES.items()
+        for dropout in (0.0, 0.1)
+    ]
+
+
+def _name(case: Case) -> str:
+    return f"{case.name}, p = {case.dropout:g}"
 
 
 def _graphs(steps: Mapping[str, Step], device: torch.device) -> tuple[dict[str, Step], dict[str, str]]:

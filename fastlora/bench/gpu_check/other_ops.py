@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -116,51 +116,51 @@ def adapter(
     residual: str | None,
 ) -> Iterator[Found]:
     """An adapter's output and gradients; the arguments after the device are those of :data:`ADAPTERS`."""
-
-    def normal(*shape: int, scale: float = 1.0, of: torch.dtype = FP32) -> Tensor:
-        return (torch.randn(*shape, device=device) * scale).to(of)
-
-    h, dout = normal(m, hidden, of=dtype), normal(m, hidden, of=dtype)
-    parameters = (
-        normal(size, hidden, scale=hidden**-0.5),
-        normal(size),
-        normal(hidden, size, scale=size**-0.5),
-        normal(hidden),
-    )
-    beside = normal(m, hidden, of=dtype) if residual == "tensor" else None
-    inputs = (h, *parameters, *(() if beside is None else (beside,)))
+    inputs = _adapter_inputs(device, m, hidden, size, dtype, separate=residual == "tensor")
+    dout = torch.randn(m, hidden, device=device).to(dtype)
     seed = torch.tensor([5], device=device) if p else None
     kept: list[Tensor] = []
 
-    def fused(h: Tensor, *rest: Tensor) -> Tensor:
-        decision = decide_adapter(h, rest[0], dtype, dropping=p > 0)
-        added = rest[4] if beside is not None else None
+    def fused(h: Tensor, down: Tensor, *rest: Tensor) -> Tensor:
+        *layer, added = rest if residual == "tensor" else (*rest, None)
+        decision = decide_adapter(h, down, dtype, dropping=p > 0)
         settings = (added, seed, residual == "input", activation, p, decision)
         out: Tensor
-        out, z = AdapterFunction.apply(h, *rest[:4], *settings)
+        out, z = AdapterFunction.apply(h, down, *layer, *settings)
         # no sum of usual numbers comes near it
         kept.append(z > DROPPED / 2)
         return out
 
-    def formula(h: Tensor, *rest: Tensor) -> Tensor:
-        down, down_bias, up, up_bias, *separate = rest
-        added: Tensor | Literal["input"] | None = "input" if residual else None
-        return reference.adapter_with_mask(
-            h,
-            down,
-            down_bias,
-            up,
-            up_bias,
-            kept[0],
-            residual=separate[0] if separate else added,
-            activation=activation,
-            keep_probability=keep_probability(p),
-        )
+    def formula(
+        h: Tensor,
+        down: Tensor,
+        down_bias: Tensor,
+        up: Tensor,
+        up_bias: Tensor,
+        separate: Tensor | None = None,
+    ) -> Tensor:
+        added: Tensor | Literal["input"] | None = "input" if residual == "input" else separate
+        options: dict[str, Any] = {"activation": activation, "keep_probability": keep_probability(p)}
+        layer = (down, down_bias, up, up_bias)
+        return reference.adapter_with_mask(h, *layer, kept[0], residual=added, **options)
 
     with use_backend("triton"):
         got = outputs_and_gradients(fused, inputs, dout)
     both = eager_and_exact(formula, inputs, dout)
     yield outcome(case, "output and every gradient", got, *both, max(m, hidden))
+
+
+def _adapter_inputs(
+    device: torch.device, m: int, hidden: int, size: int, dtype: torch.dtype, *, separate: bool
+) -> tuple[Tensor, ...]:
+    """h, both weights and biases in float32, as by default, and a residual where it is separate."""
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, device=device) * scale
+
+    down, up = normal(size, hidden, scale=hidden**-0.5), normal(hidden, size, scale=size**-0.5)
+    tensors = (normal(m, hidden).to(dtype), down, normal(size), up, normal(hidden))
+    return (*tensors, normal(m, hidden).to(dtype)) if separate else tensors
 
 
 def _plain(dtype: torch.dtype) -> str:
