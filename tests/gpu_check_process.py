@@ -66,6 +66,7 @@ SCENARIO: dict[str, list[tuple[str, list[Any]]]] = {
     "layers": [
         ("fast", [row("eager", "a layer", **PREDICTED), row("graphs", "a layer", **PREDICTED)]),
         ("slow", ["hang"]),
+        ("behind it", [row("eager", "never measured")]),
     ],
     "training": [("model", [row("steps", "a model", m=None, k=None, n=None, **{"pass": "step"})])],
 }
@@ -80,7 +81,9 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, required=True)
     given = parser.parse_args()
     with open(given.output, "a") as file:
-        for name, found in SCENARIO[given.step][given.share :: given.of][given.skip :]:
+        mine = SCENARIO[given.step][given.share :: given.of][given.skip :]
+        file.write(json.dumps({"items": [name for name, _ in mine]}) + "\n")
+        for name, found in mine:
             for each in [{"begin": name}, *found]:
                 if each == "crash":
                     print("an illegal address, say", file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 
 import fastlora
 from fastlora.cli import app, doctor
+from fastlora.cli._console import make_console
 
 
 def run(*arguments: str) -> Result:
@@ -62,3 +63,12 @@ def test_a_gpu_with_plans_and_one_without(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert (found["plans"], found["auto"], found["measured"]) == ("as H100 NVL", "triton", 0)
     Properties.major = 7
     assert doctor._gpu(torch.device("cuda", 7))["auto"] == "torch"
+
+
+def test_where_there_is_a_gpu_its_check_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    devices = [{"device": "cpu", "auto": "torch"}, {"device": "cuda:0", "auto": "triton"}]
+    found = doctor.findings() | {"devices": devices}
+    doctor._show(found, make_console())
+    assert "python -m fastlora.bench.gpu_check" in capsys.readouterr().out
+    doctor._show(found | {"devices": devices[:1]}, make_console())
+    assert "gpu_check" not in capsys.readouterr().out

@@ -18,7 +18,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the check is of the kernels")
 
-from fastlora.bench.gpu_check import child, exactness, other_ops
+from fastlora.bench.gpu_check import child, exactness, other_ops, processes
 from fastlora.bench.gpu_check.__main__ import check
 from fastlora.bench.gpu_check.comparing import equality, outcome
 from fastlora.bench.gpu_check.interpreted_mask import mask_by_interpreter
@@ -70,11 +70,20 @@ def test_a_crash_loses_only_its_item(ran: tuple[dict[str, Any], GpuCheck, Path, 
 def test_a_step_ends_when_its_time_is_over(ran: tuple[dict[str, Any], GpuCheck, Path, float]) -> None:
     content, *_, seconds = ran
     assert content["failed"][1] == {"case": "slow", "error": "stopped: its time was over"}
+    assert content["late"] == ["behind it"]
     assert [step["step"] for step in content["steps"]] == [step.name for step in STEPS]
     assert [row["suite"] for row in content["rows"]] == ["eager", "graphs", "steps"]
     # the layers' end, 80 % of the budget, and what the last step takes
     assert seconds >= 8.0
     assert content["steps"][1]["seconds"] < 10.0
+
+
+def test_what_crashes_too_often_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "MOST_CRASHES", 1)
+    found: list[Any] = []
+    processes.follow([*PROCESS, "exactness"], 2, tmp_path, time.monotonic() + 60, found.extend)
+    assert [each["failed"]["case"] for each in found if "failed" in each] == ["crashing"]
+    assert [each["late"] for each in found if "late" in each] == ["after it"]
 
 
 def test_it_does_not_pass(ran: tuple[dict[str, Any], GpuCheck, Path, float]) -> None:
@@ -116,7 +125,9 @@ def test_a_process_takes_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(child.STEPS, "layers", lambda device: items)
     path = tmp_path / "lines"
     assert child.main(["layers", f"--output={path}", "--share=1", "--of=2", "--skip=1"]) == 0
-    assert [json.loads(line) for line in path.read_text().splitlines()][1::2] == [{"row": "d"}, {"row": "f"}]
+    told, *found = (json.loads(line) for line in path.read_text().splitlines())
+    assert told == {"items": ["d", "f"]}
+    assert found[1::2] == [{"row": "d"}, {"row": "f"}]
 
 
 def test_without_a_card_and_optional_packages(tmp_path: Path) -> None:

@@ -175,3 +175,12 @@ def test_an_absent_optional_package_skips_its_files_alone(tmp_path: Path) -> Non
     assert "No module named 'no_such_package'" in done.stdout
     assert "1 error" in done.stdout
     assert "1 skipped" in done.stdout
+
+
+def test_what_runs_on_a_card_is_marked(kernel_device: object, request: pytest.FixtureRequest) -> None:
+    assert request.node.get_closest_marker("gpu") is not None
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_the_backend_with_kernels_is_marked(backend: str, request: pytest.FixtureRequest) -> None:
+    assert (request.node.get_closest_marker("gpu") is not None) == (backend == "triton")

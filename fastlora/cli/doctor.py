@@ -159,6 +159,8 @@ def _show(found: dict[str, Any], console: Console) -> None:
         table.add_row(device["device"], facts)
     if len(found["devices"]) == 1:
         table.add_row("GPU", "none: fastlora plan predicts for GPUs that are elsewhere")
+    else:
+        table.add_row("check", "python -m fastlora.bench.gpu_check holds every kernel against float64 there")
     table.add_row("cache", found["cache"])
     console.print(table)
     for extra, requirements in found["missing"].items():

@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     mine = items[given.share :: given.of][given.skip :]
     with given.output.open("a", encoding="utf-8") as file:
         try:
-            for found in work_through(mine, deadline):
+            for found in chain([{"items": [item.name for item in mine]}], work_through(mine, deadline)):
                 file.write(json.dumps(found, allow_nan=False) + "\n")
                 # what comes next may end the process
                 file.flush()

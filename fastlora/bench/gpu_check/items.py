@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-# one entry: "outcome", "row", "failed", "left_out", "preflight", "begin" or "late", and what belongs to it
+# one of items, begin, outcome, row, failed, left_out, late and preflight, and what belongs to it
 Found = Mapping[str, Any]
 
 

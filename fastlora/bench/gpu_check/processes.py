@@ -29,6 +29,10 @@ class Share:
         of: How many there are.
         folder: Where the process writes.
         ends_at: Time of ``time.monotonic`` at which it is stopped.
+        begun: How many of its items were begun.
+        crashes: How many of its processes crashed.
+        current: Name of the item that was begun last by the process that runs.
+        ahead: Names of the items that were not begun.
     """
 
     command: Sequence[str]
@@ -39,6 +43,7 @@ class Share:
     begun: int = 0
     crashes: int = 0
     current: str | None = None
+    ahead: list[str] = field(default_factory=list)
     _read: int = 0
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
@@ -50,7 +55,7 @@ class Share:
         code = self._process.poll()
         if code is None and time.monotonic() >= self.ends_at:
             self.stop()
-            return True, [*self._new(), self._failed("stopped: its time was over")]
+            return True, [*self._new(), self._failed("stopped: its time was over"), *self._late()]
         found = list(self._new())
         if code is None or code == 0:
             return code == 0, found
@@ -59,7 +64,7 @@ class Share:
         # without an item to leave out, it would end in the same way
         again = self.current is not None and self.crashes < MOST_CRASHES
         self._process, self.current = None, None
-        return not again, found
+        return not again, found if again else [*found, *self._late()]
 
     def stop(self) -> None:
         """End the process and what it started."""
@@ -95,10 +100,17 @@ class Share:
                     break
                 self._read += len(line)
                 found: dict[str, Any] = json.loads(line)
-                if "begin" in found:
-                    self.begun, self.current = self.begun + 1, found["begin"]
+                if "items" in found:
+                    self.ahead = found["items"]
+                elif "begin" in found:
+                    self.begun, self.current = self.begun + 1, self.ahead.pop(0)
                 else:
+                    if "late" in found:
+                        self.ahead.pop(0)
                     yield found
+
+    def _late(self) -> Iterator[Found]:
+        return ({"late": name} for name in self.ahead)
 
     def _failed(self, why: str) -> Found:
         return {"failed": {"case": self.current or "before the first item", "error": why}}

@@ -35,7 +35,7 @@ def summary(path: Path) -> Iterator[str]:
     for each in told.get("left_out", ()):
         yield f"left out: {each['case']}: {each['error']}"
     if told.get("late"):
-        yield f"not begun, for want of time: {len(told['late'])} items, {told['late'][0]} the first"
+        yield f"not begun: {len(told['late'])} items, {told['late'][0]} the first"
 
 
 def _exactness(outcomes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
