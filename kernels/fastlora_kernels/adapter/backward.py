@@ -6,7 +6,14 @@ from torch import Tensor
 
 from fastlora_kernels.adapter.kernels import ADAPTER_GRAD_H_WEIGHTS, ADAPTER_GRAD_Z
 from fastlora_kernels.kernel import launch
-from fastlora_kernels.primitives import activate, activation_slope, block_range, load_tile, store_tile
+from fastlora_kernels.primitives import (
+    activate,
+    activation_slope,
+    block_range,
+    load_tile,
+    load_transposed,
+    store_tile,
+)
 from fastlora_kernels.tile import Plan, cdiv
 
 
@@ -128,25 +135,33 @@ def _adapter_grad_h_weights_kernel(
     D_FIRST: tl.constexpr = BLOCK_D > BLOCK_H
     d_up = tl.zeros((BLOCK_D, BLOCK_H) if D_FIRST else (BLOCK_H, BLOCK_D), dtype=tl.float32)
     d_down = tl.zeros((BLOCK_D, BLOCK_H) if D_FIRST else (BLOCK_H, BLOCK_D), dtype=tl.float32)
-    d_up_bias = tl.zeros((BLOCK_H,), dtype=tl.float32)
-    d_down_bias = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    # a sum over rows passes through shared memory: one after the loop, not one an iteration. Where D is the
+    # longer axis, a tile of dz would take too many registers
+    d_up_bias = tl.zeros((BLOCK_M, BLOCK_H), dtype=tl.float32)
+    d_down_bias = tl.zeros((1 if D_FIRST else BLOCK_M, BLOCK_D), dtype=tl.float32)
     if HAS_DH and ONE_CHUNK:
         w_tile = load_tile(down_weight_ptr, offs_d, offs_h, H, D, H).to(dout_ptr.dtype.element_ty)
 
     for m in range(group * rows_per_group, min(M, (group + 1) * rows_per_group), BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         dout_tile = load_tile(dout_ptr, offs_m, offs_h, stride_dm, M, H)
-        h_tile = load_tile(h_ptr, offs_m, offs_h, stride_hm, M, H)
-        active = load_tile(active_ptr, offs_m, offs_d, D, M, D)
-        dz = load_tile(dz_ptr, offs_m, offs_d, D, M, D)
         if D_FIRST:
-            d_up = tl.dot(tl.trans(active), dout_tile, d_up, input_precision="ieee")
-            d_down = tl.dot(tl.trans(dz), h_tile, d_down, input_precision="ieee")
+            h_tile = load_tile(h_ptr, offs_m, offs_h, stride_hm, M, H)
+            active_transposed = load_transposed(active_ptr, offs_m, offs_d, D, M, D)
+            dz_transposed = load_transposed(dz_ptr, offs_m, offs_d, D, M, D)
+            dz = tl.trans(dz_transposed)
+            d_up = tl.dot(active_transposed, dout_tile, d_up, input_precision="ieee")
+            d_down = tl.dot(dz_transposed, h_tile, d_down, input_precision="ieee")
         else:
+            h_transposed = load_transposed(h_ptr, offs_m, offs_h, stride_hm, M, H)
+            active = load_tile(active_ptr, offs_m, offs_d, D, M, D)
+            dz = load_tile(dz_ptr, offs_m, offs_d, D, M, D)
             d_up = tl.dot(tl.trans(dout_tile), active, d_up, input_precision="ieee")
-            d_down = tl.dot(tl.trans(h_tile), dz, d_down, input_precision="ieee")
-        d_up_bias += tl.sum(dout_tile.to(tl.float32), axis=0)
-        d_down_bias += tl.sum(dz.to(tl.float32), axis=0)
+            d_down = tl.dot(h_transposed, dz, d_down, input_precision="ieee")
+        d_up_bias += dout_tile.to(tl.float32)
+        # loaded again, by the programs that store the sum: shared memory is swizzled for products alone
+        dz_summed = load_tile(dz_ptr, offs_m, offs_d, D, tl.where(pid_h == 0, M, 0), D).to(tl.float32)
+        d_down_bias += tl.sum(dz_summed, axis=0)[None, :] if D_FIRST else dz_summed
         if HAS_DH and ONE_CHUNK:
             dh = tl.dot(dz, w_tile, input_precision="ieee")
             if ADD_INPUT:
@@ -170,8 +185,8 @@ def _adapter_grad_h_weights_kernel(
     grads_ptr += H * D
     # the first programs of each axis write the biases' gradients; a branch here would cost registers, and an
     # `&` of a block with a scalar is no mask to the interpreter of Triton 3.9
-    tl.store(grads_ptr + offs_h, d_up_bias, mask=offs_h < tl.where(pid_d == 0, H, 0))
-    tl.store(grads_ptr + H + offs_d, d_down_bias, mask=offs_d < tl.where(pid_h == 0, D, 0))
+    tl.store(grads_ptr + offs_h, tl.sum(d_up_bias, axis=0), mask=offs_h < tl.where(pid_d == 0, H, 0))
+    tl.store(grads_ptr + H + offs_d, tl.sum(d_down_bias, axis=0), mask=offs_d < tl.where(pid_h == 0, D, 0))
 
 
 def adapter_grad_h_weights(

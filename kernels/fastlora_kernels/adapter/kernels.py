@@ -19,8 +19,8 @@ _STAGES = {"sm_80": 3, "sm_90": 3, "sm_100": 3, "gfx942": 2}
 # rows, hidden columns and warps that leave it room without a spill. Wider ones are cut into the last chunk
 _GRAD_BLOCKS = {
     "sm_80": ((16, 32, 64, 4), (64, 32, 64, 8), (128, 32, 32, 8)),
-    "sm_90": ((16, 64, 128, 4), (64, 64, 128, 8), (128, 64, 64, 8), (256, 64, 32, 8)),
-    "sm_100": ((16, 64, 128, 4), (64, 64, 128, 8), (128, 64, 64, 8), (256, 64, 32, 8)),
+    "sm_90": ((16, 64, 128, 8), (64, 64, 128, 8), (128, 64, 64, 8), (256, 64, 32, 8)),
+    "sm_100": ((16, 64, 128, 8), (64, 64, 128, 8), (128, 64, 64, 8), (256, 64, 32, 8)),
     "gfx942": ((16, 32, 64, 4), (64, 32, 64, 4)),
 }
 # parameters may come in fp32 beside a 16-bit h
@@ -62,7 +62,9 @@ def _up(size: int, dtype: torch.dtype, target: Target, aligned: bool) -> list[Ti
 def _grad_weights(size: int, dtype: torch.dtype, target: Target, aligned: bool) -> list[Tile]:
     small = _is_small(size, dtype, target, aligned)
     if small and dtype == torch.float32:
-        return [Tile(32, 32, depth=32, rank=32, warps=4 if target.is_amd else 8, stages=2)]
+        # sm_100's assembler spills at 32
+        chunk = 16 if target.tiles == "sm_100" else 32
+        return [Tile(32, 32, depth=32, rank=chunk, warps=4 if target.is_amd else 8, stages=2)]
     if small:
         return [Tile(32, 32, depth=32, rank=16, warps=4, stages=2)]
     blocks = _GRAD_BLOCKS[target.tiles]
