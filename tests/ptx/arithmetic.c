@@ -145,14 +145,14 @@ static int shift(const Step *s) {
   }
 }
 
-/* numbered as decode.py has them; the last four hold for numbers that can't be compared, too */
+/* comparisons are numbered as arithmetic.py has them */
 static int holds(int comparison, int less, int equal, int unordered) {
-  int answer = comparison == 0 ? equal : comparison == 1 ? !equal && !unordered : comparison == 2 ? less
-             : comparison == 3 ? less || equal : comparison == 4 ? !less && !equal && !unordered : !less && !unordered;
-  return answer;
+  return comparison == 0 ? equal : comparison == 1 ? !equal && !unordered : comparison == 2 ? less
+         : comparison == 3 ? less || equal : comparison == 4 ? !less && !equal && !unordered : !less && !unordered;
 }
 
-static int compare(const Step *s) { /* a: type, b: comparison, + 8 where it holds for NaN, too; c: subnormals are 0 */
+/* a: type; b: comparison, + 8 where it holds for NaN, too, + 16 of the upper halves; c: subnormals count as 0 */
+static int compare(const Step *s) {
   const Instruction *in = s->in;
   uint32_t result = 0;
   int comparison = in->b & 7;
@@ -169,7 +169,7 @@ static int compare(const Step *s) { /* a: type, b: comparison, + 8 where it hold
   case S64: COMPARE(int64_t, OPERAND(int64_t, 1), OPERAND(int64_t, 2));
   default:
     for (int l = 0; l < LANES; l++) {
-      uint32_t p = OPERAND(uint32_t, 1), q = OPERAND(uint32_t, 2);
+      uint32_t p = OPERAND(uint32_t, 1) >> (in->b & 16), q = OPERAND(uint32_t, 2) >> (in->b & 16);
       float x = in->a == F32 ? as_float(p) : in->a == F16 ? from_f16(p) : from_bf16(p);
       float y = in->a == F32 ? as_float(q) : in->a == F16 ? from_f16(q) : from_bf16(q);
       if (in->c) x = flushed(x), y = flushed(y);

@@ -8,7 +8,10 @@ from tests.ptx.source import Unsupported, split
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 # added where a comparison holds for NaN, too
 _UNORDERED = 8
+# and where it is of the upper halves
+_UPPER = 16
 _HALVES = ("f16", "bf16")
+_PAIRS = ("f16x2", "bf16x2")
 _INTEGERS = ("u16", "s16", "u32", "s32", "u64", "s64")
 _FLOAT = {
     "add": "FADD", "sub": "FSUB", "mul": "FMUL", "fma": "FMA", "neg": "FNEG", "abs": "FABS", "ex2": "EX2",
@@ -86,16 +89,22 @@ def _selp(assembler: Assembler) -> None:
 
 def _setp(assembler: Assembler) -> None:
     _, name, *flags, kind = assembler.now.opcode
+    result, *operands = assembler.now.arguments
     if flags not in ([], ["ftz"]):
         raise Unsupported(f"a comparison with {', '.join(flags)}")
-    is_float = kind in ("f32", *_HALVES)
+    if (kind in _PAIRS) != ("|" in result):
+        raise Unsupported("a comparison with another number of results")
+    is_float = kind in ("f32", *_HALVES, *_PAIRS)
     unordered = is_float and name.endswith("u")
     comparison = _COMPARISONS.index(name.removesuffix("u") if unordered else name)
-    result, *operands = assembler.now.arguments
-    assembler.emit(
-        "SETP", "predicate", [assembler.register(result)], assembler.values(operands, assembler.bits),
-        a=assembler.type, b=comparison + (_UNORDERED if unordered else 0), c=int("ftz" in flags),
-    )  # fmt: skip
+    sources = assembler.values(operands, 32 if kind in _PAIRS else assembler.bits)
+    # two halves of a register are compared at once, one after the other here
+    for predicate, upper in zip(result.split("|"), (0, _UPPER), strict=False):
+        assembler.emit(
+            "SETP", "predicate", [assembler.register(predicate)], sources,
+            a=assembler.type_of(kind.removesuffix("x2")),
+            b=comparison + (_UNORDERED if unordered else 0) + upper, c=int("ftz" in flags),
+        )  # fmt: skip
 
 
 def _cvt(assembler: Assembler) -> None:
@@ -103,7 +112,7 @@ def _cvt(assembler: Assembler) -> None:
     result, *operands = assembler.now.arguments
     results, sources = [assembler.register(result)], assembler.values(operands, assembler.bits)
     types = (to, source)
-    if to in ("bf16x2", "f16x2") and (source, rounding) == ("f32", ["rn"]):
+    if to in _PAIRS and (source, rounding) == ("f32", ["rn"]):
         half = assembler.type_of(to.removesuffix("x2"))
         return assembler.emit("CVTPACK", "convert", results, sources, a=half)
     exact = (to == "f32" and source in _HALVES) or {*types} <= {*_INTEGERS}

@@ -125,7 +125,8 @@ uint32_t swizzled(uint32_t address, int bytes) {
 }
 
 int is_unfenced(Cta *c, const Shadow *w, const Warp *reader) {
-  if (!w->written || w->writer == ASYNC) return 0;
+  /* what TMA wrote; and what cp.async did, which no Triton before 3.8 fences from wgmma, and GPUs have run it for long */
+  if (!w->step) return 0;
   /* fenced by the writer, or by the reader after the two have met */
   return w->step > c->warps[w->writer].fenced_step && w->written > reader->fenced_clock[w->writer];
 }

@@ -13,7 +13,7 @@ from tests.ptx.program import Constant, Program
 # Triton stores one value from several warps where each has all of a small tile; it harms nobody
 HARMLESS = ("same value written by several warps",)
 # of all CTAs together: far beyond any test's
-_MOST_INSTRUCTIONS = 2_000_000_000
+MOST_INSTRUCTIONS = 2_000_000_000
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def execute(program: Program, launch: Launch, engine: Engine) -> Outcome:
         instructions=instructions.ctypes.data, operands=operands.ctypes.data,
         registers=registers.ctypes.data, defined=defined.ctypes.data, counts=counts.ctypes.data,
         buffers=c.addressof(buffers), maps=c.addressof(maps), findings=c.addressof(findings),
-        limit=_MOST_INSTRUCTIONS, units=program.units, warps=launch.warps,
+        limit=MOST_INSTRUCTIONS, units=program.units, warps=launch.warps,
         shared_bytes=max(launch.shared_bytes, 16), shared_start=c_engine.SHARED_START,
         buffer_count=len(launch.memory), map_count=len(launch.maps),
         thread_unit=program.special.get("%tid.x", -1),

@@ -15,7 +15,7 @@
 #define ALL_LANES 0xFFFFFFFFu
 #define MOST_WARPS 16
 #define MOST_FINDINGS 64
-#define MOST_BARRIERS 64
+#define MOST_BARRIERS 16
 /* clocks of a CTA: of its warps, and of what TMA writes on its own */
 #define ASYNC MOST_WARPS
 #define CLOCKS (MOST_WARPS + 1)
@@ -37,7 +37,8 @@ enum {
 #define X(name) name,
   OPERATIONS(X)
 #undef X
-  OPERATION_COUNT
+  OPERATION_COUNT,
+  LAST_ARITHMETIC = FDIV
 };
 
 #define TYPES(X) X(U16) X(S16) X(U32) X(S32) X(U64) X(S64) X(F16) X(BF16) X(F32)
@@ -55,7 +56,7 @@ enum {
   X(RACE_SHARED, "race in shared memory") \
   X(IN_FLIGHT, "access to bytes that an asynchronous copy is on the way to") \
   X(UNWRITTEN_SHARED, "read of shared memory never written") \
-  X(UNWRITTEN_REGISTER, "read of a register never written") \
+  X(UNWRITTEN_REGISTER, "use of a register never written") \
   X(LANES_MISSING, "operation of a whole warp with lanes missing") \
   X(RACE_GLOBAL, "race in global memory between CTAs") \
   X(DEADLOCK, "deadlock") \
@@ -118,7 +119,7 @@ typedef struct {
 /* ---- what follows is the executor's own ---- */
 
 typedef struct { /* what is known of two bytes of shared memory */
-  uint32_t written, step; /* writer's clock (0: never written) and instructions so far */
+  uint32_t written, step; /* writer's clock (0: never written); its instructions so far, of an ordinary store */
   uint32_t readers;       /* since then, a bit for each warp */
   uint8_t writer, pending;
   int32_t write, read; /* instructions */
@@ -138,7 +139,7 @@ typedef struct { /* a wgmma that nobody has waited for */
 
 enum { RUNNING, AT_BARRIER, BLOCKED, DONE };
 typedef struct {
-  uint32_t *registers, *defined; /* defined: a bit for each lane, by unit */
+  uint32_t *registers, *defined; /* which lanes' were written: of each unit, the lower and the upper part */
   uint8_t *accumulating;         /* units that a wgmma will write */
   uint32_t at, lane_at[LANES], alive;
   int diverged, number, state, barrier;
@@ -192,6 +193,12 @@ typedef struct { /* where an instruction is executed */
 /* an operand's 32 lanes, as numbers of a type */
 #define LANES_OF(T, index) ((T *)(s->warp->registers + (size_t)LANES * s->operand[index]))
 #define EACH_LANE for (int l = 0; l < LANES; l++) if (s->mask >> l & 1)
+
+/* lanes of a register that were written wholly, and how that is noted */
+static inline uint32_t known_lanes(const Warp *w, int unit) { return w->defined[2 * unit] & w->defined[2 * unit + 1]; }
+static inline void set_known(Warp *w, int unit, uint32_t lanes, uint32_t mask) {
+  for (int part = 2 * unit; part < 2 * unit + 2; part++) w->defined[part] = (w->defined[part] & ~mask) | (lanes & mask);
+}
 
 /* run.c */
 void found(Cta *, int kind, int instruction, int warp, int lane, uint64_t address, int size);

@@ -76,7 +76,7 @@ void write_shared(Cta *c, const uint32_t *clock, int writer, uint32_t at, int by
       if (reader != writer && c->read_at[(size_t)i * MOST_WARPS + reader] > clock[reader])
         found_between(c, kind, instruction, writer, lane, at, bytes, reader, w->read);
     }
-    *w = (Shadow){.written = clock[writer], .step = writer == ASYNC ? 0 : c->warps[writer].steps, .writer = writer,
+    *w = (Shadow){.written = clock[writer], .step = when == NOW ? c->warps[writer].steps : 0, .writer = writer,
                   .pending = when == STARTS, .write = instruction, .read = w->read};
   }
 }

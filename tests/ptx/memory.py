@@ -169,13 +169,12 @@ def _bulk_copy(assembler: Assembler) -> None:
 
 
 def _mbarrier(assembler: Assembler) -> None:
-    name, arguments = (
-        ".".join(assembler.now.opcode[1:]).removesuffix(".shared::cta.b64"),
-        assembler.now.arguments,
-    )
+    arguments, (_, *action, space, kind) = assembler.now.arguments, assembler.now.opcode
+    if space.removesuffix("::cta") != "shared" or kind != "b64":
+        raise Unsupported("an mbarrier elsewhere")
     operation = {
         "init": "MBINIT", "inval": "MBINVAL", "arrive.expect_tx": "MBEXPECT", "try_wait.parity": "MBWAIT",
-    }[name]  # fmt: skip
+    }[".".join(action)]  # fmt: skip
     results = [assembler.register(arguments[0])] if operation == "MBWAIT" else []
     # the state that arriving gives is thrown away
     address, *values = arguments if operation in ("MBINIT", "MBINVAL") else arguments[1:]

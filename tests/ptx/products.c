@@ -107,7 +107,7 @@ static void mark_sums(const Cta *c, Warp *w, const Product *p, int are_there) {
   const Instruction *in = &c->launch->instructions[p->instruction];
   const int32_t *units = c->launch->operands + in->operands;
   for (int i = 0; i < in->results; i++) {
-    w->defined[units[i]] = are_there ? ALL_LANES : 0;
+    set_known(w, units[i], are_there ? ALL_LANES : 0, ALL_LANES);
     w->accumulating[units[i]] = !are_there;
   }
 }
@@ -132,7 +132,7 @@ static void start_product(const Step *s) {
   if (accumulates != 0 && accumulates != ALL_LANES) found(s->cta, LANES_MISSING, s->at, w->number, 0, accumulates, 0);
   p->accumulates = accumulates & 1;
   for (int i = 0; i < in->results && p->accumulates; i++)
-    if (!w->defined[s->operand[i]] && !w->accumulating[s->operand[i]])
+    if (!known_lanes(w, s->operand[i]) && !w->accumulating[s->operand[i]])
       found(s->cta, UNWRITTEN_REGISTER, s->at, w->number, 0, i, 0);
   memcpy(p->clock, w->clock, sizeof p->clock);
   mark_sums(s->cta, w, p, 0);

@@ -70,6 +70,7 @@ static void arrive_at_barrier(const Step *s) { /* operands: which of the CTA's b
 }
 
 static void shuffle(const Step *s, uint32_t lanes) { /* a: 0 from a lane by number, 1 from the one across */
+  uint32_t known = known_lanes(s->warp, s->operand[1]);
   uint32_t *d = LANES_OF(uint32_t, 0), *number = LANES_OF(uint32_t, 2), *bounds = LANES_OF(uint32_t, 3), values[LANES];
   uint32_t members = LANES_OF(uint32_t, 4)[__builtin_ctz(s->mask)];
   memcpy(values, LANES_OF(uint32_t, 1), sizeof values);
@@ -81,6 +82,7 @@ static void shuffle(const Step *s, uint32_t lanes) { /* a: 0 from a lane by numb
     if (from > ((l & segment) | (most & ~segment))) from = l;
     if (!(s->mask >> from & 1)) found(s->cta, LANES_MISSING, s->at, s->warp->number, l, from, 0);
     d[l] = values[from];
+    set_known(s->warp, s->operand[0], known >> from & 1 ? ALL_LANES : 0, 1u << l);
   }
 }
 
@@ -101,16 +103,47 @@ static void leave(const Step *s) {
   if (!w->alive) w->state = DONE;
 }
 
+/* lanes whose results are known, of an operation that passes on what nobody wrote */
+static uint32_t known_result(const Step *s) {
+  const Instruction *in = s->in;
+  const Warp *w = s->warp;
+  const int32_t *source = s->operand + in->results;
+  if (in->operation == SELP) { /* only what it takes counts */
+    uint32_t takes_first = *LANES_OF(uint32_t, 3);
+    return known_lanes(w, source[2]) &
+           ((takes_first & known_lanes(w, source[0])) | (~takes_first & known_lanes(w, source[1])));
+  }
+  uint32_t known = ALL_LANES;
+  for (int i = 0; i < in->sources; i++) known &= known_lanes(w, source[i]);
+  return known;
+}
+
+/* What nobody wrote may be moved and computed with, as code does that throws it away afterwards; so are the results then.
+   It must not reach memory, an address, a product or a decision. */
 static void check_registers(const Step *s) {
   const Instruction *in = s->in;
   Warp *w = s->warp;
-  for (int i = in->results; i < in->results + in->sources; i++) {
-    uint32_t missing = s->mask & ~w->defined[s->operand[i]];
-    int kind = w->accumulating[s->operand[i]] ? MISUSED : UNWRITTEN_REGISTER;
-    if (missing) found(s->cta, kind, s->at, w->number, __builtin_ctz(missing), i - in->results, 0);
+  const int32_t *source = s->operand + in->results;
+  int passes_on = in->operation <= LAST_ARITHMETIC;
+  for (int i = 0; i < in->sources; i++) {
+    uint32_t missing = s->mask & ~known_lanes(w, source[i]);
+    if (!missing) continue;
+    if (w->accumulating[source[i]]) found(s->cta, MISUSED, s->at, w->number, __builtin_ctz(missing), i, 0);
+    else if (!passes_on && (in->operation != SHUFFLE || i > 0))
+      found(s->cta, UNWRITTEN_REGISTER, s->at, w->number, __builtin_ctz(missing), i, 0);
   }
+  uint32_t known = passes_on ? known_result(s) : ALL_LANES;
+  /* the two parts of a register come from two, or go there */
+  if (in->operation == PACK && in->sources == 2)
+    for (int i = 0; i < 2; i++) {
+      uint32_t *part = &w->defined[2 * s->operand[0] + i];
+      *part = (*part & ~s->mask) | (known_lanes(w, source[i]) & s->mask);
+    }
+  else if (in->operation == UNPACK && in->results == 2)
+    for (int i = 0; i < 2; i++) set_known(w, s->operand[i], w->defined[2 * source[0] + i], s->mask);
   /* products say themselves when their sums are there */
-  for (int i = 0; i < in->results && in->operation != WGMMA; i++) w->defined[s->operand[i]] |= s->mask;
+  else if (in->operation != WGMMA)
+    for (int i = 0; i < in->results; i++) set_known(w, s->operand[i], known, s->mask);
 }
 
 /* 0 where the warp is blocked at it and will have to try again */
@@ -137,7 +170,7 @@ static void run_warp(Cta *c, Warp *w) {
     }
     if (in->predicate >= 0) {
       uint32_t predicate = w->registers[(size_t)in->predicate * LANES];
-      if (lanes & ~w->defined[in->predicate]) found(c, UNWRITTEN_REGISTER, s.at, w->number, 0, 0, 0);
+      if (lanes & ~known_lanes(w, in->predicate)) found(c, UNWRITTEN_REGISTER, s.at, w->number, 0, 0, 0);
       s.mask &= in->negated ? ~predicate : predicate;
     }
     w->steps++;
@@ -162,7 +195,8 @@ static void start_warp(Cta *c, int number) {
               .alive = ALL_LANES, .number = number};
   w->clock[number] = 1;
   memcpy(w->registers, r->registers, (size_t)r->units * LANES * 4);
-  for (int u = 0; u < r->units; u++) w->defined[u] = r->defined[u] ? ALL_LANES : 0, w->accumulating[u] = 0;
+  memset(w->accumulating, 0, r->units);
+  for (int u = 0; u < r->units; u++) set_known(w, u, r->defined[u] ? ALL_LANES : 0, ALL_LANES);
   int place[3] = {c->number % r->grid[0], c->number / r->grid[0] % r->grid[1], c->number / r->grid[0] / r->grid[1]};
   for (int l = 0; l < LANES; l++) {
     if (r->thread_unit >= 0) w->registers[(size_t)r->thread_unit * LANES + l] = LANES * number + l;
@@ -200,7 +234,7 @@ void run(Launch *r) {
            .read_at = calloc(granules * MOST_WARPS, 4), .warps = calloc(r->warps, sizeof(Warp))};
   for (int i = 0; i < r->warps; i++) {
     c.warps[i].registers = aligned_alloc(128, register_bytes);
-    c.warps[i].defined = malloc((size_t)r->units * 4);
+    c.warps[i].defined = malloc((size_t)r->units * 8);
     c.warps[i].accumulating = malloc(r->units);
   }
   for (c.number = 0; c.number < r->grid[0] * r->grid[1] * r->grid[2] && r->finding_count < MOST_FINDINGS; c.number++)
