@@ -83,7 +83,6 @@ static int fused_multiply_add(const Step *s) {
 
 static int divide(const Step *s) {
   const Instruction *in = s->in;
-  int rest = in->operation == REM;
   /* both 32-bit types fit the signed 64-bit one */
   EACH_LANE {
     int64_t x, y;
@@ -92,16 +91,17 @@ static int divide(const Step *s) {
     else x = LANES_OF(uint32_t, 1)[l], y = LANES_OF(uint32_t, 2)[l];
     if (y == 0) { found(s->cta, DIVISION, s->at, s->warp->number, l, 0, 0); y = 1; }
     uint64_t result;
-    if (in->a == U64) result = rest ? (uint64_t)x % (uint64_t)y : (uint64_t)x / (uint64_t)y;
+    if (in->a == U64) result = in->operation == REM ? (uint64_t)x % (uint64_t)y : (uint64_t)x / (uint64_t)y;
     /* the one quotient that doesn't fit would stop this process */
-    else result = y == -1 ? (rest ? 0 : 0 - (uint64_t)x) : (uint64_t)(rest ? x % y : x / y);
+    else if (y == -1) result = in->operation == REM ? 0 : 0 - (uint64_t)x;
+    else result = (uint64_t)(in->operation == REM ? x % y : x / y);
     if (in->a >= U64) LANES_OF(uint64_t, 0)[l] = result;
     else LANES_OF(uint32_t, 0)[l] = (uint32_t)result;
   }
   return 1;
 }
 
-/* y bits of x, from bit p on; signed ones are extended from the highest of them that exists */
+/* n bits of x, from bit p on; signed ones are extended from the highest of them that exists */
 static uint64_t bit_field(uint64_t x, uint32_t p, uint32_t n, int width, int is_signed) {
   if (n == 0) return 0;
   if (p >= (uint32_t)width) return is_signed && x >> (width - 1) & 1 ? ~0ull : 0;
@@ -127,25 +127,22 @@ static int take_bits(const Step *s) {
 static int shift(const Step *s) {
   const Instruction *in = s->in;
   /* however wide the number is, the distance has 32 bits, and all bits can be shifted out */
-  uint32_t *y = LANES_OF(uint32_t, 2);
+  uint32_t *y = LANES_OF(uint32_t, 2), kept = in->a == U16 ? 0xFFFF : ALL_LANES;
   int left = in->operation == SHL;
-#define SHIFT(T, width, e) do { T *d = LANES_OF(T, 0), *x = LANES_OF(T, 1); LANE_BY_LANE(d[l] = (e)); } while (0)
+#define SHIFT(T, e) do { T *d = LANES_OF(T, 0), *x = LANES_OF(T, 1); LANE_BY_LANE(d[l] = (e)); } while (0)
   switch (in->a) {
-  case S64: SHIFT(int64_t, 64, x[l] >> (y[l] > 63 ? 63 : y[l]));
+  case S64: SHIFT(int64_t, x[l] >> (y[l] > 63 ? 63 : y[l]));
   case U64:
-    if (left) SHIFT(uint64_t, 64, y[l] > 63 ? 0 : x[l] << y[l]);
-    SHIFT(uint64_t, 64, y[l] > 63 ? 0 : x[l] >> y[l]);
-  case S32: SHIFT(int32_t, 32, x[l] >> (y[l] > 31 ? 31 : y[l]));
-  case S16: SHIFT(uint32_t, 16, (uint32_t)((int16_t)x[l] >> (y[l] > 15 ? 15 : y[l])) & 0xFFFF);
-  default: {
-    uint32_t kept = in->a == U16 ? 0xFFFF : ALL_LANES;
-    if (left) SHIFT(uint32_t, 32, y[l] > 31 ? 0 : x[l] << y[l] & kept);
-    SHIFT(uint32_t, 32, y[l] > 31 ? 0 : x[l] >> y[l]);
-  }
+    if (left) SHIFT(uint64_t, y[l] > 63 ? 0 : x[l] << y[l]);
+    SHIFT(uint64_t, y[l] > 63 ? 0 : x[l] >> y[l]);
+  case S32: SHIFT(int32_t, x[l] >> (y[l] > 31 ? 31 : y[l]));
+  case S16: SHIFT(uint32_t, (uint32_t)((int16_t)x[l] >> (y[l] > 15 ? 15 : y[l])) & 0xFFFF);
+  default:
+    if (left) SHIFT(uint32_t, y[l] > 31 ? 0 : x[l] << y[l] & kept);
+    SHIFT(uint32_t, y[l] > 31 ? 0 : x[l] >> y[l]);
   }
 }
 
-/* comparisons are numbered as arithmetic.py has them */
 static int holds(int comparison, int less, int equal, int unordered) {
   return comparison == 0 ? equal : comparison == 1 ? !equal && !unordered : comparison == 2 ? less
          : comparison == 3 ? less || equal : comparison == 4 ? !less && !equal && !unordered : !less && !unordered;
@@ -155,21 +152,23 @@ static int holds(int comparison, int less, int equal, int unordered) {
 static int compare(const Step *s) {
   const Instruction *in = s->in;
   uint32_t result = 0;
-  int comparison = in->b & 7;
-#define COMPARE(T, X, Y) \
-  for (int l = 0; l < LANES; l++) { T x = (X), y = (Y); result |= (uint32_t)holds(comparison, x < y, x == y, 0) << l; } \
+  int comparison = in->b & 7; /* numbered as arithmetic.py has them */
+#define COMPARE(T, KEPT) \
+  for (int l = 0; l < LANES; l++) { \
+    T x = LANES_OF(KEPT, 1)[l], y = LANES_OF(KEPT, 2)[l]; \
+    result |= (uint32_t)holds(comparison, x < y, x == y, 0) << l; \
+  } \
   break
-#define OPERAND(T, i) LANES_OF(T, i)[l]
   switch (in->a) {
-  case U16: COMPARE(uint16_t, OPERAND(uint32_t, 1), OPERAND(uint32_t, 2));
-  case S16: COMPARE(int16_t, OPERAND(uint32_t, 1), OPERAND(uint32_t, 2));
-  case U32: COMPARE(uint32_t, OPERAND(uint32_t, 1), OPERAND(uint32_t, 2));
-  case S32: COMPARE(int32_t, OPERAND(int32_t, 1), OPERAND(int32_t, 2));
-  case U64: COMPARE(uint64_t, OPERAND(uint64_t, 1), OPERAND(uint64_t, 2));
-  case S64: COMPARE(int64_t, OPERAND(int64_t, 1), OPERAND(int64_t, 2));
+  case U16: COMPARE(uint16_t, uint32_t);
+  case S16: COMPARE(int16_t, uint32_t);
+  case U32: COMPARE(uint32_t, uint32_t);
+  case S32: COMPARE(int32_t, int32_t);
+  case U64: COMPARE(uint64_t, uint64_t);
+  case S64: COMPARE(int64_t, int64_t);
   default:
     for (int l = 0; l < LANES; l++) {
-      uint32_t p = OPERAND(uint32_t, 1) >> (in->b & 16), q = OPERAND(uint32_t, 2) >> (in->b & 16);
+      uint32_t p = LANES_OF(uint32_t, 1)[l] >> (in->b & 16), q = LANES_OF(uint32_t, 2)[l] >> (in->b & 16);
       float x = in->a == F32 ? as_float(p) : in->a == F16 ? from_f16(p) : from_bf16(p);
       float y = in->a == F32 ? as_float(q) : in->a == F16 ? from_f16(q) : from_bf16(q);
       if (in->c) x = flushed(x), y = flushed(y);

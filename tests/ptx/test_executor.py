@@ -143,6 +143,27 @@ RIGHT: dict[str, tuple[str, Callable[[int], int]]] = {
         lambda i: _bf16(1.5 * i) << 16 | _bf16(i),
     ),
 }
+NUMBERS: list[tuple[str, tuple[int, ...], int]] = [
+    ("mul.hi.u32", (0xFFFFFFFF, 0xFFFFFFFE), -3),
+    ("mul.hi.s32", (-1, 2), -1),
+    ("mul.lo.s32", (-3, 5), -15),
+    ("mad.lo.s32", (-3, 5, 1), -14),
+    ("div.s32", (-7, 2), -3),
+    ("rem.s32", (-7, 2), -1),
+    ("div.u32", (0xFFFFFFFE, 2), 0x7FFFFFFF),
+    ("rem.u32", (0xFFFFFFFF, 16), 15),
+    ("min.s32", (-1, 1), -1),
+    ("max.u32", (0xFFFFFFFF, 1), -1),
+    ("neg.s32", (5,), -5),
+    ("not.b32", (5,), -6),
+    ("xor.b32", (5, 3), 6),
+    ("shl.b32", (1, 32), 0),
+    ("shr.u32", (0x80000000, 31), 1),
+    ("shr.s32", (-8, 40), -1),
+    ("bfe.u32", (0xABCD, 4, 8), 0xBC),
+    ("bfe.s32", (0xABCD, 4, 8), 0xBC - 256),
+    ("bfe.s32", (0x7000ABCD, 28, 8), 7),
+]
 WRONG = {
     "an end off by one": (
         "setp.le.s32 %p1, %r1, 60; @%p1 st.global.b32 [%rd2+16], %r1;",
@@ -315,6 +336,15 @@ def test_right_code_passes(engine: Engine, name: str) -> None:
     outcome, x = run(engine, body)
     assert (outcome.findings, outcome.harmless) == ([], {})
     assert x.tolist() == [expected(thread) for thread in range(SIZE)]
+
+
+@pytest.mark.parametrize(("operation", "operands", "expected"), NUMBERS, ids=lambda value: str(value))
+def test_numbers(engine: Engine, operation: str, operands: tuple[int, ...], expected: int) -> None:
+    """Where a sign, a width or a distance matters."""
+    body = f"{operation} %r5, {', '.join(map(str, operands))}; st.global.b32 [%rd2], %r5;"
+    outcome, x = run(engine, body)
+    assert outcome.findings == []
+    assert x[0] == expected
 
 
 @pytest.mark.parametrize("name", WRONG)
