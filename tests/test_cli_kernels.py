@@ -15,7 +15,7 @@ import triton
 
 from fastlora.cli import app
 from fastlora_kernels import compiled
-from fastlora_kernels.compile import codegen
+from fastlora_kernels.compile import codegen, gate
 from fastlora_kernels.compile.codegen import Spec
 from fastlora_kernels.compile.table import table_text
 from fastlora_kernels.compiled import Row
@@ -61,6 +61,8 @@ def test_exit_code_tells_a_kernel_that_does_not_fit(
         kernel="lora_down",
         target="sm_90",
         dtype="bf16",
+        adapter_dtype="fp32",
+        absent="",
         dropout=False,
         aligned=True,
         activation="",
@@ -91,7 +93,7 @@ def test_a_table_is_written_of_what_the_gate_compiles(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     row = compiled.committed()[1][0]
-    monkeypatch.setattr(codegen, "gate_specs", lambda: ["a spec"])
+    monkeypatch.setattr(gate, "gate_specs", lambda: ["a spec"])
     monkeypatch.setattr(codegen, "compile_rows", lambda specs: iter([row] * len(specs)))
     table = tmp_path / "table.csv"
     result = CliRunner().invoke(app, ["kernels", "--write-table", str(table)])

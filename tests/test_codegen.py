@@ -1,8 +1,9 @@
-"""Every kernel of every plan, compiled for five GPU targets without a GPU: a gate on what it takes."""
+"""Every kernel of every plan, compiled for eight GPU targets without a GPU: a gate on what it takes."""
 
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +16,44 @@ import triton
 from fastlora_kernels import compiled, targets
 from fastlora_kernels.choose import plan
 from fastlora_kernels.compile import codegen, table
-from fastlora_kernels.compile.specs import Spec, jit_function
+from fastlora_kernels.compile.gate import GATE_TARGETS, gate_specs
+from fastlora_kernels.compile.specs import PARAMETERS, Spec, jit_function
 from fastlora_kernels.compiled import Row
 from fastlora_kernels.lora import kernels
 
 # DoRA's norm is a float32 product of float32 matrices, the gradient of its product no product at all
 _NO_UNITS = (kernels.DORA_WEIGHT_NORM.name, kernels.DORA_GRAD_PRODUCT.name)
-MATRIX_INSTRUCTION = {"sm_80": "mma", "sm_86": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+MATRIX_INSTRUCTION = {
+    **dict.fromkeys(("sm_80", "sm_86", "sm_120", "sm_121"), "mma"),
+    **dict.fromkeys(("sm_100", "sm_103"), "tcgen05"),
+    "sm_90": "wgmma",
+    "gfx942": "mfma",
+}
 
 
 def few_specs() -> list[Spec]:
-    """Every kernel once, all on Hopper, a quarter of them on each other target, too."""
+    """Every kernel on Hopper, with adapters in both dtypes, and each on one of the other targets."""
     found: dict[tuple[str, str], Spec] = {}
-    for spec in codegen.gate_specs():
+    same: dict[str, Spec] = {}
+    for spec in gate_specs():
         if spec.dtype == "bf16" and spec.aligned:
             found.setdefault((spec.kernel, spec.target), spec)
-    names, others = sorted({kernel for kernel, _ in found}), ("sm_80", "sm_100", "gfx942", "sm_86")
+            # with dropout where there is any, without all that may be absent
+            if spec.target == "sm_90" and (spec.adapter_dtype == "bf16" or spec.absent):
+                same[spec.kernel] = spec
+    names, others = (
+        sorted({kernel for kernel, _ in found}),
+        [name for name in GATE_TARGETS if name != "sm_90"],
+    )
     return [found[name, "sm_90"] for name in names] + [
-        found[name, others[index % len(others)]] for index, name in enumerate(names)
+        *same.values(),
+        *(found[name, others[index % len(others)]] for index, name in enumerate(names)),
     ]
 
 
 @pytest.fixture(scope="module", params=["few", pytest.param("every", marks=pytest.mark.full)])
 def rows(request: pytest.FixtureRequest, kept_folder: Callable[[str], Path]) -> list[Row]:
-    wanted = few_specs() if request.param == "few" else codegen.gate_specs()
+    wanted = few_specs() if request.param == "few" else gate_specs()
     compiled = list(codegen.compile_rows(wanted, cache=kept_folder("codegen")))
     assert len(compiled) == len(wanted)
     return compiled
@@ -76,11 +91,33 @@ def test_the_large_products_keep_their_pipeline(rows: list[Row]) -> None:
 
 
 def test_every_kernel_is_there_for_every_target() -> None:
-    wanted = {(spec.kernel, spec.target) for spec in codegen.gate_specs()}
+    wanted = {(spec.kernel, spec.target) for spec in gate_specs()}
     names = {kernel.name for kernel in plan.KERNELS}
     assert {kernel for kernel, _ in wanted} == names == {spec.kernel for spec in few_specs()}
-    assert len(wanted) == 5 * len(names) == 5 * len(plan.KERNELS)
-    assert {spec.target for spec in few_specs()} == {*codegen.DEFAULT_TARGETS, "sm_86"}
+    assert len(wanted) == len(GATE_TARGETS) * len(names) == len(GATE_TARGETS) * len(plan.KERNELS)
+    assert {spec.target for spec in few_specs()} == {*GATE_TARGETS} == {*targets.TARGETS} - {"sm_89"}
+
+
+def test_the_gate_knows_every_flag_and_parameter_of_a_kernel() -> None:
+    """What a call may leave out is compiled without it, what may come in two dtypes in both."""
+    hopper = [
+        spec for spec in gate_specs() if (spec.target, spec.dtype, spec.aligned) == ("sm_90", "bf16", True)
+    ]
+    for kernel in plan.KERNELS:
+        mine = [spec for spec in hopper if spec.kernel == kernel.name]
+        names = set(inspect.signature(jit_function(mine[0]).fn).parameters)
+        flags = {name for name in names if name.isupper() and len(name) > 1}
+        flags -= {name for name in flags if name.startswith(("BLOCK_", "GROUP"))}
+        known = {*kernel.varies, *kernel.absent, *chain(*kernel.optional)}
+        # it follows from HAS_DROPOUT; without a factor the kernel is another record
+        settled = {"TRANSPOSED"} | ({"HAS_FACTOR"} if kernel is kernels.DORA_FORWARD else set())
+        assert known <= flags <= known | settled, kernel.name
+        assert {*chain(*kernel.optional)} == {flag for spec in mine for flag in spec.absent}
+        assert (
+            kernel.has_parameters
+            == (names & {*PARAMETERS} != set())
+            == ("bf16" in {s.adapter_dtype for s in mine})
+        )
 
 
 def test_a_kernel_that_does_not_compile_is_an_error() -> None:
@@ -106,7 +143,7 @@ def test_a_row_is_kept_until_its_fingerprint_changes(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(codegen, "compile_spec", compile_spec)
     monkeypatch.setattr(codegen, "_fingerprint", lambda spec: f"{spec.kernel}-{spec.target}")
-    spec, other = (spec for spec in few_specs() if spec.kernel == kernels.DORA_GRAD_PRODUCT.name)
+    spec, *_, other = (spec for spec in few_specs() if spec.kernel == kernels.DORA_GRAD_PRODUCT.name)
     rows = [codegen._cached_row(each, tmp_path) for each in (spec, other, spec, other)]
     assert (asked, rows) == ([spec, other], [before[1], before[2]] * 2)
     (tmp_path / f"{spec.kernel}-{spec.target}.json").write_text("{", "utf-8")
@@ -131,6 +168,8 @@ def test_no_figure_is_worse_than_the_committed_one(rows: list[Row]) -> None:
         ({"matrix_instructions": {}}, "instructions lost 1, committed 0"),
         ({"serialized": True}, "serialised True, committed False"),
         ({"warps": 16}, "is not in codegen.csv"),
+        ({"adapter_dtype": "fp16"}, "is not in codegen.csv"),
+        ({"absent": "HAS_WEIGHT"}, "is not in codegen.csv"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

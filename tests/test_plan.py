@@ -95,7 +95,8 @@ def test_interpreter_and_cpu_get_the_default() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "name"), [((8, 0), "sm_80"), ((9, 0), "sm_90"), ((10, 0), "sm_100"), ((12, 0), "default")]
+    ("capability", "name"),
+    [((8, 0), "sm_80"), ((9, 0), "sm_90"), ((10, 0), "sm_100"), ((12, 0), "sm_120"), ((7, 5), "default")],
 )
 def test_detect_architecture(capability: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Properties:
@@ -121,6 +122,10 @@ def test_detect_architecture(capability: tuple[int, int], name: str, monkeypatch
         ("NVIDIA A30", (8, 0), 56, "A100"),
         ("NVIDIA L40S", (8, 9), 142, "L40S"),
         ("NVIDIA L40", (8, 9), 142, "RTX 4090"),
+        ("NVIDIA B300 SXM6 AC", (10, 3), 148, "B300"),
+        ("NVIDIA GB300", (10, 3), 152, "B300"),
+        ("NVIDIA GeForce RTX 5080", (12, 0), 84, "RTX 5090"),
+        ("NVIDIA GB10", (12, 1), 48, "GB10"),
         ("NVIDIA GeForce RTX 3090", (8, 6), 82, "RTX 3090"),
     ],
 )

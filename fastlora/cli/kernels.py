@@ -58,9 +58,10 @@ def _compile(targets: list[str], for_table: bool, console: Console) -> "list[Row
     if not triton_available():
         raise ImportError("compiling kernels needs the package triton: pip install triton")
     from fastlora_kernels.compile import codegen
+    from fastlora_kernels.compile.gate import gate_specs
 
     named = targets or codegen.DEFAULT_TARGETS
-    specs = codegen.gate_specs() if for_table else [spec for name in named for spec in codegen.specs(name)]
+    specs = gate_specs() if for_table else [spec for name in named for spec in codegen.specs(name)]
     rows = []
     with LiveReporter(console) as reporter:
         for row in codegen.compile_rows(specs):
@@ -84,7 +85,9 @@ def _fits(row: "Row") -> bool:
 
 
 def _table(rows: "list[Row]") -> Table:
-    table = Table(caption="Tile: output rows × columns × depth of a step, ranks at a time.")
+    table = Table(
+        caption="Dtype: layer's, adapter's. Tile: output rows × columns × depth of a step, ranks at a time."
+    )
     table.add_column("Kernel")
     for heading in ("Target", "Dtype", "Dropout", "Aligned", "Activation", "Tile"):
         table.add_column(heading)
@@ -93,9 +96,9 @@ def _table(rows: "list[Row]") -> Table:
     for row in rows:
         instructions = ", ".join(f"{count} {kind}" for kind, count in row.matrix_instructions.items())
         table.add_row(
-            row.kernel,
+            row.kernel + (f" without {row.absent}" if row.absent else ""),
             row.target,
-            row.dtype,
+            row.dtype if row.adapter_dtype == row.dtype else f"{row.dtype}, {row.adapter_dtype}",
             "yes" if row.dropout else "",
             "yes" if row.aligned else "",
             row.activation,

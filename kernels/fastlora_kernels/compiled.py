@@ -13,7 +13,7 @@ from fastlora_kernels.tile import Tile
 
 FILE = "codegen.csv"
 VERSION_LINE = "# triton "
-_TEXT = ("kernel", "target", "dtype", "activation", "tile")
+_TEXT = ("kernel", "target", "dtype", "adapter_dtype", "absent", "activation", "tile")
 _FLAGS = ("dropout", "aligned", "serialized")
 
 
@@ -25,6 +25,8 @@ class Row:
         kernel: Name of the kernel.
         target: The architecture, for instance ``sm_90``.
         dtype: ``bf16``, ``fp16`` or ``fp32``, of the layer.
+        adapter_dtype: Dtype of A and B, or of an adapter's parameters: ``fp32`` or the layer's.
+        absent: Flags of arguments that are left out of the call, with spaces between; empty where none is.
         dropout: Whether it draws or reads a dropout mask.
         aligned: Whether sizes and row strides are multiples of 16.
         activation: The bottleneck's: ``gelu``, ``relu`` or ``silu``; empty where there is none.
@@ -41,6 +43,8 @@ class Row:
     kernel: str
     target: str
     dtype: str
+    adapter_dtype: str
+    absent: str
     dropout: bool
     aligned: bool
     activation: str
@@ -56,7 +60,7 @@ class Row:
     @property
     def key(self) -> tuple[str | int, ...]:
         """What was compiled, without what came of it."""
-        flags = (self.dropout, self.aligned, self.activation)
+        flags = (self.adapter_dtype, self.absent, self.dropout, self.aligned, self.activation)
         return (self.kernel, self.target, self.dtype, self.tile, self.warps, self.stages, *flags)
 
 

@@ -49,6 +49,8 @@ class Kernel:
         descriptors: What each of its tensor descriptors copies at a time, by tile.
         varies: Constexprs of a call, not of a tile, of which the compile gate tries every value.
         absent: Flags that are off; all others are on when compiled, the case that needs more registers.
+        optional: Flags that are off where a call leaves arguments out, in groups that go together.
+        has_parameters: Whether it reads A, B or an adapter's parameters, whose dtype may be another than x's.
         ranks: One for every tile that differs by it: what the compile gate asks tiles for.
     """
 
@@ -64,6 +66,8 @@ class Kernel:
     descriptors: Callable[[Tile], Mapping[str, tuple[int, int]]] | None = None
     varies: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
+    optional: tuple[tuple[str, ...], ...] = ()
+    has_parameters: bool = True
     ranks: tuple[int, ...] = (16, 32, 64)
 
     def size(self, shape: Shape, side: Side) -> int:

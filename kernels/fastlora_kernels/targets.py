@@ -45,7 +45,8 @@ class Target:
 _MIB = 2**20
 # SMs, peaks, bandwidth, L2: the makers' data sheets (dense, without sparsity). Shared memory per block: CUDA
 # programming guide, table "technical specifications per compute capability". Sustained: fitted to published
-# times (A100: triton#6523; H100: triton#2339, FBGEMM#2766; H100 NVL: lorafusion#8), else assumed
+# times (A100: triton#6523; H100: triton#2339, FBGEMM#2766; H100 NVL: lorafusion#8; GB10, also its L2:
+# huggingface/kernels#283), else assumed. GB10's peak: a quarter of its dense FP4 figure
 CARDS = {
     target.card: target
     for target in (
@@ -60,12 +61,16 @@ CARDS = {
         Target("sm_90", "H100 NVL", 132, 232_448, "sm_90", 835, 60, 3938, 25 * _MIB, 0.75),
         Target("sm_90", "H200", 132, 232_448, "sm_90", 989, 67, 4800, 25 * _MIB, 0.9),
         Target("sm_100", "B200", 148, 232_448, "sm_100", 2250, 75, 8000, 63 * _MIB, 0.8),
+        Target("sm_103", "B300", 148, 232_448, "sm_100", 2250, 75, 8000, 63 * _MIB, 0.8),
+        Target("sm_120", "RTX 5090", 170, 101_376, "sm_80", 210, 104.8, 1792, 96 * _MIB, 0.9),
+        Target("sm_121", "GB10", 48, 101_376, "sm_80", 125, 31, 273, 24 * _MIB, 0.74),
         Target("gfx942", "MI300X", 304, 65_536, "gfx942", 1307, 163, 5300, 256 * _MIB, 0.55),
     )
 }
 # the usual card of an architecture, which stands for it where only that is known
 TARGETS = {
-    CARDS[card].name: CARDS[card] for card in ("A100", "RTX 3090", "RTX 4090", "H100", "B200", "MI300X")
+    CARDS[card].name: CARDS[card]
+    for card in ("A100", "RTX 3090", "RTX 4090", "H100", "B200", "B300", "RTX 5090", "GB10", "MI300X")
 }
 # what every GPU that Triton supports can run
 DEFAULT = Target("default", "unknown", 64, 65_536, "default", 60, 15, 500, 4 * _MIB, 0.8)

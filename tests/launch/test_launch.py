@@ -51,6 +51,7 @@ REFUSED_MAPS = {
     "a map's inner box": "swizzled by 128",
     "a map's rows overlapping": "rows overlap",
 }
+HAVE_MAPS = ("sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
 # every kernel of a layer with a few tiles, for sizes that 16 divides and for others
 MOST_COMPILED = 32
 
@@ -59,7 +60,7 @@ MOST_COMPILED = 32
     scope="module",
     params=cases(
         ["sm_90 quick"],
-        ["sm_90 full", *(f"sm_{n} quick" for n in (80, 86, 89, 100, 120)), "gfx942 quick"],
+        ["sm_90 full", *(f"sm_{n} quick" for n in (75, 80, 86, 89, 100, 103, 120, 121)), "gfx942 quick"],
     ),
 )
 def told(request: pytest.FixtureRequest, kept_folder: Callable[[str], Path]) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def test_no_op_waits_for_the_gpu(told: dict[str, Any]) -> None:
 def test_every_kernel_is_launched(told: dict[str, Any]) -> None:
     launched = {kernel for kernels in told["launched"].values() for kernel in kernels}
     wanted = {kernel.function[1] for kernel in KERNELS}
-    if told["target"] in ("sm_90", "sm_100"):
+    if told["target"] in ("sm_90", "sm_100", "sm_103"):
         wanted |= {kernel.persistent[1] for kernel in KERNELS if kernel.persistent}
     if told["target"] not in targets.TARGETS:
         # nothing is known of the card: its plans leave the paths beside split to the library
@@ -99,7 +100,7 @@ def test_other_sizes_and_settings_compile_nothing_new(told: dict[str, Any]) -> N
 def test_the_stage_refuses_what_a_gpu_would(told: dict[str, Any]) -> None:
     said, target = told["refusals"], told["target"]
     wanted = REFUSED | ({} if target == "gfx942" else REFUSED_BY_CUDA)
-    wanted |= REFUSED_MAPS if target in ("sm_90", "sm_100", "sm_120") else {}
+    wanted |= REFUSED_MAPS if target in HAVE_MAPS else {}
     assert {what: words for what, words in wanted.items() if words not in said[what]} == {}
     assert {what for what, words in said.items() if words == "accepted"} <= {"nothing wrong", "a sound map"}
     assert said.keys() - wanted.keys() <= {"nothing wrong", "a sound map"}

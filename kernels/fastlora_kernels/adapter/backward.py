@@ -136,9 +136,11 @@ def _adapter_grad_h_weights_kernel(
     d_up = tl.zeros((BLOCK_D, BLOCK_H) if D_FIRST else (BLOCK_H, BLOCK_D), dtype=tl.float32)
     d_down = tl.zeros((BLOCK_D, BLOCK_H) if D_FIRST else (BLOCK_H, BLOCK_D), dtype=tl.float32)
     # a sum over rows passes through shared memory: one after the loop, not one an iteration. Where D is the
-    # longer axis, a tile of dz would take too many registers
+    # longer axis, a tile of dz would take too many registers beside dh; without dh a sum among the products
+    # makes Hopper's wait for each other
+    SUM_DZ: tl.constexpr = D_FIRST and HAS_DH
     d_up_bias = tl.zeros((BLOCK_M, BLOCK_H), dtype=tl.float32)
-    d_down_bias = tl.zeros((1 if D_FIRST else BLOCK_M, BLOCK_D), dtype=tl.float32)
+    d_down_bias = tl.zeros((1 if SUM_DZ else BLOCK_M, BLOCK_D), dtype=tl.float32)
     if HAS_DH and ONE_CHUNK:
         w_tile = load_tile(down_weight_ptr, offs_d, offs_h, H, D, H).to(dout_ptr.dtype.element_ty)
 
@@ -161,7 +163,7 @@ def _adapter_grad_h_weights_kernel(
         d_up_bias += dout_tile.to(tl.float32)
         # loaded again, by the programs that store the sum: shared memory is swizzled for products alone
         dz_summed = load_tile(dz_ptr, offs_m, offs_d, D, tl.where(pid_h == 0, M, 0), D).to(tl.float32)
-        d_down_bias += tl.sum(dz_summed, axis=0)[None, :] if D_FIRST else dz_summed
+        d_down_bias += tl.sum(dz_summed, axis=0)[None, :] if SUM_DZ else dz_summed
         if HAS_DH and ONE_CHUNK:
             dh = tl.dot(dz, w_tile, input_precision="ieee")
             if ADD_INPUT:

@@ -91,6 +91,7 @@ ADAPTER_FORWARD = Kernel(
     tiles=_whole,
     shared=_down_shared,
     varies=("HAS_DROPOUT", "ACTIVATION"),
+    optional=(("HAS_DOWN_BIAS", "HAS_UP_BIAS"), ("HAS_RESIDUAL",)),
     ranks=tuple(size for size in _BOTTLENECKS if one_launch(size)),
 )
 ADAPTER_DOWN = Kernel(
@@ -100,6 +101,7 @@ ADAPTER_DOWN = Kernel(
     tiles=_down,
     shared=_down_shared,
     varies=("HAS_DROPOUT", "ACTIVATION"),
+    optional=(("HAS_DOWN_BIAS",),),
     ranks=_BOTTLENECKS,
 )
 ADAPTER_UP = Kernel(
@@ -109,6 +111,7 @@ ADAPTER_UP = Kernel(
     tiles=_up,
     shared=_up_shared,
     grouped=True,
+    optional=(("HAS_UP_BIAS",), ("HAS_RESIDUAL",)),
     ranks=_BOTTLENECKS,
 )
 ADAPTER_GRAD_Z = Kernel(
@@ -128,6 +131,7 @@ ADAPTER_GRAD_H_WEIGHTS = Kernel(
     shared=_grad_shared,
     split="rows",
     varies=("ONE_CHUNK",),
+    optional=(("HAS_DH",), ("ADD_INPUT",)),
     ranks=_BOTTLENECKS,
 )
 KERNELS = (ADAPTER_FORWARD, ADAPTER_DOWN, ADAPTER_UP, ADAPTER_GRAD_Z, ADAPTER_GRAD_H_WEIGHTS)

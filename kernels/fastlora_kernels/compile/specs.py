@@ -1,12 +1,13 @@
 """What there is to compile: every kernel with every tile that a plan can choose for a named GPU.
 
-Argument types follow our naming rules: ``*_ptr`` has the layer's dtype, partial results and small trainable
-matrices are fp32, scalars are i32 except ``scale``.
+Argument types follow our naming rules: ``*_ptr`` has the layer's dtype, small trainable matrices have the
+adapters', partial results are fp32, scalars are i32 except ``scale``.
 """
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, combinations
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from fastlora_kernels.tile import Tile
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ACTIVATIONS = ("gelu", "relu", "silu")
 _KERNELS = {kernel.name: kernel for kernel in plan.KERNELS}
-_TRAINABLE = (
+# A and B, and an adapter's
+PARAMETERS = (
     "lora_a_ptr", "lora_b_ptr", "lora_right_ptr", "down_weight_ptr", "down_bias_ptr", "up_weight_ptr",
     "up_bias_ptr",
 )  # fmt: skip
@@ -38,6 +40,8 @@ class Spec:
         aligned: Whether sizes and row strides are multiples of 16.
         activation: The bottleneck's: ``gelu``, ``relu`` or ``silu``; empty where there is none.
         one_chunk: Whether a tile holds the whole bottleneck.
+        adapter_dtype: Dtype of A and B, or of an adapter's parameters: ``fp32`` or the layer's.
+        absent: Flags of arguments that are left out of the call.
     """
 
     kernel: str
@@ -48,10 +52,20 @@ class Spec:
     aligned: bool
     activation: str = ""
     one_chunk: bool = True
+    adapter_dtype: str = "fp32"
+    absent: tuple[str, ...] = ()
+
+    @property
+    def can_drop(self) -> bool:
+        """Whether the kernel draws or reads a dropout mask in other calls."""
+        return "HAS_DROPOUT" in _KERNELS[self.kernel].varies
 
 
 def specs(target_name: str, dtypes: Sequence[str] = tuple(DTYPES)) -> list[Spec]:
     """Every kernel and tile that a plan for a GPU can choose, without repeats.
+
+    Adapters are in float32, and every argument is there: the case that needs more registers. The others that
+    can be launched are :func:`variants`.
 
     Args:
         target_name: The GPU's architecture, for instance ``sm_90``.
@@ -70,6 +84,21 @@ def specs(target_name: str, dtypes: Sequence[str] = tuple(DTYPES)) -> list[Spec]
         for spec in _specs(kernel, TARGETS[target_name], dtype, aligned)
     }
     return sorted(found, key=repr)
+
+
+def variants(spec: Spec) -> list[Spec]:
+    """The same kernel and tile with adapters in the layer's dtype, with every argument and with some absent.
+
+    In float32 absent arguments are none of these: they take away from a kernel's end alone, as they do here.
+    """
+    kernel = _KERNELS[spec.kernel]
+    given = replace(spec, adapter_dtype=spec.dtype)
+    groups = [
+        chosen for count in range(len(kernel.optional) + 1) for chosen in combinations(kernel.optional, count)
+    ]
+    found = [replace(given, absent=tuple(sorted(chain(*chosen)))) for chosen in groups]
+    # without parameters there is no other dtype
+    return found if kernel.has_parameters else [replace(each, adapter_dtype="fp32") for each in found[1:]]
 
 
 def jit_function(spec: Spec) -> Any:
@@ -98,7 +127,7 @@ def signature(function: Any, spec: Spec) -> tuple[dict[str, str], dict[tuple[int
         if name.endswith("_desc"):
             types[name] = _descriptor_type(name, spec)
             continue
-        types[name] = _argument_type(name, spec.dtype)
+        types[name] = _argument_type(name, spec)
         # ranks that are no multiple of 16 run 16 at a time: see the plan
         narrow = name in ("R", "D") and spec.tile.rank <= 16
         wide = spec.aligned and name not in ("scale", "drop_threshold", "da_tiles") and not narrow
@@ -117,7 +146,7 @@ def constants(function: Any, spec: Spec) -> dict[str, Any]:
     kernel = _KERNELS[spec.kernel]
     given: dict[str, Any] = {
         **kernel.blocks(spec.tile),
-        **dict.fromkeys(kernel.absent, False),
+        **dict.fromkeys((*kernel.absent, *spec.absent), False),
         "HAS_DROPOUT": spec.dropout,
         "ACTIVATION": spec.activation,
         "ONE_CHUNK": spec.one_chunk,
@@ -157,10 +186,9 @@ def _descriptor_type(name: str, spec: Spec) -> str:
     return f"tensordesc<{spec.dtype}[{rows}, {cols}]>"
 
 
-def _argument_type(name: str, dtype: str) -> str:
+def _argument_type(name: str, spec: Spec) -> str:
     if not name.endswith("_ptr"):
         return "fp32" if name == "scale" else "i32"
-    # trainable matrices stay in fp32 beside a 16-bit layer by default, the case that needs more registers
     special = {"mask_ptr": "i32", "seed_ptr": "i64", "factor_ptr": "fp32", "norm_ptr": "fp32"}
-    special |= dict.fromkeys(_TRAINABLE, "fp32")
-    return "*" + ("fp32" if name.endswith("_partial_ptr") else special.get(name, dtype))
+    special |= dict.fromkeys(PARAMETERS, spec.adapter_dtype)
+    return "*" + ("fp32" if name.endswith("_partial_ptr") else special.get(name, spec.dtype))

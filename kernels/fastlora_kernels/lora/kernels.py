@@ -82,6 +82,9 @@ def _single(rank: int, dtype: torch.dtype, target: Target, aligned: bool) -> lis
         sizes = _SINGLE_FP32
     elif _table(target, aligned) == "default":
         sizes = sizes[-1:]
+    elif target.name in ("sm_120", "sm_121"):
+        # its assembler keeps four warps to 128 registers, and spills
+        sizes = tuple((*size[:3], 8, size[4]) for size in sizes)
     return _with_rank(sizes, min(max(1 << (rank - 1).bit_length(), 16), MOST_RANKS_IN_ONE_LAUNCH))
 
 
@@ -98,7 +101,10 @@ def _skinny(rank: int, dtype: torch.dtype, target: Target, aligned: bool) -> lis
 
 def _down(rank: int, dtype: torch.dtype, target: Target, aligned: bool) -> list[Tile]:
     (tile,) = _skinny(rank, dtype, target, aligned)
-    return [tile if tile == _SMALL else replace(tile, cols=tile.rank, depth=128, warps=4)]
+    # Hopper's products of a masked x with 16 columns in 16 bits wait for each other, those with 32 do not;
+    # where 16 does not divide the rank they do all the same, which no tile mends
+    ranks = max(tile.rank, 32) if _table(target, aligned) == "sm_90" else tile.rank
+    return [tile if tile == _SMALL else replace(tile, cols=ranks, depth=128, rank=ranks, warps=4)]
 
 
 def _grad_s_b(rank: int, dtype: torch.dtype, target: Target, aligned: bool) -> list[Tile]:
@@ -149,6 +155,7 @@ LORA_FORWARD = Kernel(
         "y_desc": (tile.rows, tile.cols // 2),
     },
     absent=("HAS_FACTOR", "KEEP_PRODUCT"),
+    optional=(("HAS_BIAS",),),
 )
 LORA_FORWARD_SINGLE = Kernel(
     name="lora_forward_single",
@@ -157,6 +164,7 @@ LORA_FORWARD_SINGLE = Kernel(
     tiles=_single,
     shared=_single_shared,
     grouped=True,
+    optional=(("HAS_BIAS",),),
 )
 LORA_ADD = Kernel(
     name="lora_add",
@@ -190,6 +198,7 @@ LORA_GRAD_A = Kernel(
     shared=_tall_shared,
     split="rows",
     varies=("HAS_DROPOUT",),
+    has_parameters=False,
 )
 LORA_GRAD_X_A = Kernel(
     name="lora_grad_x_a",
@@ -214,6 +223,7 @@ DORA_FORWARD = Kernel(
     axes=LORA_FORWARD.axes,
     tiles=_large_storing_twice,
     grouped=True,
+    optional=(("HAS_BIAS",), ("KEEP_PRODUCT",)),
 )
 # the other two are bound by their one read, with small products or none: the same tile everywhere
 DORA_WEIGHT_NORM = Kernel(
@@ -228,6 +238,8 @@ DORA_GRAD_PRODUCT = Kernel(
     axes={"rows": "M", "cols": "N"},
     tiles=lambda *_: [Tile(rows=16, cols=128, depth=1, rank=1, warps=4, stages=1)],
     split="rows",
+    optional=(("HAS_PRODUCT",),),
+    has_parameters=False,
 )
 KERNELS = (
     LORA_DOWN, LORA_FORWARD, LORA_FORWARD_SINGLE, LORA_ADD, LORA_GRAD_S_B, LORA_GRAD_X, LORA_GRAD_A,

@@ -10,7 +10,7 @@ from fastlora_kernels.tile import Tile
 
 # what the table leaves out differs little from what it holds
 _NAMES = {torch.float32: "fp32", torch.float16: "bf16", torch.bfloat16: "bf16"}
-_LIKE = {"sm_89": "sm_86"}
+_LIKE = {"sm_89": "sm_86", "sm_103": "sm_100", "sm_120": "sm_86", "sm_121": "sm_86"}
 # per multiprocessor: CUDA programming guide; a block reserves 1 KiB of shared memory beside its own
 _REGISTERS, _THREADS, _RESERVED = 65_536, 2048, 1024
 
@@ -45,6 +45,10 @@ def _find(kernel: str, architecture: str, dtype: str, tile: Tile, dropping: bool
 
 @functools.cache
 def _rows(kernel: str, architecture: str, dtype: str) -> list[Row]:
-    """The rows of aligned calls."""
-    what = (kernel, architecture, dtype)
-    return [row for row in committed()[1] if row.aligned and (row.kernel, row.target, row.dtype) == what]
+    """The rows of aligned calls with every argument and adapters in float32."""
+    what = (kernel, architecture, dtype, "fp32", "")
+    return [
+        row
+        for row in committed()[1]
+        if row.aligned and (row.kernel, row.target, row.dtype, row.adapter_dtype, row.absent) == what
+    ]
