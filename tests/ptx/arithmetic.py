@@ -73,7 +73,7 @@ def _multiply(assembler: Assembler) -> None:
 
 
 def _with_words(assembler: Assembler) -> None:
-    """Shifts and ``bfe``: operands behind the first have 32 bits, however wide that is."""
+    """Shifts, ``bfe`` and ``prmt``: operands behind the first have 32 bits, however wide that is."""
     name = assembler.now.opcode[0]
     result, first, *others = assembler.now.arguments
     sources = [assembler.value(first, assembler.bits), *assembler.values(others, 32)]
@@ -128,6 +128,6 @@ ARITHMETIC: Mapping[str, Callable[[Assembler], None]] = {
     **dict.fromkeys(("add", "sub", "min", "max", "div", "rem", "neg", "and", "or", "xor", "not"), _plain),
     **dict.fromkeys(("fma", "abs", "ex2", "sqrt"), _plain),
     **dict.fromkeys(("mul", "mad"), _multiply),
-    **dict.fromkeys(("shl", "shr", "bfe"), _with_words),
+    **dict.fromkeys(("shl", "shr", "bfe", "prmt"), _with_words),
     "mov": _mov, "selp": _selp, "setp": _setp, "cvt": _cvt,
 }  # fmt: skip

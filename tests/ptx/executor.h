@@ -27,7 +27,7 @@
 
 #define OPERATIONS(X) \
   X(MOV) X(PACK) X(UNPACK) X(ADD) X(SUB) X(MUL) X(MAD) X(MULHI) X(MULWIDE) X(MADWIDE) X(MIN) X(MAX) X(DIV) X(REM) \
-  X(NEG) X(AND) X(OR) X(XOR) X(NOT) X(SHL) X(SHR) X(BFE) X(SELP) X(SETP) X(PREDICATE) X(CVT) X(CVTPACK) \
+  X(NEG) X(AND) X(OR) X(XOR) X(NOT) X(SHL) X(SHR) X(BFE) X(PRMT) X(SELP) X(SETP) X(PREDICATE) X(CVT) X(CVTPACK) \
   X(FADD) X(FSUB) X(FMUL) X(FMA) X(FNEG) X(FABS) X(EX2) X(SQRT) X(FDIV) \
   X(LDGLOBAL) X(STGLOBAL) X(LDSHARED) X(STSHARED) X(LDMATRIX) X(STMATRIX) X(MMA) X(SHUFFLE) X(ELECT) \
   X(CPASYNC) X(CPCOMMIT) X(CPWAIT) X(BARRIER) X(NOTHING) X(BRANCH) X(RETURN) \
@@ -194,6 +194,14 @@ typedef struct { /* where an instruction is executed */
 #define LANES_OF(T, index) ((T *)(s->warp->registers + (size_t)LANES * s->operand[index]))
 #define EACH_LANE for (int l = 0; l < LANES; l++) if (s->mask >> l & 1)
 
+/* without the test of the mask compilers use vector instructions */
+#define LANE_BY_LANE(...) \
+  do { \
+    if (s->mask == ALL_LANES) for (int l = 0; l < LANES; l++) { __VA_ARGS__; } \
+    else EACH_LANE { __VA_ARGS__; } \
+    return 1; \
+  } while (0)
+
 /* lanes of a register that were written wholly, and how that is noted */
 static inline uint32_t known_lanes(const Warp *w, int unit) { return w->defined[2 * unit] & w->defined[2 * unit + 1]; }
 static inline void set_known(Warp *w, int unit, uint32_t lanes, uint32_t mask) {
@@ -206,6 +214,8 @@ void found_between(Cta *, int kind, int instruction, int warp, int lane, uint64_
 void join(uint32_t *clock, const uint32_t *other);
 /* arithmetic.c: 0 where the operation is another file's */
 int arithmetic(const Step *);
+/* bits.c: the same */
+int bits(const Step *);
 float from_bf16(uint32_t), from_f16(uint32_t);
 /* memory.c */
 int global_is_open(Cta *, uint64_t address, int bytes, int alignment, int is_write, int instruction, int warp, int lane);

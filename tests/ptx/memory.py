@@ -146,7 +146,9 @@ def _copy(assembler: Assembler) -> None:
 
 
 def _bulk_copy(assembler: Assembler) -> None:
-    joined, arguments = ".".join(assembler.now.opcode), assembler.now.arguments
+    # a CTA is a cluster of its own where nobody asks for a larger one
+    joined = ".".join(assembler.now.opcode).replace(".shared::cluster.", ".shared::cta.")
+    arguments = assembler.now.arguments
     if joined == "cp.async.bulk.commit_group":
         return assembler.emit("TMACOMMIT", "other", [], [])
     # once read, what a store sends may be overwritten; it arrives with the same wait here

@@ -163,6 +163,8 @@ NUMBERS: list[tuple[str, tuple[int, ...], int]] = [
     ("bfe.u32", (0xABCD, 4, 8), 0xBC),
     ("bfe.s32", (0xABCD, 4, 8), 0xBC - 256),
     ("bfe.s32", (0x7000ABCD, 28, 8), 7),
+    ("prmt.b32", (0x33221100, 0x77665544, 0x5410), 0x55441100),
+    ("prmt.b32", (0x80, 0x7F, 0xC888), 0x00FFFFFF),
 ]
 WRONG = {
     "an end off by one": (
