@@ -221,7 +221,7 @@ def test_sum_four_partials(harness: Harness, parts: int) -> None:
     outs: Any = tuple(harness.output(*shape) for shape in shapes)
     sizes = [out.numel() for out in outs]
     partial = harness.random(parts, sum(sizes), dtype=torch.float32)
-    sum_four_partials(partial, outs)
+    sum_four_partials(partial, *outs)
     in_order = torch.zeros(sum(sizes), device=harness.device)
     for part in partial:
         in_order = in_order + part

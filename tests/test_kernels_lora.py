@@ -190,7 +190,7 @@ def test_sum_two_partials(harness: Harness, sizes: tuple[int, int]) -> None:
         pairs.append((partial, harness.output(size, dtype=dtype)))
         alone.append(harness.output(size, dtype=dtype))
         sum_partials(partial, alone[-1])
-    sum_two_partials(*pairs)
+    sum_two_partials(*pairs[0], *pairs[1])
     assert all(torch.equal(out, expected) for (_, out), expected in zip(pairs, alone, strict=True))
 
 

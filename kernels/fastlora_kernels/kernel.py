@@ -5,10 +5,9 @@ in a ``kernels.py`` beside the kernels they are of, and not in the same files, w
 predictions have to work where it is not installed.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -81,35 +80,3 @@ class Kernel:
             other = self.beside(tile)
             values |= {f"BLOCK_{self.axes[side]}_A": getattr(other, side) for side in ("rows", "cols")}
         return values | {"GROUP": TILES_PER_GROUP} if self.grouped else values
-
-
-def launch(function: Any, kernel: Kernel, tile: Tile, grid: tuple[int, ...]) -> Callable[..., None]:
-    """``function[grid]`` with all that a tile settles; it takes the other arguments by name.
-
-    Args:
-        function: The ``@triton.jit`` function.
-        kernel: The function's record.
-        tile: Block sizes, warps and stages.
-        grid: Programs along each of up to three axes.
-    """
-    return start(function, grid, **_settled(kernel, tile))
-
-
-def start(function: Any, grid: tuple[int, ...], **settled: int) -> Callable[..., None]:
-    """``function[grid]`` with some arguments settled; where an axis is 0 long, there is nothing to do.
-
-    Args:
-        function: The ``@triton.jit`` function.
-        grid: Programs along each of up to three axes.
-        settled: Constexprs and the compiler's options.
-    """
-    return _nothing if 0 in grid else functools.partial(function[grid], **settled)
-
-
-@functools.lru_cache(maxsize=4096)
-def _settled(kernel: Kernel, tile: Tile) -> dict[str, int]:
-    return {**kernel.blocks(tile), "num_warps": tile.warps, "num_stages": tile.stages}
-
-
-def _nothing(**_: object) -> None:
-    pass

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.kernel import start
+from fastlora_kernels.launch import Launch, start
 from fastlora_kernels.tile import cdiv
 
 _BLOCK = 1024
@@ -41,17 +41,17 @@ def _sum_partials_kernel(
     _sum_and_store(partial_ptr, out_ptr, tl.program_id(0), P, SIZE, BLOCK)
 
 
-def sum_partials(partial: Tensor, out: Tensor) -> None:
+def sum_partials(partial: Tensor, out: Tensor) -> Launch | None:
     """Sum ``partial [P, *out.shape]`` (fp32) over its first dimension into ``out``; zeros where P is 0."""
     size = out.numel()
-    _start(_sum_partials_kernel, size)(partial_ptr=partial, out_ptr=out, P=partial.shape[0], SIZE=size)
+    return _start(_sum_partials_kernel, size)(partial_ptr=partial, out_ptr=out, P=partial.shape[0], SIZE=size)
 
 
 @triton.jit
 def _sum_two_partials_kernel(
     partial_0_ptr,  # (P_0, SIZE_0)
-    partial_1_ptr,  # (P_1, SIZE_1)
     out_0_ptr,  # (SIZE_0,)
+    partial_1_ptr,  # (P_1, SIZE_1)
     out_1_ptr,  # (SIZE_1,)
     P_0,
     P_1,
@@ -68,11 +68,10 @@ def _sum_two_partials_kernel(
         _sum_and_store(partial_1_ptr, out_1_ptr, pid - blocks_0, P_1, SIZE_1, BLOCK)
 
 
-def sum_two_partials(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> None:
-    """Sum two pairs ``(partial, out)`` in one launch: fp32 ``[P, *out.shape]`` over its first dimension."""
-    (partial_0, out_0), (partial_1, out_1) = first, second
-    _start(_sum_two_partials_kernel, out_0.numel(), out_1.numel())(
-        partial_0_ptr=partial_0, partial_1_ptr=partial_1, out_0_ptr=out_0, out_1_ptr=out_1,
+def sum_two_partials(partial_0: Tensor, out_0: Tensor, partial_1: Tensor, out_1: Tensor) -> Launch | None:
+    """Sum two partial results in one launch: fp32 ``[P, *out.shape]`` over the first dimension into out."""
+    return _start(_sum_two_partials_kernel, out_0.numel(), out_1.numel())(
+        partial_0_ptr=partial_0, out_0_ptr=out_0, partial_1_ptr=partial_1, out_1_ptr=out_1,
         P_0=partial_0.shape[0], P_1=partial_1.shape[0], SIZE_0=out_0.numel(), SIZE_1=out_1.numel(),
     )  # fmt: skip
 
@@ -109,15 +108,15 @@ def _sum_four_partials_kernel(
     _store_section(out_3_ptr, acc, offs, start_3, end)
 
 
-def sum_four_partials(partial: Tensor, outs: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    """Sum ``partial [P, sizes of outs]`` (fp32) over its first dimension into the four, in one launch."""
+def sum_four_partials(partial: Tensor, *outs: Tensor) -> Launch | None:
+    """Sum ``partial [P, sizes of outs]`` (fp32) over its first dimension into four outs, in one launch."""
     sizes = [out.numel() for out in outs]
-    _start(_sum_four_partials_kernel, sum(sizes))(
+    return _start(_sum_four_partials_kernel, sum(sizes))(
         partial_ptr=partial, **{f"out_{i}_ptr": out for i, out in enumerate(outs)},
         P=partial.shape[0], **{f"SIZE_{i}": size for i, size in enumerate(sizes)},
     )  # fmt: skip
 
 
-def _start(function: Any, *sizes: int) -> Callable[..., None]:
+def _start(function: Any, *sizes: int) -> Callable[..., Launch | None]:
     """One program for every block of outputs of these sizes."""
     return start(function, (sum(cdiv(size, _BLOCK) for size in sizes),), BLOCK=_BLOCK, num_warps=4)

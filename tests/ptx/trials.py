@@ -76,11 +76,11 @@ def try_sums(dtype: str) -> None:
         sum_partials(partial, out)
         assert torch.equal(out, _in_order(partial).to(out.dtype)), (count, size)
     pairs = [(parts(count, size), harness.output(size)) for count, size in ((3, 1025), (2, 17))]
-    sum_two_partials(*pairs)
+    sum_two_partials(*pairs[0], *pairs[1])
     assert all(torch.equal(out, _in_order(partial).to(out.dtype)) for partial, out in pairs)
     outs: Any = tuple(harness.output(size) for size in (1200, 1200, 40, 1))
     partial = parts(4, 2441)
-    sum_four_partials(partial, outs)
+    sum_four_partials(partial, *outs)
     assert torch.equal(torch.cat(outs), _in_order(partial).to(outs[0].dtype))
     harness.assert_margins_untouched()
 

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora_kernels.adapter.kernels import ADAPTER_GRAD_H_WEIGHTS, ADAPTER_GRAD_Z
-from fastlora_kernels.kernel import launch
+from fastlora_kernels.launch import Launch, launch
 from fastlora_kernels.primitives import (
     activate,
     activation_slope,
@@ -61,7 +61,7 @@ def adapter_grad_z(
     activation: str,
     scale: float,
     plan: Plan,
-) -> None:
+) -> Launch | None:
     """Fill ``dz [M, D]`` = scale · (dOut·W_u) ⊙ act'(z) and ``active [M, D]`` = scale · act(z).
 
     dOut is ``[M, H]``, W_u ``[H, D]`` and the kept z, its dropped elements marked, ``[M, D]``; scale is
@@ -70,7 +70,7 @@ def adapter_grad_z(
     (m, hidden), d = dout.shape, z.shape[1]
     tile = plan.tile
     grid = (cdiv(m, tile.rows), cdiv(d, tile.rank))
-    launch(_adapter_grad_z_kernel, ADAPTER_GRAD_Z, tile, grid)(
+    return launch(_adapter_grad_z_kernel, ADAPTER_GRAD_Z, tile, grid)(
         dout_ptr=dout, z_ptr=z, up_weight_ptr=up_weight, dz_ptr=dz, active_ptr=active,
         M=m, H=hidden, D=d, stride_dm=dout.stride(0), scale=scale, ACTIVATION=activation,
     )  # fmt: skip
@@ -196,13 +196,13 @@ def adapter_grad_h_weights(
     h: Tensor,
     dz: Tensor,
     active: Tensor,
-    down_weight: Tensor,
+    down_weight: Tensor | None,
     dh: Tensor | None,
     grads_partial: Tensor,
     *,
     add_input: bool,
     plan: Plan,
-) -> None:
+) -> Launch | None:
     """Fill ``dh [M, H]`` = dz·W_d, unless None, and ``grads_partial [plan.splits, 2·H·D + H + D]`` (fp32).
 
     dOut and h are ``[M, H]``, dz and active ``[M, D]``, W_d ``[D, H]``; with ``add_input`` dOut joins dh.
@@ -212,9 +212,9 @@ def adapter_grad_h_weights(
     tile = plan.tile
     chunks = cdiv(d, tile.rank)
     grid = (cdiv(hidden, tile.cols), plan.splits, chunks)
-    launch(_adapter_grad_h_weights_kernel, ADAPTER_GRAD_H_WEIGHTS, tile, grid)(
+    return launch(_adapter_grad_h_weights_kernel, ADAPTER_GRAD_H_WEIGHTS, tile, grid)(
         dout_ptr=dout, h_ptr=h, dz_ptr=dz, active_ptr=active,
-        down_weight_ptr=down_weight if dh is not None else None, dh_ptr=dh, grads_partial_ptr=grads_partial,
+        down_weight_ptr=down_weight, dh_ptr=dh, grads_partial_ptr=grads_partial,
         M=m, H=hidden, D=d, stride_dm=dout.stride(0), stride_hm=h.stride(0),
         rows_per_group=plan.part(m, tile.rows),
         HAS_DH=dh is not None, ADD_INPUT=add_input, ONE_CHUNK=chunks == 1,

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora_kernels.adapter.kernels import ADAPTER_DOWN, ADAPTER_FORWARD, ADAPTER_UP
-from fastlora_kernels.kernel import launch
+from fastlora_kernels.launch import Launch, launch
 from fastlora_kernels.primitives import (
     activate,
     block_range,
@@ -140,7 +140,7 @@ def adapter_forward(
     drop_threshold: int,
     scale: float,
     plan: Plan,
-) -> None:
+) -> Launch | None:
     """Fill ``z [M, D]`` = h·W_dᵀ + b_d and ``out [M, H]`` = residual + scale · act(z)·W_uᵀ + b_u at once.
 
     h and the residual are ``[M, H]``, W_d ``[D, H]``, W_u ``[H, D]``, the biases ``[D]`` and ``[H]``;
@@ -149,7 +149,7 @@ def adapter_forward(
     """
     (m, hidden), d = h.shape, down_weight.shape[0]
     tile = plan.tile
-    launch(_adapter_forward_kernel, ADAPTER_FORWARD, tile, (cdiv(m, tile.rows),))(
+    return launch(_adapter_forward_kernel, ADAPTER_FORWARD, tile, (cdiv(m, tile.rows),))(
         h_ptr=h, down_weight_ptr=down_weight, down_bias_ptr=down_bias, up_weight_ptr=up_weight,
         up_bias_ptr=up_bias, residual_ptr=residual, seed_ptr=seed, z_ptr=z, out_ptr=out,
         M=m, H=hidden, D=d, stride_hm=h.stride(0), stride_rm=0 if residual is None else residual.stride(0),
@@ -205,7 +205,7 @@ def adapter_down(
     drop_threshold: int,
     scale: float,
     plan: Plan,
-) -> None:
+) -> Launch | None:
     """Fill ``z [M, D]`` = h·W_dᵀ + b_d and ``active [M, D]`` = scale · act(z).
 
     h is ``[M, H]``, W_d ``[D, H]``; the bias ``[D]`` may be None. With a seed ``[1]`` (int64) elements of z
@@ -214,7 +214,7 @@ def adapter_down(
     (m, hidden), d = h.shape, down_weight.shape[0]
     tile = plan.tile
     grid = (cdiv(m, tile.rows), cdiv(d, tile.rank))
-    launch(_adapter_down_kernel, ADAPTER_DOWN, tile, grid)(
+    return launch(_adapter_down_kernel, ADAPTER_DOWN, tile, grid)(
         h_ptr=h, down_weight_ptr=down_weight, down_bias_ptr=down_bias, seed_ptr=seed, z_ptr=z,
         active_ptr=active,
         M=m, H=hidden, D=d, stride_hm=h.stride(0), drop_threshold=drop_threshold, scale=scale,
@@ -264,7 +264,7 @@ def adapter_up(
     out: Tensor,
     *,
     plan: Plan,
-) -> None:
+) -> Launch | None:
     """Fill ``out [M, H]`` = residual + active·W_uᵀ + b_u.
 
     The active bottleneck is ``[M, D]``, W_u ``[H, D]``; the bias ``[H]`` and the residual ``[M, H]`` may be
@@ -273,7 +273,7 @@ def adapter_up(
     (m, d), hidden = active.shape, up_weight.shape[0]
     tile = plan.tile
     programs = cdiv(m, tile.rows) * cdiv(hidden, tile.cols)
-    launch(_adapter_up_kernel, ADAPTER_UP, tile, (programs,))(
+    return launch(_adapter_up_kernel, ADAPTER_UP, tile, (programs,))(
         active_ptr=active, up_weight_ptr=up_weight, up_bias_ptr=up_bias, residual_ptr=residual, out_ptr=out,
         M=m, H=hidden, D=d, stride_rm=0 if residual is None else residual.stride(0),
         HAS_UP_BIAS=up_bias is not None, HAS_RESIDUAL=residual is not None,

@@ -82,10 +82,13 @@ class Record:
 
 _Layer = tuple[int, int, int, str, bool]
 _pinned: dict[str, dict[_Layer, list[Record]]] = {}
+_changes = 0
 
 
 def pin(gpu: str, records: Iterable[Record]) -> None:
     """Use these records for calls on a GPU, by its name, from now on, and no others."""
+    global _changes
+    _changes += 1
     _pinned[gpu] = {}
     for record in records:
         # unaligned calls have tiles of their own, too many to tell apart
@@ -97,6 +100,21 @@ def pin(gpu: str, records: Iterable[Record]) -> None:
 def pinned(gpu: str) -> list[Record]:
     """The records in use for a GPU."""
     return [record for records in _pinned.get(gpu, {}).values() for record in records]
+
+
+def changes() -> int:
+    """How often records were handed in: whatever was decided before has to be decided again."""
+    return _changes
+
+
+def knows_the_host() -> bool:
+    """Whether a record has other winners for calls from Python than for those of a graph."""
+    return any(
+        record.from_host is not None
+        for layers in _pinned.values()
+        for records in layers.values()
+        for record in records
+    )
 
 
 def gpus() -> list[str]:

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.kernel import launch
+from fastlora_kernels.launch import Launch, launch
 from fastlora_kernels.lora.kernels import LORA_GRAD_A, LORA_GRAD_S_B, LORA_GRAD_X
 from fastlora_kernels.primitives import (
     MASK_WORD_BITS,
@@ -70,7 +70,7 @@ def lora_grad_s_b(
     *,
     scale: float,
     plan: Plan,
-) -> None:
+) -> Launch | None:
     """Fill ``ds_partial [N tiles, M, R]`` = scale · dY·B and ``db_partial [plan.splits, N, R]`` = dYᵀ·S.
 
     dY is ``[M, N]``, S ``[M, R]`` and B ``[N, R]``; an N tile is ``plan.tile.cols`` wide. Both results are
@@ -79,7 +79,7 @@ def lora_grad_s_b(
     (m, n), r = dy.shape, lora_b.shape[1]
     tile = plan.tile
     grid = (cdiv(n, tile.cols), plan.splits, cdiv(r, tile.rank))
-    launch(_lora_grad_s_b_kernel, LORA_GRAD_S_B, tile, grid)(
+    return launch(_lora_grad_s_b_kernel, LORA_GRAD_S_B, tile, grid)(
         dy_ptr=dy, s_ptr=s, lora_b_ptr=lora_b, ds_partial_ptr=ds_partial, db_partial_ptr=db_partial,
         M=m, N=n, R=r, stride_dym=dy.stride(0), rows_per_group=plan.part(m, tile.rows),
         scale=scale,
@@ -174,7 +174,7 @@ def _lora_grad_x_kernel(
 
 def lora_grad_x(
     dy: Tensor, weight: Tensor, ds: Tensor, lora_a: Tensor, mask: Tensor | None, dx: Tensor, *, plan: Plan
-) -> None:
+) -> Launch | None:
     """Fill ``dx [M, K]`` = dY·W + mask ⊙ (dS·A).
 
     dY is ``[M, N]``, W ``[N, K]``, dS ``[M, R]`` and A ``[R, K]``; the packed mask is ``[M, ⌈K/32⌉]``
@@ -183,7 +183,7 @@ def lora_grad_x(
     (m, n), (r, k) = dy.shape, lora_a.shape
     tile = plan.tile
     programs = cdiv(m, tile.rows) * cdiv(k, tile.cols)
-    launch(_lora_grad_x_kernel, LORA_GRAD_X, tile, (programs,))(
+    return launch(_lora_grad_x_kernel, LORA_GRAD_X, tile, (programs,))(
         dy_ptr=dy, weight_ptr=weight, ds_ptr=ds, lora_a_ptr=lora_a, mask_ptr=mask, dx_ptr=dx,
         M=m, N=n, K=k, R=r, stride_dym=dy.stride(0), stride_wn=weight.stride(0),
         HAS_DROPOUT=mask is not None,
@@ -245,7 +245,9 @@ def _lora_grad_a_kernel(
     )  # fmt: skip
 
 
-def lora_grad_a(x: Tensor, ds: Tensor, mask: Tensor | None, da_partial: Tensor, *, plan: Plan) -> None:
+def lora_grad_a(
+    x: Tensor, ds: Tensor, mask: Tensor | None, da_partial: Tensor, *, plan: Plan
+) -> Launch | None:
     """Fill ``da_partial [plan.splits, R, K]`` (fp32) = dSᵀ·(mask ⊙ x) from x ``[M, K]`` and dS ``[M, R]``.
 
     The packed mask is ``[M, ⌈K/32⌉]`` (int32), None without dropout.
@@ -253,7 +255,7 @@ def lora_grad_a(x: Tensor, ds: Tensor, mask: Tensor | None, da_partial: Tensor, 
     (m, k), r = x.shape, ds.shape[1]
     tile = plan.tile
     grid = (cdiv(k, tile.cols), plan.splits, cdiv(r, tile.rank))
-    launch(_lora_grad_a_kernel, LORA_GRAD_A, tile, grid)(
+    return launch(_lora_grad_a_kernel, LORA_GRAD_A, tile, grid)(
         x_ptr=x, ds_ptr=ds, mask_ptr=mask, da_partial_ptr=da_partial,
         M=m, K=k, R=r, stride_xm=x.stride(0), rows_per_group=plan.part(m, tile.rows),
         HAS_DROPOUT=mask is not None,

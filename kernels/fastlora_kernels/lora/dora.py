@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.kernel import launch
+from fastlora_kernels.launch import Launch, launch
 from fastlora_kernels.lora.kernels import DORA_GRAD_PRODUCT, DORA_WEIGHT_NORM
 from fastlora_kernels.primitives import block_range, load_tile, load_vector, store_tile
 from fastlora_kernels.tile import Plan, cdiv
@@ -43,10 +43,10 @@ def _dora_weight_norm_kernel(
 
 def dora_weight_norm(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, norm: Tensor, *, scale: float, plan: Plan
-) -> None:
+) -> Launch | None:
     """Fill ``norm [N]`` (fp32) = ‖W + scale · B·A‖ from W ``[N, K]``, A ``[R, K]`` and B ``[N, R]``."""
     (n, k), r, tile = weight.shape, lora_a.shape[0], plan.tile
-    launch(_dora_weight_norm_kernel, DORA_WEIGHT_NORM, tile, (cdiv(n, tile.rows),))(
+    return launch(_dora_weight_norm_kernel, DORA_WEIGHT_NORM, tile, (cdiv(n, tile.rows),))(
         weight_ptr=weight, lora_a_ptr=lora_a, lora_b_ptr=lora_b, norm_ptr=norm,
         N=n, K=k, R=r, stride_wn=weight.stride(0), scale=scale,
     )  # fmt: skip
@@ -95,7 +95,7 @@ def dora_grad_product(
     dfactor_partial: Tensor | None,
     *,
     plan: Plan,
-) -> None:
+) -> Launch | None:
     """Fill ``dproduct [M, N]`` = factor ⊙ dY and ``dfactor_partial [plan.splits, N]`` = Σ dY ⊙ product.
 
     dY and the product are ``[M, N]``, the factor ``[N]``; factor and partial results are fp32. Where the
@@ -104,7 +104,7 @@ def dora_grad_product(
     m, n = dy.shape
     tile = plan.tile
     grid = (cdiv(n, tile.cols), plan.splits)
-    launch(_dora_grad_product_kernel, DORA_GRAD_PRODUCT, tile, grid)(
+    return launch(_dora_grad_product_kernel, DORA_GRAD_PRODUCT, tile, grid)(
         dy_ptr=dy, product_ptr=product, factor_ptr=factor, dproduct_ptr=dproduct,
         dfactor_partial_ptr=dfactor_partial,
         M=m, N=n, stride_dym=dy.stride(0), rows_per_group=plan.part(m, tile.rows),

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.kernel import launch
+from fastlora_kernels.launch import Launch, launch
 from fastlora_kernels.lora.kernels import LORA_DOWN
 from fastlora_kernels.primitives import (
     MASK_WORD_BITS,
@@ -81,7 +81,7 @@ def lora_down(
     drop_threshold: int,
     scale: float,
     plan: Plan,
-) -> None:
+) -> Launch | None:
     """Fill ``s_partial [plan.splits, M, R]`` = scale · (mask ⊙ x)·Aᵀ from x ``[M, K]`` and A ``[R, K]``.
 
     With a seed ``[1]`` (int64), the packed ``mask [M, ⌈K/32⌉]`` (int32) is drawn: an element is kept where 16
@@ -91,7 +91,7 @@ def lora_down(
     (m, k), r = x.shape, lora_a.shape[0]
     tile = plan.tile
     grid = (cdiv(m, tile.rows), plan.splits, cdiv(r, tile.rank))
-    launch(_lora_down_kernel, LORA_DOWN, tile, grid)(
+    return launch(_lora_down_kernel, LORA_DOWN, tile, grid)(
         x_ptr=x, lora_a_ptr=lora_a, seed_ptr=seed, mask_ptr=mask, s_partial_ptr=s_partial,
         M=m, K=k, R=r, stride_xm=x.stride(0), k_per_split=plan.part(k, tile.depth),
         drop_threshold=drop_threshold, scale=scale, HAS_DROPOUT=seed is not None,

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.kernel import launch
+from fastlora_kernels.launch import Launch, launch
 from fastlora_kernels.lora.kernels import LORA_ADD
 from fastlora_kernels.primitives import (
     MASK_WORD_BITS,
@@ -63,7 +63,7 @@ def _lora_add_kernel(
 
 def lora_add(
     left: Tensor, right: Tensor, mask: Tensor | None, out: Tensor, *, transposed: bool, plan: Plan
-) -> None:
+) -> Launch | None:
     """Add mask ⊙ (left·right) to ``out [M, C]`` in place, for left ``[M, R]``.
 
     ``right`` is ``[R, C]``, as A for dX += mask ⊙ (dS·A), or with ``transposed`` ``[C, R]``, as B for
@@ -72,7 +72,7 @@ def lora_add(
     (m, c), r = out.shape, left.shape[1]
     tile = plan.tile
     programs = cdiv(m, tile.rows) * cdiv(c, tile.cols)
-    launch(_lora_add_kernel, LORA_ADD, tile, (programs,))(
+    return launch(_lora_add_kernel, LORA_ADD, tile, (programs,))(
         left_ptr=left, lora_right_ptr=right, mask_ptr=mask, out_ptr=out,
         M=m, C=c, R=r, HAS_DROPOUT=mask is not None, TRANSPOSED=transposed,
     )  # fmt: skip

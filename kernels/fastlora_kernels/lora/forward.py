@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.kernel import launch
+from fastlora_kernels.launch import Launch, launch
 from fastlora_kernels.lora.kernels import LORA_FORWARD
 from fastlora_kernels.primitives import (
     block_range,
@@ -34,8 +34,8 @@ def _lora_forward_kernel(
     bias_ptr,  # (N,)
     s_ptr,  # (M, R)
     lora_b_ptr,  # (N, R)
-    factor_ptr,  # (N,)
     y_ptr,  # (M, N)
+    factor_ptr,  # (N,)
     product_ptr,  # (M, N)
     M,
     N,
@@ -88,11 +88,11 @@ def lora_forward(
     s: Tensor,
     lora_b: Tensor,
     y: Tensor,
-    *,
-    plan: Plan,
     factor: Tensor | None = None,
     product: Tensor | None = None,
-) -> None:
+    *,
+    plan: Plan,
+) -> Launch | None:
     """Fill ``y [M, N]`` = x·Wᵀ + bias + S·Bᵀ from x ``[M, K]``, W ``[N, K]``, S ``[M, R]`` and B ``[N, R]``.
 
     The bias ``[N]`` may be None. With a factor ``[N]`` the products are multiplied by it before the bias;
@@ -101,9 +101,9 @@ def lora_forward(
     (m, k), (n, r) = x.shape, lora_b.shape
     tile = plan.tile
     programs = cdiv(m, tile.rows) * cdiv(n, tile.cols)
-    launch(_lora_forward_kernel, LORA_FORWARD, tile, (programs,))(
-        x_ptr=x, weight_ptr=weight, bias_ptr=bias, s_ptr=s, lora_b_ptr=lora_b, factor_ptr=factor, y_ptr=y,
-        product_ptr=product,
+    return launch(_lora_forward_kernel, LORA_FORWARD, tile, (programs,))(
+        x_ptr=x, weight_ptr=weight, bias_ptr=bias, s_ptr=s, lora_b_ptr=lora_b, y_ptr=y,
+        factor_ptr=factor, product_ptr=product,
         M=m, N=n, K=k, R=r, stride_xm=x.stride(0), stride_wn=weight.stride(0),
         HAS_BIAS=bias is not None, HAS_FACTOR=factor is not None, KEEP_PRODUCT=product is not None,
     )  # fmt: skip

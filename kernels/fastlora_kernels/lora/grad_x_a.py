@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.kernel import launch
+from fastlora_kernels.launch import Launch, launch
 from fastlora_kernels.lora.backward import grad_a_tile, grad_x_tile
 from fastlora_kernels.lora.kernels import LORA_GRAD_X_A, grad_a_part
 from fastlora_kernels.primitives import grouped_tile
@@ -80,7 +80,7 @@ def lora_grad_x_a(
     da_partial: Tensor,
     *,
     plan: Plan,
-) -> None:
+) -> Launch | None:
     """Fill ``dx [M, K]`` = dY·W + mask ⊙ (dS·A) and ``da_partial [plan.splits, R, K]`` = dSᵀ·(mask ⊙ x).
 
     dY is ``[M, N]``, W ``[N, K]``, dS ``[M, R]``, A ``[R, K]`` and x ``[M, K]``; the packed mask is
@@ -91,7 +91,7 @@ def lora_grad_x_a(
     part = grad_a_part(tile)
     dx_tiles = cdiv(m, tile.rows) * cdiv(k, tile.cols)
     da_tiles = cdiv(k, part.cols) * plan.splits * cdiv(r, part.rank)
-    launch(_lora_grad_x_a_kernel, LORA_GRAD_X_A, tile, (dx_tiles + da_tiles,))(
+    return launch(_lora_grad_x_a_kernel, LORA_GRAD_X_A, tile, (dx_tiles + da_tiles,))(
         dy_ptr=dy, weight_ptr=weight, ds_ptr=ds, lora_a_ptr=lora_a, mask_ptr=mask, x_ptr=x, dx_ptr=dx,
         da_partial_ptr=da_partial,
         M=m, N=n, K=k, R=r, stride_dym=dy.stride(0), stride_wn=weight.stride(0), stride_xm=x.stride(0),

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastlora_kernels.kernel import Kernel, launch
+from fastlora_kernels.kernel import Kernel
+from fastlora_kernels.launch import Launch, launch
 from fastlora_kernels.lora.backward import add_ds_a, grad_a_tile, start_grad_x
 from fastlora_kernels.lora.forward import add_s_b
 from fastlora_kernels.lora.grad_x_a import grad_a_position
@@ -79,7 +80,7 @@ def lora_forward_persistent(
     *,
     plan: Plan,
     multiprocessors: int,
-) -> None:
+) -> Launch | None:
     """Fill ``y [M, N]`` = x·Wᵀ + bias + S·Bᵀ from x ``[M, K]``, W ``[N, K]``, S ``[M, R]`` and B ``[N, R]``.
 
     The bias ``[N]`` may be None; ``multiprocessors`` is how many programs run at most. Addresses of x, weight
@@ -88,7 +89,7 @@ def lora_forward_persistent(
     (m, k), (n, r) = x.shape, lora_b.shape
     tile = plan.tile
     tiles = cdiv(m, tile.rows) * cdiv(n, tile.cols)
-    launch(_lora_forward_persistent_kernel, LORA_FORWARD, tile, (min(tiles, multiprocessors),))(
+    return launch(_lora_forward_persistent_kernel, LORA_FORWARD, tile, (min(tiles, multiprocessors),))(
         **_descriptors(LORA_FORWARD, tile, x_desc=x, weight_desc=weight, y_desc=y),
         bias_ptr=bias, s_ptr=s, lora_b_ptr=lora_b,
         M=m, N=n, K=k, R=r, HAS_BIAS=bias is not None,
@@ -166,7 +167,7 @@ def lora_grad_x_a_persistent(
     *,
     plan: Plan,
     multiprocessors: int,
-) -> None:
+) -> Launch | None:
     """Fill ``dx [M, K]`` = dY·W + mask ⊙ (dS·A) and ``da_partial [plan.splits, R, K]`` = dSᵀ·(mask ⊙ x).
 
     dY is ``[M, N]``, W ``[N, K]``, dS ``[M, R]``, A ``[R, K]`` and x ``[M, K]``; the packed mask is
@@ -179,7 +180,7 @@ def lora_grad_x_a_persistent(
     part = grad_a_part(tile)
     da_tiles = cdiv(k, part.cols) * plan.splits * cdiv(r, part.rank)
     tiles = cdiv(m, tile.rows) * cdiv(k, tile.cols) + da_tiles
-    launch(_lora_grad_x_a_persistent_kernel, LORA_GRAD_X_A, tile, (min(tiles, multiprocessors),))(
+    return launch(_lora_grad_x_a_persistent_kernel, LORA_GRAD_X_A, tile, (min(tiles, multiprocessors),))(
         **_descriptors(LORA_GRAD_X_A, tile, dy_desc=dy, weight_desc=weight, dx_desc=dx),
         ds_ptr=ds, lora_a_ptr=lora_a, mask_ptr=mask, x_ptr=x, da_partial_ptr=da_partial,
         M=m, N=n, K=k, R=r, stride_xm=x.stride(0), rows_per_group=plan.part(m, part.rows), da_tiles=da_tiles,

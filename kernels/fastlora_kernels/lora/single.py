@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.kernel import launch
+from fastlora_kernels.launch import Launch, launch
 from fastlora_kernels.lora.kernels import LORA_FORWARD_SINGLE
 from fastlora_kernels.primitives import (
     block_range,
@@ -81,7 +81,7 @@ def lora_forward_single(
     *,
     scale: float,
     plan: Plan,
-) -> None:
+) -> Launch | None:
     """Fill ``s [M, R]`` = scale · x·Aᵀ and ``y [M, N]`` = x·Wᵀ + bias + S·Bᵀ.
 
     x is ``[M, K]``, W ``[N, K]``, A ``[R, K]`` and B ``[N, R]``; the bias ``[N]`` may be None. The plan's
@@ -90,7 +90,7 @@ def lora_forward_single(
     (m, k), (n, r) = x.shape, lora_b.shape
     tile = plan.tile
     programs = cdiv(m, tile.rows) * cdiv(n, tile.cols)
-    launch(_lora_forward_single_kernel, LORA_FORWARD_SINGLE, tile, (programs,))(
+    return launch(_lora_forward_single_kernel, LORA_FORWARD_SINGLE, tile, (programs,))(
         x_ptr=x, weight_ptr=weight, bias_ptr=bias, lora_a_ptr=lora_a, lora_b_ptr=lora_b, s_ptr=s, y_ptr=y,
         M=m, N=n, K=k, R=r, stride_xm=x.stride(0), stride_wn=weight.stride(0), scale=scale,
         HAS_BIAS=bias is not None,
