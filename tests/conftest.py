@@ -35,6 +35,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def seeded() -> Iterator[None]:
     """Tests draw from torch's generator; none depends on which others ran before it."""
     torch.manual_seed(0)
+    # a test may put other functions in the place of those that were prepared
+    from fastlora.ops.prepared import Memory
+
+    Memory.forget_all()
     precision = torch.get_float32_matmul_precision()
     yield
     # torchao lowers it for the whole process where it quantises

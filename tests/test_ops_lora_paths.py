@@ -47,12 +47,12 @@ def taking(forward: str, backward: str) -> Callable[..., Choice]:
 
 
 class Taken:
-    """Makes every call take one path, and notes which functions of the other paths ran."""
+    """Makes every call take one path, and notes which kernels of the other paths were launched."""
 
     def __init__(self, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ran: list[str] = []
         monkeypatch.setattr(kernel_paths, "choose", taking(path, path))
-        for name in ("single_forward", "epilogue_forward", "epilogue_grad_x"):
+        for name in ("lora_forward_single", "lora_add"):
             monkeypatch.setattr(lora_triton, name, self._noting(name))
 
     def _noting(self, name: str) -> Any:
@@ -101,7 +101,7 @@ def test_as_exact_as_eager(
 ) -> None:
     """The split path serves what one launch can't: dropout and high ranks."""
     path = request.node.callspec.params["taken"]
-    served = ["epilogue_forward", "epilogue_grad_x"] if path == "epilogue" else ["single_forward"]
+    served = ["lora_add", "lora_add"] if path == "epilogue" else ["lora_forward_single"]
     for dropout in (0.0, 0.3) if path == "epilogue" or dtype == torch.float32 else (0.0,):
         taken.ran.clear()
         case = make_case(*size, dtype, bias=size[-1] != 3, device=kernel_device)

@@ -142,7 +142,7 @@ def raising(error: Exception) -> Callable[..., Any]:
 def test_a_candidate_that_fails_is_left_out(
     error: Exception, wrong: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lora_triton, "single_forward", raising(error))
+    monkeypatch.setattr(lora_triton, "lora_forward_single", raising(error))
     found, left_out = tuned_call(CALL, counting_timer(1, 1))
     assert {each.candidate.split()[1] for each in left_out} == {"single"}
     assert {each.wrong for each in left_out} == {wrong}
@@ -161,7 +161,7 @@ def test_a_call_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("card")
 def test_a_gpu_that_answers_no_more_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora_triton, "single_forward", raising(RuntimeError("an illegal memory access")))
+    monkeypatch.setattr(lora_triton, "lora_forward_single", raising(RuntimeError("an illegal memory access")))
     monkeypatch.setattr(search, "answers", lambda device: False)
     with pytest.raises(
         search.GpuLostError, match=r"after forward single.*illegal memory access.*start again"
@@ -249,10 +249,10 @@ def test_the_op_takes_what_is_pinned_or_handed_down(path: str, monkeypatch: pyte
     monkeypatch.setattr("fastlora._core.backend._automatic", lambda device, dtype: "triton")
     t = draw(CALL, device())
     ran: list[str] = []
-    modules = {"single_forward": lora_triton, "epilogue_forward": lora_triton, "forward": lora_torch}
+    modules = {"lora_forward_single": lora_triton, "lora_add": lora_triton, "forward": lora_torch}
     for name, module in modules.items():
         monkeypatch.setattr(module, name, noting(getattr(module, name), name, ran))
-    taken = "forward" if path == "library" else f"{path}_forward"
+    taken = {"single": "lora_forward_single", "epilogue": "lora_add", "library": "forward"}[path]
     tuned.pin(GPU, [record(path=path)])
     lora_linear(t.x, t.weight, t.bias, t.lora_A, t.lora_B, scaling=2.0)
     assert ran == [taken]

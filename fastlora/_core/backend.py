@@ -204,6 +204,11 @@ def _automatic(device: torch.device, dtype: torch.dtype) -> Backend:
     return "triton" if device.type == "cuda" and triton_available() and _launches() else "torch"
 
 
+def is_watched() -> bool:
+    """Whether a mode, a transform or a tracer sees every operation, or wants operations that it knows."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing() or _is_transforming()
+
+
 def _is_transforming() -> bool:
     """Whether torch.func, forward-mode differentiation or TorchScript want operations that they know."""
     return (

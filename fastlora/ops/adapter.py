@@ -4,7 +4,7 @@ Beneath the Function stand two ops of torch, so that it compiles; :mod:`fastlora
 :mod:`fastlora.ops.adapter_triton` compute them.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from fastlora import reference
 from fastlora._core.checks import check_adapter
 from fastlora.ops import adapter_torch
 from fastlora.ops.decide import Decision, decide_adapter
+from fastlora.ops.prepared import Memory, signature
 from fastlora.ops.runtime import (
     autocast_dtype,
     draw_seed,
@@ -80,47 +81,56 @@ def adapter(
         >>> adapter(torch.tensor([1.0, 2.0]), down, None, up, None, activation="relu")
         tensor([4., 5.])
     """
-    check_adapter(
-        h, down_weight, down_bias, up_weight, up_bias, residual, activation=activation, dropout=dropout
-    )
-    compute_dtype = autocast_dtype(h) or h.dtype
-    dropping = training and dropout > 0
-    if dropping and dropout == 1:
+    parameters = (down_weight, down_bias, up_weight, up_bias)
+    added, name = (h, residual) if isinstance(residual, str) else (residual, None)
+    key = signature(h, *parameters, added, settings=(name, activation, dropout, training))
+    arguments = (h, *parameters, residual, activation, dropout, training)
+    # a compiled graph would be guarded by all that is remembered
+    call = _decide(*arguments) if key is None else _known.of(key, _decide, *arguments)
+    if training and dropout == 1:
         # nothing is kept: weights of zero do it, without a mask
-        up_weight, dropping = up_weight * 0, False
-    decision = decide_adapter(h, down_weight, compute_dtype, dropping=dropping)
-    if decision.backend == "reference":
-        return reference.adapter(
-            h,
-            down_weight,
-            down_bias,
-            up_weight,
-            up_bias,
-            residual=residual,
-            activation=activation,
-            dropout=dropout,
-            training=dropping,
-            generator=generator,
-        )
-    active_dropout = float(dropout) if dropping else 0.0
-    seed = draw_seed(h.device, generator) if dropping else None
-    added = h if isinstance(residual, str) else residual
+        parameters = (down_weight, down_bias, up_weight * 0, up_bias)
+    if call.decision.backend == "reference":
+        options: dict[str, Any] = {"activation": activation, "dropout": dropout, "training": call.dropout > 0}
+        return reference.adapter(h, *parameters, residual=residual, **options, generator=generator)
+    seed = draw_seed(h.device, generator) if call.dropout else None
     # as in eager mode, a sum of two dtypes has the wider one: under autocast a float32 stream stays float32
-    fused = added is not None and added.dtype == compute_dtype
-    out: Tensor = AdapterFunction.apply(
-        in_dtype(h, compute_dtype),
-        down_weight,
-        down_bias,
-        up_weight,
-        up_bias,
-        added if fused and added is not h else None,
-        seed,
-        fused and added is h,
-        activation,
-        active_dropout,
-        decision,
-    )[0]
+    fused = added is not None and added.dtype == call.dtype
+    apart = added if fused and added is not h else None
+    settings = (fused and added is h, activation, call.dropout, call.decision)
+    out: Tensor = AdapterFunction.apply(in_dtype(h, call.dtype), *parameters, apart, seed, *settings)[0]
     return out if fused or added is None else added + out
+
+
+class _Call(NamedTuple):
+    """What is known of a call before it runs: its dtype, dropout's probability and how it is computed."""
+
+    dtype: torch.dtype
+    dropout: float
+    decision: Decision
+
+
+# by signature
+_known = Memory[_Call]()
+
+
+def _decide(
+    h: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    residual: Tensor | str | None,
+    activation: str,
+    dropout: float,
+    training: bool,
+) -> _Call:
+    parameters = (down_weight, down_bias, up_weight, up_bias)
+    check_adapter(h, *parameters, residual, activation=activation, dropout=dropout)
+    dtype = autocast_dtype(h) or h.dtype
+    dropping = training and 0 < dropout < 1
+    decision = decide_adapter(h, down_weight, dtype, dropping=dropping)
+    return _Call(dtype, float(dropout) if dropping else 0.0, decision)
 
 
 class AdapterFunction(torch.autograd.Function):
@@ -188,16 +198,17 @@ def adapter_forward(
     which the activation and its slope are 0, so that no mask is needed.
     """
     added = h if add_input else residual
-    with unrecorded(h):
-        added = None if added is None else rows_of(added)
-        tensors = (rows_of(h), down_weight, down_bias, up_weight, up_bias, added, seed)
-        if decision.backend == "torch":
-            out, z = adapter_torch.forward(*tensors, activation=activation, dropout=dropout)
-        else:
-            # imported late: Triton is not installed everywhere
-            from fastlora.ops import adapter_triton
+    added = None if added is None else rows_of(added)
+    tensors = (rows_of(h), down_weight, down_bias, up_weight, up_bias, added, seed)
+    settings: dict[str, Any] = {"activation": activation, "dropout": dropout}
+    if decision.backend == "torch":
+        with unrecorded(h):
+            out, z = adapter_torch.forward(*tensors, **settings)
+    else:
+        # imported late: Triton is not installed everywhere
+        from fastlora.ops import adapter_triton
 
-            out, z = adapter_triton.forward(*tensors, activation=activation, dropout=dropout)
+        out, z = adapter_triton.forward(*tensors, **settings, known=decision.known)
     # not .view: autograd refuses in-place changes of a Function's output that is a view
     return out if h.dim() == 2 else torch.ops.aten._unsafe_view(out, h.shape), z
 
@@ -236,19 +247,15 @@ def adapter_backward(
     decision: Decision,
 ) -> Gradients:
     """dh ``[..., H]``, dW_d, db_d, dW_u and db_u, those that are needed, in their weights' dtypes."""
-    with unrecorded(dout):
-        kept = (rows_of(dout), None if h is None else rows_of(h), z, down_weight, up_weight)
-        if decision.backend == "torch":
-            dh, *of_parameters = adapter_torch.backward(
-                *kept, add_input=add_input, activation=activation, dropout=dropout,
-                need_h=need_h, need_down=need_down, need_up=need_up,
-            )  # fmt: skip
-        else:
-            from fastlora.ops import adapter_triton
+    kept = (rows_of(dout), None if h is None else rows_of(h), z, down_weight, up_weight)
+    settings: dict[str, Any] = {"add_input": add_input, "activation": activation, "dropout": dropout}
+    settings |= {"need_h": need_h, "need_down": need_down, "need_up": need_up}
+    if decision.backend == "torch":
+        with unrecorded(dout):
+            dh, *of_parameters = adapter_torch.backward(*kept, **settings)
+    else:
+        from fastlora.ops import adapter_triton
 
-            dh, *of_parameters = adapter_triton.backward(
-                *kept, add_input=add_input, activation=activation, dropout=dropout,
-                need_h=need_h, need_down=need_down, need_up=need_up,
-            )  # fmt: skip
+        dh, *of_parameters = adapter_triton.backward(*kept, **settings)
     d_down_weight, d_down_bias, d_up_weight, d_up_bias = of_parameters
     return None if dh is None else dh.view(dout.shape), d_down_weight, d_down_bias, d_up_weight, d_up_bias

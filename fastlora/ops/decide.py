@@ -3,7 +3,8 @@
 The answer depends on the sizes, dtypes and layout of the call alone, and on what ``fastlora tune`` measured.
 """
 
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -36,25 +37,35 @@ class Paths(NamedTuple):
     backward: "Choice"
 
 
-class Decision(NamedTuple):
+@dataclass(eq=False)
+class Decision:
     """How a call is computed.
 
     Attributes:
         backend: The implementation.
         paths: The kernels' paths. None where there is but one, and where they stay open until the op runs: in
             a compiled graph, which serves any number of rows.
+        known: What the forward pass prepares, of a decision for one layout of its tensors alone; None where
+            it serves several.
     """
 
     backend: Backend
     paths: Paths | None = None
+    known: dict[Any, Any] | None = None
 
 
-# made once: a small call on a CPU takes 30 µs, of which making one would be a hundredth
-_WITHOUT_PATHS: dict[Backend, Decision] = {name: Decision(name) for name in get_args(Backend)}
+# for any number of layouts
+WITHOUT_PATHS: dict[Backend, Decision] = {name: Decision(name) for name in get_args(Backend)}
 
 
 def decide_lora(
-    x: Tensor, weight: Tensor, lora_A: Tensor, dtype: torch.dtype, *, dropping: bool, dora: bool = False
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    dtype: torch.dtype,
+    *,
+    dropping: bool,
+    dora: bool = False,
 ) -> Decision:
     """How a call of LoRA's or DoRA's linear op is computed.
 
@@ -71,9 +82,9 @@ def decide_lora(
     """
     backend, automatic = _backend.resolve(x.device, dtype, x, weight), _backend.is_automatic()
     if backend == "torch" and automatic and not (dropping or dora) and _is_small(x, weight, lora_A, dtype):
-        return _WITHOUT_PATHS["reference"]
+        return WITHOUT_PATHS["reference"]
     if backend != "triton":
-        return _WITHOUT_PATHS[backend]
+        return WITHOUT_PATHS[backend]
     # imported late: most calls have no kernels to choose from
     from fastlora.ops import kernel_paths
     from fastlora_kernels.tile import Shape
@@ -81,17 +92,17 @@ def decide_lora(
     (n, k), r, aligned = weight.shape, lora_A.shape[0], in_wide_words(*weight.shape)
     # a weight that the kernels would have to copy is left to the library
     if automatic and not kernel_paths.has_lora_kernels(n, k, r, aligned and weight.stride(-1) == 1, x.device):
-        return _WITHOUT_PATHS["torch"]
+        return WITHOUT_PATHS["torch"]
     # a compiled graph has to serve any number of rows
     if torch.compiler.is_compiling():
-        return _WITHOUT_PATHS["triton"]
+        return WITHOUT_PATHS["triton"]
     shape = Shape(m=x.shape[:-1].numel(), n=n, k=k, r=r, aligned=aligned)
     if automatic and not dora and kernel_paths.prefers_eager(shape, dtype, x.device, dropping=dropping):
-        return _WITHOUT_PATHS["reference"]
+        return WITHOUT_PATHS["reference"]
     forward = kernel_paths.choose("forward", shape, dtype, x.device, dropping=dropping, dora=dora)
     # by then the factor is taken off the gradient
     backward = kernel_paths.choose("backward", shape, dtype, x.device, dropping=dropping)
-    return Decision("triton", Paths(shape, forward, backward))
+    return Decision("triton", Paths(shape, forward, backward), {})
 
 
 def decide_adapter(h: Tensor, down_weight: Tensor, dtype: torch.dtype, *, dropping: bool) -> Decision:
@@ -111,9 +122,9 @@ def decide_adapter(h: Tensor, down_weight: Tensor, dtype: torch.dtype, *, droppi
     compiling = torch.compiler.is_compiling()
     if backend == "torch" and automatic and not (dropping or compiling):
         small = h.numel() * size <= _SMALL_ADAPTER and _needs_no_packing(h, dtype, hidden, size)
-        return _WITHOUT_PATHS["reference" if small else "torch"]
+        return WITHOUT_PATHS["reference" if small else "torch"]
     if backend != "triton":
-        return _WITHOUT_PATHS[backend]
+        return WITHOUT_PATHS[backend]
     # imported late: most calls have no kernels to choose from
     from fastlora.ops import kernel_paths
     from fastlora_kernels.adapter.kernels import WIDEST
@@ -121,16 +132,16 @@ def decide_adapter(h: Tensor, down_weight: Tensor, dtype: torch.dtype, *, droppi
 
     if not automatic:
         check_adapter_size(size, WIDEST)
-        return _WITHOUT_PATHS["triton"]
+        return Decision("triton", known={})
     aligned = in_wide_words(hidden)
     if not kernel_paths.has_adapter_kernels(hidden, size, aligned, dtype, h.device):
-        return _WITHOUT_PATHS["torch"]
+        return WITHOUT_PATHS["torch"]
     # a compiled graph has to serve any number of rows
     if compiling:
-        return _WITHOUT_PATHS["triton"]
+        return WITHOUT_PATHS["triton"]
     shape = Shape(m=h.shape[:-1].numel(), n=hidden, k=hidden, r=size, aligned=aligned)
     library = kernel_paths.prefers_library(shape, dtype, h.device, dropping=dropping)
-    return _WITHOUT_PATHS["torch" if library else "triton"]
+    return WITHOUT_PATHS["torch"] if library else Decision("triton", known={})
 
 
 def is_aligned(*matrices: Tensor) -> bool:

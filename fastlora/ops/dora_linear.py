@@ -13,8 +13,9 @@ from fastlora import reference
 from fastlora._core import backend as _backend
 from fastlora._core.checks import check_compute_dtype, check_lora_linear, check_magnitude
 from fastlora.ops import dora_torch
-from fastlora.ops.decide import Decision, decide_lora
-from fastlora.ops.lora_linear import fake_forward, keep_layer, layer_gradients
+from fastlora.ops.decide import WITHOUT_PATHS, Decision, decide_lora
+from fastlora.ops.lora_linear import Call, fake_forward, keep_layer, layer_gradients
+from fastlora.ops.prepared import Memory, signature
 from fastlora.ops.runtime import (
     autocast_dtype,
     draw_seed,
@@ -77,49 +78,51 @@ def dora_linear(
         >>> dora_linear(x, weight, None, a, b, torch.tensor([1.0, 3.0]), scaling=1.0)
         tensor([[1., 3.]])
     """
-    check_lora_linear(x, weight, bias, lora_A, lora_B, scaling=scaling, dropout=dropout)
-    check_magnitude(magnitude, weight)
-    compute_dtype = autocast_dtype(x)
-    if compute_dtype is None:
-        check_compute_dtype(x, weight, bias)
-        compute_dtype = x.dtype
-    dropping = training and 0 < dropout < 1
-    decision = decide_lora(x, weight, lora_A, compute_dtype, dropping=dropping, dora=True)
-    if decision.backend == "reference":
+    layer = (x, weight, bias, lora_A, lora_B)
+    key = signature(*layer, magnitude, settings=(scaling, dropout, training))
+    arguments = (*layer, magnitude, scaling, dropout, training)
+    # a compiled graph would be guarded by all that is remembered
+    call = _decide(*arguments) if key is None else _known.of(key, _decide, *arguments)
+    if call.decision.backend == "reference":
+        options: dict[str, Any] = {"scaling": scaling, "dropout": dropout, "training": training}
         return reference.dora_linear(
-            x,
-            weight,
-            bias,
-            lora_A,
-            lora_B,
-            magnitude,
-            scaling=scaling,
-            dropout=dropout,
-            training=training,
-            generator=generator,
-            weight_norm=weight_norm,
+            *layer, magnitude, **options, generator=generator, weight_norm=weight_norm
         )
     if weight_norm is None:
         weight_norm = dora_weight_norm(weight, lora_A, lora_B, scaling)
-    factor = magnitude.to(weight_norm.dtype) / weight_norm
-    if training and dropout == 1:
-        # nothing is kept: a factor of zero does it, without a mask; the norm is of the whole sum
-        scaling = 0.0
-    active_dropout = float(dropout) if dropping else 0.0
-    seed = draw_seed(x.device, generator) if dropping else None
-    y: Tensor = DoRALinearFunction.apply(
-        in_dtype(x, compute_dtype),
-        weight,
-        bias,
-        lora_A,
-        lora_B,
-        factor,
-        seed,
-        scaling,
-        active_dropout,
-        decision,
-    )[0]
+    factor = in_dtype(magnitude, weight_norm.dtype) / weight_norm
+    seed = draw_seed(x.device, generator) if call.dropout else None
+    x = in_dtype(x, call.dtype)
+    y: Tensor = DoRALinearFunction.apply(x, weight, bias, lora_A, lora_B, factor, seed, *call[1:])[0]
     return y
+
+
+# by signature
+_known = Memory[Call]()
+
+
+def _decide(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    dropout: float,
+    training: bool,
+) -> Call:
+    check_lora_linear(x, weight, bias, lora_A, lora_B, scaling=scaling, dropout=dropout)
+    check_magnitude(magnitude, weight)
+    dtype = autocast_dtype(x)
+    if dtype is None:
+        check_compute_dtype(x, weight, bias)
+        dtype = x.dtype
+    dropping = training and 0 < dropout < 1
+    decision = decide_lora(x, weight, lora_A, dtype, dropping=dropping, dora=True)
+    # where nothing is kept a factor of zero does it, without a mask; the norm is of the whole sum
+    factor = 0.0 if training and dropout == 1 else float(scaling)
+    return Call(dtype, factor, float(dropout) if dropping else 0.0, decision)
 
 
 @torch.no_grad()
@@ -137,7 +140,7 @@ def dora_weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: fl
     """
     backend = _backend.resolve(weight.device, weight.dtype)
     # the reference has no way of its own to a norm
-    decision = Decision("torch" if backend == "reference" else backend)
+    decision = WITHOUT_PATHS["torch" if backend == "reference" else backend]
     return _dora_weight_norm(weight, lora_A, lora_B, scaling, decision)
 
 
@@ -195,21 +198,18 @@ def dora_linear_forward(
     """y ``[..., N]``, S ``[M, R]``, with a seed the dropout mask and, to be kept, the product ``[M, N]``."""
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     product = torch.empty_like(rows_of(y)) if keep_product else None
-    with unrecorded(x):
-        bias = None if bias is None else in_dtype(bias, x.dtype)
-        layer = (rows_of(x), in_dtype(weight, x.dtype), bias, lora_A, lora_B, seed, factor)
-        if decision.backend == "torch":
-            s, mask = dora_torch.forward(
-                *layer, scaling=scaling, dropout=dropout, y=rows_of(y), product=product
-            )
-        else:
-            # imported late: Triton is not installed everywhere
-            from fastlora.ops import dora_triton
+    settings: dict[str, Any] = {"scaling": scaling, "dropout": dropout}
+    bias = None if bias is None else in_dtype(bias, x.dtype)
+    layer = (rows_of(x), in_dtype(weight, x.dtype), bias, lora_A, lora_B, seed, factor, rows_of(y), product)
+    if decision.backend == "torch":
+        with unrecorded(x):
+            return y, *dora_torch.forward(*layer, **settings), product
+    # imported late: Triton is not installed everywhere
+    from fastlora.ops import dora_triton
 
-            s, mask = dora_triton.forward(
-                *layer, scaling=scaling, dropout=dropout, y=rows_of(y), product=product, paths=decision.paths
-            )
-    return y, s, mask, product
+    # not what the decision knows: that is of calls that keep the product, and of others
+    kept = dora_triton.forward(*layer, **settings, paths=decision.paths)
+    return y, *kept, product
 
 
 def _fake_weight_norm(weight: Tensor, *more: Any) -> Tensor:
@@ -221,12 +221,12 @@ def _dora_weight_norm(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, decision: Decision
 ) -> Tensor:
     """‖W + s·B·A‖ of every row ``[N]``, in float32 at least."""
-    with unrecorded(weight):
-        if decision.backend == "torch":
+    if decision.backend == "torch":
+        with unrecorded(weight):
             return dora_torch.weight_norm(weight, lora_A, lora_B, scaling)
-        from fastlora.ops import dora_triton
+    from fastlora.ops import dora_triton
 
-        return dora_triton.weight_norm(weight, lora_A, lora_B, scaling)
+    return dora_triton.weight_norm(weight, lora_A, lora_B, scaling=scaling)
 
 
 def _fake_grad_product(dy: Tensor, product: Tensor | None, factor: Tensor, _: str) -> tuple[Tensor, Tensor]:
@@ -238,11 +238,11 @@ def dora_grad_product(
     dy: Tensor, product: Tensor | None, factor: Tensor, decision: Decision
 ) -> tuple[Tensor, Tensor | None]:
     """dU = factor ⊙ dY ``[..., N]`` and, with a product, dfactor ``[N]``."""
-    with unrecorded(dy):
-        if decision.backend == "torch":
+    if decision.backend == "torch":
+        with unrecorded(dy):
             dproduct, dfactor = dora_torch.grad_product(rows_of(dy), product, factor)
-        else:
-            from fastlora.ops import dora_triton
+    else:
+        from fastlora.ops import dora_triton
 
-            dproduct, dfactor = dora_triton.grad_product(rows_of(dy), product, factor)
+        dproduct, dfactor = dora_triton.grad_product(rows_of(dy), product, factor)
     return dproduct.view(dy.shape), dfactor

@@ -18,17 +18,15 @@ def forward(
     lora_B: Tensor,
     seed: Tensor | None,
     factor: Tensor,
+    y: Tensor,
+    product: Tensor | None,
     *,
     scaling: float,
     dropout: float,
-    y: Tensor,
-    product: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Fill y = factor ⊙ U + bias and, if given, the product U = x·Wᵀ + S·Bᵀ; S and the dropout mask."""
     whole = y if product is None else product
-    kept = lora_torch.forward(
-        x, weight, None, lora_A, lora_B, seed, scaling=scaling, dropout=dropout, y=whole
-    )
+    kept = lora_torch.forward(x, weight, None, lora_A, lora_B, seed, whole, scaling=scaling, dropout=dropout)
     # in the factor's float32, so that it is rounded once
     for rows, y_rows in row_blocks(whole, y):
         scaled = rows * factor

@@ -6,7 +6,7 @@ Beneath the Function stand two ops of torch, so that it compiles; :mod:`fastlora
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from fastlora._core.checks import check_compute_dtype, check_lora_linear
 from fastlora.ops import lora_torch
 from fastlora.ops.decide import Decision, decide_lora
 from fastlora.ops.keep_mask import empty_keep_mask
+from fastlora.ops.prepared import Memory, signature
 from fastlora.ops.runtime import (
     autocast_dtype,
     draw_seed,
@@ -81,42 +82,54 @@ def lora_linear(
         tensor([[2.5000, 2.5000, 2.5000],
                 [2.5000, 2.5000, 2.5000]])
     """
+    layer = (x, weight, bias, lora_A, lora_B)
+    key = signature(*layer, settings=(scaling, dropout, training))
+    arguments = (*layer, scaling, dropout, training)
+    # a compiled graph would be guarded by all that is remembered
+    call = _decide(*arguments) if key is None else _known.of(key, _decide, *arguments)
+    if call.decision.backend == "reference":
+        options: dict[str, Any] = {"scaling": call.scaling, "dropout": dropout, "training": call.dropout > 0}
+        return reference.lora_linear(*layer, **options, generator=generator)
+    seed = draw_seed(x.device, generator) if call.dropout else None
+    x = in_dtype(x, call.dtype)
+    y: Tensor = LoRALinearFunction.apply(x, weight, bias, lora_A, lora_B, seed, *call[1:])[0]
+    return y
+
+
+class Call(NamedTuple):
+    """What is known of a call before it runs: its dtype, factors and how it is computed."""
+
+    dtype: torch.dtype
+    scaling: float
+    dropout: float
+    decision: Decision
+
+
+# by signature
+_known = Memory[Call]()
+
+
+def _decide(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: float,
+    training: bool,
+) -> Call:
     check_lora_linear(x, weight, bias, lora_A, lora_B, scaling=scaling, dropout=dropout)
-    compute_dtype = autocast_dtype(x)
-    if compute_dtype is None:
+    dtype = autocast_dtype(x)
+    if dtype is None:
         check_compute_dtype(x, weight, bias)
-        compute_dtype = x.dtype
+        dtype = x.dtype
     dropping = training and dropout > 0
     if dropping and dropout == 1:
         # nothing is kept: a factor of zero does it, without a mask
         scaling, dropping = 0.0, False
-    decision = decide_lora(x, weight, lora_A, compute_dtype, dropping=dropping)
-    if decision.backend == "reference":
-        return reference.lora_linear(
-            x,
-            weight,
-            bias,
-            lora_A,
-            lora_B,
-            scaling=scaling,
-            dropout=dropout,
-            training=dropping,
-            generator=generator,
-        )
-    active_dropout = float(dropout) if dropping else 0.0
-    seed = draw_seed(x.device, generator) if dropping else None
-    y: Tensor = LoRALinearFunction.apply(
-        in_dtype(x, compute_dtype),
-        weight,
-        bias,
-        lora_A,
-        lora_B,
-        seed,
-        float(scaling),
-        active_dropout,
-        decision,
-    )[0]
-    return y
+    decision = decide_lora(x, weight, lora_A, dtype, dropping=dropping)
+    return Call(dtype, float(scaling), float(dropout) if dropping else 0.0, decision)
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -223,20 +236,16 @@ def lora_linear_forward(
     """y ``[..., N]``, S ``[M, R]`` and the dropout mask (None without a seed), for x ``[..., K]``."""
     # allocated in its final shape: autograd refuses in-place changes of a Function's output that is a view
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    dropout = dropout if seed is not None else 0.0
-    with unrecorded(x):
-        bias = None if bias is None else in_dtype(bias, x.dtype)
-        layer = (rows_of(x), in_dtype(weight, x.dtype), bias, lora_A, lora_B, seed)
-        if decision.backend == "torch":
-            s, mask = lora_torch.forward(*layer, scaling=scaling, dropout=dropout, y=rows_of(y))
-        else:
-            # imported late: Triton is not installed everywhere
-            from fastlora.ops import lora_triton
+    settings: dict[str, Any] = {"scaling": scaling, "dropout": dropout if seed is not None else 0.0}
+    bias = None if bias is None else in_dtype(bias, x.dtype)
+    layer = (rows_of(x), in_dtype(weight, x.dtype), bias, lora_A, lora_B, seed, rows_of(y))
+    if decision.backend == "torch":
+        with unrecorded(x):
+            return y, *lora_torch.forward(*layer, **settings)
+    # imported late: Triton is not installed everywhere
+    from fastlora.ops import lora_triton
 
-            s, mask = lora_triton.forward(
-                *layer, scaling=scaling, dropout=dropout, y=rows_of(y), paths=decision.paths
-            )
-    return y, s, mask
+    return y, *lora_triton.forward(*layer, **settings, paths=decision.paths, known=decision.known)
 
 
 def _fake_backward(
@@ -272,22 +281,18 @@ def lora_linear_backward(
     """dX ``[..., K]``, dA and dB, those that are needed."""
     # a graph has an empty tensor where there is no mask
     mask = mask if mask is not None and mask.dim() == 2 else None
-    dropout = dropout if mask is not None else 0.0
-    with unrecorded(dy):
-        x = None if x is None else rows_of(x)
-        weight = None if weight is None else in_dtype(weight, dy.dtype)
-        kept = (rows_of(dy), x, weight, lora_A, lora_B, s, mask)
-        if decision.backend == "torch":
-            dx, da, db = lora_torch.backward(
-                *kept, scaling=scaling, dropout=dropout, need_x=need_x, need_A=need_A, need_B=need_B
-            )
-        else:
-            from fastlora.ops import lora_triton
+    settings: dict[str, Any] = {"scaling": scaling, "dropout": dropout if mask is not None else 0.0}
+    settings |= {"need_x": need_x, "need_A": need_A, "need_B": need_B}
+    x = None if x is None else rows_of(x)
+    weight = None if weight is None else in_dtype(weight, dy.dtype)
+    kept = (rows_of(dy), x, weight, lora_A, lora_B, s, mask)
+    if decision.backend == "torch":
+        with unrecorded(dy):
+            dx, da, db = lora_torch.backward(*kept, **settings)
+    else:
+        from fastlora.ops import lora_triton
 
-            dx, da, db = lora_triton.backward(
-                *kept, scaling=scaling, dropout=dropout, need_x=need_x, need_A=need_A, need_B=need_B,
-                paths=decision.paths,
-            )  # fmt: skip
+        dx, da, db = lora_triton.backward(*kept, **settings, paths=decision.paths)
     if dx is not None and dy.dim() != 2:
         dx = dx.view(*dy.shape[:-1], dx.shape[1])
     return dx, da, db

@@ -25,10 +25,10 @@ def forward(
     lora_A: Tensor,
     lora_B: Tensor,
     seed: Tensor | None,
+    y: Tensor,
     *,
     scaling: float,
     dropout: float,
-    y: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """Fill y = x·Wᵀ + bias + S·Bᵀ; S = scaling/(1 - p) · dropout(x)·Aᵀ and, with a seed, the dropout mask."""
     x, weight = packed(x), packed(weight)

@@ -1,22 +1,26 @@
-"""The ``triton`` backend of lora_linear: allocates, asks the plan for tiles, launches the kernels.
+"""The ``triton`` backend of lora_linear: prepares the launches of a call by the plan, then only launches.
 
 Tensors are 2-D: x ``[M, K]``, weight ``[N, K]``, lora_A ``[R, K]``, lora_B ``[N, R]``, S ``[M, R]``. S
 carries the factor scaling / (1 - p), applied in float32, and so does dS: nothing else has to scale.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastlora.ops import kernel_paths, lora_torch
-from fastlora.ops.decide import Paths, is_aligned
+from fastlora.ops.decide import Paths, in_wide_words, is_aligned
 from fastlora.ops.keep_mask import drop_threshold, empty_keep_mask, keep_probability
-from fastlora.ops.runtime import current_device, row_major
+from fastlora.ops.prepared import prepared
+from fastlora.ops.runtime import contiguous, row_major, unrecorded
 from fastlora_kernels import targets
 from fastlora_kernels.choose import plan as plans
 from fastlora_kernels.choose.paths import Pass
 from fastlora_kernels.choose.tuned import Choice
+from fastlora_kernels.launch import Ready
 from fastlora_kernels.lora import kernels
 from fastlora_kernels.lora.backward import lora_grad_a, lora_grad_s_b, lora_grad_x
 from fastlora_kernels.lora.down import lora_down
@@ -27,9 +31,15 @@ from fastlora_kernels.lora.persistent import lora_forward_persistent, lora_grad_
 from fastlora_kernels.lora.single import lora_forward_single
 from fastlora_kernels.partials import sum_partials, sum_two_partials
 from fastlora_kernels.targets import Target
-from fastlora_kernels.tile import Plan, Shape, Tile, cdiv
+from fastlora_kernels.tile import Shape, Tile, cdiv
+
+# computes S and, with a seed, the mask, filling y, from x, weight, bias, lora_A, lora_B, seed and y
+Forward = Callable[..., tuple[Tensor, Tensor | None]]
+# computes S and, with a seed, the mask from x, lora_A and seed
+Down = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
+@prepared(row_major, row_major, contiguous, contiguous, contiguous)
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -37,85 +47,25 @@ def forward(
     lora_A: Tensor,
     lora_B: Tensor,
     seed: Tensor | None,
+    y: Tensor,
     *,
     scaling: float,
     dropout: float,
-    y: Tensor,
     paths: Paths | None,
-) -> tuple[Tensor, Tensor | None]:
+) -> Forward:
     """Fill y = x·Wᵀ + bias + S·Bᵀ; S = scaling/(1 - p) · dropout(x)·Aᵀ and, with a seed, the dropout mask."""
-    x, weight, lora_A, lora_B = row_major(x), row_major(weight), lora_A.contiguous(), lora_B.contiguous()
     shape, target = shape_of(x, weight, lora_A, y), targets.detect(x.device)
     choice = choice_of("forward", paths, shape, x, dropping=seed is not None)
-    layer = (x, weight, bias, lora_A, lora_B)
     if choice.path == "library":
         # it would draw another mask
         assert seed is None
-        return lora_torch.forward(*layer, None, scaling=scaling, dropout=0.0, y=y)
-    with current_device(x):
-        if choice.path == "single":
-            return single_forward(*layer, y, shape, target, scaling=scaling, tile=choice.tile), None
-        s, mask = down(x, lora_A, seed, shape, target, scaling=scaling, dropout=dropout)
-        if choice.path == "epilogue":
-            epilogue_forward(x, weight, bias, s, lora_B, y, shape, target)
-            return s, mask
-        plan = plans.choose(kernels.LORA_FORWARD, shape, x.dtype, target, tile=choice.tile)
-        if plan.tile.persistent:
-            programs = target.multiprocessors
-            lora_forward_persistent(x, weight, bias, s, lora_B, y, plan=plan, multiprocessors=programs)
-        else:
-            lora_forward(x, weight, bias, s, lora_B, y, plan=plan)
-    return s, mask
-
-
-def backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor,
-    s: Tensor | None,
-    mask: Tensor | None,
-    *,
-    scaling: float,
-    dropout: float,
-    need_x: bool,
-    need_A: bool,
-    need_B: bool,
-    paths: Paths | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dS and dB, from one read of dY at low ranks, then dX = dY·W + mask ⊙ (dS·A) and dA = dSᵀ·dropped x."""
-    dy, lora_B = row_major(dy), lora_B.contiguous()
-    columns = next((t.shape[1] for t in (lora_A, x, weight) if t is not None), 0)
-    aligned = is_aligned(*(t for t in (dy, x, weight) if t is not None))
-    (m, n), r = dy.shape, lora_B.shape[1]
-    shape = Shape(m=m, n=n, k=columns, r=r, aligned=aligned)
-    target = targets.detect(dy.device)
-    choice = choice_of("backward", paths, shape, dy, dropping=mask is not None)
-    if choice.path == "library":
-        assert mask is None
-        return lora_torch.backward(
-            dy, x, weight, lora_A, lora_B, s, None,
-            scaling=scaling, dropout=0.0, need_x=need_x, need_A=need_A, need_B=need_B,
-        )  # fmt: skip
-    with current_device(dy):
-        ds, db, db_partial = _grad_s_b(
-            dy,
-            s if s is not None else dy.new_zeros(shape.m, shape.r),
-            lora_B,
-            plans.choose(kernels.LORA_GRAD_S_B, shape, dy.dtype, target),
-            scale=scaling / keep_probability(dropout),
-        )
-        weight, x = weight if need_x else None, x if need_A else None
-        dx: Tensor | None = None
-        if choice.path == "epilogue" and weight is not None and lora_A is not None:
-            dx, weight = epilogue_grad_x(dy, weight, ds, lora_A, mask, shape, target), None
-        fused_dx, da_partial = _grad_x_a(dy, weight, ds, lora_A, mask, x, shape, target, choice.tile)
-        da = None
-        if da_partial is not None and lora_A is not None:
-            da = dy.new_empty(r, columns, dtype=lora_A.dtype)
-        _sum_each((db_partial if need_B else None, db), (da_partial, da))
-    return fused_dx if dx is None else dx, da, db if need_B else None
+        return _library_forward(scaling)
+    if choice.path == "single":
+        return _single_forward(x, shape, target, scaling=scaling, tile=choice.tile)
+    s_and_mask = down(x, seed, shape, target, scaling=scaling, dropout=dropout)
+    if choice.path == "epilogue":
+        return _epilogue_forward(s_and_mask, x.dtype, shape, target)
+    return _split_forward(s_and_mask, x, shape, target, choice.tile)
 
 
 def shape_of(x: Tensor, weight: Tensor, lora_A: Tensor, y: Tensor) -> Shape:
@@ -137,156 +87,258 @@ def choice_of(
     )
 
 
-def down(
-    x: Tensor,
-    lora_A: Tensor,
-    seed: Tensor | None,
-    shape: Shape,
-    target: Target,
-    *,
-    scaling: float,
-    dropout: float,
-) -> tuple[Tensor, Tensor | None]:
-    """S and, with a seed, the dropout mask."""
-    mask = None if seed is None else empty_keep_mask("triton", shape.m, x)
-    plan = plans.choose(kernels.LORA_DOWN, shape, x.dtype, target)
-    s = x.new_empty(shape.m, shape.r)
-    partial = s if plan.splits == 1 else s.new_empty(plan.splits, *s.shape, dtype=torch.float32)
-    lora_down(
-        x,
-        lora_A,
-        seed,
-        mask,
-        partial,
-        drop_threshold=drop_threshold(dropout),
-        scale=scaling / keep_probability(dropout),
-        plan=plan,
-    )
-    if plan.splits > 1:
-        sum_partials(partial, s)
-    return s, mask
+def _library_forward(scaling: float) -> Forward:
+    def run(*layer: Any) -> tuple[Tensor, Tensor | None]:
+        with unrecorded(layer[0]):
+            return lora_torch.forward(*layer, scaling=scaling, dropout=0.0)
+
+    return run
 
 
-def single_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    y: Tensor,
-    shape: Shape,
-    target: Target,
-    *,
-    scaling: float,
-    tile: Tile | None = None,
-) -> Tensor:
-    """Fill y ``[M, N]`` in one launch; S."""
-    s = x.new_empty(shape.m, shape.r)
+def _single_forward(x: Tensor, shape: Shape, target: Target, *, scaling: float, tile: Tile | None) -> Forward:
+    """Everything in one launch."""
     plan = plans.choose(kernels.LORA_FORWARD_SINGLE, shape, x.dtype, target, tile=tile)
-    lora_forward_single(x, weight, bias, lora_A, lora_B, s, y, scale=scaling, plan=plan)
-    return s
+    whole = Ready(lora_forward_single, scale=scaling, plan=plan)
+
+    def run(
+        x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, seed: Tensor | None, y: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        s = x.new_empty(shape.m, shape.r)
+        whole(x, weight, bias, a, b, s, y)
+        return s, None
+
+    return run
 
 
-def epilogue_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    s: Tensor,
-    lora_B: Tensor,
-    y: Tensor,
-    shape: Shape,
-    target: Target,
-) -> None:
-    """Fill y ``[M, N]`` by a library product and add S·Bᵀ to it."""
-    if bias is None:
-        torch.mm(x, weight.t(), out=y)
+def _split_forward(s_and_mask: Down, x: Tensor, shape: Shape, target: Target, tile: Tile | None) -> Forward:
+    """S first, then y."""
+    plan = plans.choose(kernels.LORA_FORWARD, shape, x.dtype, target, tile=tile)
+    if plan.tile.persistent:
+        up = Ready(lora_forward_persistent, plan=plan, multiprocessors=target.multiprocessors)
     else:
-        torch.addmm(bias, x, weight.t(), out=y)
-    _add_low_rank(s, lora_B, None, y, shape, target, transposed=True)
+        up = Ready(lora_forward, plan=plan)
+    absent = () if plan.tile.persistent else (None, None)
+
+    def run(
+        x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, seed: Tensor | None, y: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        s, mask = s_and_mask(x, a, seed)
+        up(x, weight, bias, s, b, y, *absent)
+        return s, mask
+
+    return run
 
 
-def epilogue_grad_x(
-    dy: Tensor, weight: Tensor, ds: Tensor, lora_A: Tensor, mask: Tensor | None, shape: Shape, target: Target
-) -> Tensor:
-    """dX = dY·W by a library product, plus mask ⊙ (dS·A)."""
-    dx = dy.new_empty(shape.m, shape.k)
-    torch.mm(dy, row_major(weight), out=dx)
-    _add_low_rank(ds, lora_A.contiguous(), mask, dx, shape, target, transposed=False)
-    return dx
+def _epilogue_forward(s_and_mask: Down, dtype: torch.dtype, shape: Shape, target: Target) -> Forward:
+    """A library product into y, to which S·Bᵀ is added."""
+    add = _add_low_rank(shape.n, shape, dtype, target, transposed=True)
+
+    def run(
+        x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, seed: Tensor | None, y: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        s, mask = s_and_mask(x, a, seed)
+        with unrecorded(x):
+            if bias is None:
+                torch.mm(x, weight.t(), out=y)
+            else:
+                torch.addmm(bias, x, weight.t(), out=y)
+        add(s, b, None, y)
+        return s, mask
+
+    return run
+
+
+def down(
+    x: Tensor, seed: Tensor | None, shape: Shape, target: Target, *, scaling: float, dropout: float
+) -> Down:
+    """What computes S and, with a seed, the dropout mask."""
+    plan = plans.choose(kernels.LORA_DOWN, shape, x.dtype, target)
+    scale, threshold = scaling / keep_probability(dropout), drop_threshold(dropout)
+    multiply = Ready(lora_down, drop_threshold=threshold, scale=scale, plan=plan)
+    total = Ready(sum_partials)
+
+    def run(x: Tensor, lora_A: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        mask = None if seed is None else empty_keep_mask("triton", shape.m, x)
+        s = x.new_empty(shape.m, shape.r)
+        if plan.splits == 1:
+            multiply(x, lora_A, seed, mask, s)
+            return s, mask
+        s_partial = x.new_empty(plan.splits, shape.m, shape.r, dtype=torch.float32)
+        multiply(x, lora_A, seed, mask, s_partial)
+        total(s_partial, s)
+        return s, mask
+
+    return run
 
 
 def _add_low_rank(
-    left: Tensor,
-    right: Tensor,
+    columns: int, shape: Shape, dtype: torch.dtype, target: Target, *, transposed: bool
+) -> Ready:
+    # a new matrix [m, columns] is read and written here, x and the weight are not
+    shape = replace(shape, aligned=in_wide_words(columns))
+    return Ready(lora_add, transposed=transposed, plan=plans.choose(kernels.LORA_ADD, shape, dtype, target))
+
+
+# computes dX, dA and dB from dy, x, weight, lora_A, lora_B, S and the mask
+Backward = Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
+
+
+@prepared(row_major, row_major, row_major, contiguous, contiguous, contiguous, contiguous)
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor,
+    s: Tensor | None,
     mask: Tensor | None,
-    out: Tensor,
-    shape: Shape,
-    target: Target,
     *,
-    transposed: bool,
-) -> None:
-    # out is read and written here, x and the weight are not
-    plan = plans.choose(kernels.LORA_ADD, replace(shape, aligned=is_aligned(out)), out.dtype, target)
-    lora_add(left, right, mask, out, transposed=transposed, plan=plan)
+    scaling: float,
+    dropout: float,
+    need_x: bool,
+    need_A: bool,
+    need_B: bool,
+    paths: Paths | None,
+) -> Backward:
+    """dS and dB, from one read of dY at low ranks, then dX = dY·W + mask ⊙ (dS·A) and dA = dSᵀ·dropped x."""
+    columns = next((t.shape[1] for t in (lora_A, x, weight) if t is not None), 0)
+    aligned = is_aligned(*(t for t in (dy, x, weight) if t is not None))
+    (m, n), r = dy.shape, lora_B.shape[1]
+    shape, target = Shape(m=m, n=n, k=columns, r=r, aligned=aligned), targets.detect(dy.device)
+    choice = choice_of("backward", paths, shape, dy, dropping=mask is not None)
+    if choice.path == "library":
+        assert mask is None
+        return _library_backward(scaling, need_x=need_x, need_A=need_A, need_B=need_B)
+    s_and_b = _grad_s_b(dy, lora_B, shape, target, scale=scaling / keep_probability(dropout))
+    needs = {"need_x": need_x and lora_A is not None, "need_A": need_A and lora_A is not None}
+    x_and_a = _grad_x_a(dy, lora_A, shape, target, choice, **needs)
+    of_a, of_b, of_both = Ready(sum_partials), Ready(sum_partials), Ready(sum_two_partials)
+
+    def run(
+        dy: Tensor,
+        x: Tensor | None,
+        weight: Tensor | None,
+        lora_A: Tensor | None,
+        lora_B: Tensor,
+        s: Tensor | None,
+        mask: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        ds, db, db_partial = s_and_b(dy, s, lora_B)
+        dx, da, da_partial = x_and_a(dy, weight, ds, lora_A, mask, x)
+        sum_b = need_B and db_partial is not None
+        if sum_b and da_partial is not None:
+            of_both(db_partial, db, da_partial, da)
+        elif sum_b:
+            of_b(db_partial, db)
+        elif da_partial is not None:
+            of_a(da_partial, da)
+        return dx, da, db if need_B else None
+
+    return run
+
+
+def _library_backward(scaling: float, **needs: Any) -> Backward:
+    def run(*kept: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        with unrecorded(kept[0]):
+            return lora_torch.backward(*kept, scaling=scaling, dropout=0.0, **needs)
+
+    return run
 
 
 def _grad_s_b(
-    dy: Tensor, s: Tensor, lora_B: Tensor, plan: Plan, *, scale: float
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dS, dB and, where dB has still to be summed, its partial results."""
-    (m, n), r = dy.shape, lora_B.shape[1]
-    ds = dy.new_empty(m, r)
+    dy: Tensor, lora_B: Tensor, shape: Shape, target: Target, *, scale: float
+) -> Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor, Tensor | None]]:
+    """What computes dS, dB and, where dB has still to be summed, its partial results, from dY, S and B."""
+    (n, r), dtype = lora_B.shape, lora_B.dtype
+    m = shape.m
     if r > kernels.MOST_RANKS_PER_READ:
-        torch.addmm(ds, dy, lora_B.to(dy.dtype), beta=0, alpha=scale, out=ds)
-        return ds, (dy.t() @ s).to(lora_B.dtype), None
-    ds_partial = dy.new_empty(cdiv(n, plan.tile.cols), m, r, dtype=torch.float32)
-    db_partial = dy.new_empty(plan.splits, n, r, dtype=torch.float32)
-    lora_grad_s_b(dy, s, lora_B, ds_partial, db_partial, scale=scale, plan=plan)
-    sum_partials(ds_partial, ds)
-    return ds, torch.empty_like(lora_B), db_partial
+
+        def by_library(dy: Tensor, s: Tensor | None, lora_B: Tensor) -> tuple[Tensor, Tensor, None]:
+            s, ds = dy.new_zeros(m, r) if s is None else s, dy.new_empty(m, r)
+            with unrecorded(dy):
+                torch.addmm(ds, dy, lora_B.to(dy.dtype), beta=0, alpha=scale, out=ds)
+                return ds, (dy.t() @ s).to(dtype), None
+
+        return by_library
+    plan = plans.choose(kernels.LORA_GRAD_S_B, shape, dy.dtype, target)
+    multiply, total = Ready(lora_grad_s_b, scale=scale, plan=plan), Ready(sum_partials)
+    parts = cdiv(n, plan.tile.cols)
+
+    def run(dy: Tensor, s: Tensor | None, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        s = dy.new_zeros(m, r) if s is None else s
+        ds_partial = dy.new_empty(parts, m, r, dtype=torch.float32)
+        db_partial = dy.new_empty(plan.splits, n, r, dtype=torch.float32)
+        multiply(dy, s, lora_B, ds_partial, db_partial)
+        ds = dy.new_empty(m, r)
+        total(ds_partial, ds)
+        return ds, dy.new_empty(n, r, dtype=dtype), db_partial
+
+    return run
+
+
+# computes dX, dA and dA's partial results, which have still to be summed, from dY, W, dS, A, the mask and x
+_GradXA = Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
 
 
 def _grad_x_a(
     dy: Tensor,
-    weight: Tensor | None,
-    ds: Tensor,
     lora_A: Tensor | None,
-    mask: Tensor | None,
-    x: Tensor | None,
     shape: Shape,
     target: Target,
-    tile: Tile | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """dX where there is a weight and dA's partial results where there is x, both in one launch."""
-    if lora_A is None or (weight is None and x is None):
-        return None, None
+    choice: Choice,
+    *,
+    need_x: bool,
+    need_A: bool,
+) -> _GradXA:
+    """What computes those of dX and dA that are needed: both in one launch, unless a library product is."""
+    m, k, r, dtype = shape.m, shape.k, shape.r, None if lora_A is None else lora_A.dtype
+    if choice.path == "epilogue" and need_x:
+        return _epilogue_grad_x_a(dy, lora_A, shape, target, choice, need_A=need_A)
+    if not (need_x or need_A):
+        return lambda *_: (None, None, None)
     # a tile is measured for both gradients together
     kernel, tile = (
-        (kernels.LORA_GRAD_A, None) if weight is None
-        else (kernels.LORA_GRAD_X, None) if x is None
-        else (kernels.LORA_GRAD_X_A, tile)
+        (kernels.LORA_GRAD_X_A, choice.tile) if need_x and need_A
+        else (kernels.LORA_GRAD_X if need_x else kernels.LORA_GRAD_A, None)
     )  # fmt: skip
     plan = plans.choose(kernel, shape, dy.dtype, target, tile=tile)
-    lora_A = lora_A.contiguous()
-    dx = None if weight is None else dy.new_empty(shape.m, shape.k)
-    da_partial = None if x is None else x.new_empty(plan.splits, shape.r, shape.k, dtype=torch.float32)
-    if weight is not None and dx is not None and x is not None and da_partial is not None:
-        operands = (dy, row_major(weight), ds, lora_A, mask, row_major(x), dx, da_partial)
-        if plan.tile.persistent:
-            lora_grad_x_a_persistent(*operands, plan=plan, multiprocessors=target.multiprocessors)
+    if plan.tile.persistent:
+        both = Ready(lora_grad_x_a_persistent, plan=plan, multiprocessors=target.multiprocessors)
+    else:
+        both = Ready(lora_grad_x_a, plan=plan)
+    x_alone, a_alone = Ready(lora_grad_x, plan=plan), Ready(lora_grad_a, plan=plan)
+
+    def run(
+        dy: Tensor, weight: Tensor, ds: Tensor, lora_A: Tensor, mask: Tensor | None, x: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        dx = dy.new_empty(m, k) if need_x else None
+        da = dy.new_empty(r, k, dtype=dtype) if need_A else None
+        da_partial = dy.new_empty(plan.splits, r, k, dtype=torch.float32) if need_A else None
+        if need_x and need_A:
+            both(dy, weight, ds, lora_A, mask, x, dx, da_partial)
+        elif need_x:
+            x_alone(dy, weight, ds, lora_A, mask, dx)
         else:
-            lora_grad_x_a(*operands, plan=plan)
-    elif weight is not None and dx is not None:
-        lora_grad_x(dy, row_major(weight), ds, lora_A, mask, dx, plan=plan)
-    elif x is not None and da_partial is not None:
-        lora_grad_a(row_major(x), ds, mask, da_partial, plan=plan)
-    return dx, da_partial
+            a_alone(x, ds, mask, da_partial)
+        return dx, da, da_partial
+
+    return run
 
 
-def _sum_each(*pairs: tuple[Tensor | None, Tensor | None]) -> None:
-    """Fill each second tensor with the sum of the partial results before it, where there are any."""
-    present = [(partial, out) for partial, out in pairs if partial is not None and out is not None]
-    if len(present) == 2:
-        sum_two_partials(*present)
-    elif present:
-        sum_partials(*present[0])
+def _epilogue_grad_x_a(
+    dy: Tensor, lora_A: Tensor | None, shape: Shape, target: Target, choice: Choice, *, need_A: bool
+) -> _GradXA:
+    """What computes dX by a library product, to which mask ⊙ (dS·A) is added, and dA by its own kernel."""
+    add = _add_low_rank(shape.k, shape, dy.dtype, target, transposed=False)
+    a_alone = _grad_x_a(dy, lora_A, shape, target, choice, need_x=False, need_A=need_A)
+
+    def run(
+        dy: Tensor, weight: Tensor, ds: Tensor, lora_A: Tensor, mask: Tensor | None, x: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        dx = dy.new_empty(shape.m, shape.k)
+        with unrecorded(dy):
+            torch.mm(dy, weight, out=dx)
+        add(ds, lora_A, mask, dx)
+        return dx, *a_alone(dy, None, ds, lora_A, mask, x)[1:]
+
+    return run

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fastlora.ops.decide import Decision
+from fastlora._core import backend as _backend
+from fastlora.ops.decide import WITHOUT_PATHS
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -37,7 +38,7 @@ def registered(fake: Callable[..., Any]) -> Callable[[Callable[_P, _R]], Callabl
         direct: Callable[..., Any] = function
 
         def dispatched(*arguments: Any) -> Any:
-            result = direct(*arguments[:-1], Decision(arguments[-1]))
+            result = direct(*arguments[:-1], WITHOUT_PATHS[arguments[-1]])
             if not isinstance(result, tuple):
                 return result
             return tuple(arguments[0].new_empty(0) if each is None else each for each in result)
@@ -49,11 +50,14 @@ def registered(fake: Callable[..., Any]) -> Callable[[Callable[_P, _R]], Callabl
 
         @functools.wraps(function)
         def call(*arguments: Any) -> Any:
-            backend = arguments[-1].backend
-            seed = None if seed_at is None else arguments[seed_at]
-            if _runs_directly(backend, arguments[0], seed):
+            decision = arguments[-1]
+            # the forward pass of a known signature was looked at by whoever found that
+            if seed_at is not None and decision.known is not None:
                 return direct(*arguments)
-            return packet(*arguments[:-1], backend)
+            seed = None if seed_at is None else arguments[seed_at]
+            if _runs_directly(decision.backend, arguments[0], seed):
+                return direct(*arguments)
+            return packet(*arguments[:-1], decision.backend)
 
         return cast(Callable[_P, _R], call)
 
@@ -88,8 +92,7 @@ def _runs_directly(backend: str, first: Tensor, seed: Tensor | None) -> bool:
         type(first) in (Tensor, Parameter)
         and not first.is_meta
         and (seed is None or (type(seed) is Tensor and not seed.is_meta))
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._is_tracing()
+        and not _backend.is_watched()
     )
 
 
@@ -124,7 +127,8 @@ def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def current_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """A context with the tensor's GPU as the current one, where kernels launch."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else _AS_IT_IS
+    index = tensor.get_device()
+    return _AS_IT_IS if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
 
 
 def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -148,6 +152,11 @@ def row_major(matrix: Tensor) -> Tensor:
     rows, cols = matrix.shape
     apart = rows < 2 or matrix.stride(0) >= cols
     return matrix if cols == 0 or (matrix.stride(1) == 1 and apart) else matrix.contiguous()
+
+
+def contiguous(tensor: Tensor) -> Tensor:
+    """The tensor itself where its elements lie one after the other, else a copy."""
+    return tensor.contiguous()
 
 
 def packed(matrix: Tensor) -> Tensor:
