@@ -27,6 +27,7 @@ def lora(
     dtype: torch.dtype = torch.bfloat16,
     adapter_dtype: torch.dtype | None = torch.float32,
     p: float = 0.0,
+    scaling: float = 1.5,
     wanted: str = "xab",
     bias: bool = True,
     dora: bool = False,
@@ -34,6 +35,7 @@ def lora(
     training: bool = True,
     x: Tensor | None = None,
     weight: Tensor | None = None,
+    a: Tensor | None = None,
     dy: Callable[[Tensor], Tensor] = torch.empty_like,
 ) -> Work:
     """A LoRA layer's call.
@@ -46,6 +48,7 @@ def lora(
         dtype: Dtype of x, weight and bias.
         adapter_dtype: Dtype of A, B and DoRA's magnitude; None for ``dtype``.
         p: Dropout's probability.
+        scaling: Factor of the low-rank path.
         wanted: Whose gradients: letters out of ``x``, ``a``, ``b`` and, with DoRA, ``m``.
         bias: Whether the layer has a bias.
         dora: Whether it is DoRA's.
@@ -53,6 +56,7 @@ def lora(
         training: Whether dropout is on.
         x: Another input than a new ``[m, k]``.
         weight: Another weight than a new ``[n, k]``.
+        a: Another A than a new ``[r, k]``.
         dy: Makes the output's gradient from the output.
     """
 
@@ -60,7 +64,7 @@ def lora(
         small = adapter_dtype or dtype
         tensors = {
             "x": torch.empty(m, k, dtype=dtype) if x is None else x.detach(),
-            "a": torch.empty(r, k, dtype=small),
+            "a": torch.empty(r, k, dtype=small) if a is None else a.detach(),
             "b": torch.empty(n, r, dtype=small),
             "m": torch.empty(n, dtype=small),
         }
@@ -68,7 +72,7 @@ def lora(
         frozen = torch.empty(n, k, dtype=dtype) if weight is None else weight
         added = torch.empty(n, dtype=dtype) if bias else None
         operands = (tensors["x"], frozen, added, tensors["a"], tensors["b"])
-        options: dict[str, Any] = {"scaling": 1.5, "dropout": p, "training": training}
+        options: dict[str, Any] = {"scaling": scaling, "dropout": p, "training": training}
         with fastlora.use_backend(backend):
             if dora:
                 y = fastlora.functional.dora_linear(*operands, tensors["m"], **options)

@@ -3,12 +3,15 @@
 Quick cases are the default run's, on every target; the others are near-equals of them.
 """
 
+import functools
+import math
 from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
@@ -229,12 +232,45 @@ def modules() -> Iterator[Case]:
     yield Case("autocast", autocast, quick=True)
 
 
+def changes() -> Iterator[Case]:
+    """One call, and then others that differ from it in one thing: nothing prepared for it may serve them."""
+
+    def off(elements: int, *shape: int, dtype: torch.dtype = BF16) -> Tensor:
+        return torch.empty(math.prod(shape) + elements, dtype=dtype)[elements:].view(shape)
+
+    layer = functools.partial(lora, 256, 640, 640, backend="triton")
+    yield Case("one call", layer(p=0.1), quick=True)
+    yield Case("its alpha changed", layer(p=0.1, scaling=3.0), quick=True)
+    yield Case("its dropout changed", layer(p=0.3), quick=True)
+    yield Case("its dropout off", layer(p=0.1, training=False), quick=True)
+    yield Case("fewer gradients", layer(p=0.1, wanted="ab"), quick=True)
+    yield Case("no bias", layer(p=0.1, bias=False), quick=True)
+    yield Case("its adapters in 16 bits", layer(p=0.1, adapter_dtype=None), quick=True)
+    yield Case("its weight moved off alignment", layer(p=0.1, weight=off(1, 640, 640)), quick=True)
+    yield Case("its weight moved by 16 bytes", layer(p=0.1, weight=off(8, 640, 640)), quick=True)
+    yield Case("its A moved off alignment", layer(p=0.1, a=off(1, 16, 640, dtype=FP32)), quick=True)
+    yield Case("the call again", layer(p=0.1), quick=True)
+
+    def hooked() -> Backward | None:
+        # an unpacked tensor may lie anywhere, as after a copy from the host
+        with saved_tensors_hooks(
+            lambda tensor: tensor, lambda tensor: off(1, *tensor.shape, dtype=tensor.dtype)
+        ):
+            return layer(p=0.1)()
+
+    yield Case("its saved tensors come back elsewhere", hooked, quick=True)
+
+
 def huge() -> Iterator[Case]:
     """More elements than 32 bits count, and outputs beyond 2 GiB."""
+    wide = torch.empty(0, dtype=BF16).new_empty_strided((131_072, 1024), (16_384, 1))
+    yield Case("columns of a huge x", lora(0, 1024, 1024, x=wide), quick=True)
     yield Case("huge y", lora(262_144, 14336, 1024, p=0.1), quick=True)
     yield Case("huge x", lora(600_000, 4096, 4096, p=0.1))
     yield Case("huge x by name", lora(600_000, 256, 4096, p=0.1, backend="triton"))
     yield Case("huge adapter", adapter(600_000, 4096, 64, p=0.1))
 
 
-SUITES = (usual_layers, every_path_and_tile, by_name, gradients, layouts, dora, adapters, modules, huge)
+SUITES = (
+    usual_layers, every_path_and_tile, by_name, gradients, layouts, dora, adapters, modules, changes, huge
+)  # fmt: skip

@@ -1,7 +1,7 @@
 """Is the stage strict? Launches that a GPU would refuse or get wrong, and what the stage says of each."""
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from fastlora_kernels.lora.forward import lora_forward
 from fastlora_kernels.partials import _sum_partials_kernel
 from fastlora_kernels.tile import Plan, Tile
 from tests.launch.library import Library
-from tests.launch.stage import DEVICE, Stage
+from tests.launch.stage import DEVICE, Stage, arguments_of
 
 ACCEPTED = "accepted"
 _SIZE = 4096
@@ -66,20 +66,32 @@ def _too_deep() -> None:
 
 def _wrong_launchers(compiled: Any, launch: Callable[[], object]) -> dict[str, str]:
     """What is said where Triton's own launcher did not do as it is told."""
-    checked, inner = compiled.run, compiled.run.inner
+    launcher, sound = compiled.run, compiled.run.unchecked
+
+    def given(call: Sequence[Any], arguments: Sequence[Any]) -> None:
+        old = arguments_of(call)
+        sound(*call[:-1], tuple(arguments)) if old is call[-1] else sound(*call[: -len(old)], *arguments)
+
+    def with_threads(call: Sequence[Any]) -> None:
+        # the metadata is the first tuple, and the number of warps comes first in it
+        i = next(i for i, each in enumerate(call) if isinstance(each, tuple))
+        sound(*call[:i], (64, *call[i][1:]), *call[i + 1 :])
+
+    def changed(change: Callable[[Any], Sequence[Any]]) -> Callable[..., None]:
+        return lambda *call: given(call, change(arguments_of(call)))
+
     others: dict[str, Callable[..., None]] = {
-        # x, y, z, stream, function and four more come first
-        "pointers swapped": lambda *a: inner(*a[:9], a[10], a[9], *a[11:]),
-        "another size": lambda *a: inner(*a[:12], a[12] - 16, *a[13:]),
-        "another grid": lambda x, *rest: inner(x + 1, *rest),
-        "too many threads": lambda *a: inner(*a[:5], (64, *a[5][1:]), *a[6:]),
-        "no launch": lambda *a: None,
+        "pointers swapped": changed(lambda a: (a[1], a[0], *a[2:])),
+        "another size": changed(lambda a: (*a[:3], a[3] - 16, *a[4:])),
+        "another grid": lambda x, *rest: sound(x + 1, *rest),
+        "too many threads": lambda *call: with_threads(call),
+        "no launch": lambda *call: None,
     }
     told = {}
     for what, other in others.items():
-        checked.inner = other
+        launcher.unchecked = other
         told[what] = _said(launch)
-    checked.inner = inner
+    launcher.unchecked = sound
     return told
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastlora.ops.prepared import Memory
 from tests.launch.calls import lora
 from tests.launch.cards import CARDS
 from tests.launch.launched import SUITES, Case
@@ -38,17 +39,25 @@ class Rehearsal:
         self.failures, self.launched = dict[str, str](), dict[str, list[str]]()
 
     def run(self, case: Case) -> None:
-        """Forward and backward; what they raise is a failure."""
+        """Forward and backward, on what other cases have prepared, anew, and again; errors are failures."""
         assert case.name not in self.launched, f"two cases are called {case.name!r}"
-        self.stage.launches.clear()
         try:
-            with self.library:
-                backward = case.work()
-                if backward is not None:
-                    backward()
+            after_others = self._launches(case)
+            Memory.forget_all()
+            anew = self._launches(case)
+            assert after_others == anew, "something was launched that was prepared for another call"
+            assert self._launches(case) == anew, "the second call launches otherwise than the first"
         except Exception as error:
             self.failures[case.name] = _said(error)
-        self.launched[case.name] = list(self.stage.launches)
+        self.launched[case.name] = [name for name, *_ in self.stage.launches]
+
+    def _launches(self, case: Case) -> list[Any]:
+        self.stage.launches.clear()
+        with self.library:
+            backward = case.work()
+            if backward is not None:
+                backward()
+        return list(self.stage.launches)
 
     def compilations(self, calls: list[Callable[[], Any]]) -> int:
         """How many kernels a series of calls has compiled."""
@@ -93,6 +102,8 @@ def rehearse(target: str, suite: str, cache: Path) -> dict[str, Any]:
     for case in (case for cases in SUITES for case in cases()):
         if case.quick or suite == "full":
             rehearsal.run(case)
+    stage.stream += 0x100
+    rehearsal.run(Case("another stream", lora(256, 640, 640, p=0.1, backend="triton")))
     return {
         "failures": rehearsal.failures,
         "waits": rehearsal.library.waits,

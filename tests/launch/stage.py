@@ -8,7 +8,7 @@ replaced. AMD has no stand-in driver: kernels are compiled and bound for it, and
 import ctypes
 import os
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,7 @@ import triton
 from triton.backends.amd.driver import HIPDriver
 from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime import driver as active_driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tests.c_library import compile_c, kept_library
 from tests.launch.cards import CARDS, Card
@@ -55,7 +56,8 @@ class Stage:
         checking: Whether launches are looked at; host times are taken without.
 
     Attributes:
-        launches: Kernels that were launched, by the names of their functions.
+        launches: What was launched: names of functions, grids, and all arguments but tensors.
+        stream: Number of the stream that is current, without the device's.
         compiled: Kernels that were compiled, or found compiled in the cache.
     """
 
@@ -63,7 +65,8 @@ class Stage:
         self.target, self.card, self.cache, self.checking = target, CARDS[target], cache, checking
         self.is_amd = target.startswith("gfx")
         self.capability = (9, 4) if self.is_amd else divmod(int(target.removeprefix("sm_")), 10)
-        self.current, self.launches, self.compiled = 0, list[str](), list[str]()
+        self.launches, self.compiled = list[tuple[str, list[int], list[Any]]](), list[str]()
+        self.current, self.stream = 0, _STREAM
 
     def install(self) -> None:
         """Make everybody believe in the GPU."""
@@ -108,6 +111,7 @@ class Stage:
         tensor.device = property(lambda each: DEVICE if there(each).type == "cpu" else there(each))
         tensor.is_cuda = property(lambda each: there(each).type == "cpu")
         tensor.is_cpu = property(lambda each: False)
+        tensor.get_device = lambda each: DEVICE.index
         for name in _FACTORIES:
             setattr(torch, name, _made_on_the_cpu(getattr(torch, name)))
 
@@ -123,44 +127,59 @@ class Stage:
             driver.utils = _AmdUtils(self.target, self.card)
         driver.get_device_capability = lambda device=0: self.capability
         driver.get_current_device = lambda: self.current
-        driver.get_current_stream = lambda device: _STREAM + device
+        driver.get_current_stream = lambda device: self.stream + device
         driver.set_current_device = lambda device: None
         driver.launcher_cls = self._checked(launcher) if self.checking else launcher
         return driver
 
-    def _checked(self, launcher: Callable[[Any, Any], Callable[..., None]]) -> Callable[[Any, Any], Any]:
-        """A class of launchers that look at what arrives."""
-        stage = self
+    def _checked(self, launcher: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        """Makes launchers that look at what arrives, whoever calls them: Triton, or what repeats a launch."""
 
-        class Checked:
-            def __init__(self, source: Any, metadata: Any) -> None:
-                self.source, self.inner = source, launcher(source, metadata)
-                self.threads = metadata.num_warps * (64 if stage.is_amd else 32)
-
-            def __call__(self, x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
-                name, grid = self.source.fn.__name__, (x, y, z)
+        def make(source: Any, metadata: Any) -> Any:
+            inner, threads = launcher(source, metadata), metadata.num_warps * (64 if self.is_amd else 32)
+            if self.is_amd:
                 # packed metadata, launch metadata, two hooks
-                arguments = rest[4:]
-                try:
-                    if stream != _STREAM + DEVICE.index:
-                        raise Problem("outside of the device guard")
-                    check_specialisation(self.source, arguments)
-                    if stage.is_amd:
-                        _check_amd_limits(grid, self.threads)
-                        stage.launches.append(name)
-                        return
-                    before = stage.library.stand_in_launches()
-                    self.inner(x, y, z, stream, function, *rest)
-                    if stage.library.stand_in_launches() != before + 1:
-                        raise Problem("nothing arrived at the driver")
-                    arrived = stage.library.stand_in_last().contents
-                    _check_place(arrived, grid, self.threads, stream)
-                    check_parameters(self.source, arguments, _parameters_of(arrived))
-                except (Problem, RuntimeError) as error:
-                    raise Problem(f"{name} on a grid of {x} × {y} × {z}: {error}") from error
-                stage.launches.append(name)
+                return lambda *call: self._look(source, threads, call[:4], call[9:], lambda: None)
+            inner.unchecked = inner.launch
 
-        return Checked
+            def look(*call: Any) -> None:
+                arguments = arguments_of(call)
+                self._look(source, threads, call[:4], arguments, lambda: inner.unchecked(*call))
+
+            inner.launch = look
+            return inner
+
+        return make
+
+    def _look(
+        self,
+        source: Any,
+        threads: int,
+        place: tuple[int, ...],
+        arguments: Sequence[Any],
+        launch: Callable[[], None],
+    ) -> None:
+        """Launch, look at what arrived, and note it."""
+        name, (*grid, stream) = source.fn.__name__, place
+        try:
+            if stream != self.stream + DEVICE.index:
+                raise Problem("outside of the device guard, or on another stream")
+            check_specialisation(source, tuple(arguments))
+            if self.is_amd:
+                _check_amd_limits(grid, threads)
+            else:
+                before = self.library.stand_in_launches()
+                launch()
+                if self.library.stand_in_launches() != before + 1:
+                    raise Problem("nothing arrived at the driver")
+                arrived = self.library.stand_in_last().contents
+                _check_place(arrived, tuple(grid), threads, stream)
+                check_parameters(source, tuple(arguments), _parameters_of(arrived))
+        except (Problem, RuntimeError) as error:
+            x, y, z = grid
+            raise Problem(f"{name} on a grid of {x} × {y} × {z}: {error}") from error
+        settings = [each for each in arguments if not isinstance(each, torch.Tensor | TensorDescriptor)]
+        self.launches.append((name, grid, settings))
 
     def _note_compilation(self, *, fn: Any, **more: Any) -> None:
         self.compiled.append(fn.name)
@@ -186,6 +205,11 @@ class Stage:
         folders = (f"-I{each}" for each in include)
         compile_c([path], made, "-O2", *folders, self.library._name)
         return str(made)
+
+
+def arguments_of(call: Sequence[Any]) -> Sequence[Any]:
+    """The kernel's arguments in a call of Triton's launcher in C: from 3.8 on they are one, the last."""
+    return call[-1] if isinstance(call[-1], tuple) else call[13:]
 
 
 class _Guard:
@@ -239,14 +263,14 @@ def _python_launcher(source: Any, metadata: Any) -> Callable[..., None]:
     return lambda *arguments: None
 
 
-def _check_amd_limits(grid: tuple[int, int, int], threads: int) -> None:
+def _check_amd_limits(grid: Sequence[int], threads: int) -> None:
     if not (0 < grid[0] < 2**31 and 0 < grid[1] < 65536 and 0 < grid[2] < 65536):
         raise Problem("no such grid")
     if threads > 1024:
         raise Problem(f"{threads} threads")
 
 
-def _check_place(arrived: _Arrived, grid: tuple[int, int, int], threads: int, stream: int) -> None:
+def _check_place(arrived: _Arrived, grid: tuple[int, ...], threads: int, stream: int) -> None:
     got = (tuple(arrived.grid), tuple(arrived.block), arrived.stream)
     if got != (grid, (threads, 1, 1), stream):
         raise Problem(f"grid, threads and stream arrive as {got}")
