@@ -27,7 +27,7 @@ from fastlora.tuning.calls import LayerCall
 from fastlora_kernels.choose.tuned import Choice
 from tests.launch.calls import measured
 from tests.launch.cards import CARDS
-from tests.launch.stage import Stage
+from tests.launch.stage import DEVICE, Stage
 
 SIZE, RANK = 64, 16
 REPEATS, WARM_UP = 1000, 40
@@ -85,7 +85,12 @@ def time_layers(stage: Stage) -> dict[str, dict[str, float]]:
     base = torch.nn.Linear(SIZE, SIZE).requires_grad_(False)
     passes.add("frozen layer", base, [])
     a, b = torch.zeros(RANK, SIZE, requires_grad=True), torch.zeros(SIZE, RANK, requires_grad=True)
-    passes.add("eager LoRA", lambda x: base(x) + F.linear(F.linear(x, a), b) * 2.0, [a, b])
+
+    def eager(x: Tensor, *, p: float) -> Tensor:
+        return base(x) + F.linear(F.linear(F.dropout(x, p) if p else x, a), b) * 2.0  # type: ignore[no-any-return]
+
+    for p in (0.0, 0.1):
+        passes.add(f"eager LoRA, p = {p}", partial(eager, p=p), [a, b])
     for p in (0.0, 0.1):
         layer = fastlora.LoRALinear(SIZE, SIZE, rank=RANK, dropout=p)
         trained = [layer.lora_A, layer.lora_B]
@@ -96,11 +101,13 @@ def time_layers(stage: Stage) -> dict[str, dict[str, float]]:
                 passes.add(f"{path}, p = {p}", layer, trained)
         with fastlora.use_backend("torch"):
             passes.add(f"torch backend, p = {p}", layer, trained)
-    with fastlora.use_backend("triton"):
-        dora = fastlora.LoRALinear(SIZE, SIZE, rank=RANK, dropout=0.1, dora=True)
-        passes.add("DoRA, p = 0.1", dora, [each for each in dora.parameters() if each.requires_grad])
-        adapter = fastlora.AdapterLayer(SIZE, RANK)
-        passes.add("adapter", adapter, list(adapter.parameters()))
+    dora = fastlora.LoRALinear(SIZE, SIZE, rank=RANK, dropout=0.1, dora=True)
+    adapter = fastlora.AdapterLayer(SIZE, RANK)
+    for name, backend in (("eager ", "reference"), ("", "triton")):
+        with fastlora.use_backend(backend):
+            trained = [each for each in dora.parameters() if each.requires_grad]
+            passes.add(f"{name}DoRA, p = 0.1", dora, trained)
+            passes.add(f"{name}adapter", adapter, list(adapter.parameters()))
     return passes.rows
 
 
@@ -116,6 +123,8 @@ def main() -> None:
     torch.set_num_threads(1)
     stage = Stage(arguments.target, arguments.cache, checking=False)
     stage.install()
+    # as where there is one GPU
+    stage.current = DEVICE.index
     rows = time_layers(stage)
     print(f"{'µs of the host':40} forward backward launches")
     for name, row in rows.items():
