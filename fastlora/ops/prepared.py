@@ -84,7 +84,7 @@ def signature(*tensors: Tensor | None, settings: Hashable) -> Hashable:
 
 
 def _state(tensor: Tensor) -> Hashable:
-    """What else decides, beside the call: the backend, what was measured, and whether a CUDA graph is made."""
+    """What decides beside the call: the backend, what was measured, whether a CUDA graph is made."""
     changes = tuned.changes()
     capturing = _knows_the_host(changes) and tensor.is_cuda and torch.cuda.is_current_stream_capturing()
     return backend.selected(), changes, capturing
