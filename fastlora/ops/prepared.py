@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastlora._core import backend
 from fastlora.ops.runtime import autocast_dtype, current_device
-from fastlora_kernels.choose import tuned
+from fastlora_kernels.choose.pinned import PINNED
 
 _T = TypeVar("_T")
 
@@ -85,14 +85,8 @@ def signature(*tensors: Tensor | None, settings: Hashable) -> Hashable:
 
 def _state(tensor: Tensor) -> Hashable:
     """What decides beside the call: the backend, what was measured, whether a CUDA graph is made."""
-    changes = tuned.changes()
-    capturing = _knows_the_host(changes) and tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-    return backend.selected(), changes, capturing
-
-
-@functools.lru_cache(maxsize=1)
-def _knows_the_host(changes: int) -> bool:
-    return tuned.knows_the_host()
+    capturing = PINNED.tell_hosts_apart and tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    return backend.selected(), PINNED.changes, capturing
 
 
 def prepared(

@@ -13,6 +13,7 @@ from fastlora_kernels.choose import paths
 from fastlora_kernels.choose import plan as plans
 from fastlora_kernels.choose.lora import Call
 from fastlora_kernels.choose.paths import LARGE_KERNELS, Pass
+from fastlora_kernels.choose.pinned import PINNED
 from fastlora_kernels.targets import Target
 from fastlora_kernels.tile import Shape, Tile
 
@@ -82,39 +83,23 @@ class Record:
 
 _Layer = tuple[int, int, int, str, bool]
 _pinned: dict[str, dict[_Layer, list[Record]]] = {}
-_changes = 0
 
 
 def pin(gpu: str, records: Iterable[Record]) -> None:
     """Use these records for calls on a GPU, by its name, from now on, and no others."""
-    global _changes
-    _changes += 1
     _pinned[gpu] = {}
     for record in records:
         # unaligned calls have tiles of their own, too many to tell apart
         if record.shape.aligned:
             layer = _layer(record.shape, record.dtype, record.dropping)
             _pinned[gpu].setdefault(layer, []).append(record)
+    PINNED.changes += 1
+    PINNED.tell_hosts_apart = any(record.from_host for name in _pinned for record in pinned(name))
 
 
 def pinned(gpu: str) -> list[Record]:
     """The records in use for a GPU."""
     return [record for records in _pinned.get(gpu, {}).values() for record in records]
-
-
-def changes() -> int:
-    """How often records were handed in: whatever was decided before has to be decided again."""
-    return _changes
-
-
-def knows_the_host() -> bool:
-    """Whether a record has other winners for calls from Python than for those of a graph."""
-    return any(
-        record.from_host is not None
-        for layers in _pinned.values()
-        for records in layers.values()
-        for record in records
-    )
 
 
 def gpus() -> list[str]:
