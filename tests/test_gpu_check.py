@@ -26,6 +26,7 @@ from fastlora.bench.gpu_check.items import Item, work_through
 from fastlora.bench.gpu_check.run import STEPS, GpuCheck, NothingToCheckError
 from fastlora.bench.gpu_check.summary import summary
 from fastlora.ops import lora_triton
+from fastlora.ops.prepared import Memory
 from fastlora.tuning.calls import LayerCall
 from fastlora_kernels.lora.forward import lora_forward
 from tests.cases import full
@@ -199,6 +200,7 @@ def test_every_path_is_compared(part: Any, card: torch.device, monkeypatch: pyte
 
     if part == "forward":
         monkeypatch.setattr(lora_triton, "lora_forward", wrong)
+        Memory.forget_all()
         found = outcomes(exactness.lora_paths("forward", CALL, card))
         assert {each["what"].split()[0] for each in found if not each["right"]} == {"split"}
 

@@ -11,6 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="kernels need Triton; the other backends are tested without")
 
 import fastlora
+from fastlora.ops.prepared import Memory
 from fastlora_kernels import targets
 from fastlora_kernels.choose import plan as plans
 from fastlora_kernels.choose.tuned import Choice
@@ -115,6 +116,7 @@ def test_the_op_launches_what_the_plan_says(
         return replace(plan, tile=TILE)
 
     monkeypatch.setattr(plans, "choose", persistent)
+    Memory.forget_all()
     for got, wanted in zip(run(), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=2e-3, atol=2e-3 * float(wanted.abs().max()))
     assert launched == [LORA_FORWARD, LORA_GRAD_X_A]

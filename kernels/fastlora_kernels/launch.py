@@ -108,7 +108,7 @@ def _repeated(function: Any, grid: tuple[int, ...], compiled: Any, arguments: Ma
     values = [arguments[name] for name in function.arg_names]
     tensors = sum(name.endswith(("_ptr", "_desc")) for name in function.arg_names)
     descriptors = tuple(
-        (i, functools.partial(_like, value))
+        (i, _described_like(value))
         for i, value in enumerate(values[:tensors])
         if isinstance(value, TensorDescriptor)
     )
@@ -140,11 +140,16 @@ def _runner(compiled: Any, grid: tuple[int, ...]) -> Callable[[int, tuple[Any, .
     )
 
 
-def _like(descriptor: TensorDescriptor, tensor: torch.Tensor) -> TensorDescriptor:
-    """A descriptor of another tensor that is laid out alike, without the checks."""
-    other = object.__new__(TensorDescriptor)
-    other.__dict__.update(descriptor.__dict__, base=tensor)
-    return other
+def _described_like(descriptor: TensorDescriptor) -> Callable[[torch.Tensor], TensorDescriptor]:
+    """What describes other tensors that are laid out alike, without the checks and without keeping this one."""
+    layout = {name: value for name, value in vars(descriptor).items() if name != "base"}
+
+    def describe(tensor: torch.Tensor) -> TensorDescriptor:
+        other = object.__new__(TensorDescriptor)
+        vars(other).update(layout, base=tensor)
+        return other
+
+    return describe
 
 
 @functools.lru_cache(maxsize=4096)

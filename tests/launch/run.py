@@ -5,6 +5,7 @@ one. The last line is a JSON object.
 """
 
 import argparse
+import gc
 import json
 import random
 import sys
@@ -84,6 +85,14 @@ def recompilations(rehearsal: Rehearsal) -> dict[str, int]:
     }
 
 
+def kept(rehearsal: Rehearsal) -> int:
+    """How many of a call's tensors are still there after it: what is prepared must hold none."""
+    rehearsal.stage.seen.clear()
+    rehearsal.run(Case("a call whose tensors are let go", lora(8192, 4096, 4096, p=0.1)))
+    gc.collect()
+    return sum(tensor() is not None for tensor in rehearsal.stage.seen)
+
+
 def rehearse(target: str, suite: str, cache: Path) -> dict[str, Any]:
     """Everything for one target.
 
@@ -93,7 +102,8 @@ def rehearse(target: str, suite: str, cache: Path) -> dict[str, Any]:
         cache: Folder that keeps compiled kernels.
 
     Returns:
-        What failed, what the host waited for, kernels by case, compilations, what the stage refused.
+        How many tensors were kept, what failed, what the host waited for, kernels by case, compilations,
+        what the stage refused.
     """
     stage = Stage(target, cache)
     stage.install()
@@ -105,6 +115,7 @@ def rehearse(target: str, suite: str, cache: Path) -> dict[str, Any]:
     stage.stream += 0x100
     rehearsal.run(Case("another stream", lora(256, 640, 640, p=0.1, backend="triton")))
     return {
+        "kept": kept(rehearsal),
         "failures": rehearsal.failures,
         "waits": rehearsal.library.waits,
         "launched": rehearsal.launched,

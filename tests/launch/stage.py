@@ -8,6 +8,7 @@ replaced. AMD has no stand-in driver: kernels are compiled and bound for it, and
 import ctypes
 import os
 import sysconfig
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,6 +58,7 @@ class Stage:
 
     Attributes:
         launches: What was launched: names of functions, grids, and all arguments but tensors.
+        seen: The tensors that kernels were given.
         stream: Number of the stream that is current, without the device's.
         compiled: Kernels that were compiled, or found compiled in the cache.
     """
@@ -66,7 +68,7 @@ class Stage:
         self.is_amd = target.startswith("gfx")
         self.capability = (9, 4) if self.is_amd else divmod(int(target.removeprefix("sm_")), 10)
         self.launches, self.compiled = list[tuple[str, list[int], list[Any]]](), list[str]()
-        self.current, self.stream = 0, _STREAM
+        self.current, self.stream, self.seen = 0, _STREAM, list[weakref.ref[torch.Tensor]]()
 
     def install(self) -> None:
         """Make everybody believe in the GPU."""
@@ -178,6 +180,10 @@ class Stage:
         except (Problem, RuntimeError) as error:
             x, y, z = grid
             raise Problem(f"{name} on a grid of {x} × {y} × {z}: {error}") from error
+        described = [each.base for each in arguments if isinstance(each, TensorDescriptor)]
+        self.seen += [
+            weakref.ref(each) for each in (*arguments, *described) if isinstance(each, torch.Tensor)
+        ]
         settings = [each for each in arguments if not isinstance(each, torch.Tensor | TensorDescriptor)]
         self.launches.append((name, grid, settings))
 

@@ -75,6 +75,10 @@ def test_every_launch_is_sound(told: dict[str, Any]) -> None:
     assert told["failures"] == {}
 
 
+def test_no_tensor_of_a_call_is_kept(told: dict[str, Any]) -> None:
+    assert told["kept"] == 0
+
+
 def test_no_op_waits_for_the_gpu(told: dict[str, Any]) -> None:
     assert told["waits"] == []
 
