@@ -141,7 +141,7 @@ def _runner(compiled: Any, grid: tuple[int, ...]) -> Callable[[int, tuple[Any, .
 
 
 def _described_like(descriptor: TensorDescriptor) -> Callable[[torch.Tensor], TensorDescriptor]:
-    """What describes other tensors that are laid out alike, without the checks and without keeping this one."""
+    """What describes other tensors laid out alike, without the checks and without keeping this one."""
     layout = {name: value for name, value in vars(descriptor).items() if name != "base"}
 
     def describe(tensor: torch.Tensor) -> TensorDescriptor:

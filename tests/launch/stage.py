@@ -180,10 +180,8 @@ class Stage:
         except (Problem, RuntimeError) as error:
             x, y, z = grid
             raise Problem(f"{name} on a grid of {x} × {y} × {z}: {error}") from error
-        described = [each.base for each in arguments if isinstance(each, TensorDescriptor)]
-        self.seen += [
-            weakref.ref(each) for each in (*arguments, *described) if isinstance(each, torch.Tensor)
-        ]
+        tensors = [each.base if isinstance(each, TensorDescriptor) else each for each in arguments]
+        self.seen += [weakref.ref(each) for each in tensors if isinstance(each, torch.Tensor)]
         settings = [each for each in arguments if not isinstance(each, torch.Tensor | TensorDescriptor)]
         self.launches.append((name, grid, settings))
 
