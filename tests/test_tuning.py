@@ -19,7 +19,7 @@ import fastlora
 from fastlora.cli import app, tune
 from fastlora.functional import lora_linear
 from fastlora.ops import kernel_paths, lora_torch, lora_triton, tuned_file
-from fastlora.transfer.models.weightless import ModelSpec
+from fastlora.transfer.models.weightless import ModelSpec, build, sample_input
 from fastlora.tuning import search, timing, truth
 from fastlora.tuning.calls import LayerCall, calls_of_model, read_calls
 from fastlora.tuning.candidates import choices, draw, run_eager, run_forward
@@ -273,7 +273,8 @@ def test_the_kernels_asked_for_by_name_never_leave_to_the_library() -> None:
 
 def test_calls_of_a_model_include_its_attention() -> None:
     spec = ModelSpec("vit_b_16", None, "bfloat16", batch_size=2)
-    calls = calls_of_model(spec, rank=8, dropout=0.1, dtype="bfloat16")
+    model = build(spec)
+    calls = calls_of_model(model, sample_input(spec, model), rank=8, dropout=0.1, dtype="bfloat16")
     rows = 2 * 197
     sizes = {(call.rows, call.inputs, call.outputs) for call in calls}
     assert sizes == {

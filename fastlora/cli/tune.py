@@ -104,7 +104,7 @@ def _calls(
     batch_size: int,
     sequence_length: int,
 ) -> "list[LayerCall]":
-    from fastlora.transfer.models.weightless import ModelSpec
+    from fastlora.transfer.models.weightless import ModelSpec, build, sample_input
     from fastlora.tuning.calls import calls_of_model, read_calls
 
     if (shapes is None) == (model is None):
@@ -113,7 +113,9 @@ def _calls(
         return read_calls(shapes)
     assert model is not None
     spec = ModelSpec(model, None, dtype, batch_size, sequence_length)
-    return calls_of_model(spec, rank=rank, dropout=dropout, dtype=dtype)
+    # no weights are held
+    built = build(spec)
+    return calls_of_model(built, sample_input(spec, built), rank=rank, dropout=dropout, dtype=dtype)
 
 
 def _with_kernels(calls: "list[LayerCall]", device: "torch.device", console: Console) -> "list[LayerCall]":

@@ -4,16 +4,15 @@ Tensors are 2-D: x ``[M, K]``, weight ``[N, K]``, lora_A ``[R, K]``, lora_B ``[N
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastlora.ops import dora_torch
 from fastlora.ops.decide import Paths, is_aligned
-from fastlora.ops.lora_triton import Forward, choice_of, down, shape_of
+from fastlora.ops.lora_triton import Forward, by_library, choice_of, down, shape_of
 from fastlora.ops.prepared import prepared
-from fastlora.ops.runtime import contiguous, row_major, unrecorded
+from fastlora.ops.runtime import contiguous, row_major
 from fastlora_kernels import targets
 from fastlora_kernels.choose import plan as plans
 from fastlora_kernels.launch import Ready
@@ -44,12 +43,7 @@ def forward(
     shape, target = shape_of(x, weight, lora_A, y), targets.detect(x.device)
     choice = choice_of("forward", paths, shape, x, dropping=seed is not None, dora=True)
     if choice.path == "library":
-
-        def by_library(*layer: Any) -> tuple[Tensor, Tensor | None]:
-            with unrecorded(layer[0]):
-                return dora_torch.forward(*layer, scaling=scaling, dropout=0.0)
-
-        return by_library
+        return by_library(dora_torch.forward, scaling=scaling, dropout=0.0)
     s_and_mask = down(x, seed, shape, target, scaling=scaling, dropout=dropout)
     plan = plans.choose(kernels.DORA_FORWARD, shape, x.dtype, target, tile=choice.tile)
     up = Ready(lora_forward, plan=plan)

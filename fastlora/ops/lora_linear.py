@@ -1,7 +1,7 @@
 """The fused LoRA linear op: check the arguments, decide how, run it inside an autograd Function.
 
 Beneath the Function stand two ops of torch, so that it compiles; :mod:`fastlora.ops.lora_torch` and
-:mod:`fastlora.ops.lora_triton` compute them.
+:mod:`fastlora.ops.lora_triton` compute them, backward :mod:`fastlora.ops.lora_triton_backward`.
 """
 
 import math
@@ -290,9 +290,9 @@ def lora_linear_backward(
         with unrecorded(dy):
             dx, da, db = lora_torch.backward(*kept, **settings)
     else:
-        from fastlora.ops import lora_triton
+        from fastlora.ops import lora_triton_backward
 
-        dx, da, db = lora_triton.backward(*kept, **settings, paths=decision.paths)
+        dx, da, db = lora_triton_backward.backward(*kept, **settings, paths=decision.paths)
     if dx is not None and dy.dim() != 2:
         dx = dx.view(*dy.shape[:-1], dx.shape[1])
     return dx, da, db

@@ -4,18 +4,15 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlora._core.backend import KERNEL_DTYPES
 from fastlora._core.files import read_json
 from fastlora._core.words import did_you_mean
 from fastlora_kernels.tile import Shape
-
-if TYPE_CHECKING:
-    from fastlora.transfer.models.weightless import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -84,15 +81,24 @@ def read_calls(path: Path) -> list[LayerCall]:
     return [_call(entry, f"entry {number} of {path}") for number, entry in enumerate(entries, 1)]
 
 
-def calls_of_model(spec: "ModelSpec", *, rank: int, dropout: float, dtype: str) -> list[LayerCall]:
-    """The different calls of a model's LoRA layers, ``all-linear``, on one batch; no weights are held."""
+def calls_of_model(
+    model: nn.Module, batch: Tensor | Mapping[str, Tensor], *, rank: int, dropout: float, dtype: str
+) -> list[LayerCall]:
+    """The different calls of a model's LoRA layers, ``all-linear``, on one batch.
+
+    Args:
+        model: Takes LoRA here; its weights may be on the meta device.
+        batch: Its input, or its inputs by name.
+        rank: Rank of every update.
+        dropout: Probability, noted in the calls.
+        dtype: Noted in the calls: ``bfloat16``, ``float16`` or ``float32``.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from fastlora.inject.lora import apply_lora
     from fastlora.nn import LoRAModule
-    from fastlora.transfer.models.weightless import build, sample_input
 
-    model = apply_lora(build(spec), rank=rank)
+    model = apply_lora(model, rank=rank)
     seen: dict[LayerCall, None] = {}
 
     def note(op: Callable[..., Tensor], x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
@@ -104,7 +110,6 @@ def calls_of_model(spec: "ModelSpec", *, rank: int, dropout: float, dtype: str) 
         if isinstance(module, LoRAModule):
             # all linear layers and attentions go through it
             vars(module)["_lora_linear"] = functools.partial(note, module._lora_linear)
-    batch = sample_input(spec, model)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model(**batch) if isinstance(batch, Mapping) else model(batch)
     return sorted(seen, key=lambda call: (call.rows, call.inputs, call.outputs))
