@@ -150,16 +150,18 @@ def test_a_file_that_the_disk_does_not_take_leaves_the_older_one(
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    # made before the disk is full
+    run = runs["lora"]
     older = tmp_path / f"model{export.SUFFIXES[format]}"
     older.write_bytes(b"older")
     monkeypatch.setitem(export._EXPORTERS, format, written)
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        export_run(runs["lora"], format, older)
+        export_run(run, format, older)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"older"]
     monkeypatch.undo()
     monkeypatch.setitem(export._EXPORTERS, format, written)
-    assert export_run(runs["lora"], format, older).path.read_bytes() == b"new"
+    assert export_run(run, format, older).path.read_bytes() == b"new"
 
 
 def test_predictions_are_the_models(runs: Runs, data: Path) -> None:
