@@ -29,7 +29,8 @@ def _sum_and_store(partial_ptr, out_ptr, block, P, SIZE, BLOCK: tl.constexpr):
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < SIZE)
 
 
-@triton.jit
+# how many parts there are changes with the rows, and nothing else in the code
+@triton.jit(do_not_specialize=["P"])
 def _sum_partials_kernel(
     partial_ptr,  # (P, SIZE)
     out_ptr,  # (SIZE,)
@@ -47,7 +48,7 @@ def sum_partials(partial: Tensor, out: Tensor) -> Launch | None:
     return _start(_sum_partials_kernel, size)(partial_ptr=partial, out_ptr=out, P=partial.shape[0], SIZE=size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P_0", "P_1"])
 def _sum_two_partials_kernel(
     partial_0_ptr,  # (P_0, SIZE_0)
     out_0_ptr,  # (SIZE_0,)
@@ -82,7 +83,7 @@ def _store_section(ptr, values, offs, start, end):
     tl.store(ptr + (offs - start), values.to(ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def _sum_four_partials_kernel(
     partial_ptr,  # (P, SIZE_0 + SIZE_1 + SIZE_2 + SIZE_3)
     out_0_ptr,  # (SIZE_0,)
