@@ -116,6 +116,8 @@ class Stage:
         tensor.get_device = lambda each: DEVICE.index
         for name in _FACTORIES:
             setattr(torch, name, _made_on_the_cpu(getattr(torch, name)))
+        # autocast asks a card before Ampere for it once, with a tensor that no call of ours waits for
+        torch.cuda.is_bf16_supported()
 
     def guard(self, device: torch.device | int) -> "_Guard":
         """Stands for ``torch.cuda.device``: the GPU that launches go to meanwhile."""

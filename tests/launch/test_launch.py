@@ -104,10 +104,15 @@ def test_other_sizes_and_settings_compile_nothing_new(told: dict[str, Any]) -> N
 def test_the_stage_refuses_what_a_gpu_would(told: dict[str, Any]) -> None:
     said, target = told["refusals"], told["target"]
     wanted = REFUSED | ({} if target == "gfx942" else REFUSED_BY_CUDA)
+    if target == "sm_75":
+        # nothing is copied ahead before Ampere: eight stages take no more than one
+        assert said["too much shared memory"] == "accepted"
+        wanted.pop("too much shared memory")
     wanted |= REFUSED_MAPS if target in HAVE_MAPS else {}
     assert {what: words for what, words in wanted.items() if words not in said[what]} == {}
-    assert {what for what, words in said.items() if words == "accepted"} <= {"nothing wrong", "a sound map"}
-    assert said.keys() - wanted.keys() <= {"nothing wrong", "a sound map"}
+    sound = {"nothing wrong", "a sound map", *({"too much shared memory"} - wanted.keys())}
+    assert {what for what, words in said.items() if words == "accepted"} <= sound
+    assert said.keys() - wanted.keys() <= sound
 
 
 def test_a_map_that_loses_a_bit_is_noticed() -> None:
