@@ -87,8 +87,8 @@ def calls_of_model(
     """The different calls of a model's LoRA layers, ``all-linear``, on one batch.
 
     Args:
-        model: Takes LoRA here; its weights may be on the meta device.
-        batch: Its input, or its inputs by name.
+        model: Module that takes LoRA here; weights may be on the meta device.
+        batch: Input of the model, or inputs by name.
         rank: Rank of every update.
         dropout: Probability, noted in the calls.
         dtype: Noted in the calls: ``bfloat16``, ``float16`` or ``float32``.
