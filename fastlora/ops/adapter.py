@@ -129,7 +129,7 @@ def _decide(
     check_adapter(h, *parameters, residual, activation=activation, dropout=dropout)
     dtype = autocast_dtype(h) or h.dtype
     dropping = training and 0 < dropout < 1
-    decision = decide_adapter(h, down_weight, dtype, dropping=dropping)
+    decision = decide_adapter(h, down_weight, dtype, dropping=dropping, training=training)
     return _Call(dtype, float(dropout) if dropping else 0.0, decision)
 
 

@@ -66,6 +66,7 @@ def decide_lora(
     *,
     dropping: bool,
     dora: bool = False,
+    training: bool = True,
 ) -> Decision:
     """How a call of LoRA's or DoRA's linear op is computed.
 
@@ -76,12 +77,18 @@ def decide_lora(
         dtype: What products compute in.
         dropping: Whether dropout is active.
         dora: Whether every output is multiplied by a factor.
+        training: Whether the layer trains.
 
     Raises:
         ValueError: The backend that was asked for can't serve the call.
     """
     backend, automatic = _backend.resolve(x.device, dtype, x, weight), _backend.is_automatic()
-    if backend == "torch" and automatic and not (dropping or dora) and _is_small(x, weight, lora_A, dtype):
+    if (
+        backend == "torch"
+        and automatic
+        and not (dropping or dora)
+        and _is_small(x, weight, lora_A, dtype, training)
+    ):
         return WITHOUT_PATHS["reference"]
     if backend != "triton":
         return WITHOUT_PATHS[backend]
@@ -105,7 +112,9 @@ def decide_lora(
     return Decision("triton", Paths(shape, forward, backward), {})
 
 
-def decide_adapter(h: Tensor, down_weight: Tensor, dtype: torch.dtype, *, dropping: bool) -> Decision:
+def decide_adapter(
+    h: Tensor, down_weight: Tensor, dtype: torch.dtype, *, dropping: bool, training: bool = True
+) -> Decision:
     """How a call of the adapter op is computed; its kernels have one path.
 
     Args:
@@ -113,6 +122,7 @@ def decide_adapter(h: Tensor, down_weight: Tensor, dtype: torch.dtype, *, droppi
         down_weight: ``[adapter_size, hidden_size]``.
         dtype: What products compute in.
         dropping: Whether dropout is active.
+        training: Whether the layer trains.
 
     Raises:
         ValueError: The backend that was asked for can't serve the call.
@@ -121,7 +131,9 @@ def decide_adapter(h: Tensor, down_weight: Tensor, dtype: torch.dtype, *, droppi
     size, hidden = down_weight.shape
     compiling = torch.compiler.is_compiling()
     if backend == "torch" and automatic and not (dropping or compiling):
-        small = h.numel() * size <= _SMALL_ADAPTER and _needs_no_packing(h, dtype, hidden, size)
+        small = h.numel() * size <= _SMALL_ADAPTER and _needs_no_packing(
+            h, dtype, hidden, size, training=training
+        )
         return WITHOUT_PATHS["reference" if small else "torch"]
     if backend != "triton":
         return WITHOUT_PATHS[backend]
@@ -163,28 +175,31 @@ def in_wide_words(*numbers: int) -> bool:
     return all(number % 16 == 0 for number in numbers)
 
 
-def _is_small(x: Tensor, weight: Tensor, lora_A: Tensor, dtype: torch.dtype) -> bool:
+def _is_small(x: Tensor, weight: Tensor, lora_A: Tensor, dtype: torch.dtype, training: bool) -> bool:
     """Whether a CPU call costs more by its launches than by its passes, so that eager's fewer ones win.
 
     Not with dropout, whose mask has to be the same in a compiled graph, which serves any number of rows; nor
-    in float32, where the fused backward is as fast at any size. Whether gradients are recorded doesn't count:
-    a checkpoint computes the same call first without, then with them, and has to find the same bits.
+    in float32, where the fused backward is as fast at any size. While a layer trains it doesn't count whether
+    gradients are recorded: a checkpoint computes the same call first without, then with them, and has to find
+    the same bits.
     """
     if torch.compiler.is_compiling() or dtype == torch.float32:
         return False
     small = x.numel() * weight.shape[0] <= _SMALL_LORA
-    return small and _needs_no_packing(x, dtype, *weight.shape, lora_A.shape[0])
+    return small and _needs_no_packing(x, dtype, *weight.shape, lora_A.shape[0], training=training)
 
 
-def _needs_no_packing(x: Tensor, dtype: torch.dtype, *sizes: int) -> bool:
+def _needs_no_packing(x: Tensor, dtype: torch.dtype, *sizes: int, training: bool) -> bool:
     """Whether the eager formula, which packs nothing, can't have an operand for ``runtime.packed`` to copy.
 
     Args:
         x: ``[..., columns]``.
         dtype: What products compute in.
         sizes: Every other length of a line: columns, outputs, rank.
+        training: Whether the layer trains.
     """
     if dtype.itemsize != 2:
         return True
     # rows are a line's length in a gradient that comes transposed
-    return x.shape[:-1].numel() % 2 == 0 and x.stride(-1) == 1 and all(size % 2 == 0 for size in sizes)
+    rows_even = x.shape[:-1].numel() % 2 == 0 or not (training or torch.is_grad_enabled())
+    return rows_even and x.stride(-1) == 1 and all(size % 2 == 0 for size in sizes)

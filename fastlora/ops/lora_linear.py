@@ -128,7 +128,7 @@ def _decide(
     if dropping and dropout == 1:
         # nothing is kept: a factor of zero does it, without a mask
         scaling, dropping = 0.0, False
-    decision = decide_lora(x, weight, lora_A, dtype, dropping=dropping)
+    decision = decide_lora(x, weight, lora_A, dtype, dropping=dropping, training=training)
     return Call(dtype, float(scaling), float(dropout) if dropping else 0.0, decision)
 
 

@@ -77,7 +77,7 @@ def signature(*tensors: Tensor | None, settings: Hashable) -> Hashable:
     assert first is not None
     try:
         autocast = autocast_dtype(first) if torch._C._is_any_autocast_enabled() else None
-        return layouts(*tensors), settings, autocast, _state(first)
+        return layouts(*tensors), settings, autocast, torch.is_grad_enabled(), _state(first)
     except (AttributeError, RuntimeError, TypeError):
         # no tensors, or without strides or memory: nested, sparse, sharded ones
         return None
