@@ -214,7 +214,7 @@ class Stage:
 
 
 def arguments_of(call: Sequence[Any]) -> Sequence[Any]:
-    """The kernel's arguments in a call of Triton's launcher in C: from 3.8 on they are one, the last."""
+    """The kernel's arguments in a call of Triton's launcher in C: from 3.7 on they are one, the last."""
     return call[-1] if isinstance(call[-1], tuple) else call[13:]
 
 
