@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,18 +131,12 @@ def adapter(
         kept.append(z > DROPPED / 2)
         return out
 
-    def formula(
-        h: Tensor,
-        down: Tensor,
-        down_bias: Tensor,
-        up: Tensor,
-        up_bias: Tensor,
-        separate: Tensor | None = None,
-    ) -> Tensor:
-        added: Tensor | Literal["input"] | None = "input" if residual == "input" else separate
+    def formula(h: Tensor, *rest: Tensor) -> Tensor:
+        layer: Any = rest[:4]
+        separate = rest[4] if residual == "tensor" else None
         options: dict[str, Any] = {"activation": activation, "keep_probability": keep_probability(p)}
-        layer = (down, down_bias, up, up_bias)
-        return reference.adapter_with_mask(h, *layer, kept[0], residual=added, **options)
+        options["residual"] = "input" if residual == "input" else separate
+        return reference.adapter_with_mask(h, *layer, kept[0], **options)
 
     with use_backend("triton"):
         got = outputs_and_gradients(fused, inputs, dout)
