@@ -132,11 +132,11 @@ def adapter(
         return out
 
     def formula(h: Tensor, *rest: Tensor) -> Tensor:
-        layer: Any = rest[:4]
+        call: Any = (h, *rest[:4], kept[0])
         separate = rest[4] if residual == "tensor" else None
         options: dict[str, Any] = {"activation": activation, "keep_probability": keep_probability(p)}
         options["residual"] = "input" if residual == "input" else separate
-        return reference.adapter_with_mask(h, *layer, kept[0], **options)
+        return reference.adapter_with_mask(*call, **options)
 
     with use_backend("triton"):
         got = outputs_and_gradients(fused, inputs, dout)
