@@ -9,6 +9,7 @@ from torch import Tensor
 import fastlora
 from fastlora.functional import lora_linear
 from fastlora.ops import lora_linear as lora_op
+from fastlora.ops import lora_passes
 from fastlora.ops.decide import Decision
 from tests.exactness import assert_as_exact
 from tests.lora_yardstick import NAMES
@@ -49,7 +50,7 @@ def test_opcheck(backend: Any, leading: tuple[int, ...], dropout: float, kernel_
     seed = torch.tensor([1], device=device) if dropout else None
     forward = (x, weight, bias, a, b, seed, 1.3, dropout, backend)
     torch.library.opcheck(torch.ops.fastlora.lora_linear_forward.default, forward)
-    _, s, mask = lora_op.lora_linear_forward(*forward[:-1], Decision(backend))
+    _, s, mask = lora_passes.lora_linear_forward(*forward[:-1], Decision(backend))
     for need in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
         backward = (dy, x, weight, a, b, s, mask, 1.3, dropout, *need, backend)
         torch.library.opcheck(torch.ops.fastlora.lora_linear_backward.default, backward)
@@ -123,7 +124,7 @@ def test_gradients_that_are_not_wanted_are_skipped(
     device = kernel_device if backend == "triton" else torch.device("cpu")
     tensors = [t.detach().to(device).requires_grad_(i in wanted) for i, t in enumerate(make(torch.float32))]
     asked: list[tuple[bool, ...]] = []
-    original = lora_op.lora_linear_backward
+    original = lora_passes.lora_linear_backward
 
     def spy(*args: Any) -> Any:
         asked.append(args[9:12])

@@ -14,7 +14,8 @@ from fastlora._core import backend as _backend
 from fastlora._core.checks import check_compute_dtype, check_lora_linear, check_magnitude
 from fastlora.ops import dora_torch
 from fastlora.ops.decide import WITHOUT_PATHS, Decision, decide_lora
-from fastlora.ops.lora_linear import Call, fake_forward, keep_layer, layer_gradients
+from fastlora.ops.lora_linear import Call, keep_layer, layer_gradients
+from fastlora.ops.lora_passes import fake_forward
 from fastlora.ops.prepared import Memory, signature
 from fastlora.ops.runtime import (
     autocast_dtype,

@@ -8,7 +8,8 @@ from torch import Tensor
 from fastlora import reference
 from fastlora.ops.decide import Decision, Paths, is_aligned
 from fastlora.ops.keep_mask import keep_probability
-from fastlora.ops.lora_linear import LoRALinearFunction, lora_linear_backward, lora_linear_forward
+from fastlora.ops.lora_linear import LoRALinearFunction
+from fastlora.ops.lora_passes import lora_linear_backward, lora_linear_forward
 from fastlora.ops.runtime import draw_seed
 from fastlora.tuning.calls import LayerCall
 from fastlora_kernels import targets
