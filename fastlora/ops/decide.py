@@ -67,6 +67,7 @@ def decide_lora(
     dropping: bool,
     dora: bool = False,
     training: bool = True,
+    quantised: bool = False,
 ) -> Decision:
     """How a call of LoRA's or DoRA's linear op is computed.
 
@@ -78,6 +79,7 @@ def decide_lora(
         dropping: Whether dropout is active.
         dora: Whether every output is multiplied by a factor.
         training: Whether the layer trains.
+        quantised: Whether the weight becomes dense for this call; the eager formula would keep it so.
 
     Raises:
         ValueError: The backend that was asked for can't serve the call.
@@ -86,7 +88,7 @@ def decide_lora(
     if (
         backend == "torch"
         and automatic
-        and not (dropping or dora)
+        and not (dropping or dora or quantised)
         and _is_small(x, weight, lora_A, dtype, training)
     ):
         return WITHOUT_PATHS["reference"]
@@ -104,7 +106,8 @@ def decide_lora(
     if torch.compiler.is_compiling():
         return WITHOUT_PATHS["triton"]
     shape = Shape(m=x.shape[:-1].numel(), n=n, k=k, r=r, aligned=aligned)
-    if automatic and not dora and kernel_paths.prefers_eager(shape, dtype, x.device, dropping=dropping):
+    eager = automatic and not (dora or quantised)
+    if eager and kernel_paths.prefers_eager(shape, dtype, x.device, dropping=dropping):
         return WITHOUT_PATHS["reference"]
     forward = kernel_paths.choose("forward", shape, dtype, x.device, dropping=dropping, dora=dora)
     # by then the factor is taken off the gradient

@@ -1,6 +1,7 @@
 """The fused LoRA linear op: check the arguments, decide how, run it inside an autograd Function.
 
-Beneath the Function stand the two ops of :mod:`fastlora.ops.lora_passes`.
+Beneath the Function stand the two ops of :mod:`fastlora.ops.lora_passes`; for quantised weights
+:mod:`fastlora.ops.weights.in_parts` between them.
 """
 
 from collections.abc import Sequence
@@ -23,11 +24,13 @@ from fastlora.ops.runtime import (
     rows_of,
     without_autocast,
 )
+from fastlora.ops.weights import in_parts
+from fastlora.ops.weights.frozen import FrozenWeight, Unchanged
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | FrozenWeight,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -48,7 +51,8 @@ def lora_linear(
     Args:
         x: ``[..., in_features]`` in float64, float32, float16 or bfloat16; autocast is honoured. Nested
             tensors, like quantised or sharded weights, run the eager formula.
-        weight: ``[out_features, in_features]`` in x's dtype.
+        weight: ``[out_features, in_features]`` in x's dtype, or quantised as
+            :func:`fastlora.ops.weights.read.frozen_weight` gives it: then nothing dense is kept for backward.
         bias: ``[out_features]`` in x's dtype, or None.
         lora_A: ``[rank, in_features]`` in any of these dtypes; rounded to x's for the product, its gradient
             comes back in its own.
@@ -77,14 +81,15 @@ def lora_linear(
         tensor([[2.5000, 2.5000, 2.5000],
                 [2.5000, 2.5000, 2.5000]])
     """
-    layer = (x, weight, bias, lora_A, lora_B)
-    key = signature(*layer, settings=(scaling, dropout, training))
-    arguments = (*layer, scaling, dropout, training)
+    stored, form = (weight.tensors, weight.form) if isinstance(weight, FrozenWeight) else ((weight,), None)
+    key = signature(x, *stored, bias, lora_A, lora_B, settings=(scaling, dropout, training, form))
+    arguments = (x, weight, bias, lora_A, lora_B, scaling, dropout, training)
     # a compiled graph would be guarded by all that is remembered
     call = _decide(*arguments) if key is None else _known.of(key, _decide, *arguments)
     if call.decision.backend == "reference":
         options: dict[str, Any] = {"scaling": call.scaling, "dropout": dropout, "training": call.dropout > 0}
-        return reference.lora_linear(*layer, **options, generator=generator)
+        dense = weight.dense(call.dtype) if isinstance(weight, FrozenWeight) else weight
+        return reference.lora_linear(x, dense, bias, lora_A, lora_B, **options, generator=generator)
     seed = draw_seed(x.device, generator) if call.dropout else None
     x = in_dtype(x, call.dtype)
     y: Tensor = LoRALinearFunction.apply(x, weight, bias, lora_A, lora_B, seed, *call[1:])[0]
@@ -106,7 +111,7 @@ _known = Memory[Call]()
 
 def _decide(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | FrozenWeight,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -114,6 +119,9 @@ def _decide(
     dropout: float,
     training: bool,
 ) -> Call:
+    # quantised it has no dtype of its own: it becomes dense in the products'
+    quantised = isinstance(weight, FrozenWeight)
+    weight = weight.outline(x.dtype) if isinstance(weight, FrozenWeight) else weight
     check_lora_linear(x, weight, bias, lora_A, lora_B, scaling=scaling, dropout=dropout)
     dtype = autocast_dtype(x)
     if dtype is None:
@@ -123,7 +131,8 @@ def _decide(
     if dropping and dropout == 1:
         # nothing is kept: a factor of zero does it, without a mask
         scaling, dropping = 0.0, False
-    decision = decide_lora(x, weight, lora_A, dtype, dropping=dropping, training=training)
+    given = (x, weight, lora_A, dtype)
+    decision = decide_lora(*given, dropping=dropping, training=training, quantised=quantised)
     return Call(dtype, float(scaling), float(dropout) if dropping else 0.0, decision)
 
 
@@ -135,9 +144,11 @@ class LoRALinearFunction(torch.autograd.Function):
     def forward(ctx: Any, *call: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         """y, S and the dropout mask of :func:`lora_linear_forward`; keeps what the wanted gradients need."""
         x, weight, _, lora_A, lora_B, _, ctx.scaling, ctx.dropout, ctx.decision = call
-        y, s, mask = lora_linear_forward(*call)
+        quantised = isinstance(weight, FrozenWeight)
+        y, s, mask = (in_parts.forward if quantised else lora_linear_forward)(*call)
         ctx.mark_non_differentiable(*((s,) if mask is None else (s, mask)))
-        keep_layer(ctx, x, weight, lora_A, lora_B, s, mask)
+        ctx.quantised = Unchanged(weight) if quantised and ctx.needs_input_grad[0] else None
+        keep_layer(ctx, x, None if quantised else weight, lora_A, lora_B, s, mask)
         return y, s, mask
 
     @staticmethod
@@ -146,17 +157,19 @@ class LoRALinearFunction(torch.autograd.Function):
         dy = grads[0]
         if dy is None:
             return (None,) * 9
+        x, weight, *kept = ctx.saved_tensors
+        saved = (x, weight if ctx.quantised is None else ctx.quantised.weight(), *kept)
         if not torch.is_grad_enabled():
-            return (*layer_gradients(ctx, dy, dy, ctx.saved_tensors), None, None, None, None)
+            return (*layer_gradients(ctx, dy, dy, saved), None, None, None, None)
         with torch.no_grad():
-            wanted = layer_gradients(ctx, dy, dy, ctx.saved_tensors)
+            wanted = layer_gradients(ctx, dy, dy, saved)
         return (*refuse_second_derivative("lora_linear", ctx, dy, wanted), None, None, None, None)
 
 
 def keep_layer(
     ctx: Any,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
     s: Tensor,
@@ -178,7 +191,7 @@ def keep_layer(
 
 
 def layer_gradients(
-    ctx: Any, dy: Tensor, dproduct: Tensor, saved: Sequence[Tensor | None]
+    ctx: Any, dy: Tensor, dproduct: Tensor, saved: Sequence[Any]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias, lora_A and lora_B, those that are wanted.
 
@@ -194,7 +207,8 @@ def layer_gradients(
     if need_x or need_A or need_B:
         assert lora_B is not None
         settings = (ctx.scaling, ctx.dropout, need_x, need_A, need_B, ctx.decision)
-        dx, da, db = lora_linear_backward(dproduct, x, weight, lora_A, lora_B, s, mask, *settings)
+        run: Any = in_parts.backward if isinstance(weight, FrozenWeight) else lora_linear_backward
+        dx, da, db = run(dproduct, x, weight, lora_A, lora_B, s, mask, *settings)
     # the base layer is frozen as a rule; whoever trains it all the same gets its gradient, never silence
     if need_weight or need_bias:
         with without_autocast(dy):

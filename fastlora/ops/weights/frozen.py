@@ -1,0 +1,77 @@
+"""What an op asks of a frozen weight that is stored quantised: its shape, and its rows, dense."""
+
+from collections.abc import Hashable, Iterator
+
+import torch
+from torch import Tensor
+
+# bounds a weight's dense rows, which live while they are multiplied
+WORKSPACE_BYTES = 64 * 2**20
+
+
+class FrozenWeight:
+    """A quantised weight ``[N, K]``, read where its library keeps it; nothing is copied or kept dense.
+
+    Attributes:
+        shape: N outputs, K inputs.
+        device: Where it is stored.
+        tensors: What is stored: packed values, statistics, scales. They share memory with the library's.
+        form: What beside these tensors' layouts says how they are read: format, block size.
+        row_step: Rows at whose multiples a part may begin, where blocks of values run over the ends of rows.
+    """
+
+    shape: torch.Size
+    device: torch.device
+    tensors: tuple[Tensor, ...]
+    form: Hashable
+    row_step: int = 1
+
+    def dense(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
+        """Rows of W ``[rows, K]`` in a new tensor: the same bits as its library's own in this dtype.
+
+        Args:
+            dtype: float64, float32, float16 or bfloat16.
+            rows: Begins at a multiple of :attr:`row_step`; all of them without it.
+        """
+        raise NotImplementedError
+
+    def outline(self, dtype: torch.dtype) -> Tensor:
+        """A tensor of this shape and device without values of its own, to check and decide by."""
+        return torch.empty(1, self.shape[1], dtype=dtype, device=self.device).expand(self.shape)
+
+    def parts(self, dtype: torch.dtype) -> Iterator[slice]:
+        """Rows whose dense form fits the workspace, one part after the other."""
+        rows, columns = self.shape
+        fitting = WORKSPACE_BYTES // max(1, columns * dtype.itemsize)
+        step = max(fitting // self.row_step, 1) * self.row_step
+        # a weight without rows is one part, too
+        for start in range(0, max(rows, 1), step):
+            yield slice(start, min(start + step, rows))
+
+
+class Unchanged:
+    """A quantised weight that is kept for backward, and refused there if it was changed in place meanwhile.
+
+    Not among autograd's saved tensors: whoever packs or moves those away would take the base model along.
+    """
+
+    def __init__(self, weight: FrozenWeight) -> None:
+        """Keep it with what torch counts of changes."""
+        self._weight, self._versions = weight, _versions(weight)
+
+    def weight(self) -> FrozenWeight:
+        """The weight.
+
+        Raises:
+            RuntimeError: It was changed in place.
+        """
+        if _versions(self._weight) != self._versions:
+            raise RuntimeError(
+                "a quantised weight was changed in place between a forward pass and its backward pass; run "
+                "the forward pass again"
+            )
+        return self._weight
+
+
+def _versions(weight: FrozenWeight) -> tuple[int, ...]:
+    return tuple(t._version for t in weight.tensors if not t.is_inference())

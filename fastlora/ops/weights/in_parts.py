@@ -1,0 +1,84 @@
+"""LoRA's two passes over a quantised frozen weight: its rows become dense for the time of their product.
+
+The layer is cut along its outputs into parts whose dense weight fits the workspace, as a rule one, and every
+part runs :mod:`fastlora.ops.lora_passes`. The parts of dX and dA add up in float32.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora.ops.decide import WITHOUT_PATHS, Decision
+from fastlora.ops.lora_passes import lora_linear_backward, lora_linear_forward
+from fastlora.ops.weights.frozen import FrozenWeight
+
+
+def forward(
+    x: Tensor,
+    weight: FrozenWeight,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *more: Any,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y ``[..., N]``, S and the mask, as of :func:`~fastlora.ops.lora_passes.lora_linear_forward`."""
+    parts = list(weight.parts(x.dtype))
+    if len(parts) == 1:
+        return lora_linear_forward(x, weight.dense(x.dtype), bias, lora_A, lora_B, *more)
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    *settings, decision = more
+    run: Any = lora_linear_forward
+    s = mask = None
+    for rows in parts:
+        of_rows = None if bias is None else bias[rows]
+        # of the same seed every part draws the same mask
+        part = (x, weight.dense(x.dtype, rows), of_rows, lora_A, lora_B[rows])
+        y[..., rows], *kept = run(*part, *settings, _for_a_part(decision))
+        s, mask = (s, mask) if s is not None else kept
+    assert s is not None
+    return y, s, mask
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: FrozenWeight,
+    lora_A: Tensor | None,
+    lora_B: Tensor,
+    *more: Any,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dX, dA and dB, as of :func:`~fastlora.ops.lora_passes.lora_linear_backward`."""
+    parts = list(weight.parts(dy.dtype))
+    if len(parts) == 1:
+        return lora_linear_backward(dy, x, weight.dense(dy.dtype), lora_A, lora_B, *more)
+    *settings, decision = more
+    run: Any = lora_linear_backward
+    dx: Tensor | None = None
+    da: Tensor | None = None
+    dbs: list[Tensor] = []
+    for rows in parts:
+        part = (dy[..., rows], x, weight.dense(dy.dtype, rows), lora_A, lora_B[rows])
+        dx_part, da_part, db_part = run(*part, *settings, _for_a_part(decision))
+        dx, da = _added(dx, dx_part), _added(da, da_part)
+        if db_part is not None:
+            dbs.append(db_part)
+    return (
+        None if dx is None else dx.to(dy.dtype),
+        None if da is None or lora_A is None else da.to(lora_A.dtype),
+        torch.cat(dbs) if dbs else None,
+    )
+
+
+def _for_a_part(decision: Decision) -> Decision:
+    """A decision without what was found out of the whole weight's shape."""
+    return WITHOUT_PATHS[decision.backend]
+
+
+def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    if part is None:
+        return total
+    if total is None:
+        # in 16 bits every addition would round
+        return part.to(torch.promote_types(part.dtype, torch.float32))
+    return total.add_(part)
