@@ -1,5 +1,6 @@
 """Tests and doctests where optional packages are absent."""
 
+import importlib.util
 from collections.abc import Generator
 
 import pytest
@@ -28,10 +29,9 @@ def pytest_make_collect_report(
 def _absent(error: BaseException | None) -> str | None:
     """The optional package that an error comes from, if it comes from one."""
     while error is not None:
-        if (
-            isinstance(error, ModuleNotFoundError)
-            and (error.name or "").partition(".")[0] in OPTIONAL.split()
-        ):
-            return error.name
+        package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+        # a part that an installed package lacks is an error: a version that is not supported, or a wrong name
+        if package in OPTIONAL.split() and importlib.util.find_spec(package) is None:
+            return package
         error = error.__cause__ or error.__context__
     return None

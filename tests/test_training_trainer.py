@@ -223,6 +223,7 @@ def test_two_trainings_in_one_process_may_differ_in_precision(tmp_path: Path) ->
 
 
 def test_tensorboard_and_csv_hold_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="reads with TensorBoard, which is optional")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     fit(tmp_path, PLAIN)

@@ -109,8 +109,7 @@ def test_data_sets_of_tensors() -> None:
 
 
 def test_a_real_hugging_face_data_set(folder: Path) -> None:
-    import datasets
-
+    datasets = pytest.importorskip("datasets", reason="reads a Hugging Face data set, which is optional")
     source = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train")
     assert sorted(open_images(source).labels) == sorted(open_images(folder).labels)
 
