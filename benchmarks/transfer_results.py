@@ -122,6 +122,7 @@ def run(data: str, model: str, strategy: str, seed: int, reporter: LiveReporter)
         "pictures": report["pictures"],
         "config": {key: report["config"][key] for key in ("epochs", "batch_size", "lr", "head_factor")},
         "precision": report["precision"],
+        "features_precision": report["precision"],
         "device": f"{report['device_name']}, {report['threads']} threads",
         "versions": report["versions"],
     }
@@ -160,7 +161,11 @@ def main() -> None:
 
 def page(rows: list[dict[str, Any]]) -> str:
     """The page: one table for each data set."""
-    text = [INTRODUCTION.format(device=rows[0]["device"], precision=rows[0]["precision"])]
+    probes = [row for row in rows if row["strategy"] == "feature_extraction"]
+    # rows without the field are older than features in the run's precision
+    features = " and ".join(sorted({row.get("features_precision", "fp32") for row in probes}))
+    said = {"device": rows[0]["device"], "precision": rows[0]["precision"], "features": features}
+    text = [INTRODUCTION.format(**said)]
     for data, spec in DATA.items():
         text += [f"\n## {spec.title}: {spec.parts[0]} training, {spec.parts[2]} test pictures\n"]
         heads = ("model", "strategy", "trains", "accuracy %", "balanced %", "seconds", "seeds")
@@ -182,9 +187,9 @@ INTRODUCTION = """# Fine-tuning strategies on real pictures
 
 `make results` regenerates this page and the plot from `runs.jsonl`, running what is missing there. Mean
 ± standard deviation over the seeds, which choose split, order, augmentation and initial weights. Device:
-{device}; precision of the products: {precision}. Seconds are those of the optimiser steps, of the
-fastest seed (other work ran beside some of them); the probe's are everything, features included. Trains:
-the most that ever trains, in percent of all parameters.
+{device}; precision of the products: {precision}, of those that made the probe's features: {features}.
+Seconds are those of the optimiser steps, of the fastest seed (other work ran beside some of them); the
+probe's are everything, features included. Trains: the most that ever trains, in percent of all parameters.
 
 Each strategy has its own default rate: for the probe and LoRA those that the demo chose on ELPV's
 validation pictures, for the others first choices, on EfficientNet-Lite0 some fixed before the first run.
