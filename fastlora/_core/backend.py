@@ -178,7 +178,7 @@ def interpreter_enabled() -> bool:
 
 
 def interpreter_environment() -> dict[str, str]:
-    """The environment of a process that is to run kernels in Triton's interpreter, as this one's is else."""
+    """This process's environment, with Triton's interpreter switched on, for a child process."""
     return os.environ | {"TRITON_INTERPRET": "1"}
 
 

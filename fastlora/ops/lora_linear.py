@@ -46,7 +46,8 @@ def lora_linear(
     autograd needs anyway, backward keeps only S = dropout(x)·Aᵀ ``[M, rank]`` and, with dropout, the mask:
     a bit an element with the kernels, a byte with library products. Gradients are the same bits on every run.
     Where ``fastlora tune`` measured the eager formula to be faster, that runs, and keeps what it keeps. So it
-    does on a CPU for 16-bit calls without dropout of up to 2²² multiplications.
+    does on a CPU for 16-bit calls without dropout of up to 2²² multiplications whose sizes are even: features
+    and rank, and rows too while gradients are wanted.
 
     Args:
         x: ``[..., in_features]`` in float64, float32, float16 or bfloat16; autocast is honoured. Nested
