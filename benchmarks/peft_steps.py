@@ -100,15 +100,15 @@ def steps(
     batch = {name: t.to(dtype) if t.is_floating_point() else t for name, t in case.batch.items()}
     frozen = copy.deepcopy(case.model).to(dtype).requires_grad_(False).train()
     frozen.get_submodule(case.entry).register_forward_hook(lambda module, inputs, out: out.requires_grad_())
-    made = {"frozen": _step(frozen, batch)}
+    made = {"frozen": training_step(frozen, batch)}
     own = _with_lora(case.model, dtype, variant)
     fused = fastlora.accelerate(copy.deepcopy(own))
-    made |= {"peft": _step(own, batch), "fastlora": _step(fused, batch)}
+    made |= {"peft": training_step(own, batch), "fastlora": training_step(fused, batch)}
     if case.in_adapterhub and not variant.dora and HAS_ADAPTERHUB:
-        made["adapterhub"] = _step(_with_adapterhub(case.model, dtype, variant), batch)
+        made["adapterhub"] = training_step(_with_adapterhub(case.model, dtype, variant), batch)
     if compiled and not variant.dora:
         for name, model in (("peft", own), ("fastlora", fused)):
-            made[f"{name}_compiled"] = _step(torch.compile(copy.deepcopy(model)), batch)
+            made[f"{name}_compiled"] = training_step(torch.compile(copy.deepcopy(model)), batch)
     return made
 
 
@@ -144,14 +144,16 @@ def _with_lora(model: nn.Module, dtype: torch.dtype, variant: Variant) -> Any:
     return adapted.train()
 
 
-def _step(model: Any, batch: dict[str, Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+def training_step(model: Any, batch: dict[str, Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+    """Forward, backward by the model's own loss or, without labels, its squared logits', and AdamW."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
 
     def step() -> tuple[Tensor, ...]:
         out = model(**batch)
         logits = getattr(out, "logits", out)
-        logits.float().square().mean().backward()
+        loss = getattr(out, "loss", None)
+        (logits.float().square().mean() if loss is None else loss).backward()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
@@ -165,12 +167,13 @@ def kept_bytes(case: Case, dtype: torch.dtype, variant: Variant) -> dict[str, in
     batch = {name: t.to(dtype) if t.is_floating_point() else t for name, t in case.batch.items()}
     own = _with_lora(case.model, dtype, variant)
     return {
-        name: _kept(model, batch)
+        name: kept(model, batch)
         for name, model in (("peft", own), ("fastlora", fastlora.accelerate(copy.deepcopy(own))))
     }
 
 
-def _kept(model: nn.Module, batch: dict[str, Tensor]) -> int:
+def kept(model: nn.Module, batch: dict[str, Tensor]) -> int:
+    """Bytes that a forward pass keeps for backward beside the model's parameters."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages: dict[int, int] = {}
 

