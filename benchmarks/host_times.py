@@ -78,6 +78,17 @@ class Passes:
         forward, both = fastest_us(lambda: layer(x)), fastest_us(step)
         self.rows[name] = {"forward": round(forward), "backward": round(both - forward), "launches": launches}
 
+    def add_calls(self, name: str, forward: Callable[[], object], backward: Callable[[], object]) -> None:
+        """Time two passes that are called by themselves."""
+        before = self._stage.library.stand_in_launches()
+        times = {}
+        for pass_name, work in (("forward", forward), ("backward", backward)):
+            work()
+            times[pass_name] = round(fastest_us(work))
+        calls = 2 * (1 + WARM_UP + REPEATS)
+        launches = (self._stage.library.stand_in_launches() - before) * 2 // calls
+        self.rows[name] = {**times, "launches": launches}
+
 
 def time_layers(stage: Stage) -> dict[str, dict[str, float]]:
     """Microseconds of every kind of layer by pass, and how often it launches a kernel of ours."""
@@ -111,6 +122,38 @@ def time_layers(stage: Stage) -> dict[str, dict[str, float]]:
     return passes.rows
 
 
+def time_graph_calls(stage: Stage) -> dict[str, dict[str, float]]:
+    """Microseconds of what a compiled graph of the layer calls: our two ops, or eager's products.
+
+    A graph's own Python is left out, and of eager's graph what joins the products, mask included.
+    """
+    passes = Passes(stage)
+    x, w, bias = torch.zeros(SIZE, SIZE), torch.zeros(SIZE, SIZE), torch.zeros(SIZE)
+    a, b, s, y = (torch.zeros(shape) for shape in ((RANK, SIZE), (SIZE, RANK), (SIZE, RANK), (SIZE, SIZE)))
+
+    def forward() -> None:
+        base = torch.addmm(bias, x, w.t(), out=torch.empty_like(y))
+        torch.addmm(base, torch.mm(x, a.t(), out=torch.empty_like(s)), b.t(), out=torch.empty_like(y))
+
+    def backward() -> None:
+        ds, _ = torch.mm(y, b, out=torch.empty_like(s)), torch.mm(y.t(), s, out=torch.empty_like(b))
+        torch.mm(ds.t(), x, out=torch.empty_like(a))
+        torch.addmm(torch.mm(y, w, out=torch.empty_like(x)), ds, a, out=torch.empty_like(x))
+
+    passes.add_calls("in a graph: eager's products", forward, backward)
+    ops = torch.ops.fastlora
+    for p in (0.0, 0.1):
+        drawn = (2.0, p, "triton")
+        layer = (x, w, bias, a, b, torch.zeros(1, dtype=torch.int64) if p else None)
+        forward_op = partial(ops.lora_linear_forward.default, *layer, *drawn)
+        with fastlora.use_backend("triton"):
+            kept = (w, a, b, *forward_op()[1:])
+            settings = (2.0, p, True, True, True, "triton")
+            backward_op = partial(ops.lora_linear_backward.default, y, x, *kept, *settings)
+            passes.add_calls(f"in a graph: our ops, p = {p}", forward_op, backward_op)
+    return passes.rows
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -125,7 +168,7 @@ def main() -> None:
     stage.install()
     # as where there is one GPU
     stage.current = DEVICE.index
-    rows = time_layers(stage)
+    rows = time_layers(stage) | time_graph_calls(stage)
     print(f"{'µs of the host':40} forward backward launches")
     for name, row in rows.items():
         print(f"{name:40} {row['forward']:7.0f} {row['backward']:8.0f} {row['launches']:8.0f}")
