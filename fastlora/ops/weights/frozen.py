@@ -18,6 +18,7 @@ class FrozenWeight:
         tensors: What is stored: packed values, statistics, scales. They share memory with the library's.
         form: What beside these tensors' layouts says how they are read: format, block size.
         row_step: Rows at whose multiples a part may begin, where blocks of values run over the ends of rows.
+        compute_dtype: What its layer casts inputs to before the product; None: it takes them as they are.
     """
 
     shape: torch.Size
@@ -25,6 +26,7 @@ class FrozenWeight:
     tensors: tuple[Tensor, ...]
     form: Hashable
     row_step: int = 1
+    compute_dtype: torch.dtype | None = None
 
     def dense(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         """Rows of W ``[rows, K]`` in a new tensor: the same bits as its library's own in this dtype.

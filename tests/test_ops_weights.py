@@ -1,0 +1,72 @@
+"""LoRA's op over a quantised weight: what it keeps for backward, and what it notices."""
+
+import gc
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastlora.functional import lora_linear
+from fastlora.ops.weights.read import frozen_weight
+from tests.quantised import four_bit, read
+
+M, N, K, R = 8, 512, 256, 4
+
+
+def layer_call(dropout: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+    x, a, b = torch.randn(M, K), torch.randn(R, K), torch.randn(N, R)
+    tensors = tuple(t.requires_grad_() for t in (x, a, b))
+    weight = read(four_bit(N, K))
+    return lora_linear(x, weight, None, a, b, scaling=1.0, dropout=dropout), tensors
+
+
+def tensors_alive() -> dict[int, Tensor]:
+    return {id(t): t for t in gc.get_objects() if type(t) is Tensor}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_nothing_of_the_weight_is_kept(dropout: float) -> None:
+    kept: list[Tensor] = []
+    before = tensors_alive()
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y, given = layer_call(dropout)
+    pointers = {t.data_ptr() for t in given}
+    own = [t for t in kept if t.data_ptr() not in pointers]
+    assert sorted(t.numel() for t in own) == ([M * R, M * K] if dropout else [M * R])
+    # whatever else a graph may hold on to: no tensor of the weight's size is alive beside it
+    kept.clear()
+    own.clear()
+    assert [t.shape for key, t in tensors_alive().items() if key not in before and t.numel() >= N * K] == []
+    assert y.requires_grad
+
+
+def test_a_weight_that_changes_between_the_passes_is_refused() -> None:
+    x = torch.randn(M, K, requires_grad=True)
+    a, b = torch.randn(R, K, requires_grad=True), torch.randn(N, R, requires_grad=True)
+    layer = four_bit(N, K)
+    y = lora_linear(x, read(layer), None, a, b, scaling=1.0)
+    with torch.no_grad():
+        layer.weight.zero_()
+    with pytest.raises(RuntimeError, match="changed in place between a forward pass and its backward pass"):
+        y.sum().backward()
+
+
+def test_an_evaluating_call_between_the_passes_changes_nothing() -> None:
+    """bitsandbytes repacks its weight then, on some CPUs; the bytes that were read stay as they are."""
+    layer = four_bit(N, K)
+    x = torch.randn(M, K, requires_grad=True)
+    a, b = torch.zeros(R, K, requires_grad=True), torch.zeros(N, R, requires_grad=True)
+    weight = read(layer)
+    dense = weight.dense(torch.float32)
+    y = lora_linear(x, weight, None, a, b, scaling=1.0)
+    with torch.no_grad():
+        layer.eval()(torch.randn(1, K))
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(dx, torch.ones(M, N) @ dense)
+    repacked = vars(layer.weight.quant_state).get("packing_format_for_cpu", False)
+    assert isinstance(frozen_weight(layer), str) == repacked
