@@ -18,12 +18,13 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the check is of the kernels")
 
-from fastlora.bench.gpu_check import child, exactness, other_ops, processes
-from fastlora.bench.gpu_check.__main__ import check
+from fastlora.bench import clocks, results_file
+from fastlora.bench.gpu_check import child, exactness, layers, other_ops, processes
+from fastlora.bench.gpu_check.__main__ import check, main
 from fastlora.bench.gpu_check.comparing import equality, outcome
 from fastlora.bench.gpu_check.interpreted_mask import mask_by_interpreter
-from fastlora.bench.gpu_check.items import Item, work_through
-from fastlora.bench.gpu_check.run import STEPS, GpuCheck, NothingToCheckError
+from fastlora.bench.gpu_check.items import Item, failure, work_through
+from fastlora.bench.gpu_check.run import STEPS, GpuCheck, NothingToCheckError, Step
 from fastlora.bench.gpu_check.summary import summary
 from fastlora.ops import lora_triton
 from fastlora.ops.prepared import Memory
@@ -39,14 +40,17 @@ OPTIONAL = """
 accelerate jinja2 matplotlib packaging peft PIL platformdirs pytest rich safetensors timm tomli_w torchvision
 transformers typer
 """
-# finds what is installed but for these
-WITHOUT = f"""
+
+
+def without(packages: str) -> str:
+    """Python that finds what is installed but for these."""
+    return f"""
 import sys
 from importlib.machinery import PathFinder
 class Without(PathFinder):
     @classmethod
     def find_spec(cls, name, *rest):
-        return None if name.split(".")[0] in {OPTIONAL.split()} else super().find_spec(name, *rest)
+        return None if name.split(".")[0] in {packages.split()} else super().find_spec(name, *rest)
 sys.meta_path[:] = [Without if finder is PathFinder else finder for finder in sys.meta_path]
 """
 
@@ -87,6 +91,59 @@ def test_what_crashes_too_often_is_given_up(tmp_path: Path, monkeypatch: pytest.
     assert [each["late"] for each in found if "late" in each] == ["after it"]
 
 
+def passes(step: str, tmp_path: Path) -> tuple[bool, dict[str, Any]]:
+    gpu = GpuCheck(tmp_path, budget=60.0, child=PROCESS, tell=lambda line: None)
+    path = gpu.run([Step(step, "a step", 1.0)])
+    return gpu.passed, json.loads(path.read_text())
+
+
+def test_it_passes_where_all_was_done(tmp_path: Path) -> None:
+    from fastlora.bench.page import write_report
+
+    passed, content = passes("training", tmp_path)
+    assert passed
+    assert content["complete"] is True
+    (path,) = tmp_path.glob("*.json")
+    page = write_report(path)[0].read_text("utf-8")
+    # how the suites were timed that are not in it
+    assert "Training steps: wall time" in page
+    assert "CUDA graphs" not in page
+    assert "CUDA events" not in page
+
+
+def test_nothing_done_is_no_success(tmp_path: Path) -> None:
+    passed, content = passes("idle", tmp_path)
+    assert not passed
+    assert content["failed"] == [{"case": "a step", "error": "nothing was checked"}]
+    gpu = GpuCheck(tmp_path, budget=60.0, child=PROCESS, tell=lambda line: None)
+    gpu.run([])
+    assert not gpu.passed
+
+
+def test_a_process_that_leaves_without_a_word_is_told(tmp_path: Path) -> None:
+    passed, content = passes("leaving", tmp_path)
+    assert not passed
+    assert [each["what"] for each in content["exactness"]] == ["first", "after it"]
+    (failed,) = content["failed"]
+    assert failed["case"] == "left"
+    assert failed["error"].startswith("its process ended with exit code 0")
+
+
+def test_what_was_tuned_here_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path))
+    passed, content = passes("told", tmp_path)
+    assert passed
+    assert content["exactness"][0]["what"] != str(tmp_path)
+
+
+@pytest.mark.parametrize("given", ["83", "nan", "inf"])
+def test_a_budget_that_nothing_fits_in_is_refused(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--budget", given])
+    assert ended.value.code == 2
+    assert f"expected a --budget of 120 seconds at least, got {given}" in capsys.readouterr().err
+
+
 def test_it_does_not_pass(ran: tuple[dict[str, Any], GpuCheck, Path, float]) -> None:
     assert ran[0]["complete"] is False
     assert not ran[1].passed
@@ -121,18 +178,36 @@ def test_an_item_that_fails_leaves_the_others() -> None:
     assert list(work_through([Item("a", fails)], time.monotonic() - 1)) == [{"late": "a"}]
 
 
+def test_an_item_that_is_too_large_was_not_checked() -> None:
+    error = torch.OutOfMemoryError("tried to allocate 4 GiB")
+
+    def whole() -> Iterator[dict[str, Any]]:
+        yield {"row": 1}
+        raise error
+
+    def parts(*found: dict[str, Any]) -> list[Any]:
+        tiles = [failure("a tile", error), *found]
+        return list(work_through([Item("a", lambda: tiles)], time.monotonic() + 60))
+
+    told = {"case": "a", "error": "OutOfMemoryError: tried to allocate 4 GiB"}
+    assert list(work_through([Item("a", whole)], time.monotonic() + 60))[2:] == [{"failed": told}]
+    assert parts()[2]["failed"]["error"].startswith("not checked")
+    assert [list(each) for each in parts({"row": 1})] == [["begin"], ["left_out"], ["row"]]
+
+
 def test_a_process_takes_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     items = [Item(name, lambda name=name: [{"row": name}]) for name in "abcdef"]  # type: ignore[misc]
-    monkeypatch.setitem(child.STEPS, "layers", lambda device: items)
+    monkeypatch.setattr(child, "items_of", lambda step, device: items)
     path = tmp_path / "lines"
     assert child.main(["layers", f"--output={path}", "--share=1", "--of=2", "--skip=1"]) == 0
     told, *found = (json.loads(line) for line in path.read_text().splitlines())
     assert told == {"items": ["d", "f"]}
     assert found[1::2] == [{"row": "d"}, {"row": "f"}]
+    assert found[-1] == {"end": "layers"}
 
 
 def test_without_a_card_and_optional_packages(tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(WITHOUT)
+    (tmp_path / "sitecustomize.py").write_text(without(OPTIONAL))
     path = os.pathsep.join([str(tmp_path), *sys.path])
     done = subprocess.run(
         [sys.executable, "-m", "fastlora.bench.gpu_check", "--output", str(tmp_path / "out")],
@@ -143,6 +218,72 @@ def test_without_a_card_and_optional_packages(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: expected a CUDA or ROCm device"), done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_without_triton_the_first_look_says_so(tmp_path: Path) -> None:
+    code = f"""
+{without("triton")}
+import torch
+torch.cuda.is_available = lambda: True
+from fastlora.bench.gpu_check import child
+raise SystemExit(child.main(["preflight", "--output", {str(tmp_path / "lines")!r}]))
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "expected the package triton" in (tmp_path / "lines").read_text()
+
+
+def test_clocks_are_asked_of_the_gpu_that_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def run(command: list[str], **options: Any) -> SimpleNamespace:
+        asked.append(command)
+        return SimpleNamespace(stdout="550.1, 1000 MHz\n")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="12-ab"))
+    monkeypatch.setattr(subprocess, "run", run)
+    assert results_file.gpu_clocks() == {"driver_version": "550.1", "clocks.sm": "1000 MHz"}
+    assert asked[0][-1] == "--id=GPU-12-ab"
+
+
+@pytest.mark.parametrize(("warm_ms", "calls"), [(1.0, 10), (0.01, 50), (80.0, 3)])
+def test_a_series_is_as_long_as_warm_calls_are_short(
+    warm_ms: float, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, made = [0.0], list[float]()
+
+    def step() -> tuple[()]:
+        made.append(warm_ms if made else 5000.0)
+        now[0] += made[-1] / 1e3
+        return ()
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(clocks, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    clock = clocks.make_calls_clock(step)
+    made.clear()
+    made.append(0.0)
+    assert clock(step) == pytest.approx(warm_ms)
+    assert len(made) - 1 == calls
+
+
+def test_only_other_packages_may_fail_to_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def captured(step: Any, device: torch.device) -> Any:
+        step()
+        return SimpleNamespace(replay=step)
+
+    def fails() -> Any:
+        raise RuntimeError("not while capturing")
+
+    monkeypatch.setattr(layers, "captured", captured)
+    works: Any = lambda: ()  # noqa: E731
+    made, failed = layers._graphs({"frozen": works, "peft": fails, "fastlora": works}, torch.device("cpu"))
+    assert list(made) == ["frozen", "fastlora"]
+    assert failed == {"peft": "RuntimeError: not while capturing"}
+    for name in ("frozen", "reference", "fastlora"):
+        with pytest.raises(RuntimeError, match="not while capturing"):
+            layers._graphs({name: fails}, torch.device("cpu"))
 
 
 def test_a_first_look_that_crashes_is_told(tmp_path: Path) -> None:
