@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.interop._peft_linear import FusedLinear
+from fastlora.interop._peft_fused import Fused
 
 IN, OUT = 32, 12
 
@@ -58,7 +58,7 @@ def layer_of(model: Any) -> Any:
 def is_fused(model: Any, x: Tensor) -> bool:
     """Whether a call of the one LoRA layer runs on the fused op."""
     layer = layer_of(model)
-    return isinstance(layer, FusedLinear) and layer._parts(x) is not None
+    return isinstance(layer, Fused) and layer._parts(x) is not None
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> Tensor:

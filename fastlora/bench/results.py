@@ -132,7 +132,6 @@ class Results:
         failed: Cases that did not, with their errors.
         rows: The cases.
         exactness: What a check of a card has compared with float64.
-        checks_card: Whether ``make gpu-check`` made it, which times its suites in ways of their own.
     """
 
     device: str
@@ -142,7 +141,6 @@ class Results:
     failed: tuple[Mapping[str, str], ...]
     rows: tuple[Row, ...]
     exactness: tuple[Mapping[str, Any], ...] = ()
-    checks_card: bool = False
 
     @property
     def was_busy(self) -> bool:
@@ -218,7 +216,6 @@ def _results(content: Any, where: str) -> Results:
         complete=bool(content.get("complete", True)),
         failed=tuple(content.get("failed", ())),
         exactness=tuple(content.get("exactness", ())),
-        checks_card="exactness" in content,
         rows=tuple(_row(row, f"{where}: row {number}") for number, row in enumerate(rows)),
     )
 

@@ -9,17 +9,22 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from fastlora._core.checks import FLOATING_DTYPES
+from fastlora.ops.weights.frozen import FrozenWeight
+from fastlora.ops.weights.read import frozen_weight
 
 # types of tensors that are their values: no quantised, sharded, nested or masked ones
 PLAIN: frozenset[type] = frozenset({Tensor, nn.Parameter})
 
 _Kinds = Mapping[type[nn.Module], Any]
 _Found = tuple[Tensor, Tensor | None]
+_Base = tuple[Tensor | FrozenWeight, Tensor | None]
 
 # the classes that PEFT puts in with what they compute, so that whoever patches one of these is noticed
 _LINEAR: _Kinds = {nn.Linear: nn.Linear.forward}
 _DROPOUT: _Kinds = {nn.Identity: nn.Identity.forward, nn.Dropout: nn.Dropout.forward}
 _DORA: _Kinds = {DoraLinearLayer: DoraLinearLayer.forward}
+# quantised layers, whose libraries are not imported for their sake: as they were when the first one was met
+_QUANTISED: dict[type[nn.Module], Any] = {}
 
 
 class Adapter(NamedTuple):
@@ -45,7 +50,7 @@ class Adapter(NamedTuple):
 class Parts(NamedTuple):
     """Weight ``[out, in]`` and bias of the base layer, and its adapters."""
 
-    weight: Tensor
+    weight: Tensor | FrozenWeight
     bias: Tensor | None
     adapters: list[Adapter]
 
@@ -56,11 +61,11 @@ def read(layer: Any, names: Collection[str], *, accepted: Collection[type] = PLA
     Runs on every call: it goes past ``nn.Module.__getattr__``, and writes no text unless it has a reason.
 
     Args:
-        layer: PEFT's ``lora.Linear``.
+        layer: PEFT's LoRA layer around a linear one.
         names: Names of the layer's adapters that take part.
-        accepted: Types of weights.
+        accepted: Types of dense weights.
     """
-    base = _linear("base_layer", layer._modules["base_layer"], accepted)
+    base = _base(layer._modules["base_layer"], accepted)
     if isinstance(base, str):
         return base
     adapters = []
@@ -68,8 +73,29 @@ def read(layer: Any, names: Collection[str], *, accepted: Collection[type] = PLA
         adapter = _adapter(layer, name, accepted)
         if isinstance(adapter, str):
             return adapter
+        if adapter.magnitude is not None and isinstance(base[0], FrozenWeight):
+            return "DoRA beside a quantised weight"
         adapters.append(adapter)
     return Parts(*base, adapters)
+
+
+def _base(module: Any, accepted: Collection[type]) -> _Base | str:
+    """Weight and bias of the base layer, the weight dense or as its quantiser stores it."""
+    stored = module._parameters.get("weight")
+    # FSDP1's are no parameters
+    if type(module) is nn.Linear and (stored is None or type(stored) in accepted):
+        return _linear("base_layer", module, accepted)
+    weight = frozen_weight(module)
+    if isinstance(weight, str):
+        return _linear("base_layer", module, accepted) if type(module) is nn.Linear else f"on {weight}"
+    kind = type(module)
+    if kind not in _QUANTISED:
+        _QUANTISED[kind] = kind.forward
+    bias = module.bias
+    reason = _changed("base_layer", module, _QUANTISED)
+    if reason is None and bias is not None:
+        reason = _strange("base_layer", bias, accepted)
+    return reason or (weight, bias)
 
 
 def _adapter(layer: Any, name: str, accepted: Collection[type]) -> Adapter | str:

@@ -7,6 +7,7 @@ from torch import nn
 
 from fastlora._core.extras import require
 from fastlora._core.log import logger
+from fastlora.ops.weights.repacking import keep_as_stored, let_rewrite
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -19,10 +20,16 @@ def accelerate(model: Model) -> Model:
     fused too. Float32 adapters beside 16-bit weights are rounded to these for the products, as autocast does.
     Of dropout the masks are others than PEFT's for the same seed.
 
-    Served are LoRA, rsLoRA, DoRA and ``lora_bias`` on ``nn.Linear``; other layers (a quantised base, a
-    convolution, other variants, hooks or other classes inside) stay PEFT's and are told by one warning on the
-    logger ``fastlora``. What changes afterwards counts from the next call on: a call of which the fused op
-    would pass something over is PEFT's own. Calling this again counts the layers again.
+    Served are LoRA, rsLoRA, DoRA and ``lora_bias`` on ``nn.Linear``, and all but DoRA on bitsandbytes' 4-bit
+    layers (NF4 and FP4); other layers (a convolution, other quantisers or variants, hooks or other classes
+    inside) stay PEFT's and are told by one warning on the logger ``fastlora``. What changes afterwards counts
+    from the next call on: a call of which the fused op would pass something over is PEFT's own. Calling this
+    again counts the layers again.
+
+    A quantised weight becomes dense for its product alone. A call is fused where the layer computes in x's
+    dtype, or in autocast's: give 4-bit layers the ``bnb_4bit_compute_dtype`` that you train in. Merging is
+    PEFT's own: it quantises the merged weight anew, and warns. Where bitsandbytes rewrites 4-bit weights in
+    an evaluation pass (CPUs with AVX512-BF16), after which they give no gradient, that is switched off.
 
     Args:
         model: With PEFT's LoRA layers anywhere inside.
@@ -32,7 +39,8 @@ def accelerate(model: Model) -> Model:
 
     Raises:
         ImportError: PEFT is not installed.
-        ValueError: There are no LoRA layers of PEFT in it.
+        ValueError: There are no LoRA layers of PEFT in it, or bitsandbytes has rewritten 4-bit weights in it
+            for inference; nothing is changed then.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -47,14 +55,15 @@ def accelerate(model: Model) -> Model:
             f"expected a model with LoRA layers of PEFT, got {type(model).__name__} without any; make one "
             "with peft.get_peft_model(model, LoraConfig(...)), or take fastlora.apply_lora"
         )
+    keep_as_stored(model)
     left: Counter[str] = Counter()
     for layer in layers:
         reason = linear.why_not(layer)
         if reason is not None:
             left[reason] += 1
             linear.unfuse(layer)
-        elif type(layer) is linear.Linear:
-            layer.__class__ = linear.FusedLinear
+        else:
+            linear.fuse(layer)
     if left:
         told = ", ".join(f"{count} {reason}" for reason, count in sorted(left.items()))
         logger.warning("%d of %d LoRA layers run fused; left to PEFT: %s", _fused(layers), len(layers), told)
@@ -73,6 +82,7 @@ def restore(model: Model) -> Model:
     linear = _layers()
     for layer in _peft_layers(model):
         linear.unfuse(layer)
+    let_rewrite(model)
     return model
 
 
@@ -89,5 +99,5 @@ def _peft_layers(model: nn.Module) -> list[Any]:
 
 
 def _fused(layers: list[Any]) -> int:
-    kind = _layers().FusedLinear
+    kind = _layers().Fused
     return sum(isinstance(layer, kind) for layer in layers)

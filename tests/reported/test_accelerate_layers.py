@@ -94,8 +94,8 @@ def test_layers_are_counted_by_reason(caplog: pytest.LogCaptureFixture) -> None:
     hooked("lora_A")(model.base_model.model[3])
     fastlora.accelerate(model)
     assert caplog.messages == [
-        "2 of 5 LoRA layers run fused; left to PEFT: 2 lora.Linear on Reversed, "
-        "1 lora.Linear with hooks on lora_A"
+        "2 of 5 LoRA layers run fused; left to PEFT: 2 lora.Linear on Reversed, which is no "
+        "quantised layer that is known, 1 lora.Linear with hooks on lora_A"
     ]
 
 
