@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
-# VENV= runs on what is installed beside $(PYTHON), and asks no index
+# make bench-gpu VENV= runs on what is installed beside $(PYTHON), and asks no index
 ifeq ($(VENV),)
 RUN := PYTHONPATH=.:kernels $(PYTHON) -m
 installed =
@@ -49,9 +49,9 @@ bench-gpu: $(call installed,dev)
 		{ echo "fastlora tune failed (its message stands above); nothing was benchmarked" >&2; exit 1; }
 	$(SUITE) -m gpu
 
-# torch and Triton will do
+# torch and Triton will do: no .venv is made, one that is there is preferred
 gpu-check:
-	PYTHONPATH=.:kernels $(PYTHON) -m fastlora.bench.gpu_check --output benchmarks/results
+	PYTHONPATH=.:kernels $(or $(if $(VENV),$(wildcard $(VENV)/bin/python)),$(PYTHON)) -m fastlora.bench.gpu_check --output benchmarks/results
 
 results: $(VENV)/.installed-results
 	$(RUN) benchmarks.transfer_results

@@ -52,7 +52,7 @@ PREFLIGHT = {
     }
 }
 PREDICTED = {"predicted_ms": {"frozen": 0.9, "fastlora": 1.2}, "host_ms": {"fastlora": 0.1}}
-# by step, the items in their order: a name, then what is found or done
+# by step, the items in their order: a name, then what is found or done; some steps only for one test
 SCENARIO: dict[str, list[tuple[str, list[Any]]]] = {
     "preflight": [("preflight", [PREFLIGHT])],
     # every second one is the first process's: it crashes in its second item, the third is not lost
@@ -69,6 +69,9 @@ SCENARIO: dict[str, list[tuple[str, list[Any]]]] = {
         ("behind it", [row("eager", "never measured")]),
     ],
     "training": [("model", [row("steps", "a model", m=None, k=None, n=None, **{"pass": "step"})])],
+    "idle": [],
+    "leaving": [("first", [outcome("first")]), ("left", ["leave"]), ("after it", [outcome("after it")])],
+    "told": [("cache", ["cache"])],
 }
 
 
@@ -85,14 +88,20 @@ def main() -> None:
         file.write(json.dumps({"items": [name for name, _ in mine]}) + "\n")
         for name, found in mine:
             for each in [{"begin": name}, *found]:
-                if each == "crash":
+                if each == "leave":
+                    os._exit(0)
+                elif each == "crash":
                     print("an illegal address, say", file=sys.stderr, flush=True)
                     os.kill(os.getpid(), signal.SIGSEGV)
+                elif each == "cache":
+                    cache = os.environ["FASTLORA_CACHE"]
+                    file.write(json.dumps(outcome(cache, right=not os.path.exists(cache))) + "\n")
                 elif each == "hang":
                     time.sleep(600)
                 else:
                     file.write(json.dumps(each) + "\n")
                     file.flush()
+        file.write(json.dumps({"end": given.step}) + "\n")
 
 
 if __name__ == "__main__":

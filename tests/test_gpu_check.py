@@ -9,28 +9,18 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton", reason="the check is of the kernels")
 
-from fastlora.bench.gpu_check import child, exactness, other_ops, processes
-from fastlora.bench.gpu_check.__main__ import check
-from fastlora.bench.gpu_check.comparing import equality, outcome
-from fastlora.bench.gpu_check.interpreted_mask import mask_by_interpreter
-from fastlora.bench.gpu_check.items import Item, work_through
-from fastlora.bench.gpu_check.run import STEPS, GpuCheck, NothingToCheckError
+from fastlora.bench.gpu_check import child, processes
+from fastlora.bench.gpu_check.__main__ import check, main
+from fastlora.bench.gpu_check.items import Item, failure, work_through
+from fastlora.bench.gpu_check.run import STEPS, GpuCheck, NothingToCheckError, Step
 from fastlora.bench.gpu_check.summary import summary
-from fastlora.ops import lora_triton
-from fastlora.ops.prepared import Memory
-from fastlora.tuning.calls import LayerCall
-from fastlora_kernels.lora.forward import lora_forward
-from tests.cases import full
-from tests.tuning_models import CALL, device, pretend
 
 ROOT = Path(__file__).parents[1]
 PROCESS = (sys.executable, str(ROOT / "tests" / "gpu_check_process.py"))
@@ -39,14 +29,17 @@ OPTIONAL = """
 accelerate jinja2 matplotlib packaging peft PIL platformdirs pytest rich safetensors timm tomli_w torchvision
 transformers typer
 """
-# finds what is installed but for these
-WITHOUT = f"""
+
+
+def without(packages: str) -> str:
+    """Python that finds what is installed but for these."""
+    return f"""
 import sys
 from importlib.machinery import PathFinder
 class Without(PathFinder):
     @classmethod
     def find_spec(cls, name, *rest):
-        return None if name.split(".")[0] in {OPTIONAL.split()} else super().find_spec(name, *rest)
+        return None if name.split(".")[0] in {packages.split()} else super().find_spec(name, *rest)
 sys.meta_path[:] = [Without if finder is PathFinder else finder for finder in sys.meta_path]
 """
 
@@ -87,6 +80,59 @@ def test_what_crashes_too_often_is_given_up(tmp_path: Path, monkeypatch: pytest.
     assert [each["late"] for each in found if "late" in each] == ["after it"]
 
 
+def passes(step: str, tmp_path: Path) -> tuple[bool, dict[str, Any]]:
+    gpu = GpuCheck(tmp_path, budget=60.0, child=PROCESS, tell=lambda line: None)
+    path = gpu.run([Step(step, "a step", 1.0)])
+    return gpu.passed, json.loads(path.read_text())
+
+
+def test_it_passes_where_all_was_done(tmp_path: Path) -> None:
+    from fastlora.bench.page import write_report
+
+    passed, content = passes("training", tmp_path)
+    assert passed
+    assert content["complete"] is True
+    (path,) = tmp_path.glob("*.json")
+    page = write_report(path)[0].read_text("utf-8")
+    # how the suites were timed that are not in it
+    assert "Training steps: wall time" in page
+    assert "CUDA graphs" not in page
+    assert "CUDA events" not in page
+
+
+def test_nothing_done_is_no_success(tmp_path: Path) -> None:
+    passed, content = passes("idle", tmp_path)
+    assert not passed
+    assert content["failed"] == [{"case": "a step", "error": "nothing was checked"}]
+    gpu = GpuCheck(tmp_path, budget=60.0, child=PROCESS, tell=lambda line: None)
+    gpu.run([])
+    assert not gpu.passed
+
+
+def test_a_process_that_leaves_without_a_word_is_told(tmp_path: Path) -> None:
+    passed, content = passes("leaving", tmp_path)
+    assert not passed
+    assert [each["what"] for each in content["exactness"]] == ["first", "after it"]
+    (failed,) = content["failed"]
+    assert failed["case"] == "left"
+    assert failed["error"].startswith("its process ended with exit code 0")
+
+
+def test_what_was_tuned_here_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path))
+    passed, content = passes("told", tmp_path)
+    assert passed
+    assert content["exactness"][0]["what"] != str(tmp_path)
+
+
+@pytest.mark.parametrize("given", ["83", "nan", "inf"])
+def test_a_budget_that_nothing_fits_in_is_refused(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--budget", given])
+    assert ended.value.code == 2
+    assert f"expected a --budget of 120 seconds at least, got {given}" in capsys.readouterr().err
+
+
 def test_it_does_not_pass(ran: tuple[dict[str, Any], GpuCheck, Path, float]) -> None:
     assert ran[0]["complete"] is False
     assert not ran[1].passed
@@ -121,18 +167,36 @@ def test_an_item_that_fails_leaves_the_others() -> None:
     assert list(work_through([Item("a", fails)], time.monotonic() - 1)) == [{"late": "a"}]
 
 
+def test_an_item_that_is_too_large_was_not_checked() -> None:
+    error = torch.OutOfMemoryError("tried to allocate 4 GiB")
+
+    def whole() -> Iterator[dict[str, Any]]:
+        yield {"row": 1}
+        raise error
+
+    def parts(*found: dict[str, Any]) -> list[Any]:
+        tiles = [failure("a tile", error), *found]
+        return list(work_through([Item("a", lambda: tiles)], time.monotonic() + 60))
+
+    told = {"case": "a", "error": "OutOfMemoryError: tried to allocate 4 GiB"}
+    assert list(work_through([Item("a", whole)], time.monotonic() + 60))[2:] == [{"failed": told}]
+    assert parts()[2]["failed"]["error"].startswith("not checked")
+    assert [list(each) for each in parts({"row": 1})] == [["begin"], ["left_out"], ["row"]]
+
+
 def test_a_process_takes_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     items = [Item(name, lambda name=name: [{"row": name}]) for name in "abcdef"]  # type: ignore[misc]
-    monkeypatch.setitem(child.STEPS, "layers", lambda device: items)
+    monkeypatch.setattr(child, "items_of", lambda step, device: items)
     path = tmp_path / "lines"
     assert child.main(["layers", f"--output={path}", "--share=1", "--of=2", "--skip=1"]) == 0
     told, *found = (json.loads(line) for line in path.read_text().splitlines())
     assert told == {"items": ["d", "f"]}
     assert found[1::2] == [{"row": "d"}, {"row": "f"}]
+    assert found[-1] == {"end": "layers"}
 
 
 def test_without_a_card_and_optional_packages(tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(WITHOUT)
+    (tmp_path / "sitecustomize.py").write_text(without(OPTIONAL))
     path = os.pathsep.join([str(tmp_path), *sys.path])
     done = subprocess.run(
         [sys.executable, "-m", "fastlora.bench.gpu_check", "--output", str(tmp_path / "out")],
@@ -145,99 +209,25 @@ def test_without_a_card_and_optional_packages(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_without_triton_the_first_look_says_so(tmp_path: Path) -> None:
+    code = f"""
+{without("triton")}
+import torch
+torch.cuda.is_available = lambda: True
+from fastlora.bench.gpu_check import child
+raise SystemExit(child.main(["preflight", "--output", {str(tmp_path / "lines")!r}]))
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "expected the package triton" in (tmp_path / "lines").read_text()
+
+
 def test_a_first_look_that_crashes_is_told(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "raise SystemExit('no driver')"]
     with pytest.raises(NothingToCheckError, match="exit code 1: no driver"):
         GpuCheck(tmp_path, child=command).run()
     assert check(GpuCheck(tmp_path, child=command), []) == 2
-
-
-def test_what_is_allowed() -> None:
-    exact = torch.randn(64, 64, dtype=torch.float64)
-    eager = exact.bfloat16()
-    assert outcome("c", "w", [eager], [eager], [exact], 64)["outcome"]["right"]
-    off = (exact * (1 + 3 * torch.finfo(torch.bfloat16).eps)).bfloat16()
-    wrong = outcome("c", "w", [eager, off], [eager, eager], [exact, exact], 64)["outcome"]
-    assert not wrong["right"]
-    assert wrong["error"] > wrong["allowed"] > wrong["eager_error"] > 0
-    both = ([eager * float("nan"), eager], [eager, eager], [exact, exact])
-    nothing = outcome("c", "w", *both, 64)["outcome"]
-    assert not nothing["right"]
-    # JSON has no NaN
-    assert nothing["error"] is None
-    # one rounding of a sum in float32 for each of its terms
-    close = exact.float() * (1 + 20 * torch.finfo(torch.float32).eps)
-    assert outcome("c", "w", [close], [exact.float()], [exact], 64)["outcome"]["right"]
-    assert not outcome("c", "w", [close], [exact.float()], [exact], 8)["outcome"]["right"]
-    assert equality("c", "w", eager, off)["outcome"]["right"] is False
-
-
-@pytest.fixture
-def card(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Where kernels compute, with the tiles of a small card where that is the interpreter."""
-    if kernel_device.type == "cpu":
-        pretend(monkeypatch)
-    monkeypatch.setattr(exactness, "STRIDED", (33, 32, 48))
-    monkeypatch.setattr(exactness, "MANY_ROWS", 40)
-    return device()
-
-
-def outcomes(found: Iterator[Any]) -> list[dict[str, Any]]:
-    return [each["outcome"] for each in found]
-
-
-def assert_right(found: list[dict[str, Any]], least: int) -> None:
-    assert [each for each in found if not each["right"]] == []
-    assert len(found) >= least
-
-
-@pytest.mark.parametrize("part", ["forward", full("backward")])
-def test_every_path_is_compared(part: Any, card: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert_right(outcomes(exactness.lora_paths(part, CALL, card)), least=4)
-
-    def wrong(x: Tensor, *rest: Any, **more: Any) -> None:
-        lora_forward(x * 1.05, *rest, **more)
-
-    if part == "forward":
-        monkeypatch.setattr(lora_triton, "lora_forward", wrong)
-        Memory.forget_all()
-        found = outcomes(exactness.lora_paths("forward", CALL, card))
-        assert {each["what"].split()[0] for each in found if not each["right"]} == {"split"}
-
-
-def test_masks_are_those_of_the_interpreter(card: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = LayerCall(20, 70, 16, 16, 0.5, "float16")
-    with monkeypatch.context() as compiling:
-        compiling.delenv("TRITON_INTERPRET", raising=False)
-        drawn = mask_by_interpreter(call)
-    monkeypatch.setattr(exactness, "mask_by_interpreter", lambda call: drawn)
-    assert_right(outcomes(exactness.masks(call, card)), least=3)
-    monkeypatch.setattr(exactness, "mask_by_interpreter", lambda call: drawn ^ 1)
-    assert outcomes(exactness.masks(call, card))[0]["right"] is False
-
-
-def test_strides_and_huge_outputs_are_compared(card: torch.device) -> None:
-    assert_right(outcomes(exactness.strides(card)), least=12)
-    assert_right(outcomes(exactness.huge(CALL, card)), least=2)
-
-
-def test_replays_are_compared(card: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there are no graphs, calling stands for a replay; one that does nothing is told."""
-    monkeypatch.setattr(exactness, "captured", lambda work, device: SimpleNamespace(replay=work))
-    monkeypatch.setattr(torch, "compile", lambda layer, **options: layer)
-    assert_right(outcomes(exactness.replays(0.0, card)), least=3)
-    assert_right(outcomes(exactness.replays(0.5, card)), least=1)
-    monkeypatch.setattr(exactness, "captured", lambda work, device: SimpleNamespace(replay=lambda: None))
-    found = [*outcomes(exactness.replays(0.0, card)), *outcomes(exactness.replays(0.5, card))]
-    assert {each["what"] for each in found if not each["right"]} == {"a replay", "another mask"}
-
-
-def test_dora_and_adapters_are_compared(card: torch.device) -> None:
-    sizes: Any = (33, 48, 32, 5, torch.float16, 0.25)
-    assert_right(outcomes(other_ops.dora("DoRA", card, *sizes)), least=2)
-    for residual in ("input", "tensor", None):
-        adapter: Any = (33, 48, 16, torch.float16, 0.25, "gelu", residual)
-        assert_right(outcomes(other_ops.adapter("adapter", card, *adapter)), least=1)
 
 
 @pytest.mark.full

@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,16 @@ def test_a_candidate_that_fails_is_left_out(
     assert all(type(error).__name__ in each.reason and len(each.reason) < 500 for each in left_out)
     assert all(each.reason.endswith(str(error)[-10:]) for each in left_out)
     assert not any(name.startswith("single") for name in found.microseconds["forward"])
+
+
+@pytest.mark.usefixtures("card")
+def test_eager_that_fails_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "run_eager", raising(torch.OutOfMemoryError("CUDA out of memory")))
+    found, _ = tuned_call(CALL, counting_timer(1, 1))
+    assert list(found.microseconds["step"]) == ["fused"]
+    # JSON has no infinity
+    json.dumps(asdict(found), allow_nan=False)
+    assert tune._cells(found, "graph", found.in_graph)[-2:] == ["", ""]
 
 
 @pytest.mark.usefixtures("card")

@@ -177,6 +177,15 @@ def interpreter_enabled() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def untuned_environment(folder: Path) -> dict[str, str]:
+    """The environment of a process for which nothing was measured: as this one's is, with another cache.
+
+    Args:
+        folder: The cache's: an empty one, or none yet.
+    """
+    return os.environ | {"FASTLORA_CACHE": str(folder)}
+
+
 def interpreter_environment() -> dict[str, str]:
     """This process's environment, with Triton's interpreter switched on, for a child process."""
     return os.environ | {"TRITON_INTERPRET": "1"}

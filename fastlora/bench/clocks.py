@@ -11,7 +11,7 @@ from fastlora.bench.turns import Clock, Step
 LEAST_FLUSH_BYTES = 256 * 2**20
 # so long a series of calls takes at least, in ms: the wait at its end is nothing beside it
 _SERIES_MS = 10.0
-_MOST_CALLS = 50
+_LEAST_CALLS, _MOST_CALLS = 3, 50
 
 
 def make_gpu_clock() -> Clock:
@@ -33,16 +33,21 @@ def make_gpu_clock() -> Clock:
     return clock
 
 
-def make_calls_clock(longest_ms: float) -> Clock:
+def make_calls_clock(usual: Step) -> Clock:
     """A clock of calls one after another, as a training loop makes them: the host's time or the GPU's.
 
     Whichever is longer shows, because a host that is ahead launches while the GPU computes.
 
     Args:
-        longest_ms: About what a call takes, in ms.
+        usual: A step whose time says how many calls a series takes; it is called a few times.
     """
-    calls = min(_MOST_CALLS, max(3, math.ceil(_SERIES_MS / longest_ms)))
+    # the first call compiles
+    usual()
+    about_ms = _calls_clock(_LEAST_CALLS)(usual)
+    return _calls_clock(min(_MOST_CALLS, max(_LEAST_CALLS, math.ceil(_SERIES_MS / about_ms))))
 
+
+def _calls_clock(calls: int) -> Clock:
     def clock(step: Step) -> float:
         torch.cuda.synchronize()
         start = time.perf_counter()

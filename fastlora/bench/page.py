@@ -37,6 +37,12 @@ _SENTENCES = {
     ("adapters", "forward_backward"): ("That of a bottleneck adapter", "six bare products"),
     ("steps", "step"): ("A whole training step", "frozen model"),
 }
+# how a check of a card times its suites
+_CHECK_TIMES = {
+    EAGER_MODE: "One after another: wall time of calls in eager mode, the host's part included.",
+    GRAPHS: "As CUDA graphs: GPU time, the L2 cache overwritten before each replay.",
+    "steps": "Training steps: wall time of steps one after another, the host's part included.",
+}
 # sharp enough on a screen, small enough for a repository
 _DPI, _COLOURS = 110, 128
 
@@ -93,6 +99,9 @@ def render(results: Results, predictions: Predictions | None, pictures: Mapping[
         gains=gains(results),
         summary=summary(results),
         losses=results.losses(),
+        check_times=[
+            told for suite, told in _CHECK_TIMES.items() if suite in {r.suite for r in results.timed}
+        ],
         compared=sum(_rivals(row) for row in results.timed),
         measured_roof=bool(measured_rows(results)),
         tables=[(heading, *_table(results, suite)) for suite, heading in SUITES.items()],

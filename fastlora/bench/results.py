@@ -132,6 +132,7 @@ class Results:
         failed: Cases that did not, with their errors.
         rows: The cases.
         exactness: What a check of a card has compared with float64.
+        checks_card: Whether ``make gpu-check`` made it, which times its suites in ways of their own.
     """
 
     device: str
@@ -141,6 +142,7 @@ class Results:
     failed: tuple[Mapping[str, str], ...]
     rows: tuple[Row, ...]
     exactness: tuple[Mapping[str, Any], ...] = ()
+    checks_card: bool = False
 
     @property
     def was_busy(self) -> bool:
@@ -216,6 +218,7 @@ def _results(content: Any, where: str) -> Results:
         complete=bool(content.get("complete", True)),
         failed=tuple(content.get("failed", ())),
         exactness=tuple(content.get("exactness", ())),
+        checks_card="exactness" in content,
         rows=tuple(_row(row, f"{where}: row {number}") for number, row in enumerate(rows)),
     )
 

@@ -106,11 +106,14 @@ def slug(name: str) -> str:
 
 
 def gpu_clocks() -> dict[str, str] | str:
-    """Driver, clocks, power limit and temperature as ``nvidia-smi`` tells them, or why they are unknown."""
-    command = ["nvidia-smi", f"--query-gpu={_CLOCKS}", "--format=csv,noheader", "--id=0"]
+    """The current GPU's driver, clocks, power limit and temperature by ``nvidia-smi``, or why unknown."""
     try:
+        # its number here is another one there where CUDA_VISIBLE_DEVICES hides or reorders some
+        gpu = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+        command = ["nvidia-smi", f"--query-gpu={_CLOCKS}", "--format=csv,noheader", f"--id={gpu}"]
         told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError) as error:
+    # torch without CUDA asserts that it has it; a GPU that is lost raises RuntimeErrors
+    except (OSError, subprocess.SubprocessError, AssertionError, RuntimeError) as error:
         return f"unknown ({type(error).__name__})"
     return dict(zip(_CLOCKS.split(","), (value.strip() for value in told.split(",")), strict=False))
 

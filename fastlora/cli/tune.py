@@ -189,7 +189,7 @@ def _cells(record: "Record", run: str, won: "Winners") -> list[str]:
     from fastlora.tuning.search import name_of
 
     shape, step = record.shape, won.microseconds["step"]
-    best = min(step.values())
+    best, eager = min(step.values()), step.get("eager")
     return [
         f"{shape.m} × {shape.k} × {shape.n}",
         str(shape.r),
@@ -199,6 +199,6 @@ def _cells(record: "Record", run: str, won: "Winners") -> list[str]:
         name_of(won.forward),
         name_of(won.backward),
         f"{best:,.0f}",
-        f"{step['eager']:,.0f}",
-        f"{step['eager'] / best:.2f}×",
+        "" if eager is None else f"{eager:,.0f}",
+        "" if eager is None else f"{eager / best:.2f}×",
     ]

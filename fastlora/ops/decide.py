@@ -68,6 +68,7 @@ def decide_lora(
     dora: bool = False,
     training: bool = True,
     quantised: bool = False,
+    in_graph: bool = False,
 ) -> Decision:
     """How a call of LoRA's or DoRA's linear op is computed.
 
@@ -80,6 +81,7 @@ def decide_lora(
         dora: Whether every output is multiplied by a factor.
         training: Whether the layer trains.
         quantised: Whether the weight becomes dense for this call; the eager formula would keep it so.
+        in_graph: Whether to decide as for a CUDA graph, while none is made.
 
     Raises:
         ValueError: The backend that was asked for can't serve the call.
@@ -107,11 +109,12 @@ def decide_lora(
         return WITHOUT_PATHS["triton"]
     shape = Shape(m=x.shape[:-1].numel(), n=n, k=k, r=r, aligned=aligned)
     eager = automatic and not (dora or quantised)
-    if eager and kernel_paths.prefers_eager(shape, dtype, x.device, dropping=dropping):
+    call: Any = {"dropping": dropping, "in_graph": in_graph}
+    if eager and kernel_paths.prefers_eager(shape, dtype, x.device, **call):
         return WITHOUT_PATHS["reference"]
-    forward = kernel_paths.choose("forward", shape, dtype, x.device, dropping=dropping, dora=dora)
+    forward = kernel_paths.choose("forward", shape, dtype, x.device, dora=dora, **call)
     # by then the factor is taken off the gradient
-    backward = kernel_paths.choose("backward", shape, dtype, x.device, dropping=dropping)
+    backward = kernel_paths.choose("backward", shape, dtype, x.device, **call)
     return Decision("triton", Paths(shape, forward, backward), {})
 
 

@@ -14,7 +14,7 @@ from fastlora._core import backend as _backend
 from fastlora._core.checks import check_compute_dtype, check_lora_linear, check_magnitude
 from fastlora.ops import dora_torch
 from fastlora.ops.decide import WITHOUT_PATHS, Decision, decide_lora
-from fastlora.ops.lora_linear import Call, keep_layer, layer_gradients
+from fastlora.ops.lora_linear import Call, keep_layer, layer_gradients, load_for_graphs
 from fastlora.ops.lora_passes import fake_forward
 from fastlora.ops.prepared import Memory, signature
 from fastlora.ops.runtime import (
@@ -83,7 +83,7 @@ def dora_linear(
     key = signature(*layer, magnitude, settings=(scaling, dropout, training))
     arguments = (*layer, magnitude, scaling, dropout, training)
     # a compiled graph would be guarded by all that is remembered
-    call = _decide(*arguments) if key is None else _known.of(key, _decide, *arguments)
+    call = _decide(*arguments) if key is None else _known.of(key, _decide_and_load, *arguments)
     if call.decision.backend == "reference":
         options: dict[str, Any] = {"scaling": scaling, "dropout": dropout, "training": training}
         return reference.dora_linear(
@@ -112,6 +112,8 @@ def _decide(
     scaling: float,
     dropout: float,
     training: bool,
+    *,
+    in_graph: bool = False,
 ) -> Call:
     check_lora_linear(x, weight, bias, lora_A, lora_B, scaling=scaling, dropout=dropout)
     check_magnitude(magnitude, weight)
@@ -120,10 +122,19 @@ def _decide(
         check_compute_dtype(x, weight, bias)
         dtype = x.dtype
     dropping = training and 0 < dropout < 1
-    decision = decide_lora(x, weight, lora_A, dtype, dropping=dropping, dora=True)
+    given = (x, weight, lora_A, dtype)
+    decision = decide_lora(*given, dropping=dropping, dora=True, in_graph=in_graph)
     # where nothing is kept a factor of zero does it, without a mask; the norm is of the whole sum
     factor = 0.0 if training and dropout == 1 else float(scaling)
     return Call(dtype, factor, float(dropout) if dropping else 0.0, decision)
+
+
+def _decide_and_load(*arguments: Any) -> Call:
+    """What is known of a call that was not made before; a CUDA graph of it finds its kernels loaded."""
+    call = _decide(*arguments)
+    # measured is its backward pass alone, which is LoRA's
+    load_for_graphs(call, lambda: _decide(*arguments, in_graph=True), *arguments[:5])
+    return call
 
 
 @torch.no_grad()

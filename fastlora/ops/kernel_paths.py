@@ -27,9 +27,11 @@ def has_adapter_kernels(
     return paths.has_adapter_kernels(shape, dtype, targets.detect(device))
 
 
-def prefers_eager(shape: Shape, dtype: torch.dtype, device: torch.device, *, dropping: bool) -> bool:
+def prefers_eager(
+    shape: Shape, dtype: torch.dtype, device: torch.device, *, dropping: bool, in_graph: bool = False
+) -> bool:
     """Whether the eager formula was measured to be the fastest for this LoRA call."""
-    won = _measured(shape, dtype, device, dropping=dropping)
+    won = _measured(shape, dtype, device, dropping=dropping, in_graph=in_graph)
     return won is not None and won.forward.path == tuned.REFERENCE
 
 
@@ -51,8 +53,8 @@ def choose(
     """Path and tile of one pass of a LoRA call.
 
     Never the library's path where the kernels were asked for by name, or with dropout, whose mask the library
-    would keep in another form. ``in_graph`` says that a compiled graph calls, so that the host's time counts
-    as little as in a CUDA graph, which is noticed here.
+    would keep in another form. ``in_graph`` says that the host's time does not count, as where a compiled
+    graph calls; a CUDA graph that is being made is noticed here.
     """
     won = None if dora else _measured(shape, dtype, device, dropping=dropping, in_graph=in_graph)
     choice = None if won is None else (won.forward if part == "forward" else won.backward)

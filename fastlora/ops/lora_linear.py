@@ -4,7 +4,7 @@ Beneath the Function stand the two ops of :mod:`fastlora.ops.lora_passes`; for q
 :mod:`fastlora.ops.weights.in_parts` between them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastlora import reference
 from fastlora._core.checks import check_compute_dtype, check_lora_linear
+from fastlora.ops import before_graphs
 from fastlora.ops.decide import Decision, decide_lora
 from fastlora.ops.lora_passes import lora_linear_backward, lora_linear_forward
 from fastlora.ops.prepared import Memory, signature
@@ -26,6 +27,7 @@ from fastlora.ops.runtime import (
 )
 from fastlora.ops.weights import in_parts
 from fastlora.ops.weights.frozen import FrozenWeight, Unchanged
+from fastlora_kernels.choose.pinned import PINNED
 
 
 def lora_linear(
@@ -86,7 +88,7 @@ def lora_linear(
     key = signature(x, *stored, bias, lora_A, lora_B, settings=(scaling, dropout, training, form))
     arguments = (x, weight, bias, lora_A, lora_B, scaling, dropout, training)
     # a compiled graph would be guarded by all that is remembered
-    call = _decide(*arguments) if key is None else _known.of(key, _decide, *arguments)
+    call = _decide(*arguments) if key is None else _known.of(key, _decide_and_load, *arguments)
     if call.decision.backend == "reference":
         options: dict[str, Any] = {"scaling": call.scaling, "dropout": dropout, "training": call.dropout > 0}
         dense = weight.dense(call.dtype) if isinstance(weight, FrozenWeight) else weight
@@ -119,6 +121,8 @@ def _decide(
     scaling: float,
     dropout: float,
     training: bool,
+    *,
+    in_graph: bool = False,
 ) -> Call:
     # quantised it has no dtype of its own: it becomes dense in the products'
     quantised = isinstance(weight, FrozenWeight)
@@ -133,8 +137,34 @@ def _decide(
         # nothing is kept: a factor of zero does it, without a mask
         scaling, dropping = 0.0, False
     given = (x, weight, lora_A, dtype)
-    decision = decide_lora(*given, dropping=dropping, training=training, quantised=quantised)
+    options: dict[str, Any] = {"dropping": dropping, "training": training, "in_graph": in_graph}
+    decision = decide_lora(*given, **options, quantised=quantised)
     return Call(dtype, float(scaling), float(dropout) if dropping else 0.0, decision)
+
+
+def _decide_and_load(*arguments: Any) -> Call:
+    """What is known of a call that was not made before; a CUDA graph of it finds its kernels loaded."""
+    call = _decide(*arguments)
+    load_for_graphs(call, lambda: _decide(*arguments, in_graph=True), *arguments[:5])
+    return call
+
+
+def load_for_graphs(call: Call, decide_for_graph: Callable[[], Call], x: Tensor, *layer: Any) -> None:
+    """Run a call once as a CUDA graph would, where ``fastlora tune`` found other winners for graphs.
+
+    Args:
+        call: How it is computed now.
+        decide_for_graph: How a graph would compute it.
+        x: ``[..., in_features]``.
+        layer: Weight, bias, lora_A and lora_B.
+    """
+    if not PINNED.tell_hosts_apart:
+        return
+    decision = decide_for_graph().decision
+    if decision.paths not in (None, call.decision.paths):
+        settings: Any = {"scaling": call.scaling, "dropout": call.dropout}
+        settings["training"] = torch.is_grad_enabled()
+        before_graphs.load(in_dtype(x, call.dtype), *layer, **settings, decision=decision)
 
 
 class LoRALinearFunction(torch.autograd.Function):

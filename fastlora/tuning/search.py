@@ -172,7 +172,10 @@ def _winners(
     microseconds: dict[str, dict[str, float]] = {
         part: {name_of(each): us(taken) for each, taken in found.items()} for part, found in times.items()
     }
-    microseconds["step"] = {"eager": us(eager), "fused": fused}
+    # what could not run has no time: JSON knows no infinity
+    microseconds["step"] = {
+        name: taken for name, taken in (("eager", us(eager)), ("fused", fused)) if taken < math.inf
+    }
     if forward is None or backward is None or us(eager) < fused:
         forward = backward = Choice(REFERENCE)
     return Winners(forward, backward, microseconds)

@@ -98,6 +98,7 @@ class Stage:
             shared_memory_per_block_optin=card.shared_bytes,
             gcnArchName=f"{self.target}:sramecc+:xnack-",
             total_memory=80 * 2**30,
+            uuid="a-stand-in",
         )
         cuda: Any = torch.cuda
         cuda.is_available = lambda: True

@@ -1,12 +1,19 @@
 """``python -m fastlora.bench.gpu_check``: check a card, and print what was found."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from fastlora.bench.gpu_check.run import BUDGET_SECONDS, STEPS, GpuCheck, NothingToCheckError
+from fastlora.bench.gpu_check.run import (
+    BUDGET_SECONDS,
+    LEAST_BUDGET_SECONDS,
+    STEPS,
+    GpuCheck,
+    NothingToCheckError,
+)
 from fastlora.bench.gpu_check.summary import summary
 
 # what makes the page
@@ -24,11 +31,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, default=Path("gpu-check"), help="folder (default: gpu-check)")
     parser.add_argument(
-        "--budget", type=float, default=BUDGET_SECONDS, help=f"seconds (default: {BUDGET_SECONDS:.0f})"
+        "--budget",
+        type=float,
+        default=BUDGET_SECONDS,
+        help=f"seconds, {LEAST_BUDGET_SECONDS:.0f} at least (default: {BUDGET_SECONDS:.0f})",
     )
     names = [step.name for step in STEPS]
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="steps (default: all)")
     given = parser.parse_args(arguments)
+    if not LEAST_BUDGET_SECONDS <= given.budget < math.inf:
+        parser.error(
+            f"expected a --budget of {LEAST_BUDGET_SECONDS:.0f} seconds at least, got {given.budget:g}"
+        )
     return check(GpuCheck(given.output, given.budget), given.only)
 
 

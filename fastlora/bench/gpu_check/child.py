@@ -7,22 +7,34 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
 import torch
 
-from fastlora.bench.gpu_check import exactness, layers, preflight, training
+from fastlora.bench.gpu_check import preflight
 from fastlora.bench.gpu_check.items import GpuLostError, Item, work_through
 
-STEPS: dict[str, Callable[[torch.device], Sequence[Item]]] = {
-    "preflight": preflight.items,
-    # those that take longest first
-    "exactness": lambda device: [*layers.comparisons(device), *exactness.items(device)],
-    "layers": layers.items,
-    "training": training.items,
-}
+STEPS = ("preflight", "exactness", "layers", "training")
+
+
+def items_of(step: str, device: torch.device) -> Sequence[Item]:
+    """What a step consists of.
+
+    Args:
+        step: One of :data:`STEPS`.
+        device: The GPU.
+    """
+    if step == "preflight":
+        return preflight.items(device)
+    # where Triton is missing these can't be imported, and the first step says so
+    from fastlora.bench.gpu_check import exactness, layers, training
+
+    if step == "exactness":
+        # those that take longest first
+        return [*layers.comparisons(device), *exactness.items(device)]
+    return layers.items(device) if step == "layers" else training.items(device)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,11 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     deadline = time.monotonic() + given.seconds
     # a card that others see differently is theirs to hide: the first visible one is checked
-    items = STEPS[given.step](torch.device("cuda", 0))
+    items = items_of(given.step, torch.device("cuda", 0))
     mine = items[given.share :: given.of][given.skip :]
     with given.output.open("a", encoding="utf-8") as file:
         try:
-            for found in chain([{"items": [item.name for item in mine]}], work_through(mine, deadline)):
+            names = [item.name for item in mine]
+            for found in chain([{"items": names}], work_through(mine, deadline), [{"end": given.step}]):
                 file.write(json.dumps(found, allow_nan=False) + "\n")
                 # what comes next may end the process
                 file.flush()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-# one of items, begin, outcome, row, failed, left_out, late and preflight, and what belongs to it
+# one of items, begin, end, outcome, row, failed, left_out, late and preflight, and what belongs to it
 Found = Mapping[str, Any]
 
 
@@ -29,7 +29,7 @@ class GpuLostError(RuntimeError):
 
 
 def work_through(items: Iterable[Item], deadline: float) -> Iterator[Found]:
-    """What the items find, failures among it.
+    """What the items find, failures among it; an item all of which is too large for this GPU is a failure.
 
     Args:
         items: In their order.
@@ -43,21 +43,31 @@ def work_through(items: Iterable[Item], deadline: float) -> Iterator[Found]:
             yield {"late": item.name}
             continue
         yield {"begin": item.name}
+        kinds = set[str]()
         try:
-            yield from item.work()
+            for found in item.work():
+                kinds |= found.keys()
+                yield found
         # compilers, assemblers and drivers raise what they like
         except Exception as error:
-            yield failure(item.name, error)
+            yield {"failed": _told(item.name, error)}
             refuse_lost_gpu(item.name)
+        else:
+            if kinds == {"left_out"}:
+                why = "not checked: every part of it is too large for this GPU"
+                yield {"failed": {"case": item.name, "error": why}}
 
 
 def failure(case: str, error: BaseException) -> Found:
-    """A failure as the results file has it; what is too large for this GPU is left out instead."""
-    lines = str(error).strip().splitlines() or [""]
-    told = {"case": case, "error": f"{type(error).__name__}: {lines[0][:300]}"}
+    """A part of an item that failed, as the results file has it; one too large for this GPU is left out."""
     # by their names: Triton is slow to import
     too_large = type(error).__name__ in ("OutOfMemoryError", "OutOfResources")
-    return {"left_out" if too_large else "failed": told}
+    return {"left_out" if too_large else "failed": _told(case, error)}
+
+
+def _told(case: str, error: BaseException) -> dict[str, str]:
+    lines = str(error).strip().splitlines() or [""]
+    return {"case": case, "error": f"{type(error).__name__}: {lines[0][:300]}"}
 
 
 def refuse_lost_gpu(after: str) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastlora._core.backend import untuned_environment
 from fastlora.bench.gpu_check.items import Found
 
 # of one share of a step: a kernel that ends its process is told once, and not forty times
@@ -33,6 +34,7 @@ class Share:
         crashes: How many of its processes crashed.
         current: Name of the item that was begun last by the process that runs.
         ahead: Names of the items that were not begun.
+        ended: Whether a process has come to the end of the share.
     """
 
     command: Sequence[str]
@@ -44,6 +46,7 @@ class Share:
     crashes: int = 0
     current: str | None = None
     ahead: list[str] = field(default_factory=list)
+    ended: bool = False
     _read: int = 0
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
@@ -57,7 +60,7 @@ class Share:
             self.stop()
             return True, [*self._new(), self._failed("stopped: its time was over"), *self._late()]
         found = list(self._new())
-        if code is None or code == 0:
+        if code is None or (code == 0 and self.ended):
             return code == 0, found
         found.append(self._failed(f"its process ended with {_ending(code)}: {self._last_words()}"))
         self.crashes += 1
@@ -86,7 +89,12 @@ class Share:
         command = [*self.command, *(f"--{name}={value}" for name, value in options.items())]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*command, f"--skip={self.begun}"], stdout=log, stderr=log, start_new_session=True
+                [*command, f"--skip={self.begun}"],
+                # what was measured before would change what is checked
+                env=untuned_environment(self.folder / "untuned"),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
     def _new(self) -> Iterator[Found]:
@@ -102,6 +110,8 @@ class Share:
                 found: dict[str, Any] = json.loads(line)
                 if "items" in found:
                     self.ahead = found["items"]
+                elif "end" in found:
+                    self.ended = True
                 elif "begin" in found:
                     self.begun, self.current = self.begun + 1, self.ahead.pop(0)
                 else:

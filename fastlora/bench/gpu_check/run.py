@@ -13,6 +13,10 @@ from fastlora.bench.gpu_check.processes import follow
 from fastlora.bench.results_file import ResultsFile, slug
 
 BUDGET_SECONDS = 400.0
+# with less, no step is left the time to begin much
+LEAST_BUDGET_SECONDS = 120.0
+# importing torch anew takes most of it
+_PREFLIGHT_SECONDS = 45.0
 CHILD = (sys.executable, "-m", "fastlora.bench.gpu_check.child")
 
 
@@ -33,7 +37,6 @@ class Step:
     shared: bool = False
 
 
-PREFLIGHT = Step("preflight", "what is here", 0.12)
 STEPS = (
     Step("exactness", "every kernel and path against float64", 0.45, shared=True),
     Step("layers", "LoRA layers, timed", 0.8),
@@ -73,6 +76,8 @@ class GpuCheck:
         self._late: list[str] = []
         self._left_out: list[dict[str, str]] = []
         self._failures = 0
+        # outcomes and rows
+        self._found = 0
 
     @property
     def wrong(self) -> list[dict[str, Any]]:
@@ -81,8 +86,8 @@ class GpuCheck:
 
     @property
     def passed(self) -> bool:
-        """Whether all was done, and all of it right."""
-        return not (self.wrong or self._failures or self._late)
+        """Whether anything was done, all of it, and right."""
+        return bool(self._steps) and not (self.wrong or self._failures or self._late)
 
     def run(self, steps: Sequence[Step] = STEPS) -> Path:
         """Take the steps in turn.
@@ -97,15 +102,19 @@ class GpuCheck:
             NothingToCheckError: There is no card that kernels can be launched on.
         """
         self._began = time.monotonic()
-        here = self._preflight()
+        here, failed = self._preflight()
         name = f"gpu-check-{slug(here['device'])}-{time.strftime('%Y-%m-%d-%H%M')}.json"
         environment = here["environment"] | ({"note": self._note} if self._note else {})
         self._file = ResultsFile(self._folder / name, "gpu", here["device"], environment)
         self._file.put(budget_seconds=self._budget, exactness=self._exactness, steps=self._steps)
         self._tell(f"{here['device']}: results in {self._file.path}")
+        self._take(failed)
         for step in steps:
-            began = time.monotonic()
-            self._follow(step, here["processes"] if step.shared else 1, self._take)
+            began, before = time.monotonic(), self._found
+            processes = here["processes"] if step.shared else 1
+            self._follow(step.name, processes, step.until * self._budget, self._take)
+            if self._found == before:
+                self._take([{"failed": {"case": step.title, "error": "nothing was checked"}}])
             seconds = round(time.monotonic() - began, 1)
             self._steps.append({"step": step.name, "seconds": seconds})
             self._file.put(steps=self._steps)
@@ -113,29 +122,30 @@ class GpuCheck:
         self._file.finish(complete=self.passed)
         return self._file.path
 
-    def _preflight(self) -> dict[str, Any]:
+    def _preflight(self) -> tuple[dict[str, Any], list[Found]]:
         found: dict[str, Any] = {}
-        failed: list[str] = []
+        failed: list[Found] = []
 
         def take(news: Sequence[Found]) -> None:
             for each in news:
                 found.update(each.get("preflight", {}))
-                failed.extend([each["failed"]["error"]] if "failed" in each else [])
+                failed.extend([each] if "failed" in each else [])
 
-        self._follow(PREFLIGHT, 1, take)
+        self._follow("preflight", 1, _PREFLIGHT_SECONDS, take)
         if "problem" in found:
             raise NothingToCheckError(found["problem"])
         if not found:
-            raise NothingToCheckError(f"the first look at the device failed: {'; '.join(failed)}")
-        return found
+            why = "; ".join(each["failed"]["error"] for each in failed) or "it did not begin in its time"
+            raise NothingToCheckError(f"the first look at the device failed: {why}")
+        return found, failed
 
-    def _follow(self, step: Step, shares: int, take: Callable[[Sequence[Found]], None]) -> None:
+    def _follow(self, step: str, shares: int, until: float, take: Callable[[Sequence[Found]], None]) -> None:
         with tempfile.TemporaryDirectory(prefix="fastlora-gpu-check-") as folder:
-            ends_at = self._began + step.until * self._budget
-            follow([*self._child, step.name], shares, Path(folder), ends_at, take)
+            follow([*self._child, step], shares, Path(folder), self._began + until, take)
 
     def _take(self, news: Sequence[Found]) -> None:
         for found in news:
+            self._found += "row" in found or "outcome" in found
             if "row" in found:
                 self._file.add(found["row"])
             elif "failed" in found:

@@ -82,8 +82,7 @@ def rows(name: str, sizes: Sizes, dropout: float, device: torch.device) -> Itera
         left_out[PEFT] = "the package peft is not installed"
     if not dropout:
         checked({each: _third(step) for each, step in steps.items()}, TOLERANCE[case.dtype])
-    about_ms = make_calls_clock(10.0)(steps[OURS])
-    timed = take_turns(steps, ROUNDS, make_calls_clock(about_ms))
+    timed = take_turns(steps, ROUNDS, make_calls_clock(steps[OURS]))
     peaks = {each: gpu_peak_bytes(step) for each, step in steps.items()}
     yield {"row": as_json_row(case, timed | {"peak_bytes": peaks}, left_out=left_out)}
 
