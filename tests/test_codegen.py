@@ -20,9 +20,12 @@ from fastlora_kernels.compile.gate import GATE_TARGETS, gate_specs
 from fastlora_kernels.compile.specs import PARAMETERS, Spec, jit_function
 from fastlora_kernels.compiled import Row
 from fastlora_kernels.lora import kernels
+from fastlora_kernels.quant import kernels as quant
 
-# DoRA's norm is a float32 product of float32 matrices, the gradient of its product no product at all
-_NO_UNITS = (kernels.DORA_WEIGHT_NORM.name, kernels.DORA_GRAD_PRODUCT.name)
+# DoRA's norm is a float32 product of float32 matrices; the others are no products at all
+_NO_UNITS = {
+    kernels.DORA_WEIGHT_NORM.name, kernels.DORA_GRAD_PRODUCT.name, *(kernel.name for kernel in quant.KERNELS)
+}  # fmt: skip
 MATRIX_INSTRUCTION = {
     **dict.fromkeys(("sm_80", "sm_86", "sm_120", "sm_121"), "mma"),
     **dict.fromkeys(("sm_100", "sm_103"), "tcgen05"),

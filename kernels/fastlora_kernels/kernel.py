@@ -48,7 +48,8 @@ class Kernel:
         descriptors: What each of its tensor descriptors copies at a time, by tile.
         varies: Constexprs of a call, not of a tile, of which the compile gate tries every value.
         absent: Flags that are off; all others are on when compiled, the case that needs more registers.
-        optional: Flags that are off where a call leaves arguments out, in groups that go together.
+        optional: Flags that are off in some calls, as where they leave arguments out, in groups that go together.
+        fuses: Whether a product and a sum may become one operation, rounded once.
         has_parameters: Whether it reads A, B or an adapter's parameters, whose dtype may be another than x's.
         ranks: One for every tile that differs by it: what the compile gate asks tiles for.
     """
@@ -66,6 +67,7 @@ class Kernel:
     varies: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     optional: tuple[tuple[str, ...], ...] = ()
+    fuses: bool = True
     has_parameters: bool = True
     ranks: tuple[int, ...] = (16, 32, 64)
 
@@ -80,3 +82,8 @@ class Kernel:
             other = self.beside(tile)
             values |= {f"BLOCK_{self.axes[side]}_A": getattr(other, side) for side in ("rows", "cols")}
         return values | {"GROUP": TILES_PER_GROUP} if self.grouped else values
+
+    def options(self, tile: Tile) -> dict[str, int]:
+        """What a tile and the kernel ask of the compiler."""
+        options: dict[str, int] = {"num_warps": tile.warps, "num_stages": tile.stages}
+        return options if self.fuses else options | {"enable_fp_fusion": False}

@@ -155,7 +155,7 @@ def _described_like(descriptor: TensorDescriptor) -> Callable[[torch.Tensor], Te
 
 @functools.lru_cache(maxsize=4096)
 def _settled(kernel: Kernel, tile: Tile) -> dict[str, int]:
-    return {**kernel.blocks(tile), "num_warps": tile.warps, "num_stages": tile.stages}
+    return {**kernel.blocks(tile), **kernel.options(tile)}
 
 
 def _nothing(**_: object) -> None:

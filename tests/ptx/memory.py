@@ -70,7 +70,7 @@ def _access(assembler: Assembler) -> tuple[str, int, int]:
     _, space, *vector, kind = assembler.now.opcode
     space = space.removesuffix("::cta")
     count = {(): 1, ("v2",): 2, ("v4",): 4}.get(tuple(vector))
-    if space not in ("global", "shared") or count is None or kind not in ("b16", "b32", "b64"):
+    if space not in ("global", "shared") or count is None or kind not in ("b8", "b16", "b32", "b64"):
         raise Unsupported("an access of another kind")
     return space, assembler.bits // 8, count
 

@@ -20,7 +20,7 @@ from tests.philox import SEED, THRESHOLD, mask_uniforms
 # several parts of whatever a kernel splits
 SPLITS = 2
 # ranks and bottlenecks that most people take
-_USUAL_RANK = {"lora": 16, "adapter": 64}
+_USUAL_RANK = {"lora": 16, "adapter": 64, "quant": 1}
 _HOLD_THE_RANK = (LORA_FORWARD_SINGLE.name, ADAPTER_FORWARD.name)
 _RECORDS = {kernel.name: kernel for kernel in KERNELS}
 

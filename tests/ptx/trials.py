@@ -14,10 +14,11 @@ from tests.ptx.adapter_trials import ADAPTER_TRIALS
 from tests.ptx.execute import Outcome
 from tests.ptx.executed_gpu import ExecutedGpu
 from tests.ptx.lora_trials import LORA_TRIALS
+from tests.ptx.quant_trials import QUANT_TRIALS
 from tests.ptx.trial import Trial
 
 # a persistent kernel's is its record's name and " persistent"
-TRIALS: dict[str, Callable[[Trial], None]] = {**LORA_TRIALS, **ADAPTER_TRIALS}
+TRIALS: dict[str, Callable[[Trial], None]] = {**LORA_TRIALS, **ADAPTER_TRIALS, **QUANT_TRIALS}
 
 
 def trial_name(spec: Spec) -> str:

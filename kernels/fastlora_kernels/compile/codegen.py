@@ -18,7 +18,14 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 
-from fastlora_kernels.compile.specs import Spec, constants, jit_function, signature, specs
+from fastlora_kernels.compile.specs import (
+    Spec,
+    compiler_options,
+    constants,
+    jit_function,
+    signature,
+    specs,
+)
 from fastlora_kernels.compiled import Row, tile_text
 from fastlora_kernels.targets import TARGETS
 
@@ -71,12 +78,11 @@ def compile_spec(spec: Spec) -> Row:
         if target.is_amd
         else GPUTarget("cuda", int(target.name.removeprefix("sm_")), 32)
     )
-    options = {"num_warps": spec.tile.warps, "num_stages": spec.tile.stages}
     said = io.StringIO()
     with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), contextlib.redirect_stdout(said):
         # what is found compiled already has no report
         triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = True
-        compiled = triton.compile(source, target=gpu, options=options)
+        compiled = triton.compile(source, target=gpu, options=compiler_options(spec))
     assembly = compiled.asm["amdgcn" if target.is_amd else "ptx"]
     registers, spills, serialized = _amd_usage(assembly) if target.is_amd else _nvidia_usage(said.getvalue())
     tile = spec.tile
@@ -156,6 +162,6 @@ def _fingerprint(spec: Spec) -> str:
     import triton
 
     function = jit_function(spec)
-    settled = repr((spec, signature(function, spec), constants(function, spec)))
+    settled = repr((spec, signature(function, spec), constants(function, spec), compiler_options(spec)))
     parts = [triton.__version__, function.cache_key, settled, Path(__file__).read_text("utf-8")]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()

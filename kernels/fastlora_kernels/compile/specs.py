@@ -26,6 +26,10 @@ PARAMETERS = (
     "up_bias_ptr",
 )  # fmt: skip
 
+# what a quantised weight is stored as, and factors and tables
+_BYTES = ("packed_ptr", "codes_ptr", "absmax_codes_ptr")
+_FLOAT32 = ("factor_ptr", "norm_ptr", "absmax_ptr", "absmax_map_ptr", "offset_ptr", "table_ptr", "scales_ptr")
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -130,7 +134,8 @@ def signature(function: Any, spec: Spec) -> tuple[dict[str, str], dict[tuple[int
         types[name] = _argument_type(name, spec)
         # ranks that are no multiple of 16 run 16 at a time: see the plan
         narrow = name in ("R", "D") and spec.tile.rank <= 16
-        wide = spec.aligned and name not in ("scale", "drop_threshold", "da_tiles") and not narrow
+        specialised = not parameter.do_not_specialize and name not in ("scale", "da_tiles")
+        wide = spec.aligned and specialised and not narrow
         if name.endswith("_ptr") or wide:
             aligned[(index,)] = [["tt.divisibility", 16]]
     return types, aligned
@@ -156,6 +161,15 @@ def constants(function: Any, spec: Spec) -> dict[str, Any]:
     # everything else that may be absent is there: the case that needs more registers
     names = [parameter.name for parameter in function.params if parameter.is_constexpr]
     return {name: given.get(name, True) for name in names}
+
+
+def compiler_options(spec: Spec) -> dict[str, int]:
+    """What the compiler is asked for beside the kernel's constants.
+
+    Args:
+        spec: What is compiled.
+    """
+    return _KERNELS[spec.kernel].options(spec.tile)
 
 
 def _specs(kernel: Kernel, target: Target, dtype: str, aligned: bool) -> set[Spec]:
@@ -189,6 +203,7 @@ def _descriptor_type(name: str, spec: Spec) -> str:
 def _argument_type(name: str, spec: Spec) -> str:
     if not name.endswith("_ptr"):
         return "fp32" if name == "scale" else "i32"
-    special = {"mask_ptr": "i32", "seed_ptr": "i64", "factor_ptr": "fp32", "norm_ptr": "fp32"}
+    special = {"mask_ptr": "i32", "seed_ptr": "i64", **dict.fromkeys(_FLOAT32, "fp32")}
+    special |= dict.fromkeys(_BYTES, "u8")
     special |= dict.fromkeys(PARAMETERS, spec.adapter_dtype)
     return "*" + ("fp32" if name.endswith("_partial_ptr") else special.get(name, spec.dtype))

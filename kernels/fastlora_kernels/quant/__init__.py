@@ -1,0 +1,1 @@
+"""Frozen weights that are stored quantised, made dense."""

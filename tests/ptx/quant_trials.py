@@ -1,0 +1,41 @@
+"""A launch of every kernel that makes quantised weights dense: the bits of the definition."""
+
+import torch
+
+from fastlora_kernels.quant.dequantise import dequantise_4bit, dequantise_8bit
+from fastlora_kernels.quant.kernels import DEQUANTISE_4BIT, DEQUANTISE_8BIT, SPAN
+from tests.ptx.trial import Trial
+from tests.stored_weights import FLOAT8_VALUES, four_bits, same_bits
+
+
+def _four_bits(t: Trial) -> None:
+    """Part of a weight that begins within a span, and within a byte where rows are not aligned."""
+    first = 0 if not t.ragged else SPAN // 2 if t.spec.aligned else 7
+    end = t.size["SPANS"] * SPAN - (0 if t.spec.aligned else 5)
+    stored = four_bits(1, end, 2 * SPAN, nested=True)
+    given = [t.harness.input(each.view(1, -1))[0] for each in stored.tensors if each is not None]
+    dense = t.out(1, end - first)
+    packed, absmax, codes, absmax_map, offset, table = given
+    dequantise_4bit(
+        packed, absmax, codes, absmax_map, offset, table, dense,
+        first=first, blocksize=stored.blocksize, plan=t.plan,
+    )  # fmt: skip
+    assert same_bits(dense, stored.dense(t.dtype)[:, first:])
+
+
+def _eight_bits(t: Trial) -> None:
+    """Floats with a factor for every row."""
+    n, k = t.size["N"], t.size["K"]
+    codes = (
+        torch.randint(0, 0x7F, (n, k), dtype=torch.uint8)
+        | torch.randint(0, 2, (n, k), dtype=torch.uint8) << 7
+    )
+    scales, dense = torch.rand(n, 1) + 0.1, t.out("N", "K")
+    dequantise_8bit(
+        t.harness.input(codes), t.harness.input(scales), dense,
+        first_row=0, scale_rows=1, scale_cols=k, scale=0.5, is_float=True, plan=t.plan,
+    )  # fmt: skip
+    assert same_bits(dense, (FLOAT8_VALUES[codes.int()] * scales * 0.5).to(t.dtype))
+
+
+QUANT_TRIALS = {DEQUANTISE_4BIT.name: _four_bits, DEQUANTISE_8BIT.name: _eight_bits}
