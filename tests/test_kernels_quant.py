@@ -1,5 +1,8 @@
 """The kernels that make quantised weights dense: bit-equal to their libraries' definitions."""
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,6 +11,7 @@ pytest.importorskip("triton", reason="kernels need Triton; the other backends ar
 
 from fastlora_kernels import targets
 from fastlora_kernels.choose import plan as plans
+from fastlora_kernels.kernel import Kernel
 from fastlora_kernels.quant import kernels
 from fastlora_kernels.quant.dequantise import dequantise_4bit, dequantise_8bit
 from fastlora_kernels.tile import Plan, Shape
@@ -18,9 +22,8 @@ from tests.stored_weights import FLOAT8_VALUES, FourBits, four_bits, same_bits
 SHAPES = [(1, 1), (1, 31), (3, 33), (2, 64), (7, 130), (9, 127), (5, 4096), (3, 4097)]
 
 
-def _plan(kernel: object, dtype: torch.dtype, *, target: str = "sm_80", aligned: bool = True) -> Plan:
-    assert isinstance(kernel, type(kernels.DEQUANTISE_4BIT))
-    (tile,) = plans.tiles(kernel, 1, dtype, targets.TARGETS[target], aligned=aligned)
+def _plan(kernel: Kernel, dtype: torch.dtype, *, aligned: bool = True) -> Plan:
+    (tile,) = plans.tiles(kernel, 1, dtype, targets.DEFAULT, aligned=aligned)
     return Plan(tile)
 
 
@@ -32,11 +35,9 @@ def _launch(harness: Harness, stored: FourBits, rows: slice | None = None, *, al
         return None if tensor is None else harness.input(tensor.view(1, -1))[0]
 
     dense = harness.output(stop - start, k)
-    dequantise_4bit(
-        *(given(each) for each in stored.tensors), dense,  # type: ignore[arg-type]
-        first=start * k, blocksize=stored.blocksize,
-        plan=_plan(kernels.DEQUANTISE_4BIT, harness.dtype, aligned=aligned),
-    )  # fmt: skip
+    plan = _plan(kernels.DEQUANTISE_4BIT, harness.dtype, aligned=aligned)
+    launch: Any = partial(dequantise_4bit, first=start * k, blocksize=stored.blocksize, plan=plan)
+    launch(*map(given, stored.tensors), dense)
     return dense
 
 
@@ -121,10 +122,10 @@ def test_eight_bits_have_the_bits_of_their_definition(
 
 def test_every_float8_has_its_value(harness: Harness) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(2, 128)
-    dense = harness.output(2, 128)
+    dense, plan = harness.output(2, 128), _plan(kernels.DEQUANTISE_8BIT, harness.dtype)
     dequantise_8bit(
-        harness.input(codes), harness.input(torch.ones(1, 1)), dense, first_row=0, scale_rows=2, scale_cols=128,
-        scale=1.0, is_float=True, plan=_plan(kernels.DEQUANTISE_8BIT, harness.dtype),
+        harness.input(codes), harness.input(torch.ones(1, 1)), dense, first_row=0,
+        scale_rows=2, scale_cols=128, scale=1.0, is_float=True, plan=plan,
     )  # fmt: skip
     expected = codes.view(torch.float8_e4m3fn).float()
     assert torch.equal(FLOAT8_VALUES.isnan().view(2, 128), dense.isnan())
@@ -132,8 +133,7 @@ def test_every_float8_has_its_value(harness: Harness) -> None:
 
 
 @pytest.mark.parametrize("kernel", kernels.KERNELS, ids=lambda kernel: kernel.name)
-def test_one_tile_for_every_gpu(kernel: object) -> None:
-    assert isinstance(kernel, type(kernels.DEQUANTISE_4BIT))
+def test_one_tile_for_every_gpu(kernel: Kernel) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         chosen = {
             plans.choose(kernel, Shape(1, 1, 1, 1), dtype, target).tile

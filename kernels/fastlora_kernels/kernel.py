@@ -48,7 +48,7 @@ class Kernel:
         descriptors: What each of its tensor descriptors copies at a time, by tile.
         varies: Constexprs of a call, not of a tile, of which the compile gate tries every value.
         absent: Flags that are off; all others are on when compiled, the case that needs more registers.
-        optional: Flags that are off in some calls, as where they leave arguments out, in groups that go together.
+        optional: Flags that are off in some calls, as where arguments are absent, in groups that go together.
         fuses: Whether a product and a sum may become one operation, rounded once.
         has_parameters: Whether it reads A, B or an adapter's parameters, whose dtype may be another than x's.
         ranks: One for every tile that differs by it: what the compile gate asks tiles for.

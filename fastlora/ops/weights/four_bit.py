@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastlora.ops.weights.frozen import FrozenWeight
+from fastlora.ops.weights.frozen import FrozenWeight, is_made_dense_by_kernels
 
 _BLOCK_SIZES = frozenset({32, 64, 128, 256, 512, 1024, 2048, 4096})
+# blocks that share a factor of their factors, in the kernel as in every weight that bitsandbytes makes
+_NESTED_BLOCKSIZE = 256
 _STORAGES = frozenset({torch.uint8, torch.bfloat16, torch.float16, torch.float32})
 
 
@@ -71,7 +73,25 @@ class FourBitWeight(FrozenWeight):
             raise ValueError(
                 f"a part begins at a multiple of {self.row_step} rows, where a block does, not at row {start}"
             )
-        return _by_library(self, dtype, start, max(stop, start))
+        stop, k = max(stop, start), self.shape[1]
+        if self._has_known_groups() and is_made_dense_by_kernels(self.device, dtype, (stop - start) * k):
+            # imported late: Triton is not installed everywhere
+            from fastlora.ops.weights import dense_triton
+
+            shape, settings = (stop - start, k), {"first": start * k, "blocksize": self.blocksize}
+            return dense_triton.four_bit(
+                self.packed, self._factors(), self.table, shape=shape, dtype=dtype, **settings
+            )
+        return _by_library(self, dtype, start, stop)
+
+    def _has_known_groups(self) -> bool:
+        return self.nested is None or self.nested.blocksize == _NESTED_BLOCKSIZE
+
+    def _factors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """What the kernel takes: float32 factors, and what they are of where blocks' own are quantised."""
+        if self.nested is None:
+            return self.absmax, None, None, None
+        return self.nested.absmax, self.absmax, self.nested.code, self.nested.offset
 
 
 def _by_library(weight: FourBitWeight, dtype: torch.dtype, start: int, stop: int) -> Tensor:

@@ -5,6 +5,8 @@ from collections.abc import Hashable, Iterator
 import torch
 from torch import Tensor
 
+from fastlora._core import backend
+
 # bounds a weight's dense rows, which live while they are multiplied
 WORKSPACE_BYTES = 64 * 2**20
 
@@ -49,6 +51,22 @@ class FrozenWeight:
         # a weight without rows is one part, too
         for start in range(0, max(rows, 1), step):
             yield slice(start, min(start + step, rows))
+
+
+def is_made_dense_by_kernels(device: torch.device, dtype: torch.dtype, elements: int) -> bool:
+    """Whether rows become dense by a kernel of ours: on a GPU, and where the backend was asked for.
+
+    Args:
+        device: Where the weight is stored.
+        dtype: Of the dense rows.
+        elements: How many they have.
+    """
+    if device.type != "cuda" and backend.selected() != "triton":
+        return False
+    # a compiled graph sees operators alone; the kernels count elements in 32 bits
+    if torch.compiler.is_compiling() or dtype not in backend.KERNEL_DTYPES.values() or elements >= 2**31:
+        return False
+    return backend.resolve(device, dtype) == "triton"
 
 
 class Unchanged:

@@ -46,7 +46,7 @@ def _dequantise_4bit_kernel(
     HAS_NESTED: tl.constexpr,
     BLOCK_SPANS: tl.constexpr,
 ):
-    """dense = table[code] · absmax[block], in fp32 and rounded once, of codes with the first in the high bits.
+    """dense = table[code] · absmax[block] in fp32, rounded once; of two codes the first is in the high bits.
 
     Elements are counted from the span ``first_span`` on, of which ``skipped`` are left out; a block is
     2^block_shift spans long. With HAS_NESTED, absmax = map[absmax_codes] · absmax_ptr[block / 256] + offset;
@@ -109,7 +109,7 @@ def dequantise_4bit(
 
 @triton.jit
 def _float8_value(codes):
-    """The fp32 values of e4m3fn bytes, exactly: their bits where a float has them, and the exponent mended."""
+    """The fp32 values of e4m3fn bytes, exactly: bits put where a float has them, and the exponent mended."""
     bits = codes.to(tl.uint32)
     placed = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
     # exponents count from 127 and not from 7: times 2^120, which makes normal numbers of its subnormal ones
@@ -133,7 +133,7 @@ def _dequantise_8bit_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dense = code · scales[block] · scale, two products in fp32, rounded once, of rows from ``first_row`` on.
+    """dense = code · scales[block] · scale, two products in fp32, rounded once; rows begin at ``first_row``.
 
     Blocks are scale_rows × scale_cols large. Codes are int8, with IS_FLOAT floats of 4 and 3 bits (e4m3fn).
     """

@@ -1,0 +1,95 @@
+"""Quantised weights by the kernels, in the interpreter or on a GPU: values, and whole calls of LoRA's op."""
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="kernels need Triton; the other backends are tested without")
+
+import fastlora
+from fastlora.ops.decide import WITHOUT_PATHS
+from fastlora.ops.keep_mask import keep_probability
+from fastlora.ops.lora_linear import LoRALinearFunction
+from fastlora.ops.weights import dense_triton, frozen
+from fastlora.ops.weights.four_bit import FourBitWeight
+from tests.lora_yardstick import (
+    assert_as_exact_as_eager,
+    make_case,
+    outputs_and_gradients,
+    unpack_mask,
+)
+from tests.quantised import DTYPES, assert_rows_are, four_bit, read
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of what the kernel has filled."""
+    seen: list[tuple[int, ...]] = []
+    fill = dense_triton._dequantise_4bit
+
+    def watched(*tensors: Tensor, **settings: int) -> None:
+        seen.append(tuple(tensors[-1].shape))
+        fill(*tensors, **settings)
+
+    monkeypatch.setattr(dense_triton, "_dequantise_4bit", watched)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("k", [64, 33])
+def test_values_are_bitsandbytes_own(
+    k: int, quant_type: str, nested: bool, dtype: torch.dtype,
+    kernel_device: torch.device, launches: list[tuple[int, ...]],
+) -> None:  # fmt: skip
+    """All rows at once and each part alone."""
+    weight = read(four_bit(35, k, quant_type, nested=nested).to(kernel_device))
+    theirs = weight.dense(dtype) if kernel_device.type == "cpu" else None
+    assert launches == []
+    with fastlora.use_backend("triton"):
+        assert_rows_are(weight, lambda dtype: weight.dense(dtype) if theirs is None else theirs, dtype)
+    assert (35, k) in launches
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_call_errs_no_more_than_eager(
+    parts: int, nested: bool, dropout: float, dtype: torch.dtype, kernel_device: torch.device,
+    launches: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Forward and backward make the weight dense anew, in as many parts as the workspace asks for."""
+    n, k = 48, 96
+    weight = read(four_bit(n, k, nested=nested).to(kernel_device))
+    monkeypatch.setattr(frozen, "WORKSPACE_BYTES", n // parts * k * dtype.itemsize)
+    case = make_case(33, n, k, 8, dtype, device=kernel_device)
+    seed = torch.tensor([5], device=kernel_device) if dropout else None
+
+    def forward(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        settings = (case.scaling, dropout, WITHOUT_PATHS["triton"])
+        y: Tensor
+        y, _, mask = LoRALinearFunction.apply(x, weight, case.bias, a, b, seed, *settings)
+        case.keep = None if mask is None else unpack_mask(mask, k)
+        return y
+
+    with fastlora.use_backend("triton"):
+        got = outputs_and_gradients(forward, case)
+        assert launches == [(n // parts, k)] * (2 * parts)
+        case.weight = weight.dense(dtype)
+    case.keep_probability = keep_probability(dropout)
+    assert (case.keep is not None) == (dropout > 0)
+    assert_as_exact_as_eager(got, case)
+
+
+def test_without_the_kernels_the_library_makes_it_dense(launches: list[tuple[int, ...]]) -> None:
+    """On a CPU unless the backend is asked for; in float64; with groups of another size than the kernel's."""
+    weight = read(four_bit(8, 64))
+    weight.dense(torch.float32)
+    with fastlora.use_backend("triton"):
+        weight.dense(torch.float64)
+        assert isinstance(weight, FourBitWeight)
+        assert weight.nested is not None
+        weight.nested = weight.nested._replace(blocksize=128)
+        weight.dense(torch.float32)
+    assert launches == []
