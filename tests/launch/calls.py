@@ -72,7 +72,7 @@ def lora(
             "m": torch.empty(n, dtype=small),
         }
         sources = [tensor.requires_grad_() for name, tensor in tensors.items() if name in wanted]
-        frozen = torch.empty(n, k, dtype=dtype) if weight is None else weight
+        frozen: Any = torch.empty(n, k, dtype=dtype) if weight is None else weight
         added = torch.empty(n, dtype=dtype) if bias else None
         operands = (tensors["x"], frozen, added, tensors["a"], tensors["b"])
         options: dict[str, Any] = {"scaling": scaling, "dropout": p, "training": training}
