@@ -52,6 +52,7 @@ PREFLIGHT = {
     }
 }
 PREDICTED = {"predicted_ms": {"frozen": 0.9, "fastlora": 1.2}, "host_ms": {"fastlora": 0.1}}
+PROFILE = {"profile": {"case": "a layer", "kernel_us": {"lora_forward": 900.0}}}
 # by step, the items in their order: a name, then what is found or done; some steps only for one test
 SCENARIO: dict[str, list[tuple[str, list[Any]]]] = {
     "preflight": [("preflight", [PREFLIGHT])],
@@ -64,7 +65,7 @@ SCENARIO: dict[str, list[tuple[str, list[Any]]]] = {
         ("after it", [outcome("after it")]),
     ],
     "layers": [
-        ("fast", [row("eager", "a layer", **PREDICTED), row("graphs", "a layer", **PREDICTED)]),
+        ("fast", [row("eager", "a layer", **PREDICTED), row("graphs", "a layer", **PREDICTED), PROFILE]),
         ("slow", ["hang"]),
         ("behind it", [row("eager", "never measured")]),
     ],

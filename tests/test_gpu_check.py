@@ -67,6 +67,7 @@ def test_a_step_ends_when_its_time_is_over(ran: tuple[dict[str, Any], GpuCheck, 
     assert content["late"] == ["behind it"]
     assert [step["step"] for step in content["steps"]] == [step.name for step in STEPS]
     assert [row["suite"] for row in content["rows"]] == ["eager", "graphs", "steps"]
+    assert content["profiles"] == [{"case": "a layer", "kernel_us": {"lora_forward": 900.0}}]
     # the layers' end, 80 % of the budget, and what the last step takes
     assert seconds >= 8.0
     assert content["steps"][1]["seconds"] < 10.0
@@ -251,6 +252,7 @@ def test_rehearsed_end_to_end(tmp_path: Path, request: pytest.FixtureRequest) ->
     assert content["failed"] == []
     assert content["late"] == []
     assert [row["suite"] for row in content["rows"]] == ["eager", "graphs"] * 2 + ["steps"] * 4
+    assert [each["case"] for each in content["profiles"]] == ["a layer, p = 0", "a layer, p = 0.1"]
     cases = {re.split("[:,]", each["case"])[0] for each in content["exactness"]}
     lora = {"LoRA forward", "LoRA backward", "persistent kernels", "dropout masks", "strides", "beyond 2 GiB"}
     assert cases == lora | {"DoRA", "adapter", "candidates", "replays and compiled graphs"}

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch._C._autograd import DeviceType
 
 pytest.importorskip("triton", reason="the check is of the kernels")
 
 from fastlora.bench import clocks, results_file
-from fastlora.bench.gpu_check import layers
+from fastlora.bench.gpu_check import layers, profiled
 
 
 def test_clocks_are_asked_of_the_gpu_that_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,3 +64,33 @@ def test_only_other_packages_may_fail_to_be_captured(monkeypatch: pytest.MonkeyP
     for name in ("frozen", "reference", "fastlora"):
         with pytest.raises(RuntimeError, match="not while capturing"):
             layers._graphs({name: fails}, torch.device("cpu"))
+
+
+def test_a_profile_has_each_kernels_share_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    class Profile:
+        def __enter__(self) -> "Profile":
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            assert len(calls) == 10
+
+        def key_averages(self) -> list[SimpleNamespace]:
+            kinds = (
+                ("short", DeviceType.CUDA, 20.0),
+                ("aten::mm", DeviceType.CPU, 0.0),
+                ("long", DeviceType.CUDA, 90.0),
+            )
+            return [
+                SimpleNamespace(key=key, device_type=kind, self_device_time_total=us)
+                for key, kind, us in kinds
+            ]
+
+    def step() -> tuple[()]:
+        calls.append(1)
+        return ()
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(profiled, "profile", lambda activities: Profile())
+    assert list(profiled.kernel_us(step).items()) == [("long", 9.0), ("short", 2.0)]

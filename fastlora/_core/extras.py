@@ -34,7 +34,7 @@ def package_folder(
     """The folder of an optional package, without importing it: for packages that are used for their files.
 
     Args:
-        module: Its name.
+        module: Name of the module as Python imports it.
         distribution: Name of the package on the package index.
         purpose: What needs it, in the words of the error.
         extra: The extra of ours that installs it.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-# one of items, begin, end, outcome, row, failed, left_out, late and preflight, and what belongs to it
+# one of items, begin, end, outcome, row, profile, failed, left_out, late and preflight, and what it holds
 Found = Mapping[str, Any]
 
 

@@ -13,6 +13,7 @@ from fastlora.bench.cases import GPU, HEADLINES, Case, layer_work
 from fastlora.bench.checked import checked_candidates
 from fastlora.bench.clocks import make_calls_clock, make_gpu_clock
 from fastlora.bench.gpu_check.items import Found, Item, refuse_lost_gpu
+from fastlora.bench.gpu_check.profiled import kernel_us
 from fastlora.bench.results import EAGER_MODE, GRAPHS, OURS
 from fastlora.bench.results_file import as_json_row
 from fastlora.bench.turns import Step, take_turns
@@ -50,7 +51,7 @@ def compared(case: Case) -> Iterator[Found]:
 
 
 def rows(case: Case, device: torch.device) -> Iterator[Found]:
-    """The row of eager mode, then that of graphs: forward and backward of every candidate."""
+    """Both passes of every candidate in a row of eager mode and one of graphs; what our kernels take."""
     made, left_out = checked_candidates(case, lora_candidates, TOLERANCE[case.dtype])
     told: dict[str, Any] = layer_work(case) | {"predicted_ms": predicted_ms(case, device)}
     timed = take_turns(made.steps, ROUNDS, make_calls_clock(made.steps[OURS]))
@@ -59,6 +60,8 @@ def rows(case: Case, device: torch.device) -> Iterator[Found]:
     graphs, failed = _graphs(made.steps, device)
     timed = take_turns(graphs, ROUNDS, make_gpu_clock())
     yield {"row": as_json_row(replace(case, suite=GRAPHS), timed, left_out=left_out | failed, **told)}
+    # last: a profiler may slow down what comes after it
+    yield {"profile": {"case": _name(case), "kernel_us": kernel_us(made.steps[OURS])}}
 
 
 def predicted_ms(case: Case, device: torch.device) -> dict[str, float]:

@@ -16,7 +16,7 @@ BUDGET_SECONDS = 400.0
 # with less, no step is left the time to begin much
 LEAST_BUDGET_SECONDS = 120.0
 # importing torch anew takes most of it
-_PREFLIGHT_SECONDS = 45.0
+_PREFLIGHT_SECONDS = 60.0
 CHILD = (sys.executable, "-m", "fastlora.bench.gpu_check.child")
 
 
@@ -75,6 +75,7 @@ class GpuCheck:
         self._steps: list[dict[str, Any]] = []
         self._late: list[str] = []
         self._left_out: list[dict[str, str]] = []
+        self._profiles: list[dict[str, Any]] = []
         self._failures = 0
         # outcomes and rows
         self._found = 0
@@ -153,8 +154,11 @@ class GpuCheck:
                 self._file.add_failure(**found["failed"])
             elif "outcome" in found:
                 self._exactness.append(found["outcome"])
+            elif "profile" in found:
+                self._profiles.append(found["profile"])
             elif "left_out" in found:
                 self._left_out.append(found["left_out"])
             elif "late" in found:
                 self._late.append(found["late"])
-        self._file.put(exactness=self._exactness, late=self._late, left_out=self._left_out)
+        told = {"late": self._late, "left_out": self._left_out, "profiles": self._profiles}
+        self._file.put(exactness=self._exactness, **told)
