@@ -51,7 +51,7 @@ def eight_bit(
         codes: Contiguous.
         scales: A float32 factor for each block of the matrix, contiguous.
         rows: From a first to a last one.
-        dtype: Of the new tensor.
+        dtype: What the new tensor is to hold, float32 or 16 bits.
         scale_rows: Rows of a block.
         scale_cols: Columns of a block: a multiple of 128, or all.
         scale: Factor of all values.

@@ -58,7 +58,7 @@ def is_made_dense_by_kernels(device: torch.device, dtype: torch.dtype, elements:
 
     Args:
         device: Where the weight is stored.
-        dtype: Of the dense rows.
+        dtype: What the dense rows are to be in, for instance bfloat16.
         elements: How many they have.
     """
     if device.type != "cuda" and backend.selected() != "triton":
