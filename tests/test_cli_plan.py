@@ -32,6 +32,21 @@ def test_words() -> None:
         assert part in " ".join(result.stdout.split())
 
 
+def test_a_quantised_weight() -> None:
+    asked = ("--gpu", "H100", "--shape", "8192x4096x4096", "--dropout", "0.1", "--weight", "nf4")
+    record = json.loads(run(*asked, "--json").stdout)
+    assert record["weight"] == "nf4"
+    assert 0.5 < record["weight_bytes"] / 4096**2 < 0.52
+    for part in ("forward", "backward"):
+        assert [launch["name"] for launch in record[part]].count("dequantise_4bit") == 1
+    words = " ".join(run(*asked).stdout.split())
+    assert "over a weight in nf4 (8.3 MiB)" in words
+    assert "dequantise_4bit" in words
+    dense = json.loads(run(*asked[:-1], "dense", "--json").stdout)
+    assert dense["weight_bytes"] == 2 * 4096**2
+    assert dense["predicted_us"] < record["predicted_us"]
+
+
 def test_an_adapter_needs_two_sizes() -> None:
     result = run("--gpu", "A100", "--shape", "4096x768", "--op", "adapter", "--rank", "64", "--json")
     assert result.exit_code == 0, result.output
@@ -46,8 +61,12 @@ def test_an_adapter_needs_two_sizes() -> None:
         (("--gpu", "H100", "--shape", "8x0x8"), "all at least 1, got '8x0x8'"),
         (("--gpu", "H100", "--shape", "8x16x32", "--op", "adapter"), "as many outputs as inputs"),
         (("--gpu", "H100", "--shape", "8x8x8", "--dropout", "1"), "in [0, 1), got 1.0"),
+        (
+            ("--gpu", "H100", "--shape", "8x8", "--op", "adapter", "--weight", "nf4"),
+            "the op lora_linear beside",
+        ),
     ],
-    ids=["gpu", "sizes", "zero", "adapter", "dropout"],
+    ids=["gpu", "sizes", "zero", "adapter", "dropout", "weight"],
 )
 def test_bad_input(arguments: tuple[str, ...], message: str) -> None:
     result = run(*arguments)

@@ -10,8 +10,9 @@ import fastlora
 from fastlora.ops.decide import WITHOUT_PATHS
 from fastlora.ops.keep_mask import keep_probability
 from fastlora.ops.lora_linear import LoRALinearFunction
-from fastlora.ops.weights import dense_triton, frozen
+from fastlora.ops.weights import dense_triton
 from fastlora.ops.weights.four_bit import FourBitWeight
+from fastlora_kernels.quant import kernels
 from tests.lora_yardstick import (
     assert_as_exact_as_eager,
     make_case,
@@ -62,7 +63,7 @@ def test_a_call_errs_no_more_than_eager(
     """Forward and backward make the weight dense anew, in as many parts as the workspace asks for."""
     n, k = 48, 96
     weight = read(four_bit(n, k, nested=nested).to(kernel_device))
-    monkeypatch.setattr(frozen, "WORKSPACE_BYTES", n // parts * k * dtype.itemsize)
+    monkeypatch.setattr(kernels, "WORKSPACE_BYTES", n // parts * k * dtype.itemsize)
     case = make_case(33, n, k, 8, dtype, device=kernel_device)
     seed = torch.tensor([5], device=kernel_device) if dropout else None
 

@@ -32,6 +32,15 @@ class Dtype(StrEnum):
     float32 = "float32"
 
 
+class Weight(StrEnum):
+    """How a frozen weight is stored."""
+
+    dense = "dense"
+    nf4 = "nf4"
+    int8 = "int8"
+    fp8 = "fp8"
+
+
 def plan(
     gpu: Annotated[
         str, typer.Option(help="A card such as H100 or RTX 4090, or an architecture such as sm_90.")
@@ -43,13 +52,20 @@ def plan(
     dropout: Annotated[float, typer.Option(help="Probability in [0, 1).")] = 0.0,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the layer's input.")] = Dtype.bfloat16,
     op: Annotated[Op, typer.Option(help="What is computed.")] = Op.lora_linear,
+    weight: Annotated[
+        Weight,
+        typer.Option(
+            help="How the frozen weight is stored: as the input is, NF4 with nested statistics, int8 with a "
+            "factor for every row, or FP8 with one for 128 x 128 values."
+        ),
+    ] = Weight.dense,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON on stdout.")] = False,
 ) -> None:
     """Show which path a layer call takes on a GPU, what it is predicted to cost, and what was rejected.
 
     Nothing is measured and no GPU is needed: times are predicted from bytes, products, waves of tiles and
-    launches. The ceiling is the frozen layer alone, forward and the gradient of its input; for an adapter,
-    every large tensor moved once. [bold]fastlora tune[/bold] measures instead, on a GPU.
+    launches. The ceiling is the frozen, dense layer alone, forward and the gradient of its input; for an
+    adapter, every large tensor moved once. [bold]fastlora tune[/bold] measures instead, on a GPU.
 
     [bold]Example[/bold]: fastlora plan --gpu H100 --shape 8192x4096x4096 --rank 16 --dropout 0.1
     """
@@ -57,13 +73,16 @@ def plan(
     import torch
 
     from fastlora_kernels.choose.explain import explain
+    from fastlora_kernels.choose.quantised import stored_bytes
     from fastlora_kernels.targets import find_card
     from fastlora_kernels.tile import Shape
 
     rows, inputs, outputs = parse_shape(shape, adapter=op is Op.adapter)
     target = find_card(gpu)
     sizes = Shape(rows, outputs, inputs, rank, aligned=inputs % 16 == 0 and outputs % 16 == 0)
-    found = explain(op.value, sizes, getattr(torch, dtype.value), target, dropout=dropout)
+    given = getattr(torch, dtype.value)
+    stored: Any = None if weight is Weight.dense else weight.value
+    found = explain(op.value, sizes, given, target, dropout=dropout, weight=stored)
     asked: dict[str, Any] = {
         "op": op.value,
         "gpu": target.card,
@@ -71,7 +90,10 @@ def plan(
         "inputs": inputs,
         "outputs": outputs,
     }
-    asked |= {"rank": rank, "dropout": dropout, "dtype": dtype.value}
+    asked |= {"rank": rank, "dropout": dropout, "dtype": dtype.value, "weight": weight.value}
+    if op is Op.lora_linear:
+        dense = outputs * inputs * given.itemsize
+        asked["weight_bytes"] = dense if stored is None else stored_bytes(stored, outputs, inputs)
     if as_json:
         typer.echo(json.dumps(asked | _record(found), indent=1))
     else:
@@ -122,6 +144,8 @@ def _record(found: "Explanation") -> dict[str, Any]:
 def _show(found: "Explanation", asked: dict[str, Any], console: Console) -> None:
     sizes = f"{asked['rows']} × {asked['inputs']} × {asked['outputs']}"
     dropout = f", dropout {asked['dropout']:g}" if asked["dropout"] else ""
+    if asked["weight"] != Weight.dense:
+        dropout += f", over a weight in {asked['weight']} ({asked['weight_bytes'] / 2**20:,.1f} MiB)"
     console.print(
         f"{asked['op']} on {asked['gpu']}, {sizes} (rows × inputs × outputs), "
         f"rank {asked['rank']}, {asked['dtype']}{dropout}. Every time below is predicted, not measured."

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlora._core import backend
-
-# bounds a weight's dense rows, which live while they are multiplied
-WORKSPACE_BYTES = 64 * 2**20
+from fastlora_kernels.quant.kernels import most_rows
 
 
 class FrozenWeight:
@@ -46,8 +44,7 @@ class FrozenWeight:
     def parts(self, dtype: torch.dtype) -> Iterator[slice]:
         """Rows whose dense form fits the workspace, one part after the other."""
         rows, columns = self.shape
-        fitting = WORKSPACE_BYTES // max(1, columns * dtype.itemsize)
-        step = max(fitting // self.row_step, 1) * self.row_step
+        step = most_rows(columns, dtype.itemsize, self.row_step)
         # a weight without rows is one part, too
         for start in range(0, max(rows, 1), step):
             yield slice(start, min(start + step, rows))

@@ -5,9 +5,10 @@ from typing import Literal, get_args
 
 import torch
 
-from fastlora_kernels.choose import adapter, paths, plan
+from fastlora_kernels.choose import adapter, paths, plan, quantised
 from fastlora_kernels.choose.lora import Call
 from fastlora_kernels.choose.paths import LARGE_KERNELS, Candidate, Pass
+from fastlora_kernels.choose.quantised import Stored
 from fastlora_kernels.predict.launches import Launch, library_product, total_us
 from fastlora_kernels.targets import Target
 from fastlora_kernels.tile import Shape, Tile
@@ -69,7 +70,15 @@ class Explanation:
         return sum(launch.flops for launch in self.launches)
 
 
-def explain(op: Op, shape: Shape, dtype: torch.dtype, target: Target, *, dropout: float = 0.0) -> Explanation:
+def explain(
+    op: Op,
+    shape: Shape,
+    dtype: torch.dtype,
+    target: Target,
+    *,
+    dropout: float = 0.0,
+    weight: Stored | None = None,
+) -> Explanation:
     """Predict a call of an op on a GPU that need not be here.
 
     Args:
@@ -78,9 +87,11 @@ def explain(op: Op, shape: Shape, dtype: torch.dtype, target: Target, *, dropout
         dtype: The dtype of x: float32, float16 or bfloat16.
         target: The GPU.
         dropout: Probability in [0, 1); default 0.
+        weight: How the frozen weight of ``lora_linear`` is stored: ``nf4``, ``int8`` or ``fp8``; None for a
+            dense one in ``dtype``, which is the ceiling's in any case.
 
     Raises:
-        ValueError: A size is below 1, or the op, the dtype or the dropout is none that the kernels serve.
+        ValueError: A size is below 1, or the op, dtype, dropout or weight is none that the kernels serve.
 
     Example:
         >>> from fastlora_kernels.targets import find_card
@@ -88,13 +99,13 @@ def explain(op: Op, shape: Shape, dtype: torch.dtype, target: Target, *, dropout
         >>> explain("lora_linear", shape, torch.bfloat16, find_card("H100"), dropout=0.1).path
         'split'
     """
-    _check(op, shape, dtype, dropout)
+    _check(op, shape, dtype, dropout, weight)
     if op == "adapter":
         both = _adapter_passes(shape, dtype, target, dropping=dropout > 0)
         ceiling = adapter.least(shape, dtype, target)
     else:
         call = Call(shape, dtype, target, dropout > 0, dora=op == "dora_linear")
-        both = {part: paths.candidates(part, call) for part in get_args(Pass)}
+        both = {part: _lora_candidates(part, call, weight) for part in get_args(Pass)}
         ceiling = frozen(shape, dtype.itemsize, target)
     chosen = {part: paths.fastest(found) for part, found in both.items()}
     kernel = LARGE_KERNELS.get(("forward", chosen["forward"].path)) if op == "lora_linear" else None
@@ -105,6 +116,10 @@ def explain(op: Op, shape: Shape, dtype: torch.dtype, target: Target, *, dropout
         ceiling_us=sum(total_us([launch]) for launch in ceiling),
         rejected={part: [each for each in found if each is not chosen[part]] for part, found in both.items()},
     )
+
+
+def _lora_candidates(part: Pass, call: Call, weight: Stored | None) -> list[Candidate]:
+    return paths.candidates(part, call) if weight is None else quantised.candidates(part, call, weight)
 
 
 def frozen(shape: Shape, itemsize: int, target: Target) -> list[Launch]:
@@ -136,7 +151,7 @@ def _adapter_passes(
     return both
 
 
-def _check(op: str, shape: Shape, dtype: torch.dtype, dropout: float) -> None:
+def _check(op: str, shape: Shape, dtype: torch.dtype, dropout: float, weight: str | None) -> None:
     if op not in OPS:
         raise ValueError(f"expected an op out of {', '.join(OPS)}, got {op!r}")
     sizes = {"rows": shape.m, "outputs": shape.n, "inputs": shape.k, "rank": shape.r}
@@ -147,3 +162,7 @@ def _check(op: str, shape: Shape, dtype: torch.dtype, dropout: float) -> None:
         raise ValueError(f"expected float32, float16 or bfloat16, got {dtype}")
     if not 0 <= dropout < 1:
         raise ValueError(f"expected a dropout probability in [0, 1), got {dropout}")
+    if weight is not None and weight not in get_args(Stored):
+        raise ValueError(f"expected a weight out of {', '.join(get_args(Stored))}, got {weight!r}")
+    if weight is not None and op != "lora_linear":
+        raise ValueError(f"expected the op lora_linear beside weight {weight}, got {op!r}")

@@ -13,6 +13,20 @@ SPAN = 32
 # columns at whose multiples a block of an 8-bit weight may end
 SCALED_COLUMNS = 128
 
+# bounds a weight's dense rows, which live while they are multiplied
+WORKSPACE_BYTES = 64 * 2**20
+
+
+def most_rows(columns: int, itemsize: int, step: int = 1) -> int:
+    """Rows of a weight whose dense form fits the workspace, a multiple of ``step``; one step at least.
+
+    Args:
+        columns: Of the weight.
+        itemsize: Bytes of a dense element.
+        step: Rows at whose multiples a part may begin.
+    """
+    return max(WORKSPACE_BYTES // max(1, columns * itemsize) // step, 1) * step
+
 
 def _streaming(rows: int, cols: int) -> Callable[[int, torch.dtype, Target, bool], list[Tile]]:
     """The same tile on every GPU: bound by memory, with four wide stores in each thread."""
