@@ -211,6 +211,8 @@ BAD: dict[str, tuple[str, Callable[[], Any], type[Exception], str]] = {
     "no dimension": ("h", lambda: torch.tensor(1.0), ValueError, "last dimension 7"),
     "integer h": ("h", lambda: torch.ones(M, H, dtype=torch.int64), TypeError, "h in float64.*torch.int64"),
     "not a tensor": ("h", lambda: [[1.0] * H], TypeError, "h to be a torch.Tensor, got list"),
+    "no h": ("h", lambda: None, TypeError, "h to be a torch.Tensor, got NoneType"),
+    "no weight": ("up_weight", lambda: None, TypeError, "up_weight to be a torch.Tensor, got NoneType"),
     "empty bottleneck": ("down_weight", lambda: torch.randn(0, H), ValueError, r"at least 1.*\(0, 7\)"),
     "vector weight": ("down_weight", lambda: torch.randn(H), ValueError, "down_weight"),
     "up transposed": ("up_weight", lambda: torch.randn(D, H), ValueError, r"up_weight of shape \(7, 3\)"),

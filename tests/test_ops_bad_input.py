@@ -45,6 +45,10 @@ BAD: dict[str, tuple[str, Make, type[Exception], str]] = {
     ),
     "complex x": ("x", lambda: torch.ones(M, K, dtype=torch.complex64), TypeError, "got torch.complex64"),
     "not a tensor": ("x", lambda: [[1.0] * K], TypeError, "x to be a torch.Tensor, got list"),
+    "no x": ("x", lambda: None, TypeError, "x to be a torch.Tensor, got NoneType"),
+    "no weight": ("weight", lambda: None, TypeError, "weight to be a torch.Tensor, got NoneType"),
+    "no A": ("lora_A", lambda: None, TypeError, "lora_A to be a torch.Tensor, got NoneType"),
+    "no B": ("lora_B", lambda: None, TypeError, "lora_B to be a torch.Tensor, got NoneType"),
     "int8 weight": ("weight", lambda: torch.ones(N, K, dtype=torch.int8), TypeError, "quantised weights"),
     "float8 weight": (
         "weight",

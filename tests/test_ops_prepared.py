@@ -138,10 +138,14 @@ def test_dora_and_adapters_too(kernel_device: torch.device) -> None:
 
 
 def test_bad_input_is_refused_after_a_call_like_it(kernel_device: torch.device) -> None:
-    given = operands(kernel_device)
+    given = {**operands(kernel_device), "scaling": 1.0, "dropout": 0.0}
     lora_linear(**given)
     for change, error in (
         ({"scaling": [1.5]}, TypeError),
+        # equal to what was given before
+        ({"scaling": True}, TypeError),
+        ({"dropout": False}, TypeError),
+        ({"weight": given["weight"].to("meta")}, ValueError),
         ({"scaling": float("nan")}, ValueError),
         ({"lora_A": given["lora_A"].int()}, TypeError),
         ({"weight": given["weight"].half()}, ValueError),
@@ -151,8 +155,19 @@ def test_bad_input_is_refused_after_a_call_like_it(kernel_device: torch.device) 
             lora_linear(**{**given, **change})
     h, down = given["x"], given["lora_A"]
     adapter(h, down, None, down.t(), None)
+    with pytest.raises(TypeError, match="dropout"):
+        adapter(h, down, None, down.t(), None, dropout=False)
+    with pytest.raises(ValueError, match="meta tensor holds no data"):
+        adapter(h, down.to("meta"), None, down.t(), None)
     with pytest.raises(ValueError, match="residual"):
         adapter(h, down, None, down.t(), None, residual="inputs")  # type: ignore[arg-type]
+
+
+def test_a_layer_left_on_meta_is_refused_after_one_like_it() -> None:
+    x = torch.ones(2, 32)
+    fastlora.LoRALinear(32, 16)(x)
+    with pytest.raises(ValueError, match="meta tensor holds no data"):
+        fastlora.LoRALinear(32, 16, device="meta")(x)
 
 
 def test_nothing_is_remembered_where_layouts_do_not_tell_all() -> None:
@@ -169,7 +184,9 @@ def test_memory_is_bounded() -> None:
         memory[number] = number
     assert len(memory) == 2
     assert memory.of(_MOST, lambda: 0) == _MOST
-    assert layouts(torch.ones(2), None) != layouts(torch.ones(2)[1:], None)
+    three = torch.ones(3)
+    assert layouts(three[:2], None) == layouts(torch.zeros(2), None)
+    assert layouts(three[:2], None) != layouts(three[1:], None)
 
 
 def test_what_trains_nothing_answers_as_eager_to_the_bit() -> None:

@@ -10,9 +10,9 @@ import importlib.util
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,12 @@ KERNEL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16"
 # looked up once: torch.compile can't trace the question
 _TRITON_FOUND = importlib.util.find_spec("triton") is not None
 _selected = os.environ.get("FASTLORA_BACKEND", "auto")
+
+_T = TypeVar("_T")
+# of questions that torch.compile can't trace either
+_asked_outside_of_graphs: Callable[[Callable[[], _T]], Callable[[], _T]] = (
+    torch.compiler.assume_constant_result
+)
 
 
 def cache_folder() -> Path:
@@ -123,6 +129,7 @@ def triton_available() -> bool:
 
 
 @functools.cache
+@_asked_outside_of_graphs
 def launch_failure() -> str:
     """Why Triton can't launch kernels on this machine's GPU; empty where it can, and where there is none.
 
@@ -168,6 +175,7 @@ def _can_launch() -> bool:
 
 
 @functools.cache
+@_asked_outside_of_graphs
 def interpreter_enabled() -> bool:
     """Whether Triton runs kernels in its CPU interpreter (``TRITON_INTERPRET=1``)."""
     if not triton_available():
@@ -189,6 +197,11 @@ def untuned_environment(folder: Path) -> dict[str, str]:
 def interpreter_environment() -> dict[str, str]:
     """This process's environment, with Triton's interpreter switched on, for a child process."""
     return os.environ | {"TRITON_INTERPRET": "1"}
+
+
+def are_plain(*values: object) -> bool:
+    """Whether all tensors among these are torch's own, whose memory kernels may read."""
+    return all(type(each) in (Tensor, nn.Parameter) for each in values if isinstance(each, Tensor))
 
 
 def _is_composite(tensor: Tensor) -> bool:

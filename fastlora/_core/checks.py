@@ -26,8 +26,8 @@ def check_lora_linear(
         TypeError: An argument is no floating-point tensor.
         ValueError: Shapes, dtypes, devices or scalars do not fit.
     """
-    named = {"x": x, "weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B}
-    given = {name: tensor for name, tensor in named.items() if tensor is not None}
+    given = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
+    given |= {} if bias is None else {"bias": bias}
     for name, tensor in given.items():
         check_floating(name, tensor)
     _check_shapes(x, weight, bias, lora_A, lora_B)
@@ -74,15 +74,13 @@ def check_adapter(
     """
     if isinstance(residual, str) and residual != "input":
         raise ValueError(f"expected residual to be 'input', a tensor or None, got {residual!r}")
-    named = {
-        "h": h,
-        "down_weight": down_weight,
+    optional = {
         "down_bias": down_bias,
-        "up_weight": up_weight,
         "up_bias": up_bias,
         "residual": None if isinstance(residual, str) else residual,
     }
-    given = {name: tensor for name, tensor in named.items() if tensor is not None}
+    given = {"h": h, "down_weight": down_weight, "up_weight": up_weight}
+    given |= {name: tensor for name, tensor in optional.items() if tensor is not None}
     for name, tensor in given.items():
         check_floating(name, tensor)
     _check_adapter_shapes(h, down_weight, given)

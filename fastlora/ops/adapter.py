@@ -86,7 +86,7 @@ def adapter(
     key = signature(h, *parameters, added, settings=(name, activation, dropout, training))
     arguments = (h, *parameters, residual, activation, dropout, training)
     # a compiled graph would be guarded by all that is remembered
-    call = _decide(*arguments) if key is None else _known.of(key, _decide, *arguments)
+    call = _decide(*arguments) if key is None else _known.of(key, _decide_for_one, *arguments)
     if training and dropout == 1:
         # nothing is kept: weights of zero do it, without a mask
         parameters = (down_weight, down_bias, up_weight * 0, up_bias)
@@ -131,6 +131,12 @@ def _decide(
     dropping = training and 0 < dropout < 1
     decision = decide_adapter(h, down_weight, dtype, dropping=dropping, training=training)
     return _Call(dtype, float(dropout) if dropping else 0.0, decision)
+
+
+def _decide_for_one(*arguments: Any) -> _Call:
+    """For calls of this signature alone."""
+    call = _decide(*arguments)
+    return call._replace(decision=call.decision.of_one_signature())
 
 
 class AdapterFunction(torch.autograd.Function):

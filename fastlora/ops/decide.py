@@ -45,13 +45,17 @@ class Decision:
         backend: The implementation.
         paths: The kernels' paths. None where there is but one, and where they stay open until the op runs: in
             a compiled graph, which serves any number of rows.
-        known: What the forward pass prepares, of a decision for one layout of its tensors alone; None where
-            it serves several.
+        known: What the forward pass prepares, of a decision for one signature alone; None where it serves
+            others, or calls that something watches.
     """
 
     backend: Backend
     paths: Paths | None = None
     known: dict[Any, Any] | None = None
+
+    def of_one_signature(self) -> "Decision":
+        """The same, for calls of one signature alone: it keeps what the kernels' forward pass prepares."""
+        return Decision(self.backend, self.paths, {}) if self.backend == "triton" else self
 
 
 # for any number of layouts
@@ -115,7 +119,7 @@ def decide_lora(
     forward = kernel_paths.choose("forward", shape, dtype, x.device, dora=dora, **call)
     # by then the factor is taken off the gradient
     backward = kernel_paths.choose("backward", shape, dtype, x.device, **call)
-    return Decision("triton", Paths(shape, forward, backward), {})
+    return Decision("triton", Paths(shape, forward, backward))
 
 
 def decide_adapter(
@@ -150,7 +154,7 @@ def decide_adapter(
 
     if not automatic:
         check_adapter_size(size, WIDEST)
-        return Decision("triton", known={})
+        return WITHOUT_PATHS["triton"]
     aligned = in_wide_words(hidden)
     if not kernel_paths.has_adapter_kernels(hidden, size, aligned, dtype, h.device):
         return WITHOUT_PATHS["torch"]
@@ -159,7 +163,7 @@ def decide_adapter(
         return WITHOUT_PATHS["triton"]
     shape = Shape(m=h.shape[:-1].numel(), n=hidden, k=hidden, r=size, aligned=aligned)
     library = kernel_paths.prefers_library(shape, dtype, h.device, dropping=dropping)
-    return WITHOUT_PATHS["torch"] if library else Decision("triton", known={})
+    return WITHOUT_PATHS["torch" if library else "triton"]
 
 
 def is_aligned(*matrices: Tensor) -> bool:

@@ -219,7 +219,6 @@ def dora_linear_forward(
     # imported late: Triton is not installed everywhere
     from fastlora.ops import dora_triton
 
-    # not what the decision knows: that is of calls that keep the product, and of others
     kept = dora_triton.forward(*layer, **settings, paths=decision.paths)
     return y, *kept, product
 

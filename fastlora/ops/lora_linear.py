@@ -145,6 +145,7 @@ def _decide(
 def _decide_and_load(*arguments: Any) -> Call:
     """What is known of a call that was not made before; a CUDA graph of it finds its kernels loaded."""
     call = _decide(*arguments)
+    call = call._replace(decision=call.decision.of_one_signature())
     load_for_graphs(call, lambda: _decide(*arguments, in_graph=True), *arguments[:5])
     return call
 

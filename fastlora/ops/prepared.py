@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fastlora._core import backend
 from fastlora.ops.runtime import autocast_dtype, current_device
@@ -55,16 +56,19 @@ class Memory(dict[Hashable, _T]):
 
 
 def layouts(*tensors: Tensor | None) -> Hashable:
-    """All of these tensors that a launch depends on: classes, dtypes, sizes, strides, devices, alignment."""
+    """All of these tensors that a launch depends on: dtypes, sizes, strides, alignment, devices."""
+    # to get_device the CPU and meta are one
     return tuple(
         [
-            None if t is None else (type(t), t.dtype, t.shape, t.stride(), t.data_ptr() & 15, t.get_device())
+            None
+            if t is None
+            else (t.dtype, t.shape, t.stride(), t.data_ptr() & 15, t.get_device(), t.is_meta)
             for t in tensors
         ]
     )
 
 
-def signature(*tensors: Tensor | None, settings: Hashable) -> Hashable:
+def signature(*tensors: Tensor | None, settings: tuple[Any, ...]) -> Hashable:
     """What decides how a call is computed; None where that can't be told from layouts.
 
     Args:
@@ -74,13 +78,26 @@ def signature(*tensors: Tensor | None, settings: Hashable) -> Hashable:
     if torch.compiler.is_compiling() or backend.is_watched():
         return None
     first = tensors[0]
-    assert first is not None
+    if first is None or not _all_plain(tensors):
+        return None
+    # as keys True is 1.0 and False 0.0
+    kinds = tuple(map(type, settings))
     try:
         autocast = autocast_dtype(first) if torch._C._is_any_autocast_enabled() else None
-        return layouts(*tensors), settings, autocast, torch.is_grad_enabled(), _state(first)
+        return layouts(*tensors), settings, kinds, autocast, torch.is_grad_enabled(), _state(first)
     except (AttributeError, RuntimeError, TypeError):
-        # no tensors, or without strides or memory: nested, sparse, sharded ones
+        # without strides or memory: nested and sparse ones
         return None
+
+
+def _all_plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether all are torch's own: other classes may have no memory, or see every operation."""
+    # a loop costs a third of all()
+    for each in tensors:
+        kind = type(each)
+        if kind is not Tensor and kind is not Parameter and each is not None:
+            return False
+    return True
 
 
 def _state(tensor: Tensor) -> Hashable:

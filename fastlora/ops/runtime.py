@@ -3,12 +3,11 @@
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from fastlora._core import backend as _backend
 from fastlora.ops.decide import WITHOUT_PATHS
@@ -55,7 +54,9 @@ def registered(fake: Callable[..., Any]) -> Callable[[Callable[_P, _R]], Callabl
             if seed_at is not None and decision.known is not None:
                 return direct(*arguments)
             seed = None if seed_at is None else arguments[seed_at]
-            if _runs_directly(decision.backend, arguments[0], seed):
+            # backward gets what its forward pass kept
+            looked_at = arguments[:1] if seed_at is None else arguments[:seed_at]
+            if _runs_directly(decision.backend, looked_at, seed):
                 return direct(*arguments)
             return packet(*arguments[:-1], decision.backend)
 
@@ -78,7 +79,7 @@ def _schema(function: Callable[..., Any]) -> str:
     return torch.library.infer_schema(prototype, mutates_args=())
 
 
-def _runs_directly(backend: str, first: Tensor, seed: Tensor | None) -> bool:
+def _runs_directly(backend: str, operands: Sequence[Tensor | None], seed: Tensor | None) -> bool:
     """Whether a function may be called without the dispatcher.
 
     Library products trace like any others. The kernels take real tensors alone, and of a seed the value is
@@ -89,9 +90,8 @@ def _runs_directly(backend: str, first: Tensor, seed: Tensor | None) -> bool:
     if backend == "torch" and seed is None:
         return True
     return (
-        type(first) in (Tensor, Parameter)
-        and not first.is_meta
-        and (seed is None or (type(seed) is Tensor and not seed.is_meta))
+        _backend.are_plain(*operands, seed)
+        and not any(each.is_meta for each in (operands[0], seed) if each is not None)
         and not _backend.is_watched()
     )
 
