@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from fastlora.domain.model import DomainAdaptationModel
     from fastlora.inject.adapters import apply_adapters
     from fastlora.inject.combining import add_weighted_adapter
-    from fastlora.inject.lora import apply_lora, merge_adapters, remove_adapters, unmerge_adapters
+    from fastlora.inject.lora import apply_lora, remove_adapters
+    from fastlora.inject.merging import merge_adapters, unmerge_adapters
     from fastlora.inject.named import adapter_names, add_adapter, delete_adapter, set_adapter
     from fastlora.inject.prompts import apply_prompts, remove_prompts
     from fastlora.inject.summary import AdapterSummary, adapter_summary
@@ -90,7 +91,8 @@ if not TYPE_CHECKING:
             "domain.model": ("DomainAdaptationModel",),
             "functional": (),
             "init": (),
-            "inject.lora": ("apply_lora", "merge_adapters", "remove_adapters", "unmerge_adapters"),
+            "inject.lora": ("apply_lora", "remove_adapters"),
+            "inject.merging": ("merge_adapters", "unmerge_adapters"),
             "interop.peft": ("accelerate", "restore"),
             "inject.combining": ("add_weighted_adapter",),
             "inject.named": ("adapter_names", "add_adapter", "delete_adapter", "set_adapter"),

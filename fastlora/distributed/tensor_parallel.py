@@ -12,8 +12,11 @@ from fastlora.nn.lora.start import has_start
 
 
 class _ParallelLinear(LoRALinear):
-    def check_mergeable(self) -> None:
+    def check_mergeable(self, *, requantise: bool = False) -> None:
         """Refuse to merge.
+
+        Args:
+            requantise: Of no effect.
 
         Raises:
             ValueError: Always.

@@ -10,6 +10,7 @@ from fastlora.anatomy.names import Model
 from fastlora.init._layers import check_unmerged, linear_layers
 from fastlora.nn import LoRAModule
 from fastlora.nn.lora.start import set_start
+from fastlora.ops.weights.frozen import FrozenWeight
 
 
 def pissa_(model: Model, *, niter: int | None = None, progress: bool = False) -> Model:
@@ -83,19 +84,26 @@ def _start_from(
     for name, layer in layers.items():
         _check(name, layer)
     for layer in track(layers.values(), description="decomposing", disable=not progress, transient=True):
-        weight = layer._weight().detach()
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        stored = layer._stored()
+        with torch.no_grad(), torch.autocast(stored.device.type, enabled=False):
+            wide = _values(stored)
             lora_A, lora_B = decompose(wide, layer.rank)
             root = layer.scaling**0.5
             set_start(layer, lora_A / root, lora_B / root)
     return model
 
 
+def _values(weight: Tensor | FrozenWeight) -> Tensor:
+    """In float32 at least."""
+    if isinstance(weight, FrozenWeight):
+        return weight.dense(torch.float32)
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+
+
 def _check(name: str, layer: LoRAModule) -> None:
     check_unmerged(name, layer)
     problem = None
-    smallest = min(layer._weight().shape)
+    smallest = min(layer._stored().shape)
     if layer.dora:
         problem = "a layer without DoRA, got dora=True; use LoRA for it"
     elif layer.scaling <= 0:

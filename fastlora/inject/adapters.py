@@ -25,6 +25,7 @@ from fastlora.inject.trained import train_only_tuners
 from fastlora.nn import AdaptedModule
 from fastlora.nn.adapted import AdapterPlacement, check_wrappable
 from fastlora.nn.settings import AdapterSettings, LayerNormPlace, Scale, check_dtype
+from fastlora.ops.weights.repacking import keep_as_stored
 from fastlora.reference import Activation
 
 _BLOCK_STYLES = ("houlsby", "pfeiffer", "parallel")
@@ -116,6 +117,7 @@ def apply_adapters(
         modules, whole = select_targets(root, target_modules, exclude_modules, modules_to_save)
         chosen = dict.fromkeys(modules, cast(AdapterPlacement, named))
     _check_whole(root, whole)
+    keep_as_stored(root)
     add_adapters(root, _plan_places(root, chosen, settings, hidden_size), adapter_dtype)
     train_only_tuners(root, whole)
     tell_frozen_head(root)

@@ -6,20 +6,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora._core.log import logger
 from fastlora._core.words import first_few
 from fastlora.anatomy.all_linear import tell_frozen_head
 from fastlora.anatomy.names import (
     Model,
     added,
-    lora_layers,
     named_modules,
     replace_modules,
     require_lora_layers,
     unwrap,
 )
 from fastlora.anatomy.targets import ALL_LINEAR, select_targets
-from fastlora.inject.pretrained import moved_apart
+from fastlora.inject.merging import merged_apart
 from fastlora.inject.prompts import follow_blocks
 from fastlora.inject.trained import forget_tuners, train_only_tuners
 from fastlora.nn import (
@@ -33,6 +31,7 @@ from fastlora.nn import (
 from fastlora.nn.lora.checks import check_carrier
 from fastlora.nn.lora.layout import fitted, layout_of
 from fastlora.nn.settings import LoRASettings
+from fastlora.ops.weights.repacking import keep_as_stored
 
 # what can carry LoRA, and how the LoRA layer is made of it
 _MAKERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
@@ -110,65 +109,11 @@ def apply_lora(
     check_unadapted(root)
     chosen, whole = select_targets(root, target_modules, exclude_modules, modules_to_save)
     check_carriers(chosen, settings)
+    keep_as_stored(root)
     add_lora(root, {module: settings for module in chosen.values()})
     train_only_tuners(root, whole)
     if exclude_modules is None:
         tell_frozen_head(root)
-    return model
-
-
-def merge_adapters(model: Model) -> Model:
-    """Fold every update into its weight, reversibly: inference then costs what it did without LoRA.
-
-    While merged, ``state_dict()`` is the plain model's, which the plain model loads; an adapted one starts
-    its updates afresh when it loads it. Tied weights that an update moves apart are logged as a warning.
-
-    Args:
-        model: An adapted model, changed in place.
-
-    Returns:
-        The same model. Call :func:`unmerge_adapters` before training on.
-
-    Raises:
-        ValueError: The model has no LoRA layers, or some that can't be folded in (convolutions with groups);
-            nothing is changed then. Bottleneck adapters can't be folded into anything, and stay.
-
-    Example:
-        >>> model = merge_adapters(apply_lora(nn.Sequential(nn.Linear(4, 2)), rank=1))
-        >>> model[0].merged
-        True
-    """
-    layers = require_lora_layers(model)
-    for name, layer in layers.items():
-        try:
-            layer.check_mergeable()
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    for layer in layers.values():
-        layer.merge()
-    _warn_of_untied(model)
-    return model
-
-
-def unmerge_adapters(model: Model) -> Model:
-    """Put every original weight back, bit for bit.
-
-    Args:
-        model: An adapted model, changed in place.
-
-    Returns:
-        The same model.
-
-    Raises:
-        ValueError: The model has no LoRA layers.
-
-    Example:
-        >>> model = merge_adapters(apply_lora(nn.Sequential(nn.Linear(4, 2)), rank=1))
-        >>> unmerge_adapters(model)[0].merged
-        False
-    """
-    for layer in require_lora_layers(model).values():
-        layer.unmerge()
     return model
 
 
@@ -206,7 +151,7 @@ def remove_adapters(model: Model) -> Model:
             f"expected a model around its layers, got a bare {type(root).__name__}; use its .{original}"
         )
     config: Any = getattr(root, "config", None)
-    if getattr(config, "tie_word_embeddings", False) and _merged_apart(root):
+    if getattr(config, "tie_word_embeddings", False) and merged_apart(root):
         # or from_pretrained would tie what no longer is
         config.tie_word_embeddings = False
     replace_modules(root, {layer: layer.to_base() for layer in here.layers.values()})
@@ -215,22 +160,6 @@ def remove_adapters(model: Model) -> Model:
     follow_blocks(root, originals)
     forget_tuners(root)
     return model
-
-
-def _merged_apart(model: nn.Module) -> dict[str, list[str]]:
-    return {name: others for name, others in moved_apart(model).items() if lora_layers(model)[name].merged}
-
-
-def _warn_of_untied(model: nn.Module) -> None:
-    apart = _merged_apart(unwrap(model))
-    if apart:
-        name, others = next(iter(apart.items()))
-        logger.warning(
-            "%s shares its frozen weight with %s, which has not its update: merged they differ, and a model "
-            "that ties them can't load both (save_pretrained writes tie_word_embeddings=False)",
-            name,
-            ", ".join(others),
-        )
 
 
 def check_unadapted(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from fastlora.inject.trained import forget_tuners, train_only_tuners
 from fastlora.nn.prompts.hosts import Host, VisualHost, as_host, find_host
 from fastlora.nn.prompts.modules import PROMPTS, PromptKind, PromptModule
 from fastlora.nn.settings import PromptInit, PromptSettings
+from fastlora.ops.weights.repacking import keep_as_stored
 
 
 def apply_prompts(
@@ -76,6 +77,7 @@ def apply_prompts(
     host = find_host(modules)
     host.check(settings)
     _, whole = left_out_names(root, None, modules_to_save)
+    keep_as_stored(root)
     _put_prompts(host, settings, host.draw(settings))
     train_only_tuners(root, whole)
     tell_frozen_head(root)

@@ -9,6 +9,7 @@ from fastlora.anatomy.names import Added, holds_tuner, tuner_parameters
 from fastlora.anatomy.tied import all_holders, is_inside, without_parents
 from fastlora.inject.pretrained import forget_saving, save_training_too
 from fastlora.inject.summary import adapter_summary
+from fastlora.ops.weights.repacking import let_rewrite
 
 # torch's transformer encoder has a fused inference path that reads weights and calls no layer: adapters would
 # be silently ignored under eval() and no_grad(). class → the attribute that allows it, and its "off"
@@ -43,6 +44,8 @@ def train_only_tuners(model: nn.Module, whole: Collection[nn.Module]) -> None:
 def forget_tuners(model: nn.Module) -> None:
     """Undo what :func:`train_only_tuners` left beside frozen parameters, where no tuner is left."""
     forget_saving(model)
+    if not holds_tuner(model):
+        let_rewrite(model)
     if _CHOSEN in vars(model) and not holds_tuner(model):
         delattr(model, _CHOSEN)
     for module in model.modules():

@@ -37,6 +37,7 @@ from fastlora.inject.trained import train_only_tuners, trained_whole
 from fastlora.nn import LoRALayer, LoRAModule
 from fastlora.nn.lora.shelf import Shelf
 from fastlora.nn.settings import LoRASettings
+from fastlora.ops.weights.repacking import keep_as_stored
 from fastlora.state.check import AdapterCheck
 from fastlora.state.folder import AdapterFile, read_adapter
 from fastlora.state.keys import (
@@ -157,6 +158,7 @@ def load_into_active(model: Model, path: str | os.PathLike[str]) -> Model:
     lora = file.config.lora
     if lora is not None and lora.weight_tying and any_tied(targets.values()):
         logger.warning(_TRAINS_APART, file.folder)
+    keep_as_stored(root)
     _take_base(copies, file.folder)
     untie(root, apart)
     if not here:

@@ -173,11 +173,15 @@ class LoRAMultiheadAttention(LoRAModule, nn.MultiheadAttention):
             weights = weights.squeeze(0)
         return self.out_proj(self._join_heads(out, query)), weights
 
-    def merge(self) -> None:
-        """Fold both updates into the packed and the output projection; see :meth:`LoRAModule.merge`."""
-        super().merge()
+    def merge(self, *, requantise: bool = False) -> None:
+        """Fold both updates into the packed and the output projection; see :meth:`LoRAModule.merge`.
+
+        Args:
+            requantise: Quantise the output projection's merged weight again, where it was quantised.
+        """
+        super().merge(requantise=requantise)
         for inner in self._inner():
-            inner.merge()
+            inner.merge(requantise=requantise)
 
     def unmerge(self) -> None:
         """Put both original weights back, bit for bit."""

@@ -4,7 +4,9 @@ import torch
 from torch import nn
 
 from fastlora._core.checks import FLOATING_DTYPES
+from fastlora.nn.lora.stored import is_dense
 from fastlora.nn.settings import DTYPE_NAMES
+from fastlora.ops.weights.read import frozen_weight
 
 
 def check_carrier(layer: object) -> None:
@@ -36,11 +38,11 @@ def check_wrappable(layer: object) -> None:
 
 
 def check_plain(layer: object, wanted: type[nn.Linear | nn.Conv2d | nn.Embedding]) -> None:
-    """Refuse anything but a plain layer of this kind whose weight can be shared and read.
+    """Refuse anything but a plain layer of this kind whose weight can be shared and read, or a quantised one.
 
     Raises:
-        TypeError: Another kind, one that computes something else (quantised, already adapted), or one whose
-            weight is no plain floating Parameter.
+        TypeError: Another kind, one that computes something else (already adapted), or one whose weight is no
+            plain floating Parameter, nor quantised in a way that is known.
         ValueError: The weight is on the meta device.
     """
     kind, name = type(layer).__name__, wanted.__name__
@@ -54,14 +56,30 @@ def check_plain(layer: object, wanted: type[nn.Linear | nn.Conv2d | nn.Embedding
         for method in ("forward", "_conv_forward")
         if getattr(type(layer), method, None) is not getattr(wanted, method, None) or method in vars(layer)
     ]
-    if changed:
+    quantised = isinstance(layer, nn.Linear) and _quantised(layer)
+    if changed and quantised is not True:
+        found = quantised or f"{kind} with a forward of its own (hooked or already adapted)"
         raise TypeError(
-            f"expected a plain nn.{name}, got {kind} with a forward of its own (quantised, hooked or already "
-            f"adapted); convert it back to nn.{name} first"
+            f"expected a plain nn.{name}, or a quantised nn.Linear that can be read, got {found}; convert it "
+            f"back to nn.{name} first"
         )
-    check_parameter(f"{kind}.weight", layer._parameters.get("weight"))
+    if quantised is not True:
+        check_parameter(f"{kind}.weight", layer._parameters.get("weight"))
     if getattr(layer, "bias", None) is not None:
         check_parameter(f"{kind}.bias", layer._parameters.get("bias"))
+
+
+def _quantised(layer: nn.Linear) -> bool | str:
+    """Whether a linear layer is a quantised one that can be read, or why it can't be."""
+    weight = layer._parameters.get("weight")
+    if is_dense(layer) or weight is None:
+        return False
+    check_values(f"{type(layer).__name__}.weight", weight)
+    found = frozen_weight(layer)
+    if isinstance(found, str):
+        return found
+    # compressed-tensors'
+    return f"{type(layer).__name__} with a forward of its own" if "forward" in vars(layer) else True
 
 
 def check_embedding(embedding: object) -> None:
@@ -146,6 +164,15 @@ def check_parameter(name: str, parameter: object) -> None:
         raise TypeError(
             f"expected {name} to be {DTYPE_NAMES}, got {parameter.dtype}; dequantise or convert it first"
         )
+    check_values(name, parameter)
+
+
+def check_values(name: str, parameter: nn.Parameter) -> None:
+    """Refuse a weight without values.
+
+    Raises:
+        ValueError: It is on the meta device.
+    """
     if parameter.is_meta:
         raise ValueError(
             f"expected {name} to hold values, got a meta tensor; load the model's weights before adding LoRA"

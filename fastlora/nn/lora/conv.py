@@ -140,8 +140,11 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
         """``[N, in_channels, H, W]`` to ``[N, out_channels, H', W']``, also without N."""
         return convolve(self, self, input)
 
-    def check_mergeable(self) -> None:
+    def check_mergeable(self, *, requantise: bool = False) -> None:
         """Refuse to merge with groups: A mixes channels of all groups, the frozen weight has none for that.
+
+        Args:
+            requantise: Of no effect: no convolution is quantised.
 
         Raises:
             ValueError: There are groups.

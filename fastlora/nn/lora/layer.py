@@ -4,14 +4,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastlora.nn.lora.base import LoRAModule
 from fastlora.nn.lora.checks import check_wrappable
 from fastlora.nn.lora.conv import check_groups, convolve
 from fastlora.nn.lora.embedding import embed
-from fastlora.nn.lora.linear import describe
+from fastlora.nn.lora.linear import describe, share_linear
+from fastlora.nn.lora.stored import is_dense, stored_weight
 from fastlora.nn.settings import LoRASettings
+from fastlora.ops.weights.frozen import FrozenWeight
+from fastlora.ops.weights.repacking import keep_as_stored
 
 
 class LoRALayer(LoRAModule):
@@ -61,6 +63,7 @@ class LoRALayer(LoRAModule):
         super().__init__()
         self.original_layer = original_layer
         self._add_lora(settings)
+        keep_as_stored(original_layer)
         self.train(original_layer.training)
 
     @property
@@ -75,27 +78,38 @@ class LoRALayer(LoRAModule):
             return convolve(self, layer, input)
         if isinstance(layer, nn.Embedding):
             return embed(self, layer, input)
-        if self.merged:
-            return F.linear(input, layer.weight, layer.bias)
-        lora_A, lora_B = self._factors()
-        return self._lora_linear(input, layer.weight, layer.bias, lora_A, lora_B)
+        return self._linear(input, layer.bias)
 
-    def check_mergeable(self) -> None:
-        """Refuse to merge a convolution with groups.
+    def check_mergeable(self, *, requantise: bool = False) -> None:
+        """Refuse to merge into a convolution with groups.
+
+        Args:
+            requantise: Whether a quantised weight is to be quantised again.
 
         Raises:
-            ValueError: There are groups.
+            ValueError: There are groups, or the weight can't be quantised again.
         """
         if isinstance(self.original_layer, nn.Conv2d):
             check_groups(self.original_layer)
+        super().check_mergeable(requantise=requantise)
 
     def to_base(self) -> nn.Linear | nn.Conv2d | nn.Embedding:
-        """The original layer itself, with the update folded in if merged."""
-        return self.original_layer
+        """The original layer itself, with the update folded in if merged.
+
+        Merged into a quantised one it is a plain ``nn.Linear`` that shares weight and bias.
+        """
+        layer = self.original_layer
+        if self.merged and isinstance(layer, nn.Linear) and is_dense(layer):
+            return layer if type(layer).forward is nn.Linear.forward else share_linear(nn.Linear, layer)
+        return layer
 
     def extra_repr(self) -> str:
         """What ``print`` shows between the brackets."""
         return describe(self)
+
+    def _stored(self) -> Tensor | FrozenWeight:
+        layer = self.original_layer
+        return stored_weight(layer) if isinstance(layer, nn.Linear) else layer.weight
 
     def _weight_owner(self) -> nn.Module:
         return self.original_layer

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fastlora.nn.lora.stored import is_dense
 from fastlora.nn.settings import LoRASettings
 
 Shape = tuple[int, ...]
@@ -38,6 +39,11 @@ class Layout:
 
     def misfit(self, layer: Any, rank: int, *, dora: bool) -> str | None:
         """Why a plain layer can't carry an update of this rank and kind, or None if it can."""
+        if dora and isinstance(layer, nn.Linear) and not is_dense(layer):
+            return (
+                "expected a dense weight for DoRA, whose norms it takes, got a quantised "
+                f"{type(layer).__name__}; leave it out, or use dora=False"
+            )
         return None
 
     def draw(self, lora_A: Tensor, lora_B: Tensor) -> None:

@@ -4,12 +4,15 @@ from typing import Self, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastlora._core.option_checks import check_flag
 from fastlora.nn.lora.base import LoRAModule
 from fastlora.nn.lora.checks import check_plain
+from fastlora.nn.lora.quantised import lora_around, new_linear
+from fastlora.nn.lora.stored import stored_weight
 from fastlora.nn.settings import LoRAOptions, LoRASettings, lora_settings
+from fastlora.ops.weights.frozen import FrozenWeight
+from fastlora.ops.weights.repacking import keep_as_stored
 
 Linear = TypeVar("Linear", bound=nn.Linear)
 
@@ -47,6 +50,9 @@ class LoRALinear(LoRAModule, nn.Linear):
         True
     """
 
+    # the class of layers that a quantised weight is read as
+    _read_as: type[nn.Linear] = nn.Linear
+
     def __init__(
         self,
         in_features: int,
@@ -76,13 +82,17 @@ class LoRALinear(LoRAModule, nn.Linear):
         inference path must be put in by :func:`fastlora.apply_lora`, which switches that path off.
 
         Args:
-            linear: The layer to adapt, with weight ``[out, in]``; device and train/eval mode are kept.
+            linear: The layer to adapt, with weight ``[out, in]``; device and train/eval mode are kept. A
+                quantised one that :func:`fastlora.ops.weights.read.frozen_weight` reads keeps its bytes, and
+                gives a layer that is an instance of its class, too.
             **options: ``rank`` (16), ``alpha`` (32.0), ``dropout`` (0.0), ``rslora`` (False),
                 ``dora`` (False) and ``adapter_dtype`` (None), see :class:`fastlora.nn.settings.LoRAOptions`.
 
         Raises:
-            TypeError: Not a plain ``nn.Linear`` with a floating Parameter as weight, or an unknown option.
-            ValueError: The weight is on the meta device, or a setting is out of range.
+            TypeError: Not a plain ``nn.Linear`` with a floating Parameter as weight, no quantised one that
+                can be read, or an unknown option.
+            ValueError: The weight is on the meta device, a setting is out of range, or ``dora=True`` beside a
+                quantised weight.
 
         Example:
             >>> linear = nn.Linear(8, 4)
@@ -91,11 +101,11 @@ class LoRALinear(LoRAModule, nn.Linear):
         """
         settings = lora_settings(**options)
         check_plain(linear, nn.Linear)
-        layer = cls.__new__(cls)
-        with_bias = linear.bias is not None
-        nn.Linear.__init__(layer, linear.in_features, linear.out_features, with_bias, device="meta")
+        quantised = type(linear).forward is not nn.Linear.forward
+        layer: Self = lora_around(cls, linear) if quantised else new_linear(cls, linear)
         layer.weight, layer.bias = linear.weight, linear.bias
         layer._add_lora(settings)
+        keep_as_stored(linear)
         return layer.train(linear.training)
 
     @property
@@ -105,10 +115,7 @@ class LoRALinear(LoRAModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """x·Wᵀ + bias + scaling · dropout(x)·Aᵀ·Bᵀ, ``[..., in_features]`` to ``[..., out_features]``."""
-        if self.merged:
-            return F.linear(input, self.weight, self.bias)
-        lora_A, lora_B = self._factors()
-        return self._lora_linear(input, self.weight, self.bias, lora_A, lora_B)
+        return self._linear(input, self.bias)
 
     def reset_parameters(self) -> None:
         """Draw the weight and bias as ``nn.Linear`` does, and start a fresh update."""
@@ -120,6 +127,9 @@ class LoRALinear(LoRAModule, nn.Linear):
     def to_base(self) -> nn.Linear:
         """A plain ``nn.Linear`` sharing this layer's weight (folded in if merged) and bias."""
         return share_linear(nn.Linear, self)
+
+    def _stored(self) -> Tensor | FrozenWeight:
+        return stored_weight(self, self._read_as)
 
     def extra_repr(self) -> str:
         """What ``print`` shows between the brackets."""
@@ -135,6 +145,6 @@ def describe(layer: LoRAModule) -> str:
 
 def share_linear(kind: type[Linear], linear: nn.Linear) -> Linear:
     """A plain layer of this kind that shares weight and bias of ``linear``."""
-    plain = kind(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+    plain: Linear = new_linear(kind, linear)
     plain.weight, plain.bias = linear.weight, linear.bias
     return plain.train(linear.training)

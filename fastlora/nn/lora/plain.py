@@ -22,6 +22,7 @@ from fastlora.nn.lora.folding import unfold
 from fastlora.nn.lora.shelf import SHELF
 from fastlora.nn.lora.start import START_A, START_B, follow_start, take_start
 from fastlora.nn.lora.update import LoRAUpdate
+from fastlora.ops.weights.frozen import FrozenWeight
 
 # before the names of A and B beside a weight that holds their product
 MERGED = "lora_merged."
@@ -77,7 +78,9 @@ def _inside(function: str) -> bool:
 
 
 def can_fold(layer: LoRAUpdate) -> bool:
-    """Whether a weight can hold the update; most can."""
+    """Whether a weight can hold the update; most can, no quantised one can."""
+    if isinstance(layer._stored(), FrozenWeight):
+        return False
     try:
         layer.check_mergeable()
     except ValueError:

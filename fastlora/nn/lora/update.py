@@ -7,14 +7,18 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastlora.functional import dora_linear, lora_linear
 from fastlora.nn.lora.folding import fold
 from fastlora.nn.lora.layout import Layout, adapter_dtype, check_fit, layout_of, lora_parts
 from fastlora.nn.lora.norm_cache import NormCache
 from fastlora.nn.lora.start import take_start, with_start
+from fastlora.nn.lora.stored import can_requantise, merged_dtype, requantised
 from fastlora.nn.settings import LoRASettings
 from fastlora.nn.tuner import TunerModule
+from fastlora.ops.runtime import in_dtype
+from fastlora.ops.weights.frozen import FrozenWeight
 
 
 class LoRAUpdate(TunerModule):
@@ -38,6 +42,9 @@ class LoRAUpdate(TunerModule):
     # a tuple hides the Parameter from nn.Module, which would list it beside the merged one
     _weight_name: ClassVar[str] = "weight"
     _unmerged: tuple[nn.Parameter] | None = None
+    # of a dense copy of a quantised weight that stands there
+    _copied_in: torch.dtype | None = None
+    requantisation_error: float | None = None
 
     @property
     def scaling(self) -> float:
@@ -64,7 +71,7 @@ class LoRAUpdate(TunerModule):
         self._reset_own()
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self, *, requantise: bool = False) -> None:
         """Fold the update into the weight: one matrix product per forward, as without LoRA.
 
         W + scaling·B·A, with DoRA scaled to the trained norms, is computed in float64, some rows at a time,
@@ -72,28 +79,52 @@ class LoRAUpdate(TunerModule):
         :meth:`unmerge` and untouched, so a module that shares it keeps its values. A merged layer gives A and
         B no gradient. Merging twice changes nothing.
 
+        A quantised weight is merged into a copy in bfloat16, or float16 where its layer computes in that.
+
+        Args:
+            requantise: Quantise the merged weight again, as bitsandbytes' is that it stands for; what that
+                costs is :attr:`requantisation_error`. False keeps a dense copy.
+
         Raises:
-            ValueError: The weight can't hold the update (:class:`LoRAConv2d` with groups).
+            ValueError: The weight can't hold the update (:class:`LoRAConv2d` with groups), or is no weight of
+                bitsandbytes' with ``requantise``.
         """
         if self.merged:
             return
-        self.check_mergeable()
-        original = self._weight()
-        self._set_weight(nn.Parameter(self._fold(original), requires_grad=False))
+        self.check_mergeable(requantise=requantise)
+        original, stored = self._weight(), self._stored()
+        if not isinstance(stored, FrozenWeight):
+            self._set_weight(nn.Parameter(self._fold(original), requires_grad=False))
+        else:
+            values = self._fold(stored.dense(torch.float32))
+            if requantise:
+                self._set_weight(requantised(original, values))
+                self.requantisation_error = self._error_of(values)
+            else:
+                self._copied_in = merged_dtype(stored)
+                self._set_weight(nn.Parameter(values.to(self._copied_in), requires_grad=False))
         self._unmerged = (original,)
 
-    def check_mergeable(self) -> None:
+    def check_mergeable(self, *, requantise: bool = False) -> None:
         """Refuse to merge an update that the weight can't hold; most can.
 
+        Args:
+            requantise: Whether a quantised weight is to be quantised again.
+
         Raises:
-            ValueError: It can't.
+            ValueError: It can't, or can't be quantised again.
         """
+        if requantise and isinstance(self._stored(), FrozenWeight) and not can_requantise(self._weight()):
+            raise ValueError(
+                f"expected a weight of bitsandbytes to quantise again, got {type(self._weight()).__name__}; "
+                "merge with requantise=False, into a 16-bit copy"
+            )
 
     def unmerge(self) -> None:
         """Put the original weight back: the same object, hence the same bits. Without a merge, nothing."""
         if self._unmerged is not None:
             self._set_weight(self._unmerged[0])
-            self._unmerged = None
+            self._unmerged = self._copied_in = self.requantisation_error = None
 
     def to_base(self) -> nn.Module:
         """The plain layer, sharing this one's weight as it is now (folded in if merged), still frozen."""
@@ -146,11 +177,31 @@ class LoRAUpdate(TunerModule):
         """A and B that the layer computes with: with a start to subtract, of twice the rank."""
         return with_start(self, *self._pair())
 
+    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """What a linear layer with this update computes, in the dtype that its quantiser's layer casts to."""
+        weight, given = self._stored(), x.dtype
+        dtype = self._copied_in
+        if isinstance(weight, FrozenWeight):
+            dtype = weight.compute_dtype or given
+        if dtype is not None:
+            x, bias = in_dtype(x, dtype), None if bias is None else in_dtype(bias, dtype)
+        if not self.merged:
+            y = self._lora_linear(x, weight, bias, *self._factors())
+        else:
+            y = F.linear(x, weight.dense(x.dtype) if isinstance(weight, FrozenWeight) else weight, bias)
+        return y if dtype is None else in_dtype(y, given)
+
     def _lora_linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor
+        self,
+        x: Tensor,
+        weight: Tensor | FrozenWeight,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
     ) -> Tensor:
         """The op of a linear layer with these settings; with DoRA, the one that scales to the norms."""
         if self.dora:
+            assert not isinstance(weight, FrozenWeight)
             return dora_linear(
                 x,
                 weight,
@@ -173,6 +224,16 @@ class LoRAUpdate(TunerModule):
             dropout=self.lora_dropout,
             training=self.training,
         )
+
+    def _stored(self) -> Tensor | FrozenWeight:
+        """The weight to compute with: its values, or as its quantiser stores them."""
+        return self._weight()
+
+    def _error_of(self, values: Tensor) -> float:
+        """How far the weight that stands here is from these values, beside their size."""
+        stored = self._stored()
+        assert isinstance(stored, FrozenWeight)
+        return float((stored.dense(torch.float32) - values).norm() / values.norm())
 
     def _fold(self, weight: Tensor) -> Tensor:
         """A weight in this one's place with the update in it."""

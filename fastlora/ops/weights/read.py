@@ -19,7 +19,7 @@ _LAYERS: dict[tuple[str, str], Reader] = {
 _of_classes: WeakKeyDictionary[type, Reader] = WeakKeyDictionary()
 
 
-def frozen_weight(layer: nn.Module) -> FrozenWeight | str:
+def frozen_weight(layer: nn.Module, read_as: type[nn.Module] | None = None) -> FrozenWeight | str:
     """The weight of a quantised linear layer, as it is stored now, or why the layer is not understood.
 
     Nothing is kept of a layer, so it is free to move, to be loaded again or to go: its weight is read anew on
@@ -27,11 +27,13 @@ def frozen_weight(layer: nn.Module) -> FrozenWeight | str:
 
     Args:
         layer: bitsandbytes' ``Linear4bit`` (NF4 and FP4) and its subclasses that compute as it does.
+        read_as: The class of these whose attributes the layer has, beside a forward of its own; its own class
+            without it.
 
     Returns:
         The weight, or the words of a warning: "Linear4bit with weights repacked for inference".
     """
-    kind = type(layer)
+    kind = read_as or type(layer)
     read = _of_classes.get(kind)
     if read is None:
         read = _of_classes[kind] = _reader(kind)

@@ -15,7 +15,8 @@ from fastlora._core.backend import use_backend
 from fastlora._core.extras import require
 from fastlora._core.files import aside, check_file_place, settle, sync, write_file
 from fastlora.anatomy.names import unwrap
-from fastlora.inject.lora import merge_adapters, remove_adapters
+from fastlora.inject.lora import remove_adapters
+from fastlora.inject.merging import merge_adapters
 from fastlora.nn.adapted import AdaptedModule
 from fastlora.nn.lora.base import LoRAModule
 from fastlora.nn.prompts.modules import PromptModule

@@ -1,0 +1,82 @@
+"""LoRA beside a weight that another library quantised and that stays as it is stored."""
+
+import functools
+from typing import Any
+
+from torch import nn
+
+from fastlora.nn.lora.stored import is_dense
+from fastlora.nn.lora.update import LoRAUpdate
+
+# where a module keeps what belongs to its class
+_TABLES = ("_parameters", "_buffers", "_load_state_dict_pre_hooks")
+
+
+class QuantisedLayer(LoRAUpdate):
+    """Mixin for a LoRA layer that is an instance of a quantiser's class, too.
+
+    Attributes, parameters, state dict and moves between devices are the quantiser's; the forward is ours.
+    """
+
+    _read_as: type[nn.Linear]
+    _taken: dict[str, tuple[str, ...]]
+
+    def to_base(self) -> nn.Linear:
+        """The quantiser's layer, sharing this one's weight; a plain ``nn.Linear`` while merged."""
+        layer: Any = self
+        dense = is_dense(layer)
+        plain: nn.Linear = new_linear(nn.Linear if dense else self._read_as, layer)
+        if not dense:
+            take_over(plain, layer, self._taken)
+        plain.weight, plain.bias = layer.weight, layer.bias
+        return plain.train(self.training)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        layer: Any = self
+        if is_dense(layer):
+            # a plain layer's, without the statistics of the weight that lies aside
+            nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+        else:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A class that was made here is made again where a pickle is read."""
+        _, lora, kind = type(self).__bases__
+        return _empty, (lora, kind), self.__dict__
+
+
+@functools.cache
+def quantised_class(lora: Any, kind: Any) -> Any:
+    """The class of LoRA layers of class ``lora`` that are layers of the quantiser's class ``kind``, too."""
+    return type(f"LoRA{kind.__name__}", (QuantisedLayer, lora, kind), {"_read_as": kind})
+
+
+def _empty(lora: Any, kind: Any) -> Any:
+    made = quantised_class(lora, kind)
+    return made.__new__(made)
+
+
+def lora_around(lora: Any, linear: Any) -> Any:
+    """A layer of class ``lora`` with all of a quantiser's layer but its hooks, yet without an update."""
+    kind: Any = type(linear)
+    plain = new_linear(quantised_class(lora, kind), linear)
+    of_every_module = vars(plain)
+    taken = {name: tuple(vars(linear)[name]) for name in _TABLES}
+    taken[""] = tuple(name for name in vars(linear) if name not in of_every_module)
+    take_over(plain, linear, taken)
+    plain._taken = taken
+    return plain
+
+
+def new_linear(kind: Any, like: nn.Linear) -> Any:
+    """A layer of this class with the sizes of another, which has no weight yet."""
+    layer = kind.__new__(kind)
+    nn.Linear.__init__(layer, like.in_features, like.out_features, like.bias is not None, device="meta")
+    return layer
+
+
+def take_over(layer: nn.Module, source: nn.Module, names: dict[str, tuple[str, ...]]) -> None:
+    """Share attributes, and under the names of a module's tables its parameters, buffers and hooks."""
+    for table, wanted in names.items():
+        target, given = (vars(each)[table] if table else vars(each) for each in (layer, source))
+        target.update({name: given[name] for name in wanted})

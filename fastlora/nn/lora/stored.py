@@ -1,0 +1,74 @@
+"""The weight of a linear layer as it is stored: its values, or what a quantiser made of them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora._core.checks import FLOATING_DTYPES
+from fastlora.ops.weights.frozen import FrozenWeight
+from fastlora.ops.weights.read import frozen_weight
+
+
+def is_dense(linear: Any) -> bool:
+    """Whether a linear layer's weight is its values."""
+    weight = linear.weight
+    shape = (linear.out_features, linear.in_features)
+    plain = type(weight) in (nn.Parameter, Tensor) and weight.dtype in FLOATING_DTYPES
+    return plain and weight.shape == shape
+
+
+def stored_weight(linear: Any, read_as: type[nn.Module] | None = None) -> Tensor | FrozenWeight:
+    """A linear layer's weight to compute with: its values, or as its quantiser stores it.
+
+    Args:
+        linear: With weight ``[out, in]``, dense or quantised.
+        read_as: The quantiser's class where the layer is of one with another forward.
+
+    Raises:
+        RuntimeError: It holds something else than values, and can't be read.
+    """
+    if is_dense(linear):
+        return _weight_of(linear)
+    found = frozen_weight(linear, read_as)
+    if isinstance(found, FrozenWeight):
+        return found
+    weight = _weight_of(linear)
+    # sharded tensors and other quantisers' compute for themselves
+    if weight.dtype in FLOATING_DTYPES and weight.shape == (linear.out_features, linear.in_features):
+        return weight
+    raise RuntimeError(f"expected a frozen weight that can be read, got {found}; load the model again")
+
+
+def _weight_of(linear: Any) -> Tensor:
+    weight: Tensor = linear.weight
+    return weight
+
+
+def requantised(weight: Any, dense: Tensor) -> nn.Parameter:
+    """Other values quantised as bitsandbytes' Parameter ``weight`` is, on its device.
+
+    Args:
+        weight: A ``Params4bit`` or ``Int8Params``.
+        dense: ``[out, in]`` in float32.
+    """
+    if type(weight).__name__ == "Params4bit":
+        names = ("quant_type", "blocksize", "compress_statistics", "quant_storage")
+        settings = {name: getattr(weight, name) for name in names}
+        # its float32 would be what it dequantises to
+        dense = dense.to(weight.quant_state.dtype)
+    else:
+        settings = {"has_fp16_weights": False}
+        dense = dense.half()
+    made: nn.Parameter = type(weight)(dense.cpu(), requires_grad=False, **settings).to(weight.device)
+    return made
+
+
+def can_requantise(weight: object) -> bool:
+    """Whether :func:`requantised` knows this class of Parameters."""
+    return type(weight).__name__ in ("Params4bit", "Int8Params")
+
+
+def merged_dtype(stored: FrozenWeight) -> torch.dtype:
+    """The 16 bits in which a merged weight stands in a quantised one's place."""
+    return torch.float16 if stored.compute_dtype == torch.float16 else torch.bfloat16
