@@ -251,9 +251,12 @@ def test_rehearsed_end_to_end(tmp_path: Path, request: pytest.FixtureRequest) ->
     content = json.loads(path.read_text())
     assert content["failed"] == []
     assert content["late"] == []
-    assert [row["suite"] for row in content["rows"]] == ["eager", "graphs"] * 2 + ["steps"] * 4
-    assert [each["case"] for each in content["profiles"]] == ["a layer, p = 0", "a layer, p = 0.1"]
+    assert [row["suite"] for row in content["rows"]] == ["eager", "graphs"] * 3 + ["steps"] * 4
+    profiled = ["a layer, p = 0", "a layer, p = 0.1", "LLaMA-8B q, o, NF4, p = 0.1"]
+    assert [each["case"] for each in content["profiles"]] == profiled
     cases = {re.split("[:,]", each["case"])[0] for each in content["exactness"]}
     lora = {"LoRA forward", "LoRA backward", "persistent kernels", "dropout masks", "strides", "beyond 2 GiB"}
-    assert cases == lora | {"DoRA", "adapter", "candidates", "replays and compiled graphs"}
+    quantised = {"4 bits dense", "8 bits dense", "LoRA over 4 bits"}
+    others = {"DoRA", "adapter", "candidates", "replays and compiled graphs"}
+    assert cases == lora | quantised | others
     assert (path.with_suffix("") / "report.html").exists()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastlora.bench import checked, clocks
-from fastlora.bench.gpu_check import child, exactness, layers, other_ops, training
+from fastlora.bench.gpu_check import child, exactness, layers, other_ops, quantised, training
 from fastlora.bench.gpu_check.__main__ import check
 from fastlora.bench.gpu_check.models import Sizes
 from fastlora.bench.gpu_check.run import STEPS, GpuCheck
@@ -47,6 +47,12 @@ def _shrink() -> None:
         other_ops: {
             "DORA": ((64, 96, 128, 16, torch.bfloat16, 0.1),),
             "ADAPTERS": ((64, 96, 16, torch.bfloat16, 0.1, "gelu", "tensor"),),
+        },
+        quantised: {
+            "FOUR_BITS": ((64, 96, 64, True),),
+            "EIGHT_BITS": ((64, 96, 1, 96),),
+            "CALLS": ((64, 128, 96),),
+            "GPU": {quantised.LAYER: (64, 128, 96)},
         },
         layers: {"SHAPES": {"a layer": (64, 128, 96)}, "ROUNDS": 2},
         training: {

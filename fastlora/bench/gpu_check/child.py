@@ -29,12 +29,14 @@ def items_of(step: str, device: torch.device) -> Sequence[Item]:
     if step == "preflight":
         return preflight.items(device)
     # where Triton is missing these can't be imported, and the first step says so
-    from fastlora.bench.gpu_check import exactness, layers, training
+    from fastlora.bench.gpu_check import exactness, layers, quantised, training
 
     if step == "exactness":
         # those that take longest first
-        return [*layers.comparisons(device), *exactness.items(device)]
-    return layers.items(device) if step == "layers" else training.items(device)
+        return [*layers.comparisons(device), *exactness.items(device), *quantised.items(device)]
+    if step == "layers":
+        return [*layers.items(device), *quantised.timed_items(device)]
+    return training.items(device)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,6 +20,7 @@ from fastlora.bench.turns import Step, take_turns
 from fastlora.tuning.timing import captured, host_us
 from fastlora_kernels import targets
 from fastlora_kernels.choose.explain import explain
+from fastlora_kernels.choose.quantised import Stored
 from fastlora_kernels.tile import Shape
 
 # rows, columns in, columns out
@@ -54,24 +55,49 @@ def rows(case: Case, device: torch.device) -> Iterator[Found]:
     """Both passes of every candidate in a row of eager mode and one of graphs; what our kernels take."""
     made, left_out = checked_candidates(case, lora_candidates, TOLERANCE[case.dtype])
     told: dict[str, Any] = layer_work(case) | {"predicted_ms": predicted_ms(case, device)}
-    timed = take_turns(made.steps, ROUNDS, make_calls_clock(made.steps[OURS]))
-    host = {name: host_us(step, device) / 1e3 for name, step in made.steps.items()}
-    yield {"row": as_json_row(case, timed, host_ms=host, left_out=left_out, **told)}
-    graphs, failed = _graphs(made.steps, device)
+    yield from timed_rows(case, made.steps, told, left_out, device)
+
+
+def timed_rows(
+    case: Case,
+    steps: Mapping[str, Step],
+    told: Mapping[str, Any],
+    left_out: Mapping[str, str],
+    device: torch.device,
+) -> Iterator[Found]:
+    """The rows of a case's candidates.
+
+    Args:
+        case: In eager mode.
+        steps: Both passes of each candidate, fastlora's among them.
+        told: What else is known of the case.
+        left_out: Why other candidates are not among them, by name.
+        device: The GPU.
+    """
+    timed = take_turns(steps, ROUNDS, make_calls_clock(steps[OURS]))
+    host = {name: host_us(step, device) / 1e3 for name, step in steps.items()}
+    yield {"row": as_json_row(case, timed, host_ms=host, left_out=dict(left_out), **told)}
+    graphs, failed = _graphs(steps, device)
     timed = take_turns(graphs, ROUNDS, make_gpu_clock())
-    yield {"row": as_json_row(replace(case, suite=GRAPHS), timed, left_out=left_out | failed, **told)}
+    yield {"row": as_json_row(replace(case, suite=GRAPHS), timed, left_out={**left_out, **failed}, **told)}
     # last: a profiler may slow down what comes after it
-    yield {"profile": {"case": _name(case), "kernel_us": kernel_us(made.steps[OURS])}}
+    yield {"profile": {"case": _name(case), "kernel_us": kernel_us(steps[OURS])}}
 
 
-def predicted_ms(case: Case, device: torch.device) -> dict[str, float]:
-    """What the launch plan predicts for the frozen layer and for fastlora, forward and backward."""
+def predicted_ms(case: Case, device: torch.device, *, weight: Stored | None = None) -> dict[str, float]:
+    """What the launch plan predicts for the frozen layer and for fastlora, forward and backward.
+
+    Args:
+        case: The layer.
+        device: The GPU.
+        weight: How fastlora's frozen weight is stored; None for dense.
+    """
     assert case.m is not None
     assert case.k is not None
     assert case.n is not None
     shape = Shape(case.m, case.n, case.k, case.rank, aligned=case.k % 16 == 0 and case.n % 16 == 0)
     target = targets.detect(device)
-    told = explain("lora_linear", shape, DTYPES[case.dtype], target, dropout=case.dropout)
+    told = explain("lora_linear", shape, DTYPES[case.dtype], target, dropout=case.dropout, weight=weight)
     return {"frozen": told.ceiling_us / 1e3, OURS: told.predicted_us / 1e3}
 
 
