@@ -25,6 +25,23 @@ def draw_kernel(
 
 
 @triton.jit
+def own_kernel(
+    seed_ptr,
+    packed_ptr,
+    low_keep,
+    words_per_row,
+    drop_threshold,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """packed [ROWS, WORDS]: what draw_keep_words makes where the row's digits all say low_keep, 0 or -1."""
+    rows, words = tl.arange(0, ROWS), tl.arange(0, WORDS)
+    said = (rows[:, None] * 0 + low_keep).to(tl.uint32, bitcast=True)
+    packed = draw_keep_words(tl.load(seed_ptr), rows, words, words_per_row, said, drop_threshold)
+    tl.store(packed_ptr + rows[:, None] * WORDS + words[None, :], packed)
+
+
+@triton.jit
 def words_kernel(seed_ptr, counter_ptr, ours_ptr, triton_ptr, SIZE: tl.constexpr):
     """Four words for every counter [SIZE], ours and Triton's, [4, SIZE] each."""
     offs = tl.arange(0, SIZE)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="kernels need Triton; the other backends are tested without")
 
-from tests.dropout_bits_kernels import draw_kernel, words_kernel
+from tests.dropout_bits_kernels import draw_kernel, own_kernel, words_kernel
 from tests.lora_yardstick import unpack_mask
 from tests.philox import mask_uniforms, philox
 
@@ -68,15 +68,27 @@ def test_kept_frequency(kernel_device: torch.device, threshold: int) -> None:
     assert np.abs(by_bit - expected).max() < 5 * deviation * (ROWS * WORDS) ** -0.5
 
 
-@pytest.mark.parametrize("threshold", [40, 655, 6554])
-def test_words_of_a_row_share_no_answers(kernel_device: torch.device, threshold: int) -> None:
-    """How often a bit drops in a row's words, which share four digits, varies as a binomial's count does."""
-    dropped = threshold / 65536
-    counts = (~unpack(draw(kernel_device, threshold))).reshape(ROWS, WORDS, 16, 2).sum(1)
-    variance = WORDS * dropped * (1 - dropped)
-    ratio = ((counts - WORDS * dropped) ** 2).mean() / variance
-    fourth_moment = 3 + (1 - 6 * dropped * (1 - dropped)) / variance
-    assert abs(ratio - 1) < 5 * ((fourth_moment - 1) / counts.size) ** 0.5
+@pytest.mark.parametrize("threshold", [40, 655, 0x5555])
+def test_what_words_share_decides_only_where_their_own_digits_do_not(
+    kernel_device: torch.device, threshold: int
+) -> None:
+    """Whatever the row's four lowest digits say: the twelve of each word's own come first."""
+    own, threshold_own = mask_uniforms(11, ROWS, 32 * WORDS) >> np.uint64(4), threshold >> 4
+    for low_keep, expected in ((0, own > threshold_own), (-1, own >= threshold_own)):
+        packed = torch.empty(ROWS, WORDS, dtype=torch.int32, device=kernel_device)
+        seed = torch.tensor([11], device=kernel_device)
+        own_kernel[(1,)](seed, packed, low_keep, WORDS, threshold, ROWS=ROWS, WORDS=WORDS)
+        assert np.array_equal(unpack(packed), expected)
+    assert (own == threshold_own).any()
+
+
+def test_two_words_answers_are_independent_to_two_to_the_minus_26() -> None:
+    """Counted: of 2²⁸ values of four shared digits and twelve of each one's own, those where both drop."""
+    for threshold in (*THRESHOLDS, *range(0, 65536, 97)):
+        # by the shared digits, how many values of an element's own digits drop it
+        drop = np.bincount(np.arange(threshold) % 16, minlength=16)
+        both, independent = int((drop**2).sum()), threshold**2 / 16
+        assert 0 <= both - independent <= 4
 
 
 @pytest.mark.parametrize("threshold", [6554, 32768])
