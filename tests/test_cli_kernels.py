@@ -65,6 +65,7 @@ def test_exit_code_tells_a_kernel_that_does_not_fit(
         absent="",
         dropout=False,
         aligned=True,
+        rank_aligned=True,
         activation="",
         tile="64×16×128, 16",
         warps=4,

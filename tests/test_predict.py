@@ -1,13 +1,17 @@
 """The cost model against what others have published, and the choices that follow from it."""
 
+from dataclasses import replace
+from itertools import product
+
 import pytest
 import torch
 
-from fastlora_kernels import targets
+from fastlora_kernels import compiled, targets
 from fastlora_kernels.choose import lora, paths, plan
 from fastlora_kernels.choose.explain import OPS, Explanation, explain
 from fastlora_kernels.choose.lora import Call, Path
 from fastlora_kernels.lora.kernels import LORA_FORWARD
+from fastlora_kernels.predict import occupancy
 from fastlora_kernels.predict.launches import Launch, library_product, total_us
 from fastlora_kernels.tile import Plan, Shape, Tile
 from tests import peers
@@ -179,6 +183,27 @@ def test_a_choice_is_made_once() -> None:
     made = paths.choose_path.cache_info().misses, plan.choose.cache_info().misses
     assert choose() == first
     assert (paths.choose_path.cache_info().misses, plan.choose.cache_info().misses) == made
+
+
+@pytest.mark.parametrize("card", [name for name, card in targets.CARDS.items() if not card.is_amd])
+def test_registers_are_known_of_every_tile(card: str) -> None:
+    """Of the card's own code, else of that which it shares: RTX 50 has a tile that its relatives lack."""
+    target, names = targets.CARDS[card], {torch.bfloat16: "bf16", torch.float32: "fp32"}
+    for kernel, dtype, rank in product(plan.KERNELS, names, (8, 16, 64)):
+        for tile in plan.tiles(kernel, rank, dtype, target):
+            assert occupancy._find(kernel.name, target.name, names[dtype], tile, False) is not None, tile
+
+
+@pytest.mark.parametrize(("card", "warps"), [("A100", 64), ("RTX 3090", 48), ("RTX 5090", 48), ("H100", 64)])
+def test_a_multiprocessor_holds_as_many_warps_as_cuda_lets_it(
+    card: str, warps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where neither registers nor shared memory bind: CUDA programming guide, compute capabilities."""
+    row = replace(compiled.committed()[1][0], registers=32, shared_bytes=0)
+    monkeypatch.setattr(occupancy, "_find", lambda *_: row)
+    tile, target = Tile(64, 128, 1, 16, warps=4, stages=2), targets.CARDS[card]
+    at_once = occupancy.programs_at_once(LORA_FORWARD.name, tile, torch.bfloat16, target, dropping=False)
+    assert at_once * tile.warps == warps
 
 
 def test_nothing_is_known_of_an_unknown_gpu() -> None:

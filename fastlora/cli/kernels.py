@@ -84,6 +84,10 @@ def _fits(row: "Row") -> bool:
     return row.spills == 0 and row.shared_bytes <= TARGETS[row.target].shared_bytes
 
 
+def _aligned(row: "Row") -> str:
+    return "" if not row.aligned else "yes" if row.rank_aligned else "not the rank"
+
+
 def _table(rows: "list[Row]") -> Table:
     table = Table(
         caption="Dtype: layer's, adapter's. Tile: output rows × columns × depth of a step, ranks at a time."
@@ -100,7 +104,7 @@ def _table(rows: "list[Row]") -> Table:
             row.target,
             row.dtype if row.adapter_dtype == row.dtype else f"{row.dtype}, {row.adapter_dtype}",
             "yes" if row.dropout else "",
-            "yes" if row.aligned else "",
+            _aligned(row),
             row.activation,
             row.tile,
             *map(str, (row.warps, row.stages, row.registers, row.spills)),

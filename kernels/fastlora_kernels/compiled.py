@@ -14,7 +14,7 @@ from fastlora_kernels.tile import Tile
 FILE = "codegen.csv"
 VERSION_LINE = "# triton "
 _TEXT = ("kernel", "target", "dtype", "adapter_dtype", "absent", "activation", "tile")
-_FLAGS = ("dropout", "aligned", "serialized")
+_FLAGS = ("dropout", "aligned", "rank_aligned", "serialized")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Row:
         absent: Flags of arguments that are left out of the call, with spaces between; empty where none is.
         dropout: Whether it draws or reads a dropout mask.
         aligned: Whether sizes and row strides are multiples of 16.
+        rank_aligned: Whether the rank (or bottleneck) is one too.
         activation: The bottleneck's: ``gelu``, ``relu`` or ``silu``; empty where there is none.
         tile: Block sizes, as :func:`tile_text` writes them.
         warps: Warps of one program.
@@ -47,6 +48,7 @@ class Row:
     absent: str
     dropout: bool
     aligned: bool
+    rank_aligned: bool
     activation: str
     tile: str
     warps: int
@@ -60,8 +62,9 @@ class Row:
     @property
     def key(self) -> tuple[str | int, ...]:
         """What was compiled, without what came of it."""
-        flags = (self.adapter_dtype, self.absent, self.dropout, self.aligned, self.activation)
-        return (self.kernel, self.target, self.dtype, self.tile, self.warps, self.stages, *flags)
+        tile = (self.tile, self.warps, self.stages)
+        flags = (self.adapter_dtype, self.absent, self.dropout, self.aligned, self.rank_aligned)
+        return (self.kernel, self.target, self.dtype, self.activation, *tile, *flags)
 
 
 def tile_text(tile: Tile) -> str:

@@ -51,7 +51,8 @@ class Kernel:
         optional: Flags that are off in some calls, as where arguments are absent, in groups that go together.
         fuses: Whether a product and a sum may become one operation, rounded once.
         has_parameters: Whether it reads A, B or an adapter's parameters, whose dtype may be another than x's.
-        ranks: One for every tile that differs by it: what the compile gate asks tiles for.
+        ranks: One for every tile that differs by it, and one that 16 does not divide: what the compile gate
+            asks tiles for.
     """
 
     name: str
@@ -69,7 +70,7 @@ class Kernel:
     optional: tuple[tuple[str, ...], ...] = ()
     fuses: bool = True
     has_parameters: bool = True
-    ranks: tuple[int, ...] = (16, 32, 64)
+    ranks: tuple[int, ...] = (8, 16, 32, 64)
 
     def size(self, shape: Shape, side: Side) -> int:
         """Length of the axis that a side of a tile cuts."""

@@ -13,7 +13,7 @@ from fastlora_kernels.tile import Tile
 WIDEST_ONE_LAUNCH = 64
 WIDEST = 256
 
-_BOTTLENECKS = (16, 32, 64, 128, 256)
+_BOTTLENECKS = (8, 16, 32, 64, 128, 256)
 _STAGES = {"sm_80": 3, "sm_90": 3, "sm_100": 3, "gfx942": 2}
 # for the kernel that keeps two parameters' gradients in registers: the widest chunk of the bottleneck, then
 # rows, hidden columns and warps that leave it room without a spill. Wider ones are cut into the last chunk

@@ -94,6 +94,7 @@ def compile_spec(spec: Spec) -> Row:
         absent=" ".join(spec.absent),
         dropout=spec.dropout,
         aligned=spec.aligned,
+        rank_aligned=spec.rank_aligned,
         activation=spec.activation,
         tile=tile_text(tile),
         warps=tile.warps,

@@ -7,7 +7,7 @@ adapters', partial results are fp32, scalars are i32 except ``scale``.
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, combinations
+from itertools import chain, combinations, product
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ class Spec:
         one_chunk: Whether a tile holds the whole bottleneck.
         adapter_dtype: Dtype of A and B, or of an adapter's parameters: ``fp32`` or the layer's.
         absent: Flags of arguments that are left out of the call.
+        rank_aligned: Whether 16 divides the rank (or bottleneck) too.
     """
 
     kernel: str
@@ -58,6 +59,7 @@ class Spec:
     one_chunk: bool = True
     adapter_dtype: str = "fp32"
     absent: tuple[str, ...] = ()
+    rank_aligned: bool = True
 
     @property
     def can_drop(self) -> bool:
@@ -132,11 +134,9 @@ def signature(function: Any, spec: Spec) -> tuple[dict[str, str], dict[tuple[int
             types[name] = _descriptor_type(name, spec)
             continue
         types[name] = _argument_type(name, spec)
-        # ranks that are no multiple of 16 run 16 at a time: see the plan
-        narrow = name in ("R", "D") and spec.tile.rank <= 16
         specialised = not parameter.do_not_specialize and name not in ("scale", "da_tiles")
-        wide = spec.aligned and specialised and not narrow
-        if name.endswith("_ptr") or wide:
+        divided = spec.rank_aligned if name in ("R", "D") else spec.aligned
+        if name.endswith("_ptr") or (specialised and divided):
             aligned[(index,)] = [["tt.divisibility", 16]]
     return types, aligned
 
@@ -174,15 +174,17 @@ def compiler_options(spec: Spec) -> dict[str, int]:
 
 def _specs(kernel: Kernel, target: Target, dtype: str, aligned: bool) -> set[Spec]:
     found = set()
-    for rank in kernel.ranks:
+    droppings = (False, True) if "HAS_DROPOUT" in kernel.varies else (False,)
+    for rank, dropout in product(kernel.ranks, droppings):
+        rank_aligned = aligned and ("rank" not in kernel.axes or rank % 16 == 0)
+        every = aligned and not dropout and dtype != "fp32"
         for tile in plan.tiles(kernel, rank, DTYPES[dtype], target, aligned=aligned):
             one_chunk = "ONE_CHUNK" not in kernel.varies or tile.rank >= rank
-            for dropout in (False, True) if "HAS_DROPOUT" in kernel.varies else (False,):
-                every = aligned and not dropout and dtype != "fp32"
-                for activation in _activations(kernel, every=every):
-                    found.add(
-                        Spec(kernel.name, target.name, dtype, tile, dropout, aligned, activation, one_chunk)
-                    )
+            settled = (kernel.name, target.name, dtype, tile, dropout, aligned)
+            found |= {
+                Spec(*settled, activation, one_chunk, rank_aligned=rank_aligned)
+                for activation in _activations(kernel, every=every)
+            }
     return found
 
 

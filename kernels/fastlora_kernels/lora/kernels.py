@@ -70,6 +70,14 @@ def _large_or_persistent(rank: int, dtype: torch.dtype, target: Target, aligned:
     return [*larger, *_with_rank(sizes, smallest.rank, persistent=True), smallest]
 
 
+def _grad_x_a(rank: int, dtype: torch.dtype, target: Target, aligned: bool) -> list[Tile]:
+    tiles = _large_or_persistent(rank, dtype, target, aligned)
+    if _table(target, aligned) == "sm_100" and rank % 16:
+        # its assembler keeps the smaller persistent tile to 128 registers, and spills with dropout
+        return [tile for tile in tiles if not tile.persistent or tile.cols == 256]
+    return tiles
+
+
 def _large_storing_twice(rank: int, dtype: torch.dtype, target: Target, aligned: bool) -> list[Tile]:
     # the epilogue spills where the accumulator takes most of the registers
     return [tile for tile in _large(rank, dtype, target, aligned) if tile.cols <= 128]
@@ -83,8 +91,9 @@ def _single(rank: int, dtype: torch.dtype, target: Target, aligned: bool) -> lis
     elif _table(target, aligned) == "default":
         sizes = sizes[-1:]
     elif target.name in ("sm_120", "sm_121"):
-        # its assembler keeps four warps to 128 registers, and spills
-        sizes = tuple((*size[:3], 8, size[4]) for size in sizes)
+        # its assembler keeps four warps to 128 registers, and the smallest tile in three stages, and spills
+        *larger, smallest = ((*size[:3], 8, size[4]) for size in sizes)
+        sizes = (*larger, (*smallest[:4], 2))
     return _with_rank(sizes, min(max(1 << (rank - 1).bit_length(), 16), MOST_RANKS_IN_ONE_LAUNCH))
 
 
@@ -102,8 +111,9 @@ def _skinny(rank: int, dtype: torch.dtype, target: Target, aligned: bool) -> lis
 def _down(rank: int, dtype: torch.dtype, target: Target, aligned: bool) -> list[Tile]:
     (tile,) = _skinny(rank, dtype, target, aligned)
     # Hopper's products of a masked x with 16 columns in 16 bits wait for each other, those with 32 do not;
-    # where 16 does not divide the rank they do all the same, which no tile mends
-    ranks = max(tile.rank, 32) if _table(target, aligned) == "sm_90" else tile.rank
+    # where 16 does not divide the rank they do at any width
+    widened = _table(target, aligned) == "sm_90" and rank % 16 == 0
+    ranks = max(tile.rank, 32) if widened else tile.rank
     return [tile if tile == _SMALL else replace(tile, cols=ranks, depth=128, rank=ranks, warps=4)]
 
 
@@ -204,7 +214,7 @@ LORA_GRAD_X_A = Kernel(
     name="lora_grad_x_a",
     function=("lora.grad_x_a", "_lora_grad_x_a_kernel"),
     axes={"rows": "M", "cols": "K", "depth": "N", "rank": "R"},
-    tiles=_large_or_persistent,
+    tiles=_grad_x_a,
     grouped=True,
     split="rows",
     beside=grad_a_part,
