@@ -160,7 +160,12 @@ def _adapter_grad_h_weights_kernel(
             dz = load_tile(dz_ptr, offs_m, offs_d, D, M, D)
             d_up = tl.dot(tl.trans(dout_tile), active, d_up, input_precision="ieee")
             d_down = tl.dot(h_transposed, dz, d_down, input_precision="ieee")
-        d_up_bias += dout_tile.to(tl.float32)
+        dout_summed = dout_tile
+        if not HAS_DH:
+            # Triton keeps two buffers for what a product and a sum share, and fills one again while Hopper's
+            # product, which nothing waits for without dh, still reads it
+            dout_summed = load_tile(dout_ptr, offs_m, offs_h, stride_dm, tl.where(pid_d == 0, M, 0), H)
+        d_up_bias += dout_summed.to(tl.float32)
         # loaded again, by the programs that store the sum: shared memory is swizzled for products alone
         dz_summed = load_tile(dz_ptr, offs_m, offs_d, D, tl.where(pid_h == 0, M, 0), D).to(tl.float32)
         d_down_bias += tl.sum(dz_summed, axis=0)[None, :] if SUM_DZ else dz_summed
