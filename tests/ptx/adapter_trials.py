@@ -24,9 +24,13 @@ def _keep(t: Trial, z: Tensor) -> Tensor:
     return keep
 
 
+def _residual(t: Trial) -> Tensor | None:
+    return t.layer("M", "H") if t.has("HAS_RESIDUAL") else None
+
+
 def _forward(t: Trial) -> None:
-    h, wd, bd = t.layer("M", "H"), t.wide("D", "H"), t.wide_bias("D")
-    wu, bu, residual = t.wide("H", "D"), t.wide_bias("H"), t.layer("M", "H")
+    h, wd, bd = t.layer("M", "H"), t.trainable("D", "H"), t.trainable_bias("D", "HAS_DOWN_BIAS")
+    wu, bu, residual = t.trainable("H", "D"), t.trainable_bias("H", "HAS_UP_BIAS"), _residual(t)
     z, out = t.out("M", "D"), t.out("M", "H")
     act = _ACTIVATIONS[t.spec.activation]
     adapter_forward(
@@ -34,18 +38,18 @@ def _forward(t: Trial) -> None:
         drop_threshold=THRESHOLD, scale=1.5, plan=t.plan,
     )  # fmt: skip
     keep = _keep(t, z)
-    low = (h, t.low(wd), bd)
+    low = (h, t.low(wd), t.or_zeros(bd, "D"))
     if not t.spec.dropout:
         assert_exact(z, lambda h, wd, bd: h @ wd.t() + bd, *low)
     assert_exact(
         out,
         lambda h, wd, bd, wu, bu, q: q + (1.5 * act(h @ wd.t() + bd) * keep) @ wu.t() + bu,
-        *low, t.low(wu), bu, residual,
+        *low, t.low(wu), t.or_zeros(bu, "H"), t.or_zeros(residual, "M", "H"),
     )  # fmt: skip
 
 
 def _down(t: Trial) -> None:
-    h, wd, bd = t.layer("M", "H"), t.wide("D", "H"), t.wide_bias("D")
+    h, wd, bd = t.layer("M", "H"), t.trainable("D", "H"), t.trainable_bias("D", "HAS_DOWN_BIAS")
     z, active = t.out("M", "D"), t.out("M", "D")
     act = _ACTIVATIONS[t.spec.activation]
     adapter_down(
@@ -53,18 +57,20 @@ def _down(t: Trial) -> None:
         plan=t.plan,
     )  # fmt: skip
     keep = _keep(t, z)
-    assert_exact(active, lambda h, wd, bd: 1.5 * act(h @ wd.t() + bd) * keep, h, t.low(wd), bd)
+    low = (h, t.low(wd), t.or_zeros(bd, "D"))
+    assert_exact(active, lambda h, wd, bd: 1.5 * act(h @ wd.t() + bd) * keep, *low)
 
 
 def _up(t: Trial) -> None:
-    active, wu, bu = t.layer("M", "D", padded=False), t.wide("H", "D"), t.wide_bias("H")
-    residual, out = t.layer("M", "H"), t.out("M", "H")
+    active, wu = t.layer("M", "D", padded=False), t.trainable("H", "D")
+    bu, residual, out = t.trainable_bias("H", "HAS_UP_BIAS"), _residual(t), t.out("M", "H")
     adapter_up(active, wu, bu, residual, out, plan=t.plan)
-    assert_exact(out, lambda a, wu, bu, q: q + a @ wu.t() + bu, active, t.low(wu), bu, residual)
+    added = (t.or_zeros(bu, "H"), t.or_zeros(residual, "M", "H"))
+    assert_exact(out, lambda a, wu, bu, q: q + a @ wu.t() + bu, active, t.low(wu), *added)
 
 
 def _grad_z(t: Trial) -> None:
-    dout, z, wu = t.layer("M", "H"), t.layer("M", "D", padded=False), t.wide("H", "D")
+    dout, z, wu = t.layer("M", "H"), t.layer("M", "D", padded=False), t.trainable("H", "D")
     dz, active = t.out("M", "D"), t.out("M", "D")
     z[::3, ::2] = DROPPED
     act = _ACTIVATIONS[t.spec.activation]
@@ -82,11 +88,15 @@ def _grad_z(t: Trial) -> None:
 
 def _grad_h_weights(t: Trial) -> None:
     dout, h = t.layer("M", "H"), t.layer("M", "H")
-    dz, active, wd = t.layer("M", "D", padded=False), t.layer("M", "D", padded=False), t.wide("D", "H")
+    dz, active = t.layer("M", "D", padded=False), t.layer("M", "D", padded=False)
     hidden, d = t.size["H"], t.size["D"]
-    dh, partial = t.out("M", "H"), t.partial(t.plan.splits, 2 * hidden * d + hidden + d)
-    adapter_grad_h_weights(dout, h, dz, active, wd, dh, partial, add_input=True, plan=t.plan)
-    assert_exact(dh, lambda dz, w, o: dz @ w + o, dz, t.low(wd), dout)
+    partial, add_input = t.partial(t.plan.splits, 2 * hidden * d + hidden + d), t.has("ADD_INPUT")
+    wd = dh = None
+    if t.has("HAS_DH"):
+        wd, dh = t.trainable("D", "H"), t.out("M", "H")
+    adapter_grad_h_weights(dout, h, dz, active, wd, dh, partial, add_input=add_input, plan=t.plan)
+    if wd is not None and dh is not None:
+        assert_exact(dh, lambda dz, w, o: dz @ w + add_input * o, dz, t.low(wd), dout)
     up, down, up_bias, down_bias = partial.sum(0).split([hidden * d, hidden * d, hidden, d])
     assert_exact(up.view(hidden, d), lambda o, a: o.t() @ a, dout, active)
     assert_exact(down.view(d, hidden), lambda dz, h: dz.t() @ h, dz, h)

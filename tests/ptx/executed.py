@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastlora_kernels.compile.specs import DTYPES, Spec
+from fastlora_kernels.compile.specs import DTYPES, Spec, variants
 from fastlora_kernels.lora.kernels import LORA_FORWARD
 from tests.ptx.counters import TARGETS, count, counted_specs
 from tests.ptx.executed_gpu import ExecutedGpu
@@ -42,9 +42,18 @@ def specs_of(suite: str) -> list[Spec]:
         return list(
             {key: spec for spec in counted if (key := (spec.target, trial_name(spec))) in _QUICK}.values()
         )
-    chosen = [spec for dtype in DTYPES for spec in chosen_specs(suite.split()[0], dtype)]
+    target = suite.split()[0]
+    chosen = [spec for dtype in DTYPES for spec in chosen_specs(target, dtype)]
+    # adapters in 16 bits, what a call may leave out, and rank 8
+    others = [variant for spec in chosen if _has_variants(spec) for variant in variants(spec)]
+    others += chosen_specs(target, "bf16", narrow=True)
     # fp16 differs from bf16 in an instruction's type
-    return [spec for spec in chosen if spec.aligned or spec.dtype != "fp16"]
+    return [spec for spec in chosen if spec.aligned or spec.dtype != "fp16"] + others
+
+
+def _has_variants(spec: Spec) -> bool:
+    usual = spec.dtype == "bf16" and spec.aligned and spec.activation in ("", "gelu")
+    return usual and spec.dropout == spec.can_drop
 
 
 def plant(gpu: ExecutedGpu, spec: Spec, *, each: int) -> dict[str, list[bool]]:
@@ -71,7 +80,8 @@ def plant(gpu: ExecutedGpu, spec: Spec, *, each: int) -> dict[str, list[bool]]:
 
 def _is_broken(spec: Spec) -> bool:
     """Whether faults are planted in it: where mma and cp.async are, wgmma, TMA."""
-    return spec.kernel == LORA_FORWARD.name and spec.dtype == "bf16" and spec.aligned
+    usual = spec.dtype == "bf16" and spec.rank_aligned and spec.adapter_dtype == "fp32"
+    return usual and spec.kernel == LORA_FORWARD.name
 
 
 def _instead(broken: str, text: str) -> str:

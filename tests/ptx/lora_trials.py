@@ -21,7 +21,7 @@ _PROGRAMS = 3
 
 
 def _down(t: Trial) -> None:
-    x, a = t.layer("M", "K"), t.wide("R", "K")
+    x, a = t.layer("M", "K"), t.trainable("R", "K")
     partial = t.partial(t.plan.splits, "M", "R")
     mask, keep = t.drawn_mask("M", "K")
     lora_down(x, a, t.seed(), mask, partial, drop_threshold=THRESHOLD, scale=1.5, plan=t.plan)
@@ -32,37 +32,41 @@ def _down(t: Trial) -> None:
 
 def _forward(t: Trial) -> None:
     x, w, bias = t.layer("M", "K"), t.layer("N", "K"), t.bias("N")
-    s, b, y = t.layer("M", "R", padded=False), t.wide("N", "R"), t.out("M", "N")
+    s, b, y = t.layer("M", "R", padded=False), t.trainable("N", "R"), t.out("M", "N")
     if t.spec.tile.persistent:
         lora_forward_persistent(x, w, bias, s, b, y, plan=t.plan, multiprocessors=_PROGRAMS)
     else:
         lora_forward(x, w, bias, s, b, y, plan=t.plan)
-    assert_exact(y, lambda x, w, s, b, o: x @ w.t() + s @ b.t() + o, x, w, s, t.low(b), bias)
+    o = t.or_zeros(bias, "N")
+    assert_exact(y, lambda x, w, s, b, o: x @ w.t() + s @ b.t() + o, x, w, s, t.low(b), o)
 
 
 def _dora_forward(t: Trial) -> None:
-    x, w, bias, g = t.layer("M", "K"), t.layer("N", "K"), t.bias("N"), t.wide_bias("N")
-    s, b = t.layer("M", "R", padded=False), t.wide("N", "R")
-    y, product = t.out("M", "N"), t.out("M", "N")
+    x, w, bias, g = t.layer("M", "K"), t.layer("N", "K"), t.bias("N"), t.factor("N")
+    s, b = t.layer("M", "R", padded=False), t.trainable("N", "R")
+    y, product = t.out("M", "N"), t.out("M", "N") if t.has("KEEP_PRODUCT") else None
     lora_forward(x, w, bias, s, b, y, plan=t.plan, factor=g, product=product)
     operands = (x, w, s, t.low(b))
-    assert_exact(product, lambda x, w, s, b: x @ w.t() + s @ b.t(), *operands)
-    assert_exact(y, lambda x, w, s, b, g, o: g * (x @ w.t() + s @ b.t()) + o, *operands, g, bias)
+    if product is not None:
+        assert_exact(product, lambda x, w, s, b: x @ w.t() + s @ b.t(), *operands)
+    o = t.or_zeros(bias, "N")
+    assert_exact(y, lambda x, w, s, b, g, o: g * (x @ w.t() + s @ b.t()) + o, *operands, g, o)
 
 
 def _forward_single(t: Trial) -> None:
     x, w, bias = t.layer("M", "K"), t.layer("N", "K"), t.bias("N")
-    a, b, s, y = t.wide("R", "K"), t.wide("N", "R"), t.out("M", "R"), t.out("M", "N")
+    a, b, s, y = t.trainable("R", "K"), t.trainable("N", "R"), t.out("M", "R"), t.out("M", "N")
     lora_forward_single(x, w, bias, a, b, s, y, scale=0.5, plan=t.plan)
     assert_exact(s, lambda x, a: 0.5 * (x @ a.t()), x, t.low(a))
-    assert_exact(y, lambda x, w, s, b, o: x @ w.t() + s @ b.t() + o, x, w, s, t.low(b), bias)
+    o = t.or_zeros(bias, "N")
+    assert_exact(y, lambda x, w, s, b, o: x @ w.t() + s @ b.t() + o, x, w, s, t.low(b), o)
 
 
 def _add(t: Trial) -> None:
     """y += S·Bᵀ, which has no mask, or dX += mask ⊙ (dS·A)."""
     before, left, out = t.layer("M", "C", padded=False), t.layer("M", "R", padded=False), t.out("M", "C")
     transposed = not t.spec.dropout
-    right = t.wide("C", "R") if transposed else t.wide("R", "C")
+    right = t.trainable("C", "R") if transposed else t.trainable("R", "C")
     mask, keep = t.packed_mask("M", "C")
     out.copy_(before)
     lora_add(left, right, mask, out, transposed=transposed, plan=t.plan)
@@ -72,7 +76,7 @@ def _add(t: Trial) -> None:
 
 
 def _grad_s_b(t: Trial) -> None:
-    dy, s, b = t.layer("M", "N"), t.layer("M", "R", padded=False), t.wide("N", "R")
+    dy, s, b = t.layer("M", "N"), t.layer("M", "R", padded=False), t.trainable("N", "R")
     ds = t.partial(cdiv(t.size["N"], t.spec.tile.cols), "M", "R")
     db = t.partial(t.plan.splits, "N", "R")
     lora_grad_s_b(dy, s, b, ds, db, scale=0.5, plan=t.plan)
@@ -82,7 +86,7 @@ def _grad_s_b(t: Trial) -> None:
 
 def _grad_x(t: Trial) -> None:
     dy, w = t.layer("M", "N"), t.layer("N", "K")
-    ds, a, dx = t.layer("M", "R", padded=False), t.wide("R", "K"), t.out("M", "K")
+    ds, a, dx = t.layer("M", "R", padded=False), t.trainable("R", "K"), t.out("M", "K")
     mask, keep = t.packed_mask("M", "K")
     lora_grad_x(dy, w, ds, a, mask, dx, plan=t.plan)
     assert_exact(dx, lambda dy, w, ds, a: dy @ w + (ds @ a) * keep, dy, w, ds, t.low(a))
@@ -97,7 +101,7 @@ def _grad_a(t: Trial) -> None:
 
 def _grad_x_a(t: Trial) -> None:
     dy, w, x = t.layer("M", "N"), t.layer("N", "K"), t.layer("M", "K")
-    ds, a, dx = t.layer("M", "R", padded=False), t.wide("R", "K"), t.out("M", "K")
+    ds, a, dx = t.layer("M", "R", padded=False), t.trainable("R", "K"), t.out("M", "K")
     da = t.partial(t.plan.splits, "R", "K")
     mask, keep = t.packed_mask("M", "K")
     if t.spec.tile.persistent:
@@ -109,18 +113,21 @@ def _grad_x_a(t: Trial) -> None:
 
 
 def _dora_weight_norm(t: Trial) -> None:
-    w, a, b = t.layer("N", "K"), t.wide("R", "K"), t.wide("N", "R")
+    w, a, b = t.layer("N", "K"), t.trainable("R", "K"), t.trainable("N", "R")
     norm = t.out("N", dtype=torch.float32)
     dora_weight_norm(w, a, b, norm, scale=0.5, plan=t.plan)
     assert_exact(norm, lambda w, a, b: (w + 0.5 * b @ a).norm(dim=1), w, a, b)
 
 
 def _dora_grad_product(t: Trial) -> None:
-    dy, product, g = t.layer("M", "N"), t.layer("M", "N", padded=False), t.wide_bias("N")
-    dproduct, dfactor = t.out("M", "N"), t.partial(t.plan.splits, "N")
+    dy, g, dproduct = t.layer("M", "N"), t.factor("N"), t.out("M", "N")
+    product = dfactor = None
+    if t.has("HAS_PRODUCT"):
+        product, dfactor = t.layer("M", "N", padded=False), t.partial(t.plan.splits, "N")
     dora_grad_product(dy, product, g, dproduct, dfactor, plan=t.plan)
     assert_exact(dproduct, lambda dy, g: dy * g, dy, g)
-    assert_exact(dfactor.sum(0), lambda dy, u: (dy * u).sum(0), dy, product)
+    if product is not None and dfactor is not None:
+        assert_exact(dfactor.sum(0), lambda dy, u: (dy * u).sum(0), dy, product)
 
 
 LORA_TRIALS = {

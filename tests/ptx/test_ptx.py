@@ -3,7 +3,7 @@
 import shutil
 import sys
 from collections.abc import Callable
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import triton
 
 from fastlora_kernels.choose.plan import KERNELS
 from fastlora_kernels.compile.specs import DTYPES
+from fastlora_kernels.kernel import Kernel
 from tests.cases import cases
 from tests.compiling import told_by
 from tests.ptx import counters, executed
@@ -94,6 +95,16 @@ def test_every_kernel_has_a_trial() -> None:
         assert persistent - {trial_name(spec) for spec in specs} == (
             persistent if target == "sm_80" else set()
         )
+
+
+@pytest.mark.parametrize("target", counters.TARGETS)
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_every_kind_of_call_has_a_trial(kernel: Kernel, target: str) -> None:
+    """Adapters in both dtypes, each argument that may be absent, ranks that 16 divides and others."""
+    mine = [spec for spec in executed.specs_of(f"{target} full") if spec.kernel == kernel.name]
+    assert {flag for spec in mine for flag in spec.absent} == {*chain(*kernel.optional)}
+    assert {spec.adapter_dtype for spec in mine} == {"fp32", *(["bf16"] if kernel.has_parameters else [])}
+    assert any(spec.aligned > spec.rank_aligned for spec in mine) == ("rank" in kernel.axes)
 
 
 def test_the_committed_counters_are_of_every_kernel() -> None:

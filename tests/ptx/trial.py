@@ -25,15 +25,18 @@ _HOLD_THE_RANK = (LORA_FORWARD_SINGLE.name, ADAPTER_FORWARD.name)
 _RECORDS = {kernel.name: kernel for kernel in KERNELS}
 
 
-def chosen_specs(target: str, dtype: str) -> list[Spec]:
+def chosen_specs(target: str, dtype: str, *, narrow: bool = False) -> list[Spec]:
     """The largest tile for a usual rank, for each kernel and each of its variants.
 
     Args:
         target: The architecture.
         dtype: The layer's.
+        narrow: For a rank that 16 does not divide, in rows that it does.
     """
     found: dict[tuple[object, ...], Spec] = {}
     for spec in specs(target, [dtype]):
+        if (spec.aligned and not spec.rank_aligned) != narrow:
+            continue
         key = (spec.kernel, spec.dropout, spec.aligned, spec.tile.persistent, spec.activation, spec.one_chunk)
         if key not in found or _preference(spec) > _preference(found[key]):
             found[key] = spec
@@ -89,6 +92,8 @@ class Trial:
     def _rank(self) -> int:
         """In two chunks, of which the second is no whole one, unless the tile has to hold all."""
         spec, most = self.spec, self.spec.tile.rank
+        if spec.aligned and not spec.rank_aligned:
+            return 8
         step = 16 if spec.aligned else 5
         holds_all = spec.kernel in _HOLD_THE_RANK or (
             "ONE_CHUNK" in _RECORDS[spec.kernel].varies and spec.one_chunk
@@ -108,18 +113,39 @@ class Trial:
         """
         return self._random(rows, cols, self.dtype, padded=padded)
 
-    def wide(self, rows: str, cols: str) -> Tensor:
-        """A trainable matrix: float32 beside any layer."""
-        return self._random(rows, cols, torch.float32, padded=False)
+    def trainable(self, rows: str, cols: str) -> Tensor:
+        """A matrix of the adapter's dtype."""
+        return self._random(rows, cols, DTYPES[self.spec.adapter_dtype], padded=False)
 
-    def bias(self, axis: str) -> Tensor:
-        """A vector of the layer's dtype."""
-        values = torch.randn(1, self.size[axis]).to(self.dtype)
-        return self.harness.input(values)[0]
+    def bias(self, axis: str) -> Tensor | None:
+        """The layer's bias, if the call has one."""
+        return self._vector(axis, self.dtype) if self.has("HAS_BIAS") else None
 
-    def wide_bias(self, axis: str) -> Tensor:
+    def trainable_bias(self, axis: str, flag: str) -> Tensor | None:
+        """A bias of the adapter's dtype, if the call has it.
+
+        Args:
+            axis: Name of an axis.
+            flag: The kernel's, which says whether it is there.
+        """
+        return self._vector(axis, DTYPES[self.spec.adapter_dtype]) if self.has(flag) else None
+
+    def factor(self, axis: str) -> Tensor:
         """A vector in float32."""
-        return self.harness.input(torch.randn(1, self.size[axis]))[0]
+        return self._vector(axis, torch.float32)
+
+    def has(self, flag: str) -> bool:
+        """Whether the call has what a flag of the kernel stands for."""
+        return flag not in self.spec.absent
+
+    def or_zeros(self, tensor: Tensor | None, *axes: str) -> Tensor:
+        """What is added by an argument, which may be absent.
+
+        Args:
+            tensor: The argument.
+            axes: Names of its axes.
+        """
+        return torch.zeros([self.size[axis] for axis in axes]).to(self.dtype) if tensor is None else tensor
 
     def out(self, *axes: str | int, dtype: torch.dtype | None = None) -> Tensor:
         """A result, of the layer's dtype by default.
@@ -157,6 +183,9 @@ class Trial:
     def low(self, tensor: Tensor) -> Tensor:
         """As the kernel multiplies it: in the layer's dtype."""
         return tensor.to(self.dtype)
+
+    def _vector(self, axis: str, dtype: torch.dtype) -> Tensor:
+        return self.harness.input(torch.randn(1, self.size[axis]).to(dtype))[0]
 
     def _random(self, rows: str, cols: str, dtype: torch.dtype, *, padded: bool) -> Tensor:
         n = self.size[cols]

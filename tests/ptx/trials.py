@@ -28,9 +28,16 @@ def trial_name(spec: Spec) -> str:
 
 def said_of(spec: Spec) -> str:
     """A spec in words."""
-    flags = {"dropout": spec.dropout, "unaligned": not spec.aligned, "chunks": not spec.one_chunk}
+    flags = {
+        "dropout": spec.dropout,
+        "unaligned": not spec.aligned,
+        "rank 8": spec.aligned and not spec.rank_aligned,
+        "chunks": not spec.one_chunk,
+        f"adapter in {spec.adapter_dtype}": spec.adapter_dtype != "fp32",
+    }
     parts = [spec.target, spec.dtype, trial_name(spec), tile_text(spec.tile), spec.activation]
-    return ", ".join([*filter(None, parts), *(name for name, there in flags.items() if there)])
+    without = [f"without {flag}" for flag in spec.absent]
+    return ", ".join([*filter(None, parts), *(name for name, there in flags.items() if there), *without])
 
 
 def try_spec(gpu: ExecutedGpu, spec: Spec, *, ragged: bool = True) -> Outcome:
