@@ -134,7 +134,7 @@ def signature(function: Any, spec: Spec) -> tuple[dict[str, str], dict[tuple[int
             types[name] = _descriptor_type(name, spec)
             continue
         types[name] = _argument_type(name, spec)
-        specialised = not parameter.do_not_specialize and name not in ("scale", "da_tiles")
+        specialised = not parameter.do_not_specialize and name not in ("scale", "drop_threshold", "da_tiles")
         divided = spec.rank_aligned if name in ("R", "D") else spec.aligned
         if name.endswith("_ptr") or (specialised and divided):
             aligned[(index,)] = [["tt.divisibility", 16]]
