@@ -12,10 +12,13 @@ def _four_bits(t: Trial) -> None:
     """Part of a weight that begins within a span, and within a byte where rows are not aligned."""
     first = 0 if not t.ragged else SPAN // 2 if t.spec.aligned else 7
     end = t.size["SPANS"] * SPAN - (0 if t.spec.aligned else 5)
-    stored = four_bits(1, end, 2 * SPAN, nested=True)
-    given = [t.harness.input(each.view(1, -1))[0] for each in stored.tensors if each is not None]
+    stored = four_bits(1, end, 2 * SPAN, nested=t.has("HAS_NESTED"))
+    given = [None if each is None else t.harness.input(each.view(1, -1))[0] for each in stored.tensors]
     dense = t.out(1, end - first)
     packed, absmax, codes, absmax_map, offset, table = given
+    assert packed is not None
+    assert absmax is not None
+    assert table is not None
     dequantise_4bit(
         packed, absmax, codes, absmax_map, offset, table, dense,
         first=first, blocksize=stored.blocksize, plan=t.plan,
