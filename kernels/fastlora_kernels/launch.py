@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from triton import knobs
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -13,6 +14,9 @@ from fastlora_kernels.kernel import Kernel
 from fastlora_kernels.tile import Tile
 
 _RUNTIME = knobs.runtime
+_TRITON = ".".join(triton.__version__.split(".")[:2])
+# the versions whose launcher in C is known, and whether it takes a kernel's arguments as one
+_ARGUMENTS_AS_ONE = {"3.6": False, "3.7": True, "3.8": True, "3.9": True}
 
 
 class Launch(NamedTuple):
@@ -125,13 +129,14 @@ def _runner(compiled: Any, grid: tuple[int, ...]) -> Callable[[int, tuple[Any, .
     wants = ("global_scratch_size", "profile_scratch_size", "gsan_enabled")
     # by name: a Triton that was built for AMD alone has no such module
     for_cuda = type(launcher).__module__ == "triton.backends.nvidia.driver"
-    if not for_cuda or any(getattr(launcher, name, 0) for name in wants):
+    as_one = _ARGUMENTS_AS_ONE.get(_TRITON)
+    if as_one is None or not for_cuda or any(getattr(launcher, name, 0) for name in wants):
         return lambda stream, arguments: launcher(
             *grid, stream, function, metadata, None, None, None, *arguments
         )
     launch, kind = launcher.launch, (launcher.launch_cooperative_grid, launcher.launch_pdl)
-    # neither launch metadata nor hooks nor scratch memory; Triton 3.6 takes the arguments one by one
-    if not hasattr(launcher, "kernel_signature"):
+    # neither launch metadata nor hooks nor scratch memory
+    if not as_one:
         return lambda stream, arguments: launch(
             *grid, stream, function, *kind, None, None, metadata, None, None, None, *arguments
         )

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton", reason="launches need Triton")
 
-from fastlora_kernels import targets
+from fastlora_kernels import launch, targets
 from fastlora_kernels.choose.plan import KERNELS
 from tests.cases import cases
 from tests.compiling import told_by
@@ -113,6 +113,34 @@ def test_the_stage_refuses_what_a_gpu_would(told: dict[str, Any]) -> None:
     sound = {"nothing wrong", "a sound map", *({"too much shared memory"} - wanted.keys())}
     assert {what for what, words in said.items() if words == "accepted"} <= sound
     assert said.keys() - wanted.keys() <= sound
+
+
+@pytest.mark.parametrize(("version", "given"), [("3.8", [(8, 9)]), ("3.6", [8, 9]), ("3.10", None)])
+def test_launchers_that_are_not_known_are_left_to_triton(
+    version: str, given: list[Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: dict[str, tuple[Any, ...]] = {}
+
+    class Launcher:
+        __module__ = "triton.backends.nvidia.driver"
+        launch_cooperative_grid = launch_pdl = False
+        arg_annotations = kernel_signature = b""
+
+        def launch(self, *arguments: Any) -> None:
+            calls["in C"] = arguments
+
+        def __call__(self, *arguments: Any) -> None:
+            calls["wrapper"] = arguments
+
+    monkeypatch.setattr(launch, "_TRITON", version)
+    compiled = SimpleNamespace(run=Launcher(), function=5, packed_metadata=(4, 1))
+    launch._runner(compiled, (1, 2, 3))(7, (8, 9))
+    if given is None:
+        assert calls == {"wrapper": (1, 2, 3, 7, 5, (4, 1), None, None, None, 8, 9)}
+    else:
+        assert calls.keys() == {"in C"}
+        assert list(calls["in C"][:5]) == [1, 2, 3, 7, 5]
+        assert list(calls["in C"][-len(given) :]) == given
 
 
 def test_a_map_that_loses_a_bit_is_noticed() -> None:
