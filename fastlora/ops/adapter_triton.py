@@ -3,7 +3,9 @@
 Tensors are 2-D: h ``[M, H]``, down_weight ``[D, H]``, up_weight ``[H, D]``, z ``[M, D]``.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,10 @@ from fastlora_kernels.tile import Plan, Shape
 
 # dh, dW_d, db_d, dW_u and db_u, those that are needed
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+# dh, those of the down-projection and of the up-projection, from dOut, h, dz, act(z) and down_weight
+_GradHWeights = Callable[..., tuple[Tensor | None, tuple[Tensor, ...], tuple[Tensor, ...]]]
+# out and z
+_Forward = Callable[..., tuple[Tensor, Tensor]]
 
 
 @prepared(row_major, contiguous, contiguous, contiguous, contiguous, row_major)
@@ -38,24 +44,33 @@ def forward(
     *,
     activation: str,
     dropout: float,
-) -> Callable[..., tuple[Tensor, Tensor]]:
+) -> _Forward:
     """out = residual + dropout(act(z))·W_uᵀ + b_u, and z."""
-    (m, hidden), size = h.shape, down_weight.shape[0]
+    size = down_weight.shape[0]
     aligned = is_aligned(*(t for t in (h, residual) if t is not None))
     settings = {
         "activation": activation,
         "drop_threshold": drop_threshold(dropout),
         "scale": 1 / keep_probability(dropout),
     }
-    if kernels.one_launch(size):
-        whole = Ready(adapter_forward, **settings, plan=_plan(kernels.ADAPTER_FORWARD, h, size, aligned))
+    make = _in_one_launch if kernels.one_launch(size) else _in_two_launches
+    return make(h, size, aligned, settings)
 
-        def in_one(h: Tensor, *more: Tensor | None) -> tuple[Tensor, Tensor]:
-            z, out = h.new_empty(m, size), h.new_empty(m, hidden)
-            whole(h, *more, z, out)
-            return out, z
 
-        return in_one
+def _in_one_launch(h: Tensor, size: int, aligned: bool, settings: dict[str, Any]) -> _Forward:
+    m, hidden = h.shape
+    whole = Ready(adapter_forward, **settings, plan=_plan(kernels.ADAPTER_FORWARD, h, size, aligned))
+
+    def run(h: Tensor, *more: Tensor | None) -> tuple[Tensor, Tensor]:
+        z, out = h.new_empty(m, size), h.new_empty(m, hidden)
+        whole(h, *more, z, out)
+        return out, z
+
+    return run
+
+
+def _in_two_launches(h: Tensor, size: int, aligned: bool, settings: dict[str, Any]) -> _Forward:
+    m, hidden = h.shape
     down = Ready(adapter_down, **settings, plan=_plan(kernels.ADAPTER_DOWN, h, size, aligned))
     up = Ready(adapter_up, plan=_plan(kernels.ADAPTER_UP, h, size, aligned))
 
@@ -92,7 +107,7 @@ def backward(
     need_up: bool,
 ) -> Callable[..., Gradients]:
     """dz and act(z) from one read of dOut; dh and the four parameters' gradients from one more, and of h."""
-    (m, hidden), size = dout.shape, z.shape[1]
+    m, size = dout.shape[0], z.shape[1]
     aligned = is_aligned(*(t for t in (dout, h) if t is not None))
     of_z = Ready(
         adapter_grad_z,
@@ -100,6 +115,28 @@ def backward(
         scale=1 / keep_probability(dropout),
         plan=_plan(kernels.ADAPTER_GRAD_Z, dout, size, aligned),
     )
+    if need_down or need_up:
+        of_rest: _GradHWeights = _grad_h_weights(
+            dout, down_weight, up_weight, aligned, add_input=add_input, need_h=need_h
+        )
+    else:
+        of_rest = functools.partial(_grad_h, add_input=add_input)
+
+    def run(dout: Tensor, h: Tensor | None, z: Tensor, down_weight: Tensor, up_weight: Tensor) -> Gradients:
+        dz, active = z.new_empty(m, size), z.new_empty(m, size)
+        of_z(dout, z, up_weight, dz, active)
+        # without need_down h was not kept; anything of its shape will do, its gradient is thrown away
+        dh, of_down, of_up = of_rest(dout, dout if h is None else h, dz, active, down_weight)
+        return dh, *(of_down if need_down else (None, None)), *(of_up if need_up else (None, None))
+
+    return run
+
+
+def _grad_h_weights(
+    dout: Tensor, down_weight: Tensor, up_weight: Tensor, aligned: bool, *, add_input: bool, need_h: bool
+) -> _GradHWeights:
+    """What computes dh, if needed, and all parameters' gradients in one launch, and sums these in one."""
+    (m, hidden), size = dout.shape, down_weight.shape[0]
     plan = _plan(kernels.ADAPTER_GRAD_H_WEIGHTS, dout, size, aligned)
     of_h_weights = Ready(adapter_grad_h_weights, add_input=add_input, plan=plan)
     total = Ready(sum_four_partials)
@@ -108,21 +145,16 @@ def backward(
     each = (((hidden, size), of_up), ((size, hidden), of_down), ((hidden,), of_up), ((size,), of_down))
     elements = 2 * hidden * size + hidden + size
 
-    def run(dout: Tensor, h: Tensor | None, z: Tensor, down_weight: Tensor, up_weight: Tensor) -> Gradients:
-        dz, active = z.new_empty(m, size), z.new_empty(m, size)
-        of_z(dout, z, up_weight, dz, active)
-        if not (need_down or need_up):
-            return _grad_h(dout, dz, down_weight, add_input), None, None, None, None
+    def run(
+        dout: Tensor, h: Tensor, dz: Tensor, active: Tensor, down_weight: Tensor
+    ) -> tuple[Tensor | None, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         dh = dout.new_empty(m, hidden) if need_h else None
         partial = dout.new_empty(plan.splits, elements, dtype=torch.float32)
-        # without need_down h was not kept; anything of its shape will do, its gradient is thrown away
-        source, for_h = dout if h is None else h, down_weight if need_h else None
-        of_h_weights(dout, source, dz, active, for_h, dh, partial)
+        of_h_weights(dout, h, dz, active, down_weight if need_h else None, dh, partial)
         grads = [dout.new_empty(shape, dtype=dtype) for shape, dtype in each]
         total(partial, *grads)
         d_up_weight, d_down_weight, d_up_bias, d_down_bias = grads
-        of_down = (d_down_weight, d_down_bias) if need_down else (None, None)
-        return dh, *of_down, *((d_up_weight, d_up_bias) if need_up else (None, None))
+        return dh, (d_down_weight, d_down_bias), (d_up_weight, d_up_bias)
 
     return run
 
@@ -133,8 +165,10 @@ def _plan(kernel: Kernel, rows: Tensor, size: int, aligned: bool) -> Plan:
     return plans.choose(kernel, shape, rows.dtype, targets.detect(rows.device))
 
 
-def _grad_h(dout: Tensor, dz: Tensor, down_weight: Tensor, add_input: bool) -> Tensor:
+def _grad_h(
+    dout: Tensor, h: Tensor, dz: Tensor, active: Tensor, down_weight: Tensor, *, add_input: bool
+) -> tuple[Tensor, tuple[()], tuple[()]]:
     # frozen parameters: dh alone is a single library product
     with unrecorded(dz):
         dh = dz @ down_weight.to(dz.dtype)
-        return dh.add_(dout) if add_input else dh
+        return dh.add_(dout) if add_input else dh, (), ()

@@ -29,6 +29,10 @@ from fastlora_kernels.tile import Shape, cdiv
 
 # computes dX, dA and dB from dy, x, weight, lora_A, lora_B, S and the mask
 Backward = Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
+# computes dS, dB and, where dB has still to be summed, its partial results, from dY, S and B
+_GradSB = Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor, Tensor | None]]
+# computes dX, dA and dA's partial results, which have still to be summed, from dY, W, dS, A, the mask and x
+_GradXA = Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
 
 
 @prepared(row_major, row_major, row_major, contiguous, contiguous, contiguous, contiguous)
@@ -63,6 +67,11 @@ def backward(
         dy, lora_A, shape, target, choice,
         need_x=need_x and lora_A is not None, need_A=need_A and lora_A is not None,
     )  # fmt: skip
+    return _both(s_and_b, x_and_a, need_B=need_B)
+
+
+def _both(s_and_b: _GradSB, x_and_a: _GradXA, *, need_B: bool) -> Backward:
+    """What computes dS and dB, then dX and dA, and sums their partial results in one launch."""
     of_a, of_b, of_both = Ready(sum_partials), Ready(sum_partials), Ready(sum_two_partials)
 
     def run(
@@ -88,10 +97,8 @@ def backward(
     return run
 
 
-def _grad_s_b(
-    dy: Tensor, lora_B: Tensor, shape: Shape, target: Target, *, scale: float
-) -> Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor, Tensor | None]]:
-    """What computes dS, dB and, where dB has still to be summed, its partial results, from dY, S and B."""
+def _grad_s_b(dy: Tensor, lora_B: Tensor, shape: Shape, target: Target, *, scale: float) -> _GradSB:
+    """dS and dB by a launch, at high ranks by library products."""
     (n, r), dtype = lora_B.shape, lora_B.dtype
     m = shape.m
     if r > kernels.MOST_RANKS_PER_READ:
@@ -119,10 +126,6 @@ def _grad_s_b(
     return run
 
 
-# computes dX, dA and dA's partial results, which have still to be summed, from dY, W, dS, A, the mask and x
-_GradXA = Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
-
-
 def _grad_x_a(
     dy: Tensor,
     lora_A: Tensor | None,
@@ -134,36 +137,63 @@ def _grad_x_a(
     need_A: bool,
 ) -> _GradXA:
     """What computes those of dX and dA that are needed: both in one launch, unless a library product is."""
-    m, k, r, dtype = shape.m, shape.k, shape.r, None if lora_A is None else lora_A.dtype
     if choice.path == "epilogue" and need_x:
         return _epilogue_grad_x_a(dy, lora_A, shape, target, choice, need_A=need_A)
-    if not (need_x or need_A):
-        return lambda *_: (None, None, None)
+    if need_A and lora_A is not None:
+        make = _fused_grad_x_a if need_x else _grad_a
+        return make(dy, lora_A.dtype, shape, target, choice)
+    return _grad_x(dy, shape, target) if need_x else lambda *_: (None, None, None)
+
+
+def _fused_grad_x_a(dy: Tensor, dtype: torch.dtype, shape: Shape, target: Target, choice: Choice) -> _GradXA:
+    """dX and dA by one launch."""
+    m, k, r = shape.m, shape.k, shape.r
     # a tile is measured for both gradients together
-    kernel, tile = (
-        (kernels.LORA_GRAD_X_A, choice.tile) if need_x and need_A
-        else (kernels.LORA_GRAD_X if need_x else kernels.LORA_GRAD_A, None)
-    )  # fmt: skip
-    plan = plans.choose(kernel, shape, dy.dtype, target, tile=tile)
+    plan = plans.choose(kernels.LORA_GRAD_X_A, shape, dy.dtype, target, tile=choice.tile)
     if plan.tile.persistent:
-        both = Ready(lora_grad_x_a_persistent, plan=plan, multiprocessors=target.multiprocessors)
+        multiply = Ready(lora_grad_x_a_persistent, plan=plan, multiprocessors=target.multiprocessors)
     else:
-        both = Ready(lora_grad_x_a, plan=plan)
-    x_alone, a_alone = Ready(lora_grad_x, plan=plan), Ready(lora_grad_a, plan=plan)
+        multiply = Ready(lora_grad_x_a, plan=plan)
 
     def run(
         dy: Tensor, weight: Tensor, ds: Tensor, lora_A: Tensor, mask: Tensor | None, x: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        dx = dy.new_empty(m, k) if need_x else None
-        da = dy.new_empty(r, k, dtype=dtype) if need_A else None
-        da_partial = dy.new_empty(plan.splits, r, k, dtype=torch.float32) if need_A else None
-        if need_x and need_A:
-            both(dy, weight, ds, lora_A, mask, x, dx, da_partial)
-        elif need_x:
-            x_alone(dy, weight, ds, lora_A, mask, dx)
-        else:
-            a_alone(x, ds, mask, da_partial)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dx, da = dy.new_empty(m, k), dy.new_empty(r, k, dtype=dtype)
+        da_partial = dy.new_empty(plan.splits, r, k, dtype=torch.float32)
+        multiply(dy, weight, ds, lora_A, mask, x, dx, da_partial)
         return dx, da, da_partial
+
+    return run
+
+
+def _grad_x(dy: Tensor, shape: Shape, target: Target) -> _GradXA:
+    """dX alone by a launch."""
+    m, k = shape.m, shape.k
+    multiply = Ready(lora_grad_x, plan=plans.choose(kernels.LORA_GRAD_X, shape, dy.dtype, target))
+
+    def run(
+        dy: Tensor, weight: Tensor, ds: Tensor, lora_A: Tensor, mask: Tensor | None, x: Tensor | None
+    ) -> tuple[Tensor, None, None]:
+        dx = dy.new_empty(m, k)
+        multiply(dy, weight, ds, lora_A, mask, dx)
+        return dx, None, None
+
+    return run
+
+
+def _grad_a(dy: Tensor, dtype: torch.dtype, shape: Shape, target: Target, _: Choice) -> _GradXA:
+    """dA alone by a launch."""
+    k, r = shape.k, shape.r
+    plan = plans.choose(kernels.LORA_GRAD_A, shape, dy.dtype, target)
+    multiply = Ready(lora_grad_a, plan=plan)
+
+    def run(
+        dy: Tensor, weight: Tensor | None, ds: Tensor, lora_A: Tensor, mask: Tensor | None, x: Tensor
+    ) -> tuple[None, Tensor, Tensor]:
+        da = dy.new_empty(r, k, dtype=dtype)
+        da_partial = dy.new_empty(plan.splits, r, k, dtype=torch.float32)
+        multiply(x, ds, mask, da_partial)
+        return None, da, da_partial
 
     return run
 
