@@ -57,12 +57,9 @@ class Memory(dict[Hashable, _T]):
 
 def layouts(*tensors: Tensor | None) -> Hashable:
     """All of these tensors that a launch depends on: dtypes, sizes, strides, alignment, devices."""
-    # to get_device the CPU and meta are one
     return tuple(
         [
-            None
-            if t is None
-            else (t.dtype, t.shape, t.stride(), t.data_ptr() & 15, t.get_device(), t.is_meta)
+            None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() & 15, t.get_device())
             for t in tensors
         ]
     )
@@ -91,12 +88,16 @@ def signature(*tensors: Tensor | None, settings: tuple[Any, ...]) -> Hashable:
 
 
 def _all_plain(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether all are torch's own: other classes may have no memory, or see every operation."""
+    """Whether all are torch's own with memory: other classes may see every operation.
+
+    Meta tensors are none: to ``get_device`` they and the CPU's are one.
+    """
     # a loop costs a third of all()
     for each in tensors:
-        kind = type(each)
-        if kind is not Tensor and kind is not Parameter and each is not None:
-            return False
+        if each is not None:
+            kind = type(each)
+            if (kind is not Tensor and kind is not Parameter) or each.is_meta:
+                return False
     return True
 
 

@@ -8,6 +8,7 @@ from typing import Any, ParamSpec, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fastlora._core import backend as _backend
 from fastlora.ops.decide import WITHOUT_PATHS
@@ -55,8 +56,8 @@ def registered(fake: Callable[..., Any]) -> Callable[[Callable[_P, _R]], Callabl
                 return direct(*arguments)
             seed = None if seed_at is None else arguments[seed_at]
             # backward gets what its forward pass kept
-            looked_at = arguments[:1] if seed_at is None else arguments[:seed_at]
-            if _runs_directly(decision.backend, looked_at, seed):
+            others = () if seed_at is None else arguments[1:seed_at]
+            if _runs_directly(decision.backend, arguments[0], others, seed):
                 return direct(*arguments)
             return packet(*arguments[:-1], decision.backend)
 
@@ -79,7 +80,7 @@ def _schema(function: Callable[..., Any]) -> str:
     return torch.library.infer_schema(prototype, mutates_args=())
 
 
-def _runs_directly(backend: str, operands: Sequence[Tensor | None], seed: Tensor | None) -> bool:
+def _runs_directly(backend: str, first: Tensor, others: Sequence[Tensor | None], seed: Tensor | None) -> bool:
     """Whether a function may be called without the dispatcher.
 
     Library products trace like any others. The kernels take real tensors alone, and of a seed the value is
@@ -90,9 +91,11 @@ def _runs_directly(backend: str, operands: Sequence[Tensor | None], seed: Tensor
     if backend == "torch" and seed is None:
         return True
     return (
-        _backend.are_plain(*operands, seed)
-        and not any(each.is_meta for each in (operands[0], seed) if each is not None)
+        type(first) in (Tensor, Parameter)
+        and not first.is_meta
+        and (seed is None or (type(seed) is Tensor and not seed.is_meta))
         and not _backend.is_watched()
+        and (not others or _backend.are_plain(*others))
     )
 
 
