@@ -156,7 +156,11 @@ def read_four_bit(layer: nn.Module) -> FrozenWeight | str:
         if type(stored) is not Tensor:
             return f"Linear4bit with a weight of class {type(stored).__name__}"
         shape = torch.Size((given.out_features, given.in_features))
+        storage = getattr(weight, "quant_storage", given.quant_storage)
         why = _unreadable(stored, state, shape)
+        if stored.dtype != storage and stored.dtype in _STORAGES:
+            # FSDP with a MixedPrecisionPolicy takes the bytes for floats
+            why = f"with a weight cast from {storage} to {stored.dtype}, whose bytes are no floats"
         if why is not None:
             return f"Linear4bit {why}"
         packed = (stored if stored.dtype == torch.uint8 else stored.view(torch.uint8)).view(-1)

@@ -1,0 +1,112 @@
+"""Two processes train LoRA on sharded 4-bit layers, each on half of every batch: run by torchrun."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+import fastlora
+from fastlora.interop._peft_fused import Fused
+from tests.launching import leave
+from tests.quantised import four_bit
+
+STEPS, BATCH = 3, 8
+STORAGES = {"uint8": torch.uint8, "bfloat16": torch.bfloat16}
+PLACES = ("0", "2")
+
+
+def make(kind: str, storage: torch.dtype) -> Any:
+    """Our layers, or PEFT's accelerated; bytes are odd to two processes."""
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"compute_dtype": torch.float32, "quant_storage": storage}
+    net = nn.Sequential(four_bit(30, 34, **settings), nn.Tanh(), four_bit(6, 30, **settings))
+    if kind == "ours":
+        model: Any = fastlora.apply_lora(net, rank=3, alpha=3)
+    else:
+        model = fastlora.accelerate(get_peft_model(net, LoraConfig(r=3, target_modules=list(PLACES))))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def layers(model: Any) -> list[nn.Module]:
+    """The LoRA layers."""
+    inner = model.base_model.model if hasattr(model, "base_model") else model
+    return [inner.get_submodule(place) for place in PLACES]
+
+
+def stored(model: Any) -> list[Tensor]:
+    """The bytes of the frozen weights, gathered."""
+    found = []
+    for layer in layers(model):
+        weight: Any = getattr(layer, "base_layer", layer).weight
+        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight.detach()
+        found.append(whole.contiguous().view(torch.uint8).flatten())
+    return found
+
+
+def batch(step: int) -> Tensor:
+    """What all processes see together."""
+    return torch.randn(BATCH, 34, generator=torch.Generator().manual_seed(step))
+
+
+def train(model: Any, rank: int = 0, processes: int = 1) -> dict[str, Any]:
+    """Bytes before and after some steps, the last output, and what trains."""
+    before = stored(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        model(batch(step).chunk(processes)[rank]).square().mean().backward()
+        optimizer.step()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {
+        "before": before,
+        "after": stored(model),
+        "output": model(batch(STEPS)).detach(),
+        **{name: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for name, p in trained.items()},
+    }
+
+
+def sharded(model: Any, **how: Any) -> Any:
+    """The model, each layer and what is around them sharded."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in layers(model):
+        fully_shard(layer, mesh=mesh, **how)
+    return fully_shard(model, mesh=mesh, **how)
+
+
+def refusal() -> str:
+    """What is said where FSDP casts bytes that were stored as floats."""
+    model = sharded(make("ours", torch.float16), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    try:
+        model(batch(0))
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def main(path: Path) -> None:
+    """Train as one of the processes; the first writes what was learnt."""
+    dist.init_process_group("gloo")
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    found: dict[str, Any] = {"refusal": refusal()}
+    for kind in ("ours", "peft"):
+        for name, storage in STORAGES.items():
+            model = sharded(make(kind, storage))
+            found[f"{kind} {name}"] = train(model, rank, processes)
+            assert kind == "ours" or all(isinstance(layer, Fused) for layer in layers(model))
+    if rank == 0:
+        torch.save(found, path)
+    leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
