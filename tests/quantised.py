@@ -7,9 +7,11 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit
 from torch import Tensor, nn
 
+from fastlora import reference
 from fastlora.functional import lora_linear
 from fastlora.ops.weights.frozen import FrozenWeight
 from fastlora.ops.weights.read import frozen_weight
+from tests.exactness import assert_as_exact
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -44,14 +46,29 @@ def assert_rows_are(
             assert torch.equal(weight.dense(dtype, slice(start, stop)), expected[start:stop]), (start, stop)
 
 
-def trained(
-    weight: FrozenWeight | Tensor, dtype: torch.dtype, dropout: float, rank: int = 4, m: int = 9
-) -> list[Tensor]:
-    """y, dX, dA and dB of a call over this weight, from the same random tensors every time."""
-    torch.manual_seed(1)
+def assert_as_exact_as_dense(weight: FrozenWeight, dtype: torch.dtype, dropout: float) -> None:
+    """y and the gradients are the bits of a call over the dense weight, and no further off than eager."""
     n, k = weight.shape
+    m, rank = 9, 4
     draws = [torch.randn(m, k), torch.randn(rank, k) * k**-0.5, torch.randn(n, rank) * rank**-0.5]
-    x, a, b = (draw.to(dtype).requires_grad_() for draw in draws)
-    bias, dy = torch.randn(n).to(dtype), torch.randn(m, n).to(dtype)
-    y = lora_linear(x, weight, bias, a, b, scaling=1.7, dropout=dropout)
-    return [y.detach(), *torch.autograd.grad(y, (x, a, b), dy)]
+    operands = [draw.to(dtype) for draw in (*draws, torch.randn(n), torch.randn(m, n))]
+
+    def trained(weight: FrozenWeight | Tensor) -> list[Tensor]:
+        x, a, b, bias, dy = operands
+        inputs = [t.detach().requires_grad_() for t in (x, a, b)]
+        generator = torch.Generator().manual_seed(1)
+        settings: Any = {"scaling": 1.7, "dropout": dropout, "generator": generator}
+        y = lora_linear(inputs[0], weight, bias, inputs[1], inputs[2], **settings)
+        return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
+
+    def eager(operands: list[Tensor]) -> list[Tensor]:
+        x, a, b, bias, dy, dense = operands
+        inputs = [t.detach().requires_grad_() for t in (x, a, b)]
+        y = reference.lora_linear(inputs[0], dense, bias, inputs[1], inputs[2], scaling=1.7)
+        return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
+
+    dense = weight.dense(dtype)
+    got = trained(weight)
+    assert all(map(torch.equal, got, trained(dense)))
+    if not dropout:
+        assert_as_exact(("y", "dX", "dA", "dB"), got, eager, [*operands, dense])

@@ -68,12 +68,8 @@ class FourBitWeight(FrozenWeight):
 
     def dense(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         """Rows of W ``[rows, K]``: table[code] · absmax in float32, rounded once to ``dtype``."""
-        start, stop, _ = rows.indices(self.shape[0])
-        if start % self.row_step:
-            raise ValueError(
-                f"a part begins at a multiple of {self.row_step} rows, where a block does, not at row {start}"
-            )
-        stop, k = max(stop, start), self.shape[1]
+        start, stop = self._span(rows)
+        k = self.shape[1]
         if self._has_known_groups() and is_made_dense_by_kernels(self.device, dtype, (stop - start) * k):
             # imported late: Triton is not installed everywhere
             from fastlora.ops.weights import dense_triton
@@ -143,7 +139,7 @@ def _table(quant_type: str, device: torch.device) -> Tensor:
 def read_four_bit(layer: nn.Module) -> FrozenWeight | str:
     """The weight of a ``bitsandbytes.nn.Linear4bit``, or why it can't be read."""
     given: Any = layer
-    weight = layer._parameters["weight"]
+    weight = layer._parameters.get("weight")
     # FSDP makes plain parameters of the weights; the layer has their statistics, too
     state = getattr(weight, "quant_state", None) or given.quant_state
     if weight is None or state is None:

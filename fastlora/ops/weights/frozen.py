@@ -28,6 +28,11 @@ class FrozenWeight:
     row_step: int = 1
     compute_dtype: torch.dtype | None = None
 
+    @property
+    def scale(self) -> Tensor | None:
+        """Factors of the rows ``[N]`` or of all ``[1]``, float32, where W is these times :meth:`codes`."""
+        return None
+
     def dense(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         """Rows of W ``[rows, K]`` in a new tensor: the same bits as its library's own in this dtype.
 
@@ -36,6 +41,24 @@ class FrozenWeight:
             rows: Begins at a multiple of :attr:`row_step`; all of them without it.
         """
         raise NotImplementedError
+
+    def codes(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
+        """Rows of what is stored for W ``[rows, K]``, before its factors: exact in every dtype.
+
+        Args:
+            dtype: float64, float32, float16 or bfloat16.
+            rows: Begins at a multiple of :attr:`row_step`; all of them without it.
+        """
+        raise NotImplementedError
+
+    def _span(self, rows: slice) -> tuple[int, int]:
+        """First row and the one behind the last."""
+        start, stop, _ = rows.indices(self.shape[0])
+        if start % self.row_step:
+            raise ValueError(
+                f"a part begins at a multiple of {self.row_step} rows, where a block does, not at row {start}"
+            )
+        return start, max(stop, start)
 
     def outline(self, dtype: torch.dtype) -> Tensor:
         """A tensor of this shape and device without values of its own, to check and decide by."""

@@ -2,19 +2,32 @@
 
 import sys
 from collections.abc import Callable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from fastlora.ops.weights.eight_bit import (
+    read_compressed,
+    read_compressed_fp8,
+    read_llm_int8,
+    read_transformers_fp8,
+)
 from fastlora.ops.weights.four_bit import read_four_bit
 from fastlora.ops.weights.frozen import FrozenWeight
+from fastlora.ops.weights.torchao import read_float8, read_int8, read_nf4
 
-Reader = Callable[[nn.Module], FrozenWeight | str]
+Reader = Callable[[Any], FrozenWeight | str]
 
 # classes of layers by the module that defines them: no library is imported that nobody uses
 _LAYERS: dict[tuple[str, str], Reader] = {
     ("bitsandbytes.nn.modules", "Linear4bit"): read_four_bit,
+    ("bitsandbytes.nn.modules", "Linear8bitLt"): read_llm_int8,
+    ("transformers.integrations.finegrained_fp8", "FP8Linear"): read_transformers_fp8,
+    ("transformers.integrations.compressed_tensors", "CompressedTensorsFP8Linear"): read_compressed_fp8,
 }
+# and of tensors that plain layers hold
+_TENSORS: dict[str, Reader] = {"Int8Tensor": read_int8, "Float8Tensor": read_float8, "NF4Tensor": read_nf4}
 
 _of_classes: WeakKeyDictionary[type, Reader] = WeakKeyDictionary()
 
@@ -26,7 +39,10 @@ def frozen_weight(layer: nn.Module, read_as: type[nn.Module] | None = None) -> F
     every call, in about ten microseconds.
 
     Args:
-        layer: bitsandbytes' ``Linear4bit`` (NF4 and FP4) and its subclasses that compute as it does.
+        layer: bitsandbytes' ``Linear4bit`` and ``Linear8bitLt``, transformers' ``FP8Linear`` and
+            ``CompressedTensorsFP8Linear``, their subclasses that compute as they do, or an ``nn.Linear`` with
+            torchao's ``Int8Tensor``, ``Float8Tensor`` or ``NF4Tensor``, or that compressed-tensors has
+            compressed to 8 bits.
         read_as: The class of these whose attributes the layer has, beside a forward of its own; its own class
             without it.
 
@@ -37,14 +53,40 @@ def frozen_weight(layer: nn.Module, read_as: type[nn.Module] | None = None) -> F
     read = _of_classes.get(kind)
     if read is None:
         read = _of_classes[kind] = _reader(kind)
+    if "forward" in layer.__dict__ and not _compressed(layer):
+        return f"{kind.__name__} with a forward of its own"
     return read(layer)
 
 
 def _reader(kind: type) -> Reader:
     for (module, name), read in _LAYERS.items():
-        known = getattr(sys.modules.get(module), name, None)
+        known: Any = getattr(sys.modules.get(module), name, None)
         if known is not None and issubclass(kind, known):
-            if kind.forward is known.forward:  # type: ignore[attr-defined]
-                return read
-            return lambda _: f"{kind.__name__}, a {name} with a forward of its own"
-    return lambda _: f"{kind.__name__}, which is no quantised layer that is known"
+            return read if _computes_as(kind, known) else _unknown(f"a {name} with a forward of its own")
+    if issubclass(kind, nn.Linear) and _computes_as(kind, nn.Linear):
+        return _read_linear
+    return _unknown("which is no quantised layer that is known")
+
+
+def _computes_as(kind: Any, known: Any) -> bool:
+    return bool(kind.forward is known.forward)
+
+
+def _unknown(why: str) -> Reader:
+    return lambda layer: f"{type(layer).__name__}, {why}"
+
+
+def _read_linear(layer: nn.Module) -> FrozenWeight | str:
+    if _compressed(layer):
+        return read_compressed(layer)
+    weight = type(layer._parameters.get("weight"))
+    read = _TENSORS.get(weight.__name__) if weight.__module__.split(".")[0] == "torchao" else None
+    if read is None:
+        return f"{type(layer).__name__} with a weight of class {weight.__name__}"
+    return read(layer._parameters["weight"])
+
+
+def _compressed(layer: nn.Module) -> bool:
+    """Whether its call is compressed-tensors' own."""
+    function = getattr(layer.__dict__.get("forward"), "__func__", None)
+    return str(getattr(function, "__globals__", {}).get("__name__")).startswith("compressed_tensors.")

@@ -1,0 +1,117 @@
+"""Weights of one byte a value times factors: int8 and FP8, a factor for all, each row or each block."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastlora.ops.weights.frozen import FrozenWeight
+
+CODES = frozenset({torch.int8, torch.float8_e4m3fn, torch.float8_e5m2})
+
+
+class ScaledWeight(FrozenWeight):
+    """W[i, j] = codes[i, j] · factors[i // block[0], j // block[1]], rounded once.
+
+    Attributes:
+        stored: int8 or float8 ``[N, K]``, row-major.
+        factors: ``[1, 1]``, ``[N, 1]`` or a block's each: ``[⌈N/block[0]⌉, ⌈K/block[1]⌉]``.
+        block: Rows and columns that share a factor.
+        zero_point: Subtracted from the codes, int8 in the shape of the factors; None: nothing is.
+        unit: Multiplies the factors.
+        product: In which dtype its library multiplies, before it rounds to the wanted one; None: in that one,
+            or float32 if that is narrower.
+    """
+
+    def __init__(
+        self,
+        stored: Tensor,
+        factors: Tensor,
+        block: tuple[int, int],
+        *,
+        zero_point: Tensor | None = None,
+        unit: float = 1.0,
+        product: torch.dtype | None = None,
+    ) -> None:
+        """Of tensors that :func:`unreadable` has checked."""
+        self.shape, self.device = stored.shape, stored.device
+        self.stored, self.factors, self.block, self.zero_point = stored, factors, block, zero_point
+        self.unit, self.product = unit, product
+        self.row_step = block[0] if factors.shape[0] > 1 else 1
+        self.tensors = (stored, factors) if zero_point is None else (stored, factors, zero_point)
+        self.form = (block, unit, product)
+
+    @property
+    def scale(self) -> Tensor | None:
+        """The factors, where there is one for each row or for all, and W is not rounded on the way."""
+        rows, columns = self.factors.shape
+        if columns > 1 or rows not in (1, self.shape[0]) or self.product not in (None, torch.float32):
+            return None
+        return self._multiplied(self.factors).view(-1)
+
+    def codes(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
+        """Rows of the codes ``[rows, K]`` less their zero point."""
+        start, stop = self._span(rows)
+        codes = self.stored[start:stop].to(dtype)
+        if self.zero_point is not None:
+            self._each(codes, self._of_rows(self.zero_point, start, stop), torch.Tensor.sub_)
+        return codes
+
+    def dense(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
+        """Rows of W ``[rows, K]``."""
+        start, stop = self._span(rows)
+        # multiplied in place by wider factors, 16-bit codes become products that are rounded once
+        in_place = self.product is None or (self.product == torch.float32 and dtype.itemsize < 4)
+        dense = self.codes(dtype if in_place else self.product or dtype, rows)
+        factors = self._of_rows(self._multiplied(self.factors), start, stop)
+        self._each(dense, factors, torch.Tensor.mul_)
+        return dense.to(dtype)
+
+    def _of_rows(self, of_blocks: Tensor, start: int, stop: int) -> Tensor:
+        """What belongs to these rows: ``[rows or 1, blocks of columns]``."""
+        if of_blocks.shape[0] == 1:
+            return of_blocks
+        height = self.block[0]
+        of_blocks = of_blocks[start // height : -(-stop // height)]
+        return of_blocks.repeat_interleave(height, 0)[: stop - start] if height > 1 else of_blocks
+
+    def _multiplied(self, factors: Tensor) -> Tensor:
+        factors = factors.to(self.product or torch.float32)
+        return factors if self.unit == 1 else factors.mul(self.unit)
+
+    def _each(self, dense: Tensor, of_blocks: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Change every block of columns in place by its number, without a tensor of them as large as W."""
+        width, columns = self.block[1], of_blocks.shape[1]
+        if columns == 1:
+            change(dense, of_blocks)
+            return
+        whole = dense.shape[1] // width
+        change(dense[:, : whole * width].unflatten(1, (whole, width)), of_blocks[:, :whole, None])
+        if whole < columns:
+            change(dense[:, whole * width :], of_blocks[:, whole:])
+
+
+def unreadable(stored: Tensor, factors: Tensor, block: tuple[int, int], *more: Tensor) -> str | None:
+    """What about these codes and factors is not as it is known to be.
+
+    Args:
+        stored: The codes.
+        factors: One for each block, in two dimensions.
+        block: Rows and columns that share a factor.
+        more: What else there is for each block: a zero point.
+    """
+    if stored.is_meta:
+        return "with a weight on the meta device"
+    if stored.dtype not in CODES or stored.ndim != 2 or not stored.is_contiguous() or not stored.numel():
+        return f"with a weight {stored.dtype} {list(stored.shape)} of strides {stored.stride()}"
+    blocks = tuple(-(-size // step) for size, step in zip(stored.shape, block, strict=True))
+    for tensor in (factors, *more):
+        if tensor.shape != blocks or tensor.device != stored.device:
+            return (
+                f"with factors {list(tensor.shape)} on {tensor.device}, not {list(blocks)} on {stored.device}"
+            )
+        if not tensor.is_contiguous():
+            return f"with factors of strides {tensor.stride()}"
+    if not factors.dtype.is_floating_point:
+        return f"with factors in {factors.dtype}"
+    return None

@@ -1,0 +1,96 @@
+"""torchao's quantised tensors as weights of plain linear layers: Int8Tensor, Float8Tensor, NF4Tensor."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora.ops.weights.frozen import FrozenWeight
+from fastlora.ops.weights.scaled import ScaledWeight, unreadable
+
+
+def read_int8(weight: Any) -> FrozenWeight | str:
+    """An ``Int8Tensor``, whatever its layer does to inputs, or why it can't be read."""
+    if weight.act_pre_scale is not None:
+        return "Int8Tensor for inputs that are scaled"
+    zero_point, block = weight.zero_point, tuple(weight.block_size)
+    more = () if zero_point is None else (zero_point,)
+    if weight.qdata.dtype != torch.int8 or len(block) != 2:
+        return f"Int8Tensor of {weight.qdata.dtype} in blocks {block}"
+    why = unreadable(weight.qdata, weight.scale, block, *more)
+    return (
+        f"Int8Tensor {why}" if why else ScaledWeight(weight.qdata, weight.scale, block, zero_point=zero_point)
+    )
+
+
+def read_float8(weight: Any) -> FrozenWeight | str:
+    """A ``Float8Tensor``, whatever its layer does to inputs, or why it can't be read."""
+    stored, factors = weight.qdata, weight.scale
+    if factors.numel() == 1:
+        factors = factors.reshape(1, 1)
+    if stored.ndim != 2 or factors.ndim != 2 or not factors.numel():
+        return f"Float8Tensor {list(stored.shape)} with factors {list(factors.shape)}"
+    if any(size % count for size, count in zip(stored.shape, factors.shape, strict=True)):
+        return f"Float8Tensor {list(stored.shape)} with factors {list(factors.shape)}"
+    block = (stored.shape[0] // factors.shape[0], stored.shape[1] // factors.shape[1])
+    why = unreadable(stored, factors, block)
+    return f"Float8Tensor {why}" if why else ScaledWeight(stored, factors, block, product=torch.float32)
+
+
+class NF4Weight(FrozenWeight):
+    """Two values a byte, the first one in the high bits; table and factors are in the dtype W had.
+
+    Attributes:
+        packed: uint8 ``[N·K/2]``.
+        table: The 16 values.
+        scalers: Of each block, int8.
+        factor: Divides the scalers of ``scaler_block_size`` blocks.
+        mean: Added to all of these.
+        block_size: Values that share a scaler.
+        scaler_block_size: Blocks that share a factor.
+    """
+
+    def __init__(self, given: Any) -> None:
+        """Of a tensor that :func:`read_nf4` has checked."""
+        self.shape, self.device = given.shape, given.quantized_data.device
+        self.packed, self.table = given.quantized_data, given.nf4
+        self.scalers, self.factor = given.quantized_scalers, given.quantization_factor
+        self.mean = given.scaler_mean
+        self.block_size, self.scaler_block_size = given.block_size, given.scaler_block_size
+        self.row_step = self.block_size // math.gcd(self.shape[1], self.block_size)
+        self.tensors = (self.packed, self.table, self.scalers, self.factor, self.mean)
+        self.form = (self.shape, self.block_size, self.scaler_block_size)
+
+    def dense(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
+        """Rows of W ``[rows, K]``: as torchao computes them, in W's dtype, then in ``dtype``."""
+        start, stop = self._span(rows)
+        first, end = start * self.shape[1], stop * self.shape[1]
+        packed = self.packed[first // 2 : end // 2]
+        values: Tensor = self.table[torch.stack([packed >> 4, packed & 15], 1).view(-1).int()]
+        blocks = slice(first // self.block_size, end // self.block_size)
+        factors = self.factor.repeat_interleave(self.scaler_block_size)[blocks]
+        scalers = (self.scalers[blocks] / factors).to(self.table.dtype) + self.mean
+        values.view(-1, self.block_size).mul_(scalers[:, None])
+        return values.view(stop - start, self.shape[1]).to(dtype)
+
+
+def read_nf4(weight: Any) -> FrozenWeight | str:
+    """An ``NF4Tensor``, or why it can't be read."""
+    packed, shape = weight.quantized_data, weight.shape
+    if packed.is_meta:
+        return "NF4Tensor on the meta device"
+    if len(shape) != 2 or weight.block_size % 2 or not weight.is_contiguous():
+        return f"NF4Tensor {list(shape)} in blocks of {weight.block_size}"
+    dtype, blocks = weight.dtype, shape.numel() // weight.block_size
+    expected = (
+        ("bytes", packed, torch.uint8, shape.numel() // 2),
+        ("table", weight.nf4, dtype, 16),
+        ("scalers", weight.quantized_scalers, torch.int8, blocks),
+        ("factors", weight.quantization_factor, dtype, blocks // weight.scaler_block_size),
+        ("mean", weight.scaler_mean, dtype, 1),
+    )
+    for name, tensor, wanted, count in expected:
+        if tensor.dtype != wanted or tensor.numel() != count or not tensor.is_contiguous():
+            return f"NF4Tensor with {name} {tensor.dtype} {list(tensor.shape)}, not {count} of {wanted}"
+    return NF4Weight(weight)
