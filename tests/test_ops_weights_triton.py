@@ -1,5 +1,8 @@
 """Quantised weights by the kernels, in the interpreter or on a GPU: values, and whole calls of LoRA's op."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +15,7 @@ from fastlora.ops.keep_mask import keep_probability
 from fastlora.ops.lora_linear import LoRALinearFunction
 from fastlora.ops.weights import dense_triton
 from fastlora.ops.weights.four_bit import FourBitWeight
+from fastlora.ops.weights.scaled import ScaledWeight
 from fastlora_kernels.quant import kernels
 from tests.lora_yardstick import (
     assert_as_exact_as_eager,
@@ -20,6 +24,24 @@ from tests.lora_yardstick import (
     unpack_mask,
 )
 from tests.quantised import DTYPES, assert_rows_are, four_bit, read
+
+
+def eight_bit(
+    device: torch.device, codes: torch.dtype, factors: tuple[int, int], block: tuple[int, int], **more: Any
+) -> ScaledWeight:
+    generator = torch.Generator().manual_seed(2)
+    stored = torch.randn(132, 300, generator=generator).mul_(30).to(codes)
+    scales = torch.rand(factors, generator=generator)
+    return ScaledWeight(stored.to(device), scales.to(device), block, **more)
+
+
+EIGHT_BIT: dict[str, Callable[[torch.device], ScaledWeight]] = {
+    "LLM.int8": lambda device: eight_bit(device, torch.int8, (132, 1), (1, 300), unit=1 / 127),
+    "int8": lambda device: eight_bit(device, torch.int8, (1, 1), (132, 300)),
+    "FP8 in blocks": lambda device: eight_bit(
+        device, torch.float8_e4m3fn, (2, 3), (128, 128), product=torch.float32
+    ),
+}
 
 
 @pytest.fixture
@@ -51,6 +73,28 @@ def test_values_are_bitsandbytes_own(
     with fastlora.use_backend("triton"):
         assert_rows_are(weight, lambda dtype: weight.dense(dtype) if theirs is None else theirs, dtype)
     assert (35, k) in launches
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", EIGHT_BIT)
+def test_values_of_eight_bits_are_the_same_bits(
+    kind: str, dtype: torch.dtype, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch's own products on a CPU."""
+    expected = EIGHT_BIT[kind](torch.device("cpu")).dense(dtype)
+    weight = EIGHT_BIT[kind](kernel_device)
+    launches: list[torch.Size] = []
+    fill = dense_triton._dequantise_8bit
+
+    def watched(*tensors: Tensor, **settings: Any) -> None:
+        launches.append(tensors[-1].shape)
+        fill(*tensors, **settings)
+
+    monkeypatch.setattr(dense_triton, "_dequantise_8bit", watched)
+    with fastlora.use_backend("triton"):
+        for rows in (slice(None), slice(128, 132), slice(0, 128)):
+            assert torch.equal(weight.dense(dtype, rows).cpu(), expected[rows])
+    assert launches == [(132, 300), (4, 300), (128, 300)]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -1,11 +1,12 @@
 """Weights of one byte a value times factors: int8 and FP8, a factor for all, each row or each block."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlora.ops.weights.frozen import FrozenWeight
+from fastlora.ops.weights.frozen import FrozenWeight, is_made_dense_by_kernels
 
 CODES = frozenset({torch.int8, torch.float8_e4m3fn, torch.float8_e5m2})
 
@@ -60,12 +61,32 @@ class ScaledWeight(FrozenWeight):
     def dense(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         """Rows of W ``[rows, K]``."""
         start, stop = self._span(rows)
+        elements = (stop - start) * self.shape[1]
+        if self._fits_the_kernel() and is_made_dense_by_kernels(self.device, dtype, elements):
+            # imported late: Triton is not installed everywhere
+            from fastlora.ops.weights import dense_triton
+
+            height, width = self._block_of_all()
+            factors, of = self._multiplied(self.factors), slice(start, stop)
+            block: Any = {"scale_rows": height, "scale_cols": width}
+            return dense_triton.eight_bit(self.stored, factors, rows=of, dtype=dtype, **block)
         # multiplied in place by wider factors, 16-bit codes become products that are rounded once
         in_place = self.product is None or (self.product == torch.float32 and dtype.itemsize < 4)
         dense = self.codes(dtype if in_place else self.product or dtype, rows)
         factors = self._of_rows(self._multiplied(self.factors), start, stop)
         self._each(dense, factors, torch.Tensor.mul_)
         return dense.to(dtype)
+
+    def _fits_the_kernel(self) -> bool:
+        if self.stored.dtype not in (torch.int8, torch.float8_e4m3fn) or self.zero_point is not None:
+            return False
+        width = self._block_of_all()[1]
+        return self.product in (None, torch.float32) and (width % 128 == 0 or width == self.shape[1])
+
+    def _block_of_all(self) -> tuple[int, int]:
+        """Rows and columns that share a factor, all of them where there is one factor for all."""
+        rows, columns = self.factors.shape
+        return self.block[0] if rows > 1 else self.shape[0], self.block[1] if columns > 1 else self.shape[1]
 
     def _of_rows(self, of_blocks: Tensor, start: int, stop: int) -> Tensor:
         """What belongs to these rows: ``[rows or 1, blocks of columns]``."""

@@ -5,9 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fastlora.ops.weights.frozen import FrozenWeight
 from fastlora.ops.weights.scaled import ScaledWeight, unreadable
+
+# where torchao quantised symmetrically, it keeps zeros
+_known_shifts: Any = WeakIdKeyDictionary()
 
 
 def read_int8(weight: Any) -> FrozenWeight | str:
@@ -19,9 +23,19 @@ def read_int8(weight: Any) -> FrozenWeight | str:
     if weight.qdata.dtype != torch.int8 or len(block) != 2:
         return f"Int8Tensor of {weight.qdata.dtype} in blocks {block}"
     why = unreadable(weight.qdata, weight.scale, block, *more)
-    return (
-        f"Int8Tensor {why}" if why else ScaledWeight(weight.qdata, weight.scale, block, zero_point=zero_point)
-    )
+    if why is not None:
+        return f"Int8Tensor {why}"
+    shift = zero_point if zero_point is not None and _shifts(zero_point) else None
+    return ScaledWeight(weight.qdata, weight.scale, block, zero_point=shift)
+
+
+def _shifts(zero_point: Tensor) -> bool:
+    """Whether any is not zero, for which a GPU is waited for: once for each tensor."""
+    version = None if zero_point.is_inference() else zero_point._version
+    known = _known_shifts.get(zero_point)
+    if known is None or known[0] != version:
+        known = _known_shifts[zero_point] = (version, bool(zero_point.any()))
+    return bool(known[1])
 
 
 def read_float8(weight: Any) -> FrozenWeight | str:
