@@ -236,7 +236,6 @@ E4M3 = torch.float8_e4m3fn
             lambda: compressed(8, 8, type="int", strategy="channel", symmetric=False),
             "layer of compressed-tensors with weight_zero_point",
         ),
-        (lambda: with_attributes(nn.Linear(8, 8), forward=lambda x: x), "Linear with a forward of its own"),
         (lambda: nn.Linear(8, 8, device="meta"), "Linear with a weight of class Parameter"),
     ],
 )
