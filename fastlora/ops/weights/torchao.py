@@ -58,7 +58,7 @@ class NF4Weight(FrozenWeight):
     Attributes:
         packed: uint8 ``[N·K/2]``.
         table: The 16 values.
-        scalers: Of each block, int8.
+        scalers: One for each block, int8.
         factor: Divides the scalers of ``scaler_block_size`` blocks.
         mean: Added to all of these.
         block_size: Values that share a scaler.
