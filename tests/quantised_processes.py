@@ -83,9 +83,9 @@ def sharded(model: Any, **how: Any) -> Any:
     return fully_shard(model, mesh=mesh, **how)
 
 
-def refusal() -> str:
+def refusal(kind: str) -> str:
     """What is said where FSDP casts bytes that were stored as floats."""
-    model = sharded(make("ours", torch.float16), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    model = sharded(make(kind, torch.float16), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     try:
         model(batch(0))
     except RuntimeError as error:
@@ -97,8 +97,9 @@ def main(path: Path) -> None:
     """Train as one of the processes; the first writes what was learnt."""
     dist.init_process_group("gloo")
     rank, processes = dist.get_rank(), dist.get_world_size()
-    found: dict[str, Any] = {"refusal": refusal()}
+    found: dict[str, Any] = {}
     for kind in ("ours", "peft"):
+        found[f"{kind} refusal"] = refusal(kind)
         for name, storage in STORAGES.items():
             model = sharded(make(kind, storage))
             found[f"{kind} {name}"] = train(model, rank, processes)

@@ -266,6 +266,14 @@ def test_weights_that_bitsandbytes_rewrote_are_refused() -> None:
     assert not isinstance(lora_layer(model), Fused)
 
 
+def test_weights_that_are_rewritten_all_the_same_are_refused_where_peft_computes() -> None:
+    model = fastlora.accelerate(peft_model("nf4", torch.float32))
+    weight = lora_layer(model).base_layer.weight
+    weight.data, _ = bnb.functional._convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+    with pytest.raises(RuntimeError, match="bitsandbytes rewrote for inference"):
+        model(inputs().requires_grad_())
+
+
 def test_restored_layers_may_be_rewritten_again() -> None:
     model = fastlora.accelerate(peft_model("nf4", torch.float32))
     base = lora_layer(model).base_layer

@@ -49,12 +49,17 @@ BAD: dict[str, tuple[str, Make, type[Exception], str]] = {
     "no weight": ("weight", lambda: None, TypeError, "weight to be a torch.Tensor, got NoneType"),
     "no A": ("lora_A", lambda: None, TypeError, "lora_A to be a torch.Tensor, got NoneType"),
     "no B": ("lora_B", lambda: None, TypeError, "lora_B to be a torch.Tensor, got NoneType"),
-    "int8 weight": ("weight", lambda: torch.ones(N, K, dtype=torch.int8), TypeError, "quantised weights"),
+    "int8 weight": (
+        "weight",
+        lambda: torch.ones(N, K, dtype=torch.int8),
+        TypeError,
+        "a quantised layer's weight as",
+    ),
     "float8 weight": (
         "weight",
         lambda: torch.ones(N, K).to(torch.float8_e4m3fn),
         TypeError,
-        "quantised weights",
+        "a quantised layer's weight as",
     ),
     "weight's dimensions": ("weight", lambda: torch.randn(N), ValueError, "weight with 2 dimensions"),
     "meta weight": (

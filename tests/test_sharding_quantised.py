@@ -31,4 +31,5 @@ def test_two_processes_learn_what_one_does(kind: str, storage: str, found: Found
 
 
 def test_bytes_that_are_cast_as_floats_are_refused(found: Found) -> None:
-    assert "a weight cast from torch.float16 to torch.bfloat16" in found["refusal"]
+    assert "a weight cast from torch.float16 to torch.bfloat16" in found["ours refusal"]
+    assert "stored as torch.float16, got bytes that were cast to torch.bfloat16" in found["peft refusal"]

@@ -118,7 +118,7 @@ def check_floating(name: str, tensor: Tensor) -> None:
     if tensor.dtype in FLOATING_DTYPES:
         return
     advice = (
-        "quantised weights are not supported, dequantise it first"
+        "give a quantised layer's weight as fastlora.ops.weights.read.frozen_weight(layer), or dequantise it"
         if name == "weight"
         else "convert it with .to(torch.float32)"
     )

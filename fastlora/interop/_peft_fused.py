@@ -11,6 +11,7 @@ from fastlora.functional import dora_linear, dora_weight_norm, lora_linear
 from fastlora.interop._peft_parts import PLAIN, Adapter, Parts, read
 from fastlora.ops.runtime import autocast_dtype, in_dtype
 from fastlora.ops.weights.frozen import FrozenWeight
+from fastlora.ops.weights.repacking import refuse_changed
 
 # torch fills these dicts in place
 _GLOBAL_HOOKS = (
@@ -47,6 +48,7 @@ class Fused:
         plain = not (args or kwargs or self.disable_adapters or self.merged_adapters)
         parts = self._parts(x) if plain else None
         if parts is None:
+            refuse_changed(self._modules["base_layer"], x)
             peft: Any = super()
             out = peft.forward(x, *args, **kwargs)
             return out

@@ -8,7 +8,8 @@ of zeros, and nothing says so.
 import sys
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 # its instances look here whether the CPU can
 _SWITCH = "support_avx512bf16_for_cpu"
@@ -30,6 +31,32 @@ def keep_as_stored(model: nn.Module) -> None:
         )
     for layer in layers.values():
         setattr(layer, _SWITCH, False)
+
+
+def refuse_changed(layer: Any, x: Tensor) -> None:
+    """Refuse to call a 4-bit layer that would not say that it computes something else.
+
+    Args:
+        layer: Any layer.
+        x: What it is called with.
+
+    Raises:
+        RuntimeError: Its bytes were cast as if they were floats, or it would give ``x`` a gradient of zeros.
+    """
+    if _SWITCH not in vars(layer):
+        return
+    weight = layer._parameters["weight"]
+    storage = getattr(weight, "quant_storage", layer.quant_storage)
+    if weight.dtype != storage:
+        raise RuntimeError(
+            f"expected 4-bit weights stored as {storage}, got bytes that were cast to {weight.dtype} (FSDP's "
+            "MixedPrecisionPolicy does so); load the model with bnb_4bit_quant_storage=torch.uint8"
+        )
+    if x.requires_grad and torch.is_grad_enabled() and _is_rewritten(layer):
+        raise RuntimeError(
+            "expected 4-bit weights as they were loaded, got some that bitsandbytes rewrote for inference: "
+            "they give no gradient; load the model again"
+        )
 
 
 def let_rewrite(model: nn.Module) -> None:
