@@ -8,8 +8,10 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+from bitsandbytes.nn.modules import Int8Params, Linear8bitLt, Params4bit
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
 import fastlora
 from fastlora.interop._peft_fused import Fused
@@ -38,10 +40,27 @@ def nf4(dtype: torch.dtype, quant_type: str = "nf4", **settings: Any) -> Any:
     return four_bit(OUT, IN, quant_type, **{"compute_dtype": dtype, **settings}).to(dtype)
 
 
+def int8(dtype: torch.dtype) -> Any:
+    """Of LLM.int8, with the threshold that transformers gives it."""
+    torch.manual_seed(0)
+    return Linear8bitLt(IN, OUT, has_fp16_weights=False, threshold=6.0).to("cpu").to(dtype)
+
+
+def torchao(dtype: torch.dtype, config: Any) -> Any:
+    torch.manual_seed(0)
+    holder = nn.Sequential(nn.Linear(IN, OUT).to(dtype))
+    quantize_(holder, config)
+    return holder[0]
+
+
 BASES: dict[str, Callable[[torch.dtype], nn.Module]] = {
     "nf4": lambda dtype: Net(nf4(dtype), "4bit"),
     "fp4": lambda dtype: Net(nf4(dtype, "fp4", nested=False), "4bit"),
     "nf4 in a plain module": lambda dtype: Net(nf4(dtype)),
+    "int8": lambda dtype: Net(int8(dtype), "8bit"),
+    "int8 in a plain module": lambda dtype: Net(int8(dtype)),
+    "torchao int8": lambda dtype: Net(torchao(dtype, Int8WeightOnlyConfig())),
+    "torchao float8": lambda dtype: Net(torchao(dtype, Float8WeightOnlyConfig())),
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -69,7 +88,13 @@ def lora_layer(model: Any) -> Any:
 def exact_model(model: Any) -> Any:
     """The model in float64, its frozen weight as its library dequantises it."""
     base = lora_layer(model).base_layer
-    values = bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
+    weight = base.weight
+    if isinstance(weight, Params4bit):
+        values = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+    elif isinstance(weight, Int8Params):
+        values = weight.data * (base.state.SCB if weight.SCB is None else weight.SCB)[:, None] / 127
+    else:
+        values = weight.dequantize()
     linear = nn.Linear(IN, OUT).double()
     linear.load_state_dict({"weight": values.double(), "bias": base.bias.double()})
     exact = copy.deepcopy(model)
@@ -112,21 +137,25 @@ def assert_as_good(found: dict[str, Tensor], eager: dict[str, Tensor], exact: di
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("base", BASES)
 def test_outputs_and_gradients_are_those_of_peft(base: str, config: str, dtype: torch.dtype) -> None:
-    eager = peft_model(base, dtype, **CONFIGS[config])
+    # PEFT has no bias of LoRA's there
+    settings = {} if base.startswith("torchao") and config == "bias" else CONFIGS[config]
+    eager = peft_model(base, dtype, **settings)
     model = fastlora.accelerate(copy.deepcopy(eager))
     x = inputs(dtype)
     assert is_fused(model, x)
     assert_as_good(run(model, x), run(eager, x), run(exact_model(eager), x.double()))
 
 
+@pytest.mark.parametrize("base", ["nf4", "int8", "torchao int8", "torchao float8"])
 @pytest.mark.parametrize("x", [torch.float32, torch.bfloat16], ids=str)
-def test_autocast(x: torch.dtype) -> None:
+def test_autocast(base: str, x: torch.dtype) -> None:
     """Layers of a model that ``prepare_model_for_kbit_training`` prepared are given float32."""
-    eager = peft_model("nf4", torch.bfloat16)
+    eager = peft_model(base, torch.bfloat16)
     model = fastlora.accelerate(copy.deepcopy(eager))
     exact = run(exact_model(eager), inputs(x).double())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert is_fused(model, inputs(x))
+        # others compute in x's dtype, or in autocast's
+        assert is_fused(model, inputs(x)) == (base == "nf4" or x is torch.bfloat16)
     found, own = (run(each, inputs(x), autocast=True) for each in (model, eager))
     assert_as_good(found, own, exact)
 
@@ -183,7 +212,7 @@ def test_what_peft_computes_it_computes() -> None:
     torch.testing.assert_close(model(inputs()), eager(inputs()))
 
 
-@pytest.mark.parametrize("base", ["nf4", "nf4 in a plain module"])
+@pytest.mark.parametrize("base", ["nf4", "int8"])
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 def test_copies_are_accelerated_and_restored(base: str, way: str) -> None:
     eager = peft_model(base, torch.float32)

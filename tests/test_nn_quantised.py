@@ -1,4 +1,4 @@
-"""Our own layers on bitsandbytes': bytes shared, its names, never quantised again in silence."""
+"""Our own layers on quantised ones: bytes shared, names kept, never quantised again in silence."""
 
 import copy
 import logging
@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu, dequantize_4bit
-from bitsandbytes.nn.modules import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
+from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+from transformers.integrations.finegrained_fp8 import FP8Linear
 
 import fastlora
-from tests.quantised import four_bit
+from tests.quantised import four_bit, read
 
 OUT, IN = 96, 128
 BASES: dict[str, Callable[..., Any]] = {
@@ -158,6 +160,62 @@ def test_copies(way: str) -> None:
     with torch.no_grad():
         copied.lora_B.zero_()
     assert not torch.equal(copied(x), layer(x))
+
+
+def fp8() -> Any:
+    """transformers' layer of FP8 checkpoints, whose own forward needs a GPU."""
+    layer: Any = FP8Linear(IN, OUT, block_size=(32, 64), has_bias=True)
+    layer.weight.data = torch.randn(OUT, IN).to(layer.weight.dtype)
+    layer.weight_scale_inv.data = torch.rand(OUT // 32, IN // 64)
+    nn.init.normal_(layer.bias)
+    return layer
+
+
+def torchao(config: Any) -> nn.Module:
+    holder = nn.Sequential(nn.Linear(IN, OUT))
+    quantize_(holder, config)
+    return holder[0]
+
+
+EIGHT_BITS: dict[str, Callable[[], Any]] = {
+    "llm.int8": lambda: Linear8bitLt(IN, OUT, has_fp16_weights=False, threshold=6.0).to("cpu"),
+    "fp8": fp8,
+    "torchao int8": lambda: torchao(Int8WeightOnlyConfig()),
+    "torchao float8": lambda: torchao(Float8WeightOnlyConfig()),
+}
+
+
+@pytest.mark.parametrize("base", EIGHT_BITS)
+@pytest.mark.parametrize("wrapped", [False, True], ids=["layer", "wrapper"])
+def test_the_life_of_a_layer_of_eight_bits(base: str, wrapped: bool) -> None:
+    frozen = EIGHT_BITS[base]()
+    weight, state = frozen.weight, {name: str(t) for name, t in frozen.state_dict().items()}
+    values = read(frozen).dense(torch.float32)
+    make: Any = fastlora.LoRALayer if wrapped else fastlora.LoRALinear.from_linear
+    layer = awake(make(frozen, rank=4))
+    plain = nn.Linear(IN, OUT)
+    plain.load_state_dict({"weight": values, "bias": frozen.bias})
+    dense = make(plain, rank=4)
+    dense.lora_A.data, dense.lora_B.data = layer.lora_A.data, layer.lora_B.data
+    x = inputs()
+    before = run(layer, x)
+    for found, expected in zip(before, run(dense, x), strict=True):
+        torch.testing.assert_close(found, expected)
+    layer.merge()
+    assert layer.to_base().weight.dtype is torch.bfloat16
+    torch.testing.assert_close(layer(x), before[0], rtol=0.05, atol=0.1)
+    layer.unmerge()
+    assert layer.to_base().weight is weight
+    assert type(layer.to_base()) is type(frozen)
+    assert {name: str(t) for name, t in layer.to_base().state_dict().items()} == state
+    assert torch.equal(layer(x), before[0])
+    if base == "llm.int8":
+        layer.merge(requantise=True)
+        assert 0 < layer.requantisation_error < 0.02
+    else:
+        with pytest.raises(ValueError, match="a weight of bitsandbytes to quantise again"):
+            layer.merge(requantise=True)
+        assert not layer.merged
 
 
 class Net(nn.Module):

@@ -20,11 +20,11 @@ def accelerate(model: Model) -> Model:
     fused too. Float32 adapters beside 16-bit weights are rounded to these for the products, as autocast does.
     Of dropout the masks are others than PEFT's for the same seed.
 
-    Served are LoRA, rsLoRA, DoRA and ``lora_bias`` on ``nn.Linear``, and all but DoRA on quantised layers that
-    :func:`fastlora.ops.weights.read.frozen_weight` names. Others (a convolution, other quantisers or variants,
-    hooks or other classes inside) stay PEFT's and are told by one warning on the logger ``fastlora``. What
-    changes afterwards counts from the next call on: a call of which the fused op would pass something over is
-    PEFT's own. Calling this again counts the layers again.
+    Served are LoRA, rsLoRA, DoRA and ``lora_bias`` on ``nn.Linear``, and all but DoRA on quantised layers
+    that :func:`fastlora.ops.weights.read.frozen_weight` names. Others (a convolution, other quantisers or
+    variants, hooks or other classes inside) stay PEFT's and are told by one warning on the logger
+    ``fastlora``. What changes afterwards counts from the next call on: a call of which the fused op would
+    pass something over is PEFT's own. Calling this again counts the layers again.
 
     A quantised weight becomes dense for its product alone. A call is fused where the layer computes in x's
     dtype, or in autocast's: give 4-bit layers the ``bnb_4bit_compute_dtype`` that you train in. Layers that
