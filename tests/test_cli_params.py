@@ -25,7 +25,7 @@ def test_json_is_all_there_is_on_stdout(monkeypatch: pytest.MonkeyPatch) -> None
     )
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
-    assert record["settings"] == {"rank": 8, "adapter_size": 32, "prompts": 5}
+    assert record["settings"] == {"rank": 8, "adapter_size": 32, "prompts": 5, "weight": None}
     assert record["model"] == {
         "name": "vit_b_16",
         "num_classes": None,
@@ -124,3 +124,34 @@ def test_help_has_an_example() -> None:
     result = run("--help")
     assert result.exit_code == 0
     assert "fastlora params vit_b_16" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("weight", "per_matrix"), [("nf4", 64 * 32 // 2 + 32 + 4 + 1092), ("int8", 2048 + 4 * 48)]
+)
+def test_frozen_linear_layers_may_be_quantised(
+    weight: str, per_matrix: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of them, transposed to each other; the head and what trains stay as they are."""
+
+    def build(spec: object, **options: object) -> VisionTransformer:
+        return VisionTransformer(32, 4, 1, 2, 32, 64).train()
+
+    monkeypatch.setattr(counting, "build", build)
+    found = []
+    for options in ([], ["--weight", weight]):
+        result = run("vit_b_16", "--batch-size", "1", "--json", *options)
+        assert result.exit_code == 0, result.output
+        rows = json.loads(result.stdout)["strategies"]
+        found.append({row["strategy"]: row["report"]["weight_bytes"] for row in rows if row["report"]})
+    dense, quantised = found
+    saved = 2 * (4 * 64 * 32 - per_matrix)
+    assert quantised["full"] == dense["full"]
+    assert quantised["adapter"] == dense["adapter"] - saved
+    assert quantised["feature_extraction"] == dense["feature_extraction"] - saved
+
+
+def test_quantised_weights_are_not_measured() -> None:
+    result = run("vit_b_16", "--weight", "nf4", "--measure")
+    assert result.exit_code != 0
+    assert "--measure with --weight dense, got nf4" in result.output

@@ -5,10 +5,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torchao.quantization import Int8Tensor, PerRow
 
 import fastlora
 from fastlora import ParameterReport, parameter_report
 from tests.lora_models import mlp, tiny_vit
+from tests.quantised import four_bit
 
 
 class Tied(nn.Module):
@@ -175,3 +177,16 @@ def test_bad_models() -> None:
         parameter_report({})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"lazy modules, '0\.weight' first; run one batch"):
         parameter_report(nn.Sequential(nn.LazyLinear(4)))
+
+
+def test_quantised_weights_count_as_what_they_stand_for() -> None:
+    """In the bytes that are stored: half a byte a scalar, a byte a block, and the statistics of those."""
+    eight = nn.Linear(64, 48, bias=False)
+    eight.weight = nn.Parameter(Int8Tensor.from_hp(eight.weight.detach(), PerRow()), requires_grad=False)
+    model = fastlora.apply_lora(nn.Sequential(four_bit(64, 32), eight), rank=2)
+    report = parameter_report(model)
+    packed = 64 * 32 // 2 + 64 * 32 // 64 + 4 + 256 * 4 + 4
+    assert report.weight_bytes == packed + 64 * 4 + 48 * 64 + 48 * 4 + report.gradient_bytes
+    frozen = 64 * 32 + 64 + 48 * 64
+    assert report.total_parameters == frozen + report.trainable_parameters
+    assert sum(row.parameters for row in report.modules) == report.total_parameters

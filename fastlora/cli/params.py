@@ -13,6 +13,7 @@ from rich.table import Table
 
 from fastlora.cli._console import make_console
 from fastlora.cli._progress import LiveReporter
+from fastlora.cli._weight import Weight
 
 if TYPE_CHECKING:
     from fastlora.transfer.costs.counting import StrategyCost
@@ -50,6 +51,13 @@ def params(
         Dtype | None,
         typer.Option(help="Dtype of the weights; without it bfloat16 for llama-7b, else float32."),
     ] = None,
+    weight: Annotated[
+        Weight,
+        typer.Option(
+            help="How the weights of frozen linear layers are stored: as the rest, NF4 with nested "
+            "statistics, int8 with a factor for every row, or FP8 with one for 128 x 128 values."
+        ),
+    ] = Weight.dense,
     details: Annotated[
         str | None, typer.Option(help="Also list the modules under this strategy: lora, for example.")
     ] = None,
@@ -76,14 +84,19 @@ def params(
 
     console = make_console(to_stderr=True)
     spec = ModelSpec(model, num_classes, None if dtype is None else dtype.value, batch_size, sequence_length)
-    settings = CostSettings(rank, adapter_size, prompts or num_tokens)
+    stored: Any = None if weight is Weight.dense else weight.value
+    if measure and stored is not None:
+        raise ValueError(
+            f"expected --measure with --weight dense, got {stored}: what trains there is not quantised"
+        )
+    settings = CostSettings(rank, adapter_size, prompts or num_tokens, stored)
     costs = _costs(spec, settings, details, console)
     if measure:
         costs = _measured(costs, spec, settings, console)
     if as_json:
         typer.echo(json.dumps(_record(costs, spec, settings), indent=1))
     else:
-        _show(costs, spec, details, make_console())
+        _show(costs, spec, details, make_console(), stored)
 
 
 def _costs(
@@ -132,10 +145,16 @@ def _record(costs: "Sequence[StrategyCost]", spec: "ModelSpec", settings: "CostS
     }
 
 
-def _show(costs: "Sequence[StrategyCost]", spec: "ModelSpec", details: str | None, console: Console) -> None:
+def _show(
+    costs: "Sequence[StrategyCost]",
+    spec: "ModelSpec",
+    details: str | None,
+    console: Console,
+    stored: str | None,
+) -> None:
     from fastlora.transfer.costs.usual import sentences, verdicts
 
-    console.print(_table(costs, spec))
+    console.print(_table(costs, spec, stored))
     lines = [*_notes(costs), *sentences(verdicts(costs))]
     for line in lines:
         console.print(line)
@@ -145,13 +164,15 @@ def _show(costs: "Sequence[StrategyCost]", spec: "ModelSpec", details: str | Non
             typer.echo(f"\n{cost.title}\n{cost.report or cost.note}")
 
 
-def _table(costs: "Sequence[StrategyCost]", spec: "ModelSpec") -> Table:
+def _table(costs: "Sequence[StrategyCost]", spec: "ModelSpec", stored: str | None) -> Table:
     from fastlora.transfer.models.weightless import build, describe_input
 
     reports = [cost.report for cost in costs if cost.report is not None]
     large = max(report.training_bytes for report in reports) >= _FROM_HERE_GIB
     unit, scale = ("GiB", 2**30) if large else ("MiB", 2**20)
     dtype = str(spec.torch_dtype).removeprefix("torch.")
+    if stored is not None:
+        dtype += f", frozen linear layers in {stored}"
     # narrow enough for a terminal of 80 columns
     table = Table(
         box=box.SIMPLE_HEAD,

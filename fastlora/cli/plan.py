@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastlora.cli._console import make_console
+from fastlora.cli._weight import Weight
 
 if TYPE_CHECKING:
     from fastlora_kernels.choose.explain import Explanation
@@ -30,15 +31,6 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
     float16 = "float16"
     float32 = "float32"
-
-
-class Weight(StrEnum):
-    """How a frozen weight is stored."""
-
-    dense = "dense"
-    nf4 = "nf4"
-    int8 = "int8"
-    fp8 = "fp8"
 
 
 def plan(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastlora._core.text import common_name, readable_bytes, readable_percent, text_table
 from fastlora.anatomy.names import clean_name, unwrap
 from fastlora.parameters._kept import kept_by_module
+from fastlora.parameters._stored import Stored, scalars, size, stored_weights
 
 SampleInput = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -41,7 +42,7 @@ class ParameterReport:
     Attributes:
         total_parameters: Number of scalars, shared ones once.
         trainable_parameters: How many of them train.
-        weight_bytes: All parameters, frozen ones included.
+        weight_bytes: All parameters, frozen ones included; quantised ones as they are stored.
         buffer_bytes: What else the model carries: BatchNorm's statistics, for example.
         gradient_bytes: One gradient for every trainable parameter, in its dtype.
         optimizer_bytes: What ``torch.optim.AdamW`` keeps: two moments in the parameter's dtype and a step
@@ -145,17 +146,18 @@ def parameter_report(
     root = unwrap(model)
     check_shapes_known(root)
     kept = None if sample_input is None else kept_by_module(root, sample_input, execute=execute)
+    stored = stored_weights(root)
     parameters = list(root.parameters())
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     return ParameterReport(
-        total_parameters=sum(p.numel() for p in parameters),
+        total_parameters=sum(scalars(p, stored) for p in parameters),
         trainable_parameters=sum(p.numel() for p in trainable),
-        weight_bytes=_bytes(parameters),
+        weight_bytes=sum(size(p, stored) for p in parameters),
         buffer_bytes=_bytes(list(root.buffers())),
         gradient_bytes=_bytes(trainable),
         optimizer_bytes=2 * _bytes(trainable) + len(trainable) * _step_bytes(),
         kept_bytes=None if kept is None else sum(kept.values()),
-        modules=tuple(_rows(root, kept)),
+        modules=tuple(_rows(root, kept, stored)),
     )
 
 
@@ -174,7 +176,7 @@ def check_shapes_known(model: nn.Module) -> None:
         )
 
 
-def _rows(model: nn.Module, kept: Mapping[str, int] | None) -> list[ModuleRow]:
+def _rows(model: nn.Module, kept: Mapping[str, int] | None, stored: dict[int, Stored]) -> list[ModuleRow]:
     seen: set[int] = set()
     rows = []
     for name, module in model.named_modules():
@@ -184,7 +186,8 @@ def _rows(model: nn.Module, kept: Mapping[str, int] | None) -> list[ModuleRow]:
         if own or kept_bytes:
             trainable = sum(p.numel() for p in own if p.requires_grad)
             kind = type(module).__name__
-            rows.append(ModuleRow(clean_name(name), kind, sum(p.numel() for p in own), trainable, kept_bytes))
+            total = sum(scalars(p, stored) for p in own)
+            rows.append(ModuleRow(clean_name(name), kind, total, trainable, kept_bytes))
     return rows
 
 

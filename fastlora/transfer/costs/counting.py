@@ -1,11 +1,12 @@
 """Ways to fine-tune a model, each applied to a fresh one and counted."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastlora.anatomy.stages import head as find_head
 from fastlora.parameters import ParameterReport, parameter_report
+from fastlora.transfer.costs.quantised import saved_bytes
 from fastlora.transfer.costs.rows import ROWS, CostSettings, find_row
 from fastlora.transfer.models.weightless import ModelSpec, build, sample_input
 
@@ -106,6 +107,9 @@ def compare(
             notes.append(f"kept activations unknown, {error}")
         notes.append(_uncalled(report))
         head_name, head = find_head(model)
+        if settings.weight is not None:
+            saved = saved_bytes(model, head, settings.weight)
+            report = replace(report, weight_bytes=report.weight_bytes - saved)
         whole = sum(p.numel() for p in head.parameters() if p.requires_grad) if adds else 0
         body = any(module.trainable_parameters and module.name != head_name for module in report.modules)
         yield StrategyCost(row.name, title, adds, report, whole, body, "; ".join(filter(None, notes)))

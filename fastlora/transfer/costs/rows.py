@@ -10,6 +10,7 @@ from fastlora._core.words import look_up
 from fastlora.anatomy.stages import head as find_head
 from fastlora.anatomy.stages import stages
 from fastlora.transfer.strategies import Strategy, find_strategy
+from fastlora_kernels.choose.quantised import Stored
 
 # as the libraries call separate projections of query and value, and one of query, key and value
 _QUERY_AND_VALUE = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"))
@@ -27,11 +28,13 @@ class CostSettings:
         rank: Rank of every LoRA update.
         adapter_size: Width of every adapter's bottleneck.
         prompts: Number of prompt tokens.
+        weight: How frozen weights of linear layers are stored: nf4, int8 or fp8; None: in the model's dtype.
     """
 
     rank: int = 16
     adapter_size: int = 64
     prompts: int = 10
+    weight: Stored | None = None
 
 
 @dataclass(frozen=True)
