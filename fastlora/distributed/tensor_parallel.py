@@ -16,7 +16,7 @@ class _ParallelLinear(LoRALinear):
         """Refuse to merge.
 
         Args:
-            requantise: Of no effect.
+            requantise: Has no effect.
 
         Raises:
             ValueError: Always.

@@ -144,7 +144,7 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
         """Refuse to merge with groups: A mixes channels of all groups, the frozen weight has none for that.
 
         Args:
-            requantise: Of no effect: no convolution is quantised.
+            requantise: Has no effect: no convolution is quantised.
 
         Raises:
             ValueError: There are groups.

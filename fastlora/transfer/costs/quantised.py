@@ -13,7 +13,7 @@ def saved_bytes(model: nn.Module, head: nn.Module, weight: Stored) -> int:
 
     Args:
         model: With what is added to it, if anything.
-        head: Its last part, which is not quantised.
+        head: The last part of it, which is not quantised.
         weight: How the weights would be stored.
     """
     kept = {id(module) for module in head.modules()}

@@ -21,7 +21,7 @@ def most_rows(columns: int, itemsize: int, step: int = 1) -> int:
     """Rows of a weight whose dense form fits the workspace, a multiple of ``step``; one step at least.
 
     Args:
-        columns: Of the weight.
+        columns: How many the weight has.
         itemsize: Bytes of a dense element.
         step: Rows at whose multiples a part may begin.
     """
