@@ -3,134 +3,36 @@
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
-from bitsandbytes.nn.modules import Int8Params, Linear8bitLt, Params4bit
-from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
-from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import fastlora
 from fastlora.interop._peft_fused import Fused
 from tests.peft_twins import assert_equal_runs, awake
-from tests.quantised import four_bit
+from tests.quantised_twins import (
+    BASES,
+    Net,
+    assert_as_good,
+    exact_model,
+    inputs,
+    is_fused,
+    lora_layer,
+    nf4,
+    peft_model,
+    run,
+)
 
-IN, OUT = 128, 96
-
-
-class Net(nn.Module):
-    """One layer, and what transformers says of a model that it loaded quantised."""
-
-    def __init__(self, layer: nn.Module, loaded: str | None = None) -> None:
-        super().__init__()
-        self.layer = layer
-        if loaded is not None:
-            setattr(self, f"is_loaded_in_{loaded}", True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer(x)
-        return y
-
-
-def nf4(dtype: torch.dtype, quant_type: str = "nf4", **settings: Any) -> Any:
-    torch.manual_seed(0)
-    return four_bit(OUT, IN, quant_type, **{"compute_dtype": dtype, **settings}).to(dtype)
-
-
-def int8(dtype: torch.dtype) -> Any:
-    """Of LLM.int8, with the threshold that transformers gives it."""
-    torch.manual_seed(0)
-    return Linear8bitLt(IN, OUT, has_fp16_weights=False, threshold=6.0).to("cpu").to(dtype)
-
-
-def torchao(dtype: torch.dtype, config: Any) -> Any:
-    torch.manual_seed(0)
-    holder = nn.Sequential(nn.Linear(IN, OUT).to(dtype))
-    quantize_(holder, config)
-    return holder[0]
-
-
-BASES: dict[str, Callable[[torch.dtype], nn.Module]] = {
-    "nf4": lambda dtype: Net(nf4(dtype), "4bit"),
-    "fp4": lambda dtype: Net(nf4(dtype, "fp4", nested=False), "4bit"),
-    "nf4 in a plain module": lambda dtype: Net(nf4(dtype)),
-    "int8": lambda dtype: Net(int8(dtype), "8bit"),
-    "int8 in a plain module": lambda dtype: Net(int8(dtype)),
-    "torchao int8": lambda dtype: Net(torchao(dtype, Int8WeightOnlyConfig())),
-    "torchao float8": lambda dtype: Net(torchao(dtype, Float8WeightOnlyConfig())),
-}
 CONFIGS: dict[str, dict[str, Any]] = {
     "lora": {},
     "bias": {"lora_bias": True},
     "rslora": {"use_rslora": True},
 }
-# backward orders its sums in another way; a rounding error of the eager path is allowed this often
-FACTOR = 2.0
-
-
-def peft_model(base: str, dtype: torch.dtype, **settings: Any) -> Any:
-    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["layer"], **settings})
-    model = awake(get_peft_model(BASES[base](dtype), config))
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            # values that bfloat16 holds, to which A and B go
-            parameter.data.copy_((0.1 * parameter).bfloat16())
-    return model
-
-
-def lora_layer(model: Any) -> Any:
-    return model.base_model.model.layer
-
-
-def exact_model(model: Any) -> Any:
-    """The model in float64, its frozen weight as its library dequantises it."""
-    base = lora_layer(model).base_layer
-    weight = base.weight
-    if isinstance(weight, Params4bit):
-        values = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-    elif isinstance(weight, Int8Params):
-        values = weight.data * (base.state.SCB if weight.SCB is None else weight.SCB)[:, None] / 127
-    else:
-        values = weight.dequantize()
-    linear = nn.Linear(IN, OUT).double()
-    linear.load_state_dict({"weight": values.double(), "bias": base.bias.double()})
-    exact = copy.deepcopy(model)
-    lora_layer(exact).base_layer = linear.requires_grad_(False)
-    return exact.double()
-
-
-def inputs(dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(3, 5, IN, generator=torch.Generator().manual_seed(3)).to(dtype)
-
-
-def run(model: Any, x: Tensor, *, autocast: bool = False) -> dict[str, Tensor]:
-    """Output and every gradient, x's too."""
-    x = x.detach().clone().requires_grad_()
-    model.zero_grad()
-    torch.manual_seed(1)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        y = model(x)
-    y.double().square().sum().backward()
-    trained = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert x.grad is not None
-    return {"output": y.detach(), "x": x.grad, **trained}
-
-
-def is_fused(model: Any, x: Tensor) -> bool:
-    layer = lora_layer(model)
-    return isinstance(layer, Fused) and layer._parts(x) is not None
-
-
-def assert_as_good(found: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    assert found.keys() == eager.keys() == exact.keys()
-    for name, true in exact.items():
-        assert found[name].dtype == eager[name].dtype, name
-        own, error = ((t.double() - true).norm().item() for t in (eager[name], found[name]))
-        bound = FACTOR * own + 4 * torch.finfo(found[name].dtype).eps * true.norm().item()
-        assert error <= bound, (name, error, own)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -193,6 +95,58 @@ def test_dropout_and_two_adapters(base: str) -> None:
     for each in (model, eager):
         lora_layer(each).lora_dropout.eval()
     assert_as_good(run(model, inputs()), run(eager, inputs()), run(exact_model(eager), inputs().double()))
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8", "torchao int8", "torchao float8"])
+def test_compiled_without_a_graph_break(base: str) -> None:
+    model = fastlora.accelerate(peft_model(base, torch.float32))
+    expected = run(model, inputs())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    found = run(compiled, inputs())
+    assert_equal_runs({name.removeprefix("_orig_mod."): tensor for name, tensor in found.items()}, expected)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_model_that_transformers_loads_quantised(bits: int, tmp_path: Path) -> None:
+    """Prepared for training as PEFT says, checkpointed, under autocast, evaluated between two steps."""
+    shape: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "vocab_size": 64,
+    }
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2)).save_pretrained(tmp_path)
+    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    prepare: Any = prepare_model_for_kbit_training
+    make: Any = BitsAndBytesConfig
+    how = make(load_in_4bit=bits == 4, load_in_8bit=bits == 8, **settings)
+    words = torch.arange(24).view(2, 12)
+    losses = []
+    for accelerated in (False, True):
+        loaded = LlamaForCausalLM.from_pretrained(
+            tmp_path, quantization_config=how, device_map={"": "cpu"}, dtype=torch.bfloat16
+        )
+        base = prepare(loaded, gradient_checkpointing_kwargs={"use_reentrant": False})
+        torch.manual_seed(1)
+        model: Any = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
+        if accelerated:
+            fastlora.accelerate(model)
+            assert sum(isinstance(module, Fused) for module in model.modules()) == 14
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(4):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = model.train()(words, labels=words).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if accelerated:
+                with torch.no_grad():
+                    model.eval()(words)
+            losses.append(loss.item())
+    assert losses[3] < losses[0] - 0.1
+    assert losses[4:] == pytest.approx(losses[:4], rel=3e-3)
 
 
 def test_what_peft_computes_it_computes() -> None:

@@ -1,6 +1,6 @@
 """The weight of a linear layer as it is stored: its values, or what a quantiser made of them."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,13 +9,12 @@ from fastlora._core.checks import FLOATING_DTYPES
 from fastlora.ops.weights.frozen import FrozenWeight
 from fastlora.ops.weights.read import frozen_weight
 
+_PLAIN = (nn.Parameter, Tensor)
+
 
 def is_dense(linear: Any) -> bool:
     """Whether a linear layer's weight is its values."""
-    weight = linear.weight
-    shape = (linear.out_features, linear.in_features)
-    plain = type(weight) in (nn.Parameter, Tensor) and weight.dtype in FLOATING_DTYPES
-    return plain and weight.shape == shape
+    return _holds_values(linear, linear.weight)
 
 
 def stored_weight(linear: Any, read_as: type[nn.Module] | None = None) -> Tensor | FrozenWeight:
@@ -28,21 +27,25 @@ def stored_weight(linear: Any, read_as: type[nn.Module] | None = None) -> Tensor
     Raises:
         RuntimeError: It holds something else than values, and can't be read.
     """
-    if is_dense(linear):
-        return _weight_of(linear)
+    # on every call: past nn.Module.__getattr__, where it is a parameter
+    weight: Any = linear._parameters.get("weight")
+    if weight is None:
+        weight = linear.weight
+    if _holds_values(linear, weight):
+        return cast(Tensor, weight)
     found = frozen_weight(linear, read_as)
     if isinstance(found, FrozenWeight):
         return found
-    weight = _weight_of(linear)
     # sharded tensors and other quantisers' compute for themselves
     if weight.dtype in FLOATING_DTYPES and weight.shape == (linear.out_features, linear.in_features):
-        return weight
+        return cast(Tensor, weight)
     raise RuntimeError(f"expected a frozen weight that can be read, got {found}; load the model again")
 
 
-def _weight_of(linear: Any) -> Tensor:
-    weight: Tensor = linear.weight
-    return weight
+def _holds_values(linear: Any, weight: Any) -> bool:
+    plain = type(weight) in _PLAIN and weight.dtype in FLOATING_DTYPES
+    # bytes may be stored as floats
+    return plain and weight.shape == (linear.out_features, linear.in_features)
 
 
 def requantised(weight: Any, dense: Tensor) -> nn.Parameter:

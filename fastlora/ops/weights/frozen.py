@@ -114,4 +114,7 @@ class Unchanged:
 
 
 def _versions(weight: FrozenWeight) -> tuple[int, ...]:
+    # a graph's own inputs
+    if torch.compiler.is_compiling():
+        return ()
     return tuple(t._version for t in weight.tensors if not t.is_inference())
