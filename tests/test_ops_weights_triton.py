@@ -99,7 +99,7 @@ def test_values_of_eight_bits_are_the_same_bits(
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
-@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("parts", [1, 3, 8, 12])
 def test_a_call_errs_no_more_than_eager(
     parts: int, nested: bool, dropout: float, dtype: torch.dtype, kernel_device: torch.device,
     launches: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch,

@@ -1,7 +1,7 @@
 """LoRA's two passes over a quantised frozen weight: its rows become dense for the time of their product.
 
 The layer is cut along its outputs into parts whose dense weight fits the workspace, as a rule one, and every
-part runs :mod:`fastlora.ops.lora_passes`. The parts of dX and dA add up in float32.
+part runs :mod:`fastlora.ops.lora_passes`. The parts of dA add up in float32, those of dX where there are many.
 """
 
 from typing import Any
@@ -12,6 +12,9 @@ from torch import Tensor
 from fastlora.ops.decide import WITHOUT_PATHS, Decision
 from fastlora.ops.lora_passes import lora_linear_backward, lora_linear_forward
 from fastlora.ops.weights.frozen import FrozenWeight
+
+# so many parts of dX add up in their own dtype: eager rounds its two products and their sum, each once
+_FEW = 8
 
 
 def forward(
@@ -60,7 +63,7 @@ def backward(
     for rows in parts:
         part = (dy[..., rows], x, weight.dense(dy.dtype, rows), lora_A, lora_B[rows])
         dx_part, da_part, db_part = run(*part, *settings, _for_a_part(decision))
-        dx, da = _added(dx, dx_part), _added(da, da_part)
+        dx, da = _added(dx, dx_part, wide=len(parts) > _FEW), _added(da, da_part)
         if db_part is not None:
             dbs.append(db_part)
     return (
@@ -75,10 +78,10 @@ def _for_a_part(decision: Decision) -> Decision:
     return WITHOUT_PATHS[decision.backend]
 
 
-def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+def _added(total: Tensor | None, part: Tensor | None, *, wide: bool = True) -> Tensor | None:
+    """The sum so far, and one part more; in 16 bits every addition rounds, unless it is ``wide``."""
     if part is None:
         return total
     if total is None:
-        # in 16 bits every addition would round
-        return part.to(torch.promote_types(part.dtype, torch.float32))
+        return part.to(torch.promote_types(part.dtype, torch.float32)) if wide else part
     return total.add_(part)

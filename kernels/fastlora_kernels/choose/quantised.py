@@ -80,10 +80,9 @@ def _dense(call: Call, weight: Stored) -> Launch:
 
 
 def _joined(part: Pass, call: Call, parts: int) -> list[Launch]:
-    """What puts parts of y side by side, or adds parts of dX in float32."""
+    """What puts parts of y side by side, or adds parts of dX: all but the first, as many as usual weights have."""
     if part == "forward":
         return [stream("parts of y", 2 * call.y_bytes, call.target, from_library=True, count=parts)]
     elements = call.shape.m * call.shape.k
-    # the first is widened, the others are added, the sum is rounded
-    moved = elements * ((call.itemsize + 4) + (parts - 1) * (call.itemsize + 8) + (4 + call.itemsize))
-    return [stream("parts of dX", moved, call.target, from_library=True, count=parts + 1)]
+    moved = 3 * elements * call.itemsize * (parts - 1)
+    return [stream("parts of dX", moved, call.target, from_library=True, count=parts - 1)]
