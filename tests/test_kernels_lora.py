@@ -72,6 +72,18 @@ def test_lora_forward(harness: Harness, shape: Shape, bias: bool) -> None:
     assert_exact(y, lambda x, w, s, b, o: x @ w.t() + s @ b.t() + (o if bias else 0), x, weight, s, b, offset)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_lora_forward_into_columns_of_a_wider_matrix(harness: Harness, shape: Shape) -> None:
+    x, weight = harness.random(shape.m, shape.k, padded=True), harness.random(shape.n, shape.k, padded=True)
+    s, b = harness.random(shape.m, shape.r), harness.random(shape.n, shape.r)
+    wider = harness.output(shape.m, shape.n + 5)
+    y = wider[:, 2 : 2 + shape.n]
+    lora_forward(x, weight, None, s, b, y, plan=choose(kernels.LORA_FORWARD, shape, harness.dtype))
+    assert_exact(y, lambda x, w, s, b: x @ w.t() + s @ b.t(), x, weight, s, b)
+    # what is beside them was never written
+    assert torch.cat([wider[:, :2], wider[:, 2 + shape.n :]], 1).isnan().all()
+
+
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 def test_dora_forward(harness: Harness, shape: Shape, bias: bool) -> None:

@@ -126,10 +126,13 @@ def _check_forward(harness: Harness, shape: Shape, tile: Tile, programs: int, *,
     x, weight = padded(harness, shape.m, shape.k), padded(harness, shape.n, shape.k)
     s, b = harness.random(shape.m, shape.r), harness.random(shape.n, shape.r)
     offset = harness.random(1, shape.n)
-    y = harness.output(shape.m, shape.n)
+    # columns of a wider matrix
+    wider = harness.output(shape.m, shape.n + 16)
+    y = wider[:, : shape.n]
     lora_forward_persistent(
         x, weight, offset[0] if bias else None, s, b, y, plan=Plan(tile), multiprocessors=programs
     )
+    assert wider[:, shape.n :].isnan().all()
     assert_exact(y, lambda x, w, s, b, o: x @ w.t() + s @ b.t() + (o if bias else 0), x, weight, s, b, offset)
 
 

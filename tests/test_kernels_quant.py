@@ -132,6 +132,20 @@ def test_every_float8_has_its_value(harness: Harness) -> None:
     assert same_bits(dense[~dense.isnan()], expected[~expected.isnan()].to(harness.dtype))
 
 
+@pytest.mark.parametrize(
+    ("columns", "itemsize", "step", "rows"),
+    [
+        (4096, 2, 1, 8192),
+        # 6553 rows would fit
+        (5120, 2, 1, 6528), (5120, 2, 3, 6528), (4096, 4, 1, 4096),
+        # fewer than a tile; a step that is more than the workspace
+        (2**20, 2, 1, 32), (2**20, 2, 3, 30), (2**26, 2, 4, 4), (0, 2, 1, 64 * 2**20),
+    ],
+)  # fmt: skip
+def test_rows_that_fit_the_workspace(columns: int, itemsize: int, step: int, rows: int) -> None:
+    assert kernels.most_rows(columns, itemsize, step) == rows
+
+
 @pytest.mark.parametrize("kernel", kernels.KERNELS, ids=lambda kernel: kernel.name)
 def test_one_tile_for_every_gpu(kernel: Kernel) -> None:
     for dtype in (torch.bfloat16, torch.float32):

@@ -8,7 +8,7 @@ import torch
 from fastlora_kernels.choose.explain import Explanation, explain
 from fastlora_kernels.choose.quantised import Stored, stored_bytes
 from fastlora_kernels.predict.launches import Launch
-from fastlora_kernels.targets import CARDS
+from fastlora_kernels.targets import CARDS, DEFAULT, Target
 from fastlora_kernels.tile import Shape
 
 H100 = CARDS["H100"]
@@ -65,8 +65,21 @@ def test_a_weight_beyond_the_workspace_comes_in_parts() -> None:
         assert len(dequantised(part.launches)) == 2
     moved = sum(launch.bytes for launch in dequantised(found.launches))
     assert moved == pytest.approx(2 * (stored_bytes("nf4", 14336, 4096) + 14336 * 4096 * 2), rel=1e-3)
-    assert found.forward.launches[-1].name == "parts of y"
+    names = [launch.name for launch in found.forward.launches]
+    assert (names.count("lora_down"), names.count("lora_forward")) == (1, 2)
     assert found.backward.launches[-1].name == "parts of dX"
+    # a copy of y, or of dX in float32, would cost a tenth
+    assert found.overhead <= 1.2
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [Shape(8192, 28672, 8192, 16), Shape(7, 33, 50, 3, aligned=False)], ids=str)
+@pytest.mark.parametrize("target", [*CARDS.values(), DEFAULT], ids=lambda target: target.card)
+def test_every_call_gets_a_path(target: Target, shape: Shape, dtype: torch.dtype, dropout: float) -> None:
+    found = explain("lora_linear", shape, dtype, target, dropout=dropout, weight="nf4")
+    assert not found.forward.refused
+    assert len(dequantised(found.forward.launches)) == len(dequantised(found.backward.launches)) >= 1
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from fastlora.ops import kernel_paths, lora_torch
 from fastlora.ops.decide import Paths, in_wide_words, is_aligned
 from fastlora.ops.keep_mask import drop_threshold, empty_keep_mask, keep_probability
 from fastlora.ops.prepared import prepared
-from fastlora.ops.runtime import contiguous, row_major, unrecorded
+from fastlora.ops.runtime import contiguous, in_dtype, row_major, unrecorded
 from fastlora_kernels import targets
 from fastlora_kernels.choose import plan as plans
 from fastlora_kernels.choose.paths import Pass
@@ -75,6 +75,42 @@ def forward(
         return s, mask
 
     return run
+
+
+@prepared(row_major, contiguous)
+def make_s(x: Tensor, lora_A: Tensor, seed: Tensor | None, *, scaling: float, dropout: float) -> Down:
+    """S = scaling/(1 - p) · dropout(x)·Aᵀ and, with a seed, the dropout mask: the first half of a call."""
+    (m, k), r = x.shape, lora_A.shape[0]
+    shape = Shape(m=m, n=r, k=k, r=r, aligned=is_aligned(x))
+    return down(x, seed, shape, targets.detect(x.device), scaling=scaling, dropout=dropout)
+
+
+@prepared(row_major, row_major, contiguous, contiguous, contiguous)
+def fill_from_s(
+    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, lora_B: Tensor, y: Tensor
+) -> Callable[..., None]:
+    """Fill y = x·Wᵀ + bias + S·Bᵀ, which may be columns of a wider matrix: the second half of a call."""
+    (m, k), (n, r) = x.shape, lora_B.shape
+    shape = Shape(m=m, n=n, k=k, r=r, aligned=is_aligned(x, weight, y))
+    # S is there, with a mask or without
+    choice = kernel_paths.choose("forward", shape, x.dtype, x.device, dropping=True)
+    if choice.path == "split":
+        return _up(x, shape, targets.detect(x.device), choice.tile)
+    return by_library(_fill_by_library)
+
+
+def _fill_by_library(
+    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, lora_B: Tensor, y: Tensor
+) -> None:
+    _multiply_by_library(x, weight, bias, y)
+    y.addmm_(s, in_dtype(lora_B, x.dtype).t())
+
+
+def _multiply_by_library(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    if bias is None:
+        torch.mm(x, weight.t(), out=y)
+    else:
+        torch.addmm(bias, x, weight.t(), out=y)
 
 
 def by_library(op: Callable[..., _T], **settings: Any) -> Callable[..., _T]:
@@ -137,10 +173,7 @@ def _epilogue(shape: Shape, dtype: torch.dtype, target: Target) -> Callable[...,
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, y: Tensor) -> None:
         with unrecorded(x):
-            if bias is None:
-                torch.mm(x, weight.t(), out=y)
-            else:
-                torch.addmm(bias, x, weight.t(), out=y)
+            _multiply_by_library(x, weight, bias, y)
         add(s, b, None, y)
 
     return run

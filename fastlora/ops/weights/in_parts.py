@@ -1,7 +1,8 @@
 """LoRA's two passes over a quantised frozen weight: its rows become dense for the time of their product.
 
 The layer is cut along its outputs into parts whose dense weight fits the workspace, as a rule one, and every
-part runs :mod:`fastlora.ops.lora_passes`. The parts of dA add up in float32, those of dX where there are many.
+part runs :mod:`fastlora.ops.lora_passes`; forward, the kernels compute S once and fill each part of y where
+it lies. The parts of dA add up in float32, and so do those of dX where there are many.
 """
 
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fastlora.ops.decide import WITHOUT_PATHS, Decision
 from fastlora.ops.lora_passes import lora_linear_backward, lora_linear_forward
+from fastlora.ops.runtime import in_dtype, rows_of
 from fastlora.ops.weights.frozen import FrozenWeight
 
 # so many parts of dX add up in their own dtype: eager rounds its two products and their sum, each once
@@ -31,6 +33,9 @@ def forward(
         return lora_linear_forward(x, weight.dense(x.dtype), bias, lora_A, lora_B, *more)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     *settings, decision = more
+    # a compiled graph sees operators alone
+    if decision.backend == "triton" and not torch.compiler.is_compiling():
+        return y, *_fill_by_kernels(y, parts, x, weight, bias, lora_A, lora_B, *settings)
     run: Any = lora_linear_forward
     s = mask = None
     for rows in parts:
@@ -41,6 +46,33 @@ def forward(
         s, mask = (s, mask) if s is not None else kept
     assert s is not None
     return y, s, mask
+
+
+def _fill_by_kernels(
+    y: Tensor,
+    parts: list[slice],
+    x: Tensor,
+    weight: FrozenWeight,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor | None]:
+    """S and the mask, once; y where it lies, a part of its columns after the other."""
+    # imported late: Triton is not installed everywhere
+    from fastlora.ops import lora_triton
+
+    rows_of_x, rows_of_y = rows_of(x), rows_of(y)
+    bias = None if bias is None else in_dtype(bias, x.dtype)
+    dropout = dropout if seed is not None else 0.0
+    s, mask = lora_triton.make_s(rows_of_x, lora_A, seed, scaling=scaling, dropout=dropout)
+    for rows in parts:
+        of_rows = None if bias is None else bias[rows]
+        part = (weight.dense(x.dtype, rows), of_rows, s, lora_B[rows], rows_of_y[:, rows])
+        lora_triton.fill_from_s(rows_of_x, *part)
+    return s, mask
 
 
 def backward(

@@ -7,6 +7,7 @@ from typing import Literal
 from fastlora_kernels.choose import paths
 from fastlora_kernels.choose.lora import Call
 from fastlora_kernels.choose.paths import Candidate, Pass
+from fastlora_kernels.lora.kernels import LORA_DOWN
 from fastlora_kernels.predict.launches import Launch, stream
 from fastlora_kernels.quant.kernels import DEQUANTISE_4BIT, DEQUANTISE_8BIT, most_rows
 from fastlora_kernels.tile import cdiv
@@ -15,6 +16,7 @@ from fastlora_kernels.tile import cdiv
 # with a factor for every row; e4m3fn with one for 128 × 128 values
 Stored = Literal["nf4", "int8", "fp8"]
 _BLOCK, _GROUP, _SQUARE = 64, 256, 128
+_AFTER_S = ("split", "epilogue")
 _OF_NESTED = 256 * 4 + 4 + 16 * 4
 
 
@@ -46,6 +48,8 @@ def candidates(part: Pass, call: Call, weight: Stored) -> list[Candidate]:
     """
     calls = list(_parts(call))
     of_calls = [paths.candidates(part, each) for each in calls]
+    if part == "forward" and len(calls) > 1:
+        of_calls = [_with_s_apart(each) for each in of_calls]
     return [
         _together(part, call, weight, list(zip(calls, same, strict=True)))
         for same in zip(*of_calls, strict=True)
@@ -62,13 +66,29 @@ def _parts(call: Call) -> Iterator[Call]:
 
 def _together(part: Pass, call: Call, weight: Stored, parts: list[tuple[Call, Candidate]]) -> Candidate:
     """One path over all parts."""
-    _, first = parts[0]
+    call_of_first, first = parts[0]
     if first.refused:
         return first
-    launches = [launch for each, path in parts for launch in (_dense(each, weight), *path.launches)]
-    if len(parts) > 1:
-        launches += _joined(part, call, len(parts))
+    launches = list[Launch]()
+    for each, path in parts:
+        # S is there after the first
+        rest = path.launches if part == "backward" or each is call_of_first else _without_s(path.launches)
+        launches += [_dense(each, weight), *rest]
+    if len(parts) > 1 and part == "backward":
+        launches.append(_added(call, len(parts)))
     return Candidate(first.path, "", launches)
+
+
+def _with_s_apart(found: list[Candidate]) -> list[Candidate]:
+    """The paths of a part that take S from a launch before it, if there are kernels at all."""
+    if all(each.refused for each in found if each.path in _AFTER_S):
+        return found
+    why = "S is computed once for all parts of a large weight"
+    return [each if each.refused or each.path in _AFTER_S else Candidate(each.path, why) for each in found]
+
+
+def _without_s(launches: list[Launch]) -> list[Launch]:
+    return [launch for launch in launches if launch.name not in (LORA_DOWN.name, "sum S")]
 
 
 def _dense(call: Call, weight: Stored) -> Launch:
@@ -79,10 +99,7 @@ def _dense(call: Call, weight: Stored) -> Launch:
     return stream(kernel.name, moved, call.target, programs=n * k / (tile.rows * tile.cols))
 
 
-def _joined(part: Pass, call: Call, parts: int) -> list[Launch]:
-    """What puts parts of y side by side, or adds parts of dX: all but the first, as many as usual weights have."""
-    if part == "forward":
-        return [stream("parts of y", 2 * call.y_bytes, call.target, from_library=True, count=parts)]
-    elements = call.shape.m * call.shape.k
-    moved = 3 * elements * call.itemsize * (parts - 1)
-    return [stream("parts of dX", moved, call.target, from_library=True, count=parts - 1)]
+def _added(call: Call, parts: int) -> Launch:
+    """The sum of parts of dX, in its own dtype: as many as usual weights have."""
+    moved = 3 * call.shape.m * call.shape.k * call.itemsize * (parts - 1)
+    return stream("parts of dX", moved, call.target, from_library=True, count=parts - 1)

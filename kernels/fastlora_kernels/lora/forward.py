@@ -43,6 +43,7 @@ def _lora_forward_kernel(
     R,
     stride_xm,
     stride_wn,
+    stride_ym,
     HAS_BIAS: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     KEEP_PRODUCT: tl.constexpr,
@@ -78,7 +79,8 @@ def _lora_forward_kernel(
         acc *= load_vector(factor_ptr, offs_n, N)[None, :]
     if HAS_BIAS:
         acc += load_vector(bias_ptr, offs_n, N)[None, :]
-    store_tile(y_ptr, acc, offs_m, offs_n, N, M, N)
+    # DoRA's y is no part of a wider matrix, and its tiles have no register left
+    store_tile(y_ptr, acc, offs_m, offs_n, N if HAS_FACTOR else stride_ym, M, N)
 
 
 def lora_forward(
@@ -95,8 +97,8 @@ def lora_forward(
 ) -> Launch | None:
     """Fill ``y [M, N]`` = x·Wᵀ + bias + S·Bᵀ from x ``[M, K]``, W ``[N, K]``, S ``[M, R]`` and B ``[N, R]``.
 
-    The bias ``[N]`` may be None. With a factor ``[N]`` the products are multiplied by it before the bias;
-    ``product [M, N]`` is then filled with what they were.
+    The bias ``[N]`` may be None, and y columns of a wider matrix. With a factor ``[N]`` y is no such columns,
+    and the products are multiplied by it before the bias; ``product [M, N]`` is filled with what they were.
     """
     (m, k), (n, r) = x.shape, lora_b.shape
     tile = plan.tile
@@ -104,6 +106,6 @@ def lora_forward(
     return launch(_lora_forward_kernel, LORA_FORWARD, tile, (programs,))(
         x_ptr=x, weight_ptr=weight, bias_ptr=bias, s_ptr=s, lora_b_ptr=lora_b, y_ptr=y,
         factor_ptr=factor, product_ptr=product,
-        M=m, N=n, K=k, R=r, stride_xm=x.stride(0), stride_wn=weight.stride(0),
+        M=m, N=n, K=k, R=r, stride_xm=x.stride(0), stride_wn=weight.stride(0), stride_ym=y.stride(0),
         HAS_BIAS=bias is not None, HAS_FACTOR=factor is not None, KEEP_PRODUCT=product is not None,
     )  # fmt: skip

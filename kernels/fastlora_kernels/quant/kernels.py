@@ -1,5 +1,6 @@
 """The records of the kernels that make quantised weights dense. Needs no Triton."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,17 +16,21 @@ SCALED_COLUMNS = 128
 
 # bounds a weight's dense rows, which live while they are multiplied
 WORKSPACE_BYTES = 64 * 2**20
+_TILE_ROWS = 128
 
 
 def most_rows(columns: int, itemsize: int, step: int = 1) -> int:
-    """Rows of a weight whose dense form fits the workspace, a multiple of ``step``; one step at least.
+    """Rows of a weight whose dense form fits the workspace: whole tiles where so many fit, else whole steps.
 
     Args:
         columns: How many the weight has.
         itemsize: Bytes of a dense element.
         step: Rows at whose multiples a part may begin.
     """
-    return max(WORKSPACE_BYTES // max(1, columns * itemsize) // step, 1) * step
+    fitting = WORKSPACE_BYTES // max(1, columns * itemsize)
+    # columns of y that begin elsewhere can't be written in wide words
+    tiles = math.lcm(step, _TILE_ROWS)
+    return fitting // tiles * tiles or max(fitting // step, 1) * step
 
 
 def _streaming(rows: int, cols: int) -> Callable[[int, torch.dtype, Target, bool], list[Tile]]:
