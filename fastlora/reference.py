@@ -1,7 +1,8 @@
 """The eager definition of every op in plain PyTorch, for any floating dtype and device: the specification."""
 
 from collections.abc import Callable
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +11,14 @@ from torch.nn import functional as F
 Activation = Literal["gelu", "relu", "silu"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+
+# of gated MLPs: Llama's, Qwen's, Mistral's; Gemma's is gelu_tanh
+Gate = Literal["silu", "gelu", "gelu_tanh"]
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 def lora_linear(
@@ -48,6 +57,34 @@ def lora_linear(
     """
     dropped = _dropout(x, dropout, generator) if training and dropout > 0 else x
     return _base_plus_low_rank(x, dropped, weight, bias, lora_A, lora_B, scaling)
+
+
+def gated_lora_linear(
+    gate: Tensor,
+    up: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    activation: Gate = "silu",
+    scaling: float,
+    dropout: float = 0.0,
+    training: bool = True,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """:func:`lora_linear` of act(gate)·up (Shazeer 2020, https://arxiv.org/abs/2002.05202).
+
+    Args:
+        gate: ``[..., in_features]``, what the activation is applied to.
+        up: ``[..., in_features]``, what it is multiplied with.
+        activation: silu, gelu (the exact one) or gelu_tanh.
+
+    The other arguments are those of :func:`lora_linear`.
+    """
+    layer = (weight, bias, lora_A, lora_B)
+    options: dict[str, Any] = {"dropout": dropout, "training": training, "generator": generator}
+    return lora_linear(GATES[activation](gate) * up, *layer, scaling=scaling, **options)
 
 
 def lora_linear_with_mask(

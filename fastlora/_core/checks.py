@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.reference import ACTIVATIONS
+from fastlora.reference import ACTIVATIONS, GATES
 
 FLOATING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -37,6 +37,25 @@ def check_lora_linear(
     # not math.isfinite: under torch.compile a scaling that changes is symbolic
     if not abs(scaling) < float("inf"):
         raise ValueError(f"expected a finite scaling, got {scaling!r}; it is usually alpha / rank")
+
+
+def check_gated(gate: Tensor, up: Tensor, activation: str) -> None:
+    """Refuse a gate that :func:`fastlora.functional.gated_lora_linear` can't serve.
+
+    Raises:
+        TypeError: No floating-point tensor.
+        ValueError: Shapes, dtypes, devices or the activation do not fit.
+    """
+    for name, tensor in (("gate", gate), ("up", up)):
+        check_floating(name, tensor)
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(
+            f"expected gate and up of one shape and dtype, got {tuple(gate.shape)} in {gate.dtype} and "
+            f"{tuple(up.shape)} in {up.dtype}"
+        )
+    check_same_device({"gate": gate, "up": up})
+    if activation not in GATES:
+        raise ValueError(f"expected an activation out of {', '.join(GATES)}, got {activation!r}")
 
 
 def check_magnitude(magnitude: Tensor, weight: Tensor) -> None:

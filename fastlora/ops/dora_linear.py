@@ -180,7 +180,7 @@ class DoRALinearFunction(torch.autograd.Function):
         with torch.no_grad():
             *saved, product, factor = ctx.saved_tensors
             dproduct, dfactor = dora_grad_product(dy, product, factor, ctx.decision)
-            wanted = layer_gradients(ctx, dy, dproduct, saved)
+            wanted = layer_gradients(ctx, ctx.needs_input_grad[:5], dy, dproduct, saved)
         wanted = (*wanted, None if product is None else dfactor)
         return (*refuse_second_derivative("dora_linear", ctx, dy, wanted), None, None, None, None)
 

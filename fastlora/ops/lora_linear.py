@@ -84,11 +84,7 @@ def lora_linear(
         tensor([[2.5000, 2.5000, 2.5000],
                 [2.5000, 2.5000, 2.5000]])
     """
-    stored, form = (weight.tensors, weight.form) if isinstance(weight, FrozenWeight) else ((weight,), None)
-    key = signature(x, *stored, bias, lora_A, lora_B, settings=(scaling, dropout, training, form))
-    arguments = (x, weight, bias, lora_A, lora_B, scaling, dropout, training)
-    # a compiled graph would be guarded by all that is remembered
-    call = _decide(*arguments) if key is None else _known.of(key, _decide_and_load, *arguments)
+    call = decided(x, weight, bias, lora_A, lora_B, scaling, dropout, training)
     if call.decision.backend == "reference":
         options: dict[str, Any] = {"scaling": call.scaling, "dropout": dropout, "training": call.dropout > 0}
         dense = weight.dense(call.dtype) if isinstance(weight, FrozenWeight) else weight
@@ -110,6 +106,22 @@ class Call(NamedTuple):
 
 # by signature
 _known = Memory[Call]()
+
+
+def decided(
+    x: Tensor,
+    weight: Tensor | FrozenWeight,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *settings: Any,
+) -> Call:
+    """What is known of a call, or found out now; the settings are scaling, dropout, training."""
+    stored, form = (weight.tensors, weight.form) if isinstance(weight, FrozenWeight) else ((weight,), None)
+    key = signature(x, *stored, bias, lora_A, lora_B, settings=(*settings, form))
+    arguments = (x, weight, bias, lora_A, lora_B, *settings)
+    # a compiled graph would be guarded by all that is remembered
+    return _decide(*arguments) if key is None else _known.of(key, _decide_and_load, *arguments)
 
 
 def _decide(
@@ -192,9 +204,9 @@ class LoRALinearFunction(torch.autograd.Function):
         x, weight, *kept = ctx.saved_tensors
         saved = (x, weight if ctx.quantised is None else ctx.quantised.weight(), *kept)
         if not torch.is_grad_enabled():
-            return (*layer_gradients(ctx, dy, dy, saved), None, None, None, None)
+            return (*layer_gradients(ctx, ctx.needs_input_grad[:5], dy, dy, saved), None, None, None, None)
         with torch.no_grad():
-            wanted = layer_gradients(ctx, dy, dy, saved)
+            wanted = layer_gradients(ctx, ctx.needs_input_grad[:5], dy, dy, saved)
         return (*refuse_second_derivative("lora_linear", ctx, dy, wanted), None, None, None, None)
 
 
@@ -223,18 +235,19 @@ def keep_layer(
 
 
 def layer_gradients(
-    ctx: Any, dy: Tensor, dproduct: Tensor, saved: Sequence[Any]
+    ctx: Any, needed: Sequence[bool], dy: Tensor, dproduct: Tensor, saved: Sequence[Any]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias, lora_A and lora_B, those that are wanted.
 
     Args:
-        ctx: Context of a Function whose arguments begin with these five; holds scaling, dropout, decision.
+        ctx: Context of a Function; holds scaling, dropout, decision.
+        needed: Which of the five are wanted.
         dy: Gradient of the output.
         dproduct: Gradient of what the bias is added to.
         saved: x, weight, lora_A, lora_B, S and the mask, those that were kept.
     """
     x, weight, lora_A, lora_B, s, mask = saved
-    need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
+    need_x, need_weight, need_bias, need_A, need_B = needed
     dx = da = db = dweight = dbias = None
     if need_x or need_A or need_B:
         assert lora_B is not None

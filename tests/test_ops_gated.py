@@ -1,0 +1,175 @@
+"""LoRA's linear op on a gated activation: the same bits as on its product, with half of it kept."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastlora
+from fastlora import reference
+from fastlora.functional import gated_lora_linear, lora_linear
+from fastlora.reference import GATES
+from tests.exactness import assert_as_exact
+
+ROWS, K, N, R = 10, 48, 32, 4
+NAMES = ("output", "gate", "up", "lora_A", "lora_B")
+
+
+def make(dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
+    """gate, up, weight, bias, lora_A and lora_B; all but the frozen layer train, the last two in float32."""
+    torch.manual_seed(0)
+    shapes = ((2, ROWS // 2, K), (2, ROWS // 2, K), (N, K), (N,), (R, K), (N, R))
+    tensors = [torch.randn(shape).to(device) for shape in shapes]
+    tensors[:4] = [tensor.to(dtype) for tensor in tensors[:4]]
+    for index in (0, 1, 4, 5):
+        tensors[index].requires_grad_()
+    return tuple(tensors)
+
+
+def both_passes(op: Any, tensors: tuple[Tensor, ...], **options: Any) -> tuple[Tensor, ...]:
+    """The output and the gradients of gate, up, lora_A and lora_B."""
+    torch.manual_seed(1)
+    y = op(*tensors, scaling=0.5, **options)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y)
+    return y.detach(), *torch.autograd.grad(y, [tensors[i] for i in (0, 1, 4, 5)], dy)
+
+
+def on_product(gate: Tensor, up: Tensor, *layer: Tensor, activation: str = "silu", **options: Any) -> Tensor:
+    """The same by autograd and the op on a product that is there."""
+    return lora_linear(GATES[activation](gate) * up, *layer, **options)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("activation", GATES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_are_those_of_the_op_on_the_product(dtype: torch.dtype, activation: Any, dropout: float) -> None:
+    options = {"activation": activation, "dropout": dropout}
+    with fastlora.use_backend("torch"):
+        got = both_passes(gated_lora_linear, make(dtype), **options)
+        expected = both_passes(on_product, make(dtype), **options)
+    for name, mine, theirs in zip(NAMES, got, expected, strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+@pytest.mark.parametrize("activation", GATES)
+def test_kernels_are_as_exact_as_eager(activation: Any, kernel_device: torch.device) -> None:
+    def compute(op: Any, operands: Sequence[Tensor]) -> list[Tensor]:
+        tensors = [t.detach().requires_grad_(i in (0, 1, 4, 5)) for i, t in enumerate(operands)]
+        return list(both_passes(op, tuple(tensors), activation=activation))
+
+    tensors = make(torch.float32, kernel_device)
+    with fastlora.use_backend("triton"):
+        got = compute(gated_lora_linear, tensors)
+    assert_as_exact(NAMES, got, partial(compute, reference.gated_lora_linear), tensors)
+
+
+def _widened(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(t.detach().double().requires_grad_(t.requires_grad) for t in tensors)
+
+
+def test_gradients_by_differences() -> None:
+    tensors = _widened(make(torch.float32))
+    for activation in GATES:
+        assert torch.autograd.gradcheck(
+            lambda *given, a=activation: gated_lora_linear(*given, activation=a, scaling=0.5), tensors
+        )
+
+
+def test_gate_and_up_are_all_that_is_kept_of_their_size() -> None:
+    gate, up, *layer = make(torch.float32)
+    kept = dict[int, Tensor]()
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with fastlora.use_backend("torch"), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        gated_lora_linear(gate, up, *layer, scaling=0.5)
+    large = {place for place, tensor in kept.items() if tensor.numel() == gate.numel()}
+    assert large == {gate.data_ptr(), up.data_ptr()}
+
+
+def test_halves_of_one_tensor_are_read_where_they_are() -> None:
+    gate, up, *layer = make(torch.float32)
+    joined = torch.cat([gate, up], dim=-1).detach().requires_grad_()
+    dy = torch.randn(2, ROWS // 2, N)
+    with fastlora.use_backend("torch"):
+        apart = torch.autograd.grad(gated_lora_linear(gate, up, *layer, scaling=0.5), (gate, up), dy)
+        y = gated_lora_linear(*joined.chunk(2, dim=-1), *layer, scaling=0.5)
+    (got,) = torch.autograd.grad(y, joined, dy)
+    # of rows apart torch computes an exponential in another way
+    torch.testing.assert_close(got, torch.cat(apart, dim=-1))
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (4,), (5,), (0, 5), ()])
+def test_gradients_that_are_not_wanted_are_none(wanted: tuple[int, ...]) -> None:
+    everything = both_passes(gated_lora_linear, make(torch.float32))[1:]
+    tensors = make(torch.float32)
+    for index in (0, 1, 4, 5):
+        tensors[index].requires_grad_(index in wanted)
+    y = gated_lora_linear(*tensors, scaling=0.5)
+    assert y.requires_grad == bool(wanted)
+    if wanted:
+        y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)))
+    for index, expected in zip((0, 1, 4, 5), everything, strict=True):
+        grad = tensors[index].grad
+        assert (grad is None) == (index not in wanted)
+        assert grad is None or torch.equal(grad, expected)
+
+
+def test_frozen_weights_that_train_get_their_gradients() -> None:
+    tensors = make(torch.float32)
+    twins = make(torch.float32)
+    for weight in (*tensors[2:4], *twins[2:4]):
+        weight.requires_grad_()
+    dy = torch.randn(2, ROWS // 2, N)
+    with fastlora.use_backend("torch"):
+        got = torch.autograd.grad(gated_lora_linear(*tensors, scaling=0.5), tensors[2:4], dy)
+        expected = torch.autograd.grad(on_product(*twins, scaling=0.5), twins[2:4], dy)
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    tensors = make(torch.float32)
+    with fastlora.use_backend("torch"):
+        y = gated_lora_linear(*tensors, scaling=0.5)
+    (dgate,) = torch.autograd.grad(y.sum(), tensors[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="gated_lora_linear has no second derivative"):
+        dgate.sum().backward()
+
+
+def test_autocast_computes_in_its_dtype() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16), fastlora.use_backend("torch"):
+        got = both_passes(gated_lora_linear, make(torch.float32))
+    assert got[0].dtype == torch.bfloat16
+    assert {gradient.dtype for gradient in got[1:]} == {torch.float32}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_compiles_without_graph_breaks(dropout: float) -> None:
+    with fastlora.use_backend("torch"):
+        compiled = torch.compile(gated_lora_linear, fullgraph=True, backend="aot_eager")
+        got = both_passes(compiled, make(torch.float32), dropout=dropout)
+        expected = both_passes(gated_lora_linear, make(torch.float32), dropout=dropout)
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"up": torch.zeros(3, K)}, "expected gate and up of one shape and dtype"),
+        ({"up": torch.zeros(2, 5, K, dtype=torch.bfloat16)}, "expected gate and up of one shape and dtype"),
+        ({"activation": "relu"}, "expected an activation out of silu, gelu, gelu_tanh, got 'relu'"),
+        ({"gate": torch.zeros(2, 5, 3), "up": torch.zeros(2, 5, 3)}, "expected x with last dimension 48"),
+    ],
+)
+def test_bad_input_is_refused(change: dict[str, Any], message: str) -> None:
+    names = ("gate", "up", "weight", "bias", "lora_A", "lora_B")
+    given = dict(zip(names, make(torch.float32), strict=True)) | change
+    with pytest.raises(ValueError, match=message):
+        gated_lora_linear(**given, scaling=0.5)
