@@ -7,11 +7,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
-from fastlora.functional import dora_linear, dora_weight_norm, lora_linear
+from fastlora.functional import dora_linear, dora_weight_norm, gated_lora_linear, lora_linear
 from fastlora.interop._peft_parts import PLAIN, Adapter, Parts, read
 from fastlora.ops.runtime import autocast_dtype, in_dtype
 from fastlora.ops.weights.frozen import FrozenWeight
 from fastlora.ops.weights.repacking import refuse_changed
+from fastlora.reference import Gate
 
 # torch fills these dicts in place
 _GLOBAL_HOOKS = (
@@ -58,6 +59,19 @@ class Fused:
         y = _lora(x, parts)
         # under autocast, too, a quantised layer gives x's dtype back
         return in_dtype(y, x.dtype) if isinstance(parts.weight, FrozenWeight) else y
+
+    def forward_gated(self, gate: Tensor, up: Tensor, activation: Gate) -> Tensor | None:
+        """:meth:`forward` of act(gate)·up, which is not kept; None where the fused op serves no such call."""
+        plain = gate.shape == up.shape and gate.dtype is up.dtype and type(up) in PLAIN
+        parts = self._parts(gate) if plain and not (self.disable_adapters or self.merged_adapters) else None
+        if parts is None or len(parts.adapters) > 1 or parts.adapters[0].magnitude is not None:
+            return None
+        (adapter,) = parts.adapters
+        layer = (parts.weight, parts.bias, adapter.lora_A, adapter.lora_B)
+        options: dict[str, Any] = {"scaling": adapter.scaling, "dropout": adapter.dropout}
+        y = gated_lora_linear(gate, up, *layer, activation=activation, **options)
+        y = _with_bias(y, adapter)
+        return in_dtype(y, gate.dtype) if isinstance(parts.weight, FrozenWeight) else y
 
     def _parts(self, x: Tensor) -> Parts | None:
         """What a call is computed from; None if PEFT has to compute it."""
@@ -118,10 +132,15 @@ def _lora(x: Tensor, parts: Parts) -> Tensor:
         update = F.linear(F.linear(dropped, adapter.lora_A), adapter.lora_B, adapter.bias)
         y = (y + adapter.scaling * update).to(y.dtype)
     for adapter in shared:
-        if adapter.bias is not None:
-            # added in its own dtype, so that its gradient is summed in it
-            y = (y + adapter.scaling * adapter.bias).to(y.dtype)
+        y = _with_bias(y, adapter)
     return y
+
+
+def _with_bias(y: Tensor, adapter: Adapter) -> Tensor:
+    if adapter.bias is None:
+        return y
+    # added in its own dtype, so that its gradient is summed in it
+    return (y + adapter.scaling * adapter.bias).to(y.dtype)
 
 
 def _dora(x: Tensor, parts: Parts, adapter: Adapter, magnitude: Tensor) -> Tensor:

@@ -26,6 +26,9 @@ def accelerate(model: Model) -> Model:
     ``fastlora``. What changes afterwards counts from the next call on: a call of which the fused op would
     pass something over is PEFT's own. Calling this again counts the layers again.
 
+    A gated MLP (of Llama, Mistral, Qwen, Gemma, Phi and whatever computes as they do) whose last layer runs
+    fused keeps gate and up for backward, half of what it kept, and computes their product again.
+
     A quantised weight becomes dense for its product alone. A call is fused where the layer computes in x's
     dtype, or in autocast's: give 4-bit layers the ``bnb_4bit_compute_dtype`` that you train in. Layers that
     quantise x, too (LLM.int8, whatever its ``threshold``, FP8, torchao's with dynamic activations), are
@@ -50,7 +53,7 @@ def accelerate(model: Model) -> Model:
         >>> type(accelerate(model).base_model.model[0]).__name__
         'FusedLinear'
     """
-    linear = _layers()
+    linear, mlp = _layers()
     layers = _peft_layers(model)
     if not layers:
         raise ValueError(
@@ -66,6 +69,8 @@ def accelerate(model: Model) -> Model:
             linear.unfuse(layer)
         else:
             linear.fuse(layer)
+    for module in model.modules():
+        mlp.fuse(module)
     if left:
         told = ", ".join(f"{count} {reason}" for reason, count in sorted(left.items()))
         logger.warning("%d of %d LoRA layers run fused; left to PEFT: %s", _fused(layers), len(layers), told)
@@ -81,25 +86,27 @@ def restore(model: Model) -> Model:
     Returns:
         The same model.
     """
-    linear = _layers()
+    linear, mlp = _layers()
+    for module in model.modules():
+        mlp.unfuse(module)
     for layer in _peft_layers(model):
         linear.unfuse(layer)
     let_rewrite(model)
     return model
 
 
-def _layers() -> Any:
+def _layers() -> tuple[Any, Any]:
     require("peft", distribution="peft", purpose="accelerating a PEFT model", extra="peft")
-    from fastlora.interop import _peft_linear
+    from fastlora.interop import _peft_linear, _peft_mlp
 
-    return _peft_linear
+    return _peft_linear, _peft_mlp
 
 
 def _peft_layers(model: nn.Module) -> list[Any]:
-    kind = _layers().PeftLayer
+    kind = _layers()[0].PeftLayer
     return [module for module in model.modules() if isinstance(module, kind)]
 
 
 def _fused(layers: list[Any]) -> int:
-    kind = _layers().Fused
+    kind = _layers()[0].Fused
     return sum(isinstance(layer, kind) for layer in layers)

@@ -44,8 +44,8 @@ def gated_lora_linear(
 ) -> Tensor:
     """:func:`lora_linear` of x = act(gate)·up, the last layer of a gated MLP with LoRA.
 
-    Equal to it, gradients too, on a CPU to the bit. Backward keeps gate and up, which the layers before have computed
-    anyway, instead of gate, act(gate), up and x: half of what an MLP's activations take.
+    Equal to it, gradients too, on a CPU to the bit. Backward keeps gate and up, which the layers before have
+    computed anyway, instead of gate, act(gate), up and x: half of what an MLP's activations take.
 
     Args:
         gate: ``[..., in_features]``, what the activation is applied to.
