@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from bitsandbytes.nn.modules import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 
 from fastlora import reference
@@ -23,6 +23,28 @@ def four_bit(
     layer: Any = Linear4bit(k, n, compress_statistics=nested, quant_type=quant_type, **settings)
     layer.weight.blocksize = blocksize
     return layer.to("cpu")
+
+
+def llm_int8(n: int, k: int) -> Any:
+    layer: Any = Linear8bitLt(k, n, has_fp16_weights=False)
+    return layer.to("cpu")
+
+
+def to_nf4(values: Tensor, block_size: int, scaler_block_size: int) -> Any:
+    """torchao's ``NF4Tensor``."""
+    try:
+        from torchao.quantization.quantize_.workflows.nf4 import nf4_tensor
+    except ImportError:
+        # of 0.17
+        from torchao.dtypes import nf4tensor as nf4_tensor
+    return nf4_tensor.to_nf4(values, block_size, scaler_block_size)
+
+
+def held(weight: Any) -> nn.Linear:
+    """A layer with this weight."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
 
 
 def read(layer: nn.Module) -> FrozenWeight:

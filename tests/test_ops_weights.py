@@ -1,14 +1,16 @@
 """LoRA's op over a quantised weight: what it keeps for backward, and what it notices."""
 
 import gc
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchao.quantization import Int8Tensor, PerRow
 
 from fastlora.functional import lora_linear
 from fastlora.ops.weights.read import frozen_weight
-from tests.quantised import four_bit, read
+from tests.quantised import four_bit, held, llm_int8, read, to_nf4
 
 M, N, K, R = 8, 512, 256, 4
 
@@ -43,6 +45,41 @@ def test_nothing_of_the_weight_is_kept(dropout: float) -> None:
     own.clear()
     assert [t.shape for key, t in tensors_alive().items() if key not in before and t.numel() >= N * K] == []
     assert y.requires_grad
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "nf4": lambda: four_bit(N, K),
+    "fp4 by rows over blocks' ends": lambda: four_bit(N, K, "fp4", 4096, nested=False),
+    "LLM.int8": lambda: llm_int8(N, K),
+    "Int8Tensor": lambda: held(Int8Tensor.from_hp(torch.randn(N, K), PerRow())),
+    "NF4Tensor": lambda: held(to_nf4(torch.randn(N, K), 64, 256)),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_compiled_graph_keeps_nothing_of_the_weight(kind: str) -> None:
+    """It is one graph, which makes the weight dense once more in backward."""
+    layer = LAYERS[kind]()
+    draws = (torch.randn(M, K), torch.randn(R, K), torch.randn(N, R))
+    inputs = tuple(draw.requires_grad_() for draw in draws)
+
+    def call(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return lora_linear(x, read(layer), None, a, b, scaling=1.0)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    kept: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = compiled(*inputs)
+    assert max(kept) < N * K // 8
+    expected = call(*inputs)
+    assert torch.equal(y, expected)
+    pairs = zip(*(torch.autograd.grad(found.sum(), inputs) for found in (y, expected)), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
 
 
 def test_a_weight_that_changes_between_the_passes_is_refused() -> None:

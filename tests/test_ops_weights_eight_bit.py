@@ -20,12 +20,7 @@ from transformers.integrations.compressed_tensors import CompressedTensorsFP8Lin
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, FP8Linear
 
 from fastlora.ops.weights.read import frozen_weight
-from tests.quantised import DTYPES, assert_as_exact_as_dense, assert_rows_are, read
-
-
-def llm_int8(n: int, k: int) -> Any:
-    layer: Any = Linear8bitLt(k, n, has_fp16_weights=False)
-    return layer.to("cpu")
+from tests.quantised import DTYPES, assert_as_exact_as_dense, assert_rows_are, llm_int8, read
 
 
 def fp8(n: int, k: int, block: tuple[int, int] | None, scale_fmt: str = "float") -> Any:

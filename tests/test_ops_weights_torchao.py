@@ -19,25 +19,12 @@ from torchao.quantization import (
 )
 
 from fastlora.ops.weights.read import frozen_weight
-from tests.quantised import DTYPES, assert_as_exact_as_dense, assert_rows_are, read
-
-try:
-    from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
-except ImportError:
-    # of 0.17
-    from torchao.dtypes.nf4tensor import to_nf4
+from tests.quantised import DTYPES, assert_as_exact_as_dense, assert_rows_are, held, read, to_nf4
 
 
 def quantised(config: Any, dtype: torch.dtype, n: int = 24, k: int = 64) -> nn.Linear:
     layer = nn.Linear(k, n, dtype=dtype)
     quantize_(layer, config)
-    return layer
-
-
-def held(weight: Any) -> nn.Linear:
-    """A layer with this weight."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
     return layer
 
 

@@ -3,6 +3,7 @@
 import functools
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from fastlora.ops.weights.frozen import FrozenWeight, is_made_dense_by_kernels
 
+QUANT_TYPES = ("nf4", "fp4")
 _BLOCK_SIZES = frozenset({32, 64, 128, 256, 512, 1024, 2048, 4096})
 # blocks that share a factor of their factors, in the kernel as in every weight that bitsandbytes makes
 _NESTED_BLOCKSIZE = 256
@@ -79,6 +81,19 @@ class FourBitWeight(FrozenWeight):
                 self.packed, self._factors(), self.table, shape=shape, dtype=dtype, **settings
             )
         return _by_library(self, dtype, start, stop)
+
+    def recipe(self) -> tuple[list[int], float]:
+        """N, K, block size, blocks to a group, and the type."""
+        groups = 0 if self.nested is None else self.nested.blocksize
+        return [*self.shape, self.blocksize, groups, QUANT_TYPES.index(self.quant_type)], 1.0
+
+    @classmethod
+    def rebuilt(cls, tensors: Sequence[Tensor], numbers: Sequence[int], unit: float) -> FrozenWeight:
+        """The weight of a recipe."""
+        n, k, blocksize, groups, quant_type = numbers
+        packed, absmax, *more = tensors
+        nested = Nested(more[0], more[1], more[2], groups) if groups else None
+        return cls(torch.Size((n, k)), packed, absmax, nested, blocksize, QUANT_TYPES[quant_type])
 
     def _has_known_groups(self) -> bool:
         return self.nested is None or self.nested.blocksize == _NESTED_BLOCKSIZE
@@ -175,7 +190,7 @@ def _unreadable(stored: Tensor, state: Any, shape: torch.Size) -> str | None:
         return "with a weight on the meta device"
     if vars(state).get("packing_format_for_cpu"):
         return "with weights repacked for inference"
-    if state.quant_type not in ("nf4", "fp4") or state.blocksize not in _BLOCK_SIZES:
+    if state.quant_type not in QUANT_TYPES or state.blocksize not in _BLOCK_SIZES:
         return f"of type {state.quant_type} in blocks of {state.blocksize}"
     if state.shape != shape:
         return f"of shape {list(shape)} with a weight quantised as {list(state.shape)}"

@@ -1,6 +1,6 @@
 """What an op asks of a frozen weight that is stored quantised: its shape, and its rows, dense."""
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -48,6 +48,21 @@ class FrozenWeight:
         Args:
             dtype: float64, float32, float16 or bfloat16.
             rows: Begins at a multiple of :attr:`row_step`; all of them without it.
+        """
+        raise NotImplementedError
+
+    def recipe(self) -> tuple[list[int], float]:
+        """What the weight is made of beside :attr:`tensors`: whole numbers, N and K first, and another."""
+        raise NotImplementedError
+
+    @classmethod
+    def rebuilt(cls, tensors: Sequence[Tensor], numbers: Sequence[int], unit: float) -> "FrozenWeight":
+        """The weight of these tensors and a :meth:`recipe`.
+
+        Args:
+            tensors: What is stored.
+            numbers: The recipe's whole numbers.
+            unit: The recipe's other number.
         """
         raise NotImplementedError
 

@@ -14,6 +14,7 @@ from fastlora.ops.decide import WITHOUT_PATHS, Decision
 from fastlora.ops.lora_passes import lora_linear_backward, lora_linear_forward
 from fastlora.ops.runtime import in_dtype, rows_of
 from fastlora.ops.weights.frozen import FrozenWeight
+from fastlora.ops.weights.in_graphs import rows_for
 
 # so many parts of dX add up in their own dtype: eager rounds its two products and their sum, each once
 _FEW = 8
@@ -30,7 +31,7 @@ def forward(
     """y ``[..., N]``, S and the mask, as of :func:`~fastlora.ops.lora_passes.lora_linear_forward`."""
     parts = list(weight.parts(x.dtype))
     if len(parts) == 1:
-        return lora_linear_forward(x, weight.dense(x.dtype), bias, lora_A, lora_B, *more)
+        return lora_linear_forward(x, rows_for(x, weight), bias, lora_A, lora_B, *more)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     *settings, decision = more
     # a compiled graph sees operators alone
@@ -41,7 +42,7 @@ def forward(
     for rows in parts:
         of_rows = None if bias is None else bias[rows]
         # of the same seed every part draws the same mask
-        part = (x, weight.dense(x.dtype, rows), of_rows, lora_A, lora_B[rows])
+        part = (x, rows_for(x, weight, rows), of_rows, lora_A, lora_B[rows])
         y[..., rows], *kept = run(*part, *settings, _for_a_part(decision))
         s, mask = (s, mask) if s is not None else kept
     assert s is not None
@@ -70,7 +71,7 @@ def _fill_by_kernels(
     s, mask = lora_triton.make_s(rows_of_x, lora_A, seed, scaling=scaling, dropout=dropout)
     for rows in parts:
         of_rows = None if bias is None else bias[rows]
-        part = (weight.dense(x.dtype, rows), of_rows, s, lora_B[rows], rows_of_y[:, rows])
+        part = (rows_for(x, weight, rows), of_rows, s, lora_B[rows], rows_of_y[:, rows])
         lora_triton.fill_from_s(rows_of_x, *part)
     return s, mask
 
@@ -86,14 +87,14 @@ def backward(
     """dX, dA and dB, as of :func:`~fastlora.ops.lora_passes.lora_linear_backward`."""
     parts = list(weight.parts(dy.dtype))
     if len(parts) == 1:
-        return lora_linear_backward(dy, x, weight.dense(dy.dtype), lora_A, lora_B, *more)
+        return lora_linear_backward(dy, x, rows_for(dy, weight), lora_A, lora_B, *more)
     *settings, decision = more
     run: Any = lora_linear_backward
     dx: Tensor | None = None
     da: Tensor | None = None
     dbs: list[Tensor] = []
     for rows in parts:
-        part = (dy[..., rows], x, weight.dense(dy.dtype, rows), lora_A, lora_B[rows])
+        part = (dy[..., rows], x, rows_for(dy, weight, rows), lora_A, lora_B[rows])
         dx_part, da_part, db_part = run(*part, *settings, _for_a_part(decision))
         dx, da = _added(dx, dx_part, wide=len(parts) > _FEW), _added(da, da_part)
         if db_part is not None:

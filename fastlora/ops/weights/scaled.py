@@ -1,6 +1,6 @@
 """Weights of one byte a value times factors: int8 and FP8, a factor for all, each row or each block."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastlora.ops.weights.frozen import FrozenWeight, is_made_dense_by_kernels
 
+_PRODUCTS = (None, torch.float32, torch.bfloat16, torch.float16)
 CODES = frozenset({torch.int8, torch.float8_e4m3fn, torch.float8_e5m2})
 
 
@@ -76,6 +77,17 @@ class ScaledWeight(FrozenWeight):
         factors = self._of_rows(self._multiplied(self.factors), start, stop)
         self._each(dense, factors, torch.Tensor.mul_)
         return dense.to(dtype)
+
+    def recipe(self) -> tuple[list[int], float]:
+        """N, K, the block and the products' dtype; the unit."""
+        return [*self.shape, *self.block, _PRODUCTS.index(self.product)], self.unit
+
+    @classmethod
+    def rebuilt(cls, tensors: Sequence[Tensor], numbers: Sequence[int], unit: float) -> FrozenWeight:
+        """The weight of a recipe."""
+        stored, factors, *more = tensors
+        settings: Any = {"zero_point": more[0] if more else None, "unit": unit}
+        return cls(stored, factors, (numbers[2], numbers[3]), product=_PRODUCTS[numbers[4]], **settings)
 
     def _fits_the_kernel(self) -> bool:
         if self.stored.dtype not in (torch.int8, torch.float8_e4m3fn) or self.zero_point is not None:

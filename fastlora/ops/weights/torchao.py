@@ -1,6 +1,7 @@
 """torchao's quantised tensors as weights of plain linear layers: Int8Tensor, Float8Tensor, NF4Tensor."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,16 +69,22 @@ class NF4Weight(FrozenWeight):
         scaler_block_size: Blocks that share a factor.
     """
 
-    def __init__(self, given: Any) -> None:
-        """Of a tensor that :func:`read_nf4` has checked."""
-        self.shape, self.device = given.shape, given.quantized_data.device
-        self.packed, self.table = given.quantized_data, given.nf4
-        self.scalers, self.factor = given.quantized_scalers, given.quantization_factor
-        self.mean = given.scaler_mean
-        self.block_size, self.scaler_block_size = given.block_size, given.scaler_block_size
-        self.row_step = self.block_size // math.gcd(self.shape[1], self.block_size)
-        self.tensors = (self.packed, self.table, self.scalers, self.factor, self.mean)
-        self.form = (self.shape, self.block_size, self.scaler_block_size)
+    def __init__(self, shape: torch.Size, tensors: Sequence[Tensor], block_size: int, groups: int) -> None:
+        """Of tensors that :func:`read_nf4` has checked."""
+        self.packed, self.table, self.scalers, self.factor, self.mean = tensors
+        self.shape, self.device, self.tensors = shape, self.packed.device, tuple(tensors)
+        self.block_size, self.scaler_block_size = block_size, groups
+        self.row_step = block_size // math.gcd(shape[1], block_size)
+        self.form = (shape, block_size, groups)
+
+    def recipe(self) -> tuple[list[int], float]:
+        """N, K, block size and blocks to a group."""
+        return [*self.shape, self.block_size, self.scaler_block_size], 1.0
+
+    @classmethod
+    def rebuilt(cls, tensors: Sequence[Tensor], numbers: Sequence[int], unit: float) -> FrozenWeight:
+        """The weight of a recipe."""
+        return cls(torch.Size(numbers[:2]), tensors, *numbers[2:])
 
     def dense(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         """Rows of W ``[rows, K]``: as torchao computes them, in W's dtype, then in ``dtype``."""
@@ -110,4 +117,5 @@ def read_nf4(weight: Any) -> FrozenWeight | str:
     for name, tensor, wanted, count in expected:
         if tensor.dtype != wanted or tensor.numel() != count or not tensor.is_contiguous():
             return f"NF4Tensor with {name} {tensor.dtype} {list(tensor.shape)}, not {count} of {wanted}"
-    return NF4Weight(weight)
+    tensors = [tensor for _, tensor, _, _ in expected]
+    return NF4Weight(shape, tensors, weight.block_size, weight.scaler_block_size)
