@@ -61,6 +61,7 @@ def rows_for(like: Tensor, weight: FrozenWeight, rows: slice = slice(None)) -> T
     if not torch.compiler.is_compiling():
         return weight.dense(like.dtype, rows)
     numbers, unit = weight.recipe()
-    start, stop, _ = rows.indices(weight.shape[0])
+    # what a slice says itself, torch 2.11 can't trace
+    start, stop = rows.start or 0, weight.shape[0] if rows.stop is None else rows.stop
     dense: Tensor = dense_rows(like, weight.tensors, type(weight).__name__, numbers, unit, start, stop)
     return dense
