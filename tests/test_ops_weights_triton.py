@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 pytest.importorskip("triton", reason="kernels need Triton; the other backends are tested without")
 
 import fastlora
 from fastlora.ops.decide import WITHOUT_PATHS
 from fastlora.ops.keep_mask import keep_probability
-from fastlora.ops.lora_linear import LoRALinearFunction
+from fastlora.ops.lora_linear import LoRALinearFunction, lora_linear
 from fastlora.ops.weights import dense_triton
 from fastlora.ops.weights.four_bit import FourBitWeight
 from fastlora.ops.weights.scaled import ScaledWeight
@@ -138,3 +139,18 @@ def test_without_the_kernels_the_library_makes_it_dense(launches: list[tuple[int
         weight.nested = weight.nested._replace(blocksize=128)
         weight.dense(torch.float32)
     assert launches == []
+
+
+def test_what_traces_a_call_sees_an_operator(kernel_device: torch.device) -> None:
+    weight = read(four_bit(16, 64).to(kernel_device))
+
+    def call(x: Tensor) -> Tensor:
+        a, b = torch.ones(2, 64, device=x.device), torch.ones(16, 2, device=x.device)
+        return lora_linear(x, weight, None, a, b, scaling=1.0)
+
+    x = torch.randn(3, 64, device=kernel_device)
+    with fastlora.use_backend("triton"):
+        traced = make_fx(call)(x)
+        other = torch.randn(3, 64, device=kernel_device)
+        assert torch.equal(traced(other), call(other))
+    assert "ops.fastlora.dense_four_bit" in traced.code

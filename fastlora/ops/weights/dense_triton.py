@@ -1,12 +1,14 @@
 """Dense rows of quantised weights by the ``triton`` backend: one launch, which reads what is stored once."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlora.ops.decide import in_wide_words
+from fastlora.ops.decide import WITHOUT_PATHS, Decision, in_wide_words
 from fastlora.ops.prepared import prepared
+from fastlora.ops.runtime import registered
 from fastlora_kernels import targets
 from fastlora_kernels.choose import plan as plans
 from fastlora_kernels.kernel import Kernel
@@ -30,8 +32,33 @@ def four_bit(
     blocksize: int,
 ) -> Tensor:
     """A new tensor of this shape: as many elements of a 4-bit array, from its element ``first`` on."""
-    dense = torch.empty(shape, dtype=dtype, device=packed.device)
-    _dequantise_4bit(packed, *factors, table, dense, first=first, blocksize=blocksize)
+    return _dense_four_bit(packed, *factors, table, *shape, dtype, first, blocksize, WITHOUT_PATHS["triton"])
+
+
+def _fake_four_bit(packed: Tensor, *call: Any) -> Tensor:
+    rows, columns, dtype = call[5:8]
+    return packed.new_empty(rows, columns, dtype=dtype)
+
+
+@registered(_fake_four_bit)
+def _dense_four_bit(
+    packed: Tensor,
+    absmax: Tensor,
+    absmax_codes: Tensor | None,
+    absmax_map: Tensor | None,
+    offset: Tensor | None,
+    table: Tensor,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    first: int,
+    blocksize: int,
+    decision: Decision,
+) -> Tensor:
+    """The operator: what traces a call has to see it."""
+    dense = torch.empty(rows, columns, dtype=dtype, device=packed.device)
+    stored = (packed, absmax, absmax_codes, absmax_map, offset, table)
+    _dequantise_4bit(*stored, dense, first=first, blocksize=blocksize)
     return dense
 
 
@@ -51,15 +78,36 @@ def eight_bit(
         codes: Contiguous.
         scales: A float32 factor for each block of the matrix, contiguous.
         rows: From a first to a last one.
-        dtype: What the new tensor is to hold, float32 or 16 bits.
+        dtype: Of the new tensor.
         scale_rows: Rows of a block.
         scale_cols: Columns of a block: a multiple of 128, or all.
         scale: Factor of all values.
     """
-    dense = torch.empty(rows.stop - rows.start, codes.shape[1], dtype=dtype, device=codes.device)
+    blocks = (rows.start, rows.stop, dtype, scale_rows, scale_cols, scale)
+    return _dense_eight_bit(codes, scales, *blocks, WITHOUT_PATHS["triton"])
+
+
+def _fake_eight_bit(codes: Tensor, scales: Tensor, start: int, stop: int, *call: Any) -> Tensor:
+    return codes.new_empty(stop - start, codes.shape[1], dtype=call[0])
+
+
+@registered(_fake_eight_bit)
+def _dense_eight_bit(
+    codes: Tensor,
+    scales: Tensor,
+    start: int,
+    stop: int,
+    dtype: torch.dtype,
+    scale_rows: int,
+    scale_cols: int,
+    scale: float,
+    decision: Decision,
+) -> Tensor:
+    """The operator: what traces a call has to see it."""
+    dense = torch.empty(stop - start, codes.shape[1], dtype=dtype, device=codes.device)
     _dequantise_8bit(
         codes.view(torch.uint8), scales, dense,
-        first_row=rows.start, scale_rows=scale_rows, scale_cols=scale_cols, scale=scale,
+        first_row=start, scale_rows=scale_rows, scale_cols=scale_cols, scale=scale,
         is_float=codes.is_floating_point(),
     )  # fmt: skip
     return dense

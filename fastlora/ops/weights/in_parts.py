@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from fastlora._core import backend
 from fastlora.ops.decide import WITHOUT_PATHS, Decision
 from fastlora.ops.lora_passes import lora_linear_backward, lora_linear_forward
 from fastlora.ops.runtime import in_dtype, rows_of
@@ -34,8 +36,7 @@ def forward(
         return lora_linear_forward(x, rows_for(x, weight), bias, lora_A, lora_B, *more)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     *settings, decision = more
-    # a compiled graph sees operators alone
-    if decision.backend == "triton" and not torch.compiler.is_compiling():
+    if decision.backend == "triton" and _is_untraced(x, lora_A, lora_B):
         return y, *_fill_by_kernels(y, parts, x, weight, bias, lora_A, lora_B, *settings)
     run: Any = lora_linear_forward
     s = mask = None
@@ -104,6 +105,13 @@ def backward(
         None if da is None or lora_A is None else da.to(lora_A.dtype),
         torch.cat(dbs) if dbs else None,
     )
+
+
+def _is_untraced(*tensors: Tensor) -> bool:
+    """Whether kernels may write into a result: what traces a call, or has no memory, needs operators."""
+    if torch.compiler.is_compiling() or get_proxy_mode() is not None:
+        return False
+    return backend.are_plain(*tensors) and not any(each.is_meta for each in tensors)
 
 
 def _for_a_part(decision: Decision) -> Decision:
