@@ -107,3 +107,11 @@ def test_an_evaluating_call_between_the_passes_changes_nothing() -> None:
     assert torch.equal(dx, torch.ones(M, N) @ dense)
     repacked = vars(layer.weight.quant_state).get("packing_format_for_cpu", False)
     assert isinstance(frozen_weight(layer), str) == repacked
+
+
+@pytest.mark.parametrize(
+    "x", [None, [[1.0] * K], torch.ones(M, K, dtype=torch.int64)], ids=lambda x: type(x).__name__
+)
+def test_an_input_that_is_no_floating_point_tensor_is_refused(x: object) -> None:
+    with pytest.raises(TypeError, match="expected x"):
+        lora_linear(x, read(four_bit(N, K)), None, torch.randn(R, K), torch.randn(N, R), scaling=1.0)  # type: ignore[arg-type]

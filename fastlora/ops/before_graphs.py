@@ -4,18 +4,24 @@
 runs before a graph is made.
 """
 
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastlora.ops.decide import Decision
+from fastlora.ops.keep_mask import empty_keep_mask
 from fastlora.ops.lora_passes import lora_linear_backward, lora_linear_forward
+from fastlora.ops.prepared import Memory, layouts
+from fastlora.ops.runtime import in_dtype
 from fastlora.ops.weights import in_parts
 from fastlora.ops.weights.frozen import FrozenWeight
 
+# by pass, and all that says which kernels it launches
+_loaded = Memory[bool]()
 
-@torch.no_grad()
+
 def load(
     x: Tensor,
     weight: Tensor | FrozenWeight,
@@ -23,31 +29,116 @@ def load(
     lora_A: Tensor,
     lora_B: Tensor,
     *,
+    dtype: torch.dtype,
     scaling: float,
     dropout: float,
-    training: bool,
-    decision: Decision,
+    now: Decision,
+    in_graph: Decision,
 ) -> None:
-    """Run a LoRA call once in each way that a graph may, and drop the results.
+    """Run those passes of a LoRA call that a graph would compute otherwise, unless it was done before.
+
+    Only its kernels count: the results are dropped. Where the memory is too small, nothing is loaded.
 
     Args:
-        x: ``[..., in_features]``, in the dtype of the products.
+        x: ``[..., in_features]``.
         weight: ``[out_features, in_features]``.
         bias: ``[out_features]``, or None.
         lora_A: ``[rank, in_features]``.
         lora_B: ``[out_features, rank]``.
+        dtype: What products compute in.
         scaling: Factor of the low-rank path.
         dropout: Probability; 0 where it is not active.
-        training: Whether backward passes follow.
-        decision: What was decided for a graph.
+        now: What was decided for the call.
+        in_graph: What was decided for a graph of it.
     """
-    quantised = isinstance(weight, FrozenWeight)
-    forward: Any = in_parts.forward if quantised else lora_linear_forward
-    backward: Any = in_parts.backward if quantised else lora_linear_backward
+    paths = in_graph.paths
+    if paths is None:
+        return
+    settings, kernels = (
+        (scaling, dropout),
+        _kernels(x, weight, bias, lora_A, lora_B, dtype, dropout, in_graph),
+    )
+    if now.paths is None or paths.forward != now.paths.forward:
+        given: tuple[Any, ...] = (x, dtype, weight, bias, lora_A, lora_B, *settings, in_graph)
+        _once(("forward", paths.forward, kernels), _run_forward, *given)
+    wanted = tuple(torch.is_grad_enabled() and each.requires_grad for each in (x, lora_A, lora_B))
+    if any(wanted) and (now.paths is None or paths.backward != now.paths.backward):
+        given = (x, dtype, weight, lora_A, lora_B, *settings, *wanted, in_graph)
+        _once(("backward", paths.backward, wanted, kernels), _run_backward, *given)
+
+
+def _once(key: Hashable, run: Callable[..., None], *arguments: Any) -> None:
+    if key in _loaded:
+        return
+    try:
+        with torch.no_grad():
+            run(*arguments)
+    except torch.OutOfMemoryError:
+        # the call itself may fit; one of fewer rows tries again
+        return
+    _loaded[key] = True
+
+
+def _run_forward(
+    x: Tensor,
+    dtype: torch.dtype,
+    weight: Tensor | FrozenWeight,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: float,
+    decision: Decision,
+) -> None:
+    run: Any = in_parts.forward if isinstance(weight, FrozenWeight) else lora_linear_forward
     # not drawn: torch's generator stays as it is
     seed = torch.zeros(1, dtype=torch.int64, device=x.device) if dropout else None
-    y, s, mask = forward(x, weight, bias, lora_A, lora_B, seed, scaling, dropout, decision)
-    # a model's first layer has no use for dX
-    for need_x in (True, False) if training else ():
-        kept = (y, x, weight, lora_A, lora_B, s, mask)
-        backward(*kept, scaling, dropout, need_x, True, True, decision)
+    run(in_dtype(x, dtype), weight, bias, lora_A, lora_B, seed, scaling, dropout, decision)
+
+
+def _run_backward(
+    x: Tensor,
+    dtype: torch.dtype,
+    weight: Tensor | FrozenWeight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: float,
+    *wanted_and_decision: Any,
+) -> None:
+    """The pass on tensors without values: what it computes is nobody's."""
+    run: Any = in_parts.backward if isinstance(weight, FrozenWeight) else lora_linear_backward
+    x, rows = in_dtype(x, dtype), x.shape[:-1].numel()
+    dy, s = x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(rows, lora_A.shape[0])
+    mask = empty_keep_mask("triton", rows, x) if dropout else None
+    run(dy, x, weight, lora_A, lora_B, s, mask, scaling, dropout, *wanted_and_decision)
+
+
+def _kernels(
+    x: Tensor,
+    weight: Tensor | FrozenWeight,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    dtype: torch.dtype,
+    dropout: float,
+    decision: Decision,
+) -> Hashable:
+    """All that says which kernels a path launches; of the rows what they change, which is little.
+
+    Batches have many lengths, and loading costs a pass: it would be paid for each of them.
+    """
+    # imported late: most calls have no kernels to choose from
+    from fastlora_kernels import targets
+    from fastlora_kernels.choose import plan as plans
+    from fastlora_kernels.lora.kernels import KERNELS
+
+    assert decision.paths is not None
+    shape, target = decision.paths.shape, targets.detect(x.device)
+    chosen = [plans.choose(kernel, shape, dtype, target) for kernel in KERNELS]
+    tiles = tuple([(plan.tile, plan.splits > 1) for plan in chosen])
+    # compiled apart by Triton
+    alike = (shape.m == 1, shape.m % 16 == 0, x.data_ptr() % 16, *(stride % 16 for stride in x.stride()))
+    form = weight.form if isinstance(weight, FrozenWeight) else None
+    outline = weight.outline(dtype) if isinstance(weight, FrozenWeight) else weight
+    return tiles, alike, dtype, form, layouts(outline, bias, lora_A, lora_B), dropout > 0

@@ -30,11 +30,13 @@ class Paths(NamedTuple):
         shape: The call that they are for.
         forward: Path and tile of the forward pass.
         backward: Path and tile of the backward pass.
+        in_graph: Whether they are a CUDA graph's, so that the host's time did not count.
     """
 
     shape: "Shape"
     forward: "Choice"
     backward: "Choice"
+    in_graph: bool = False
 
 
 @dataclass(eq=False)
@@ -44,7 +46,7 @@ class Decision:
     Attributes:
         backend: The implementation.
         paths: The kernels' paths. None where there is but one, and where they stay open until the op runs: in
-            a compiled graph, which serves any number of rows.
+            a compiled graph, which serves any number of rows, and where torch's dispatcher calls the op.
         known: What the forward pass prepares, of a decision for one signature alone; None where it serves
             others, or calls that something watches.
     """
@@ -119,7 +121,7 @@ def decide_lora(
     forward = kernel_paths.choose("forward", shape, dtype, x.device, dora=dora, **call)
     # by then the factor is taken off the gradient
     backward = kernel_paths.choose("backward", shape, dtype, x.device, **call)
-    return Decision("triton", Paths(shape, forward, backward))
+    return Decision("triton", Paths(shape, forward, backward, in_graph))
 
 
 def decide_adapter(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlora import reference
-from fastlora._core.checks import check_compute_dtype, check_lora_linear
+from fastlora._core.checks import check_compute_dtype, check_floating, check_lora_linear
 from fastlora.ops import before_graphs
 from fastlora.ops.decide import Decision, decide_lora
 from fastlora.ops.lora_passes import lora_linear_backward, lora_linear_forward
@@ -136,9 +136,11 @@ def _decide(
     *,
     in_graph: bool = False,
 ) -> Call:
-    # quantised it has no dtype of its own: it becomes dense in the products'
     quantised = isinstance(weight, FrozenWeight)
-    weight = weight.outline(x.dtype) if isinstance(weight, FrozenWeight) else weight
+    if isinstance(weight, FrozenWeight):
+        check_floating("x", x)
+        # it has no dtype of its own: it becomes dense in the products'
+        weight = weight.outline(x.dtype)
     check_lora_linear(x, weight, bias, lora_A, lora_B, scaling=scaling, dropout=dropout)
     dtype = autocast_dtype(x)
     if dtype is None:
@@ -163,7 +165,7 @@ def _decide_and_load(*arguments: Any) -> Call:
 
 
 def load_for_graphs(call: Call, decide_for_graph: Callable[[], Call], x: Tensor, *layer: Any) -> None:
-    """Run a call once as a CUDA graph would, where ``fastlora tune`` found other winners for graphs.
+    """Load what a CUDA graph of a call would launch, where ``fastlora tune`` found other winners for graphs.
 
     Args:
         call: How it is computed now.
@@ -171,13 +173,10 @@ def load_for_graphs(call: Call, decide_for_graph: Callable[[], Call], x: Tensor,
         x: ``[..., in_features]``.
         layer: Weight, bias, lora_A and lora_B.
     """
-    if not PINNED.tell_hosts_apart:
-        return
-    decision = decide_for_graph().decision
-    if decision.paths not in (None, call.decision.paths):
-        settings: Any = {"scaling": call.scaling, "dropout": call.dropout}
-        settings["training"] = torch.is_grad_enabled()
-        before_graphs.load(in_dtype(x, call.dtype), *layer, **settings, decision=decision)
+    if PINNED.tell_hosts_apart:
+        settings: Any = {"dtype": call.dtype, "scaling": call.scaling, "dropout": call.dropout}
+        in_graph = decide_for_graph().decision
+        before_graphs.load(x, *layer, **settings, now=call.decision, in_graph=in_graph)
 
 
 class LoRALinearFunction(torch.autograd.Function):

@@ -87,13 +87,20 @@ def make_s(x: Tensor, lora_A: Tensor, seed: Tensor | None, *, scaling: float, dr
 
 @prepared(row_major, row_major, contiguous, contiguous, contiguous)
 def fill_from_s(
-    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, lora_B: Tensor, y: Tensor
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    s: Tensor,
+    lora_B: Tensor,
+    y: Tensor,
+    *,
+    paths: Paths | None,
 ) -> Callable[..., None]:
     """Fill y = x·Wᵀ + bias + S·Bᵀ, which may be columns of a wider matrix: the second half of a call."""
     (m, k), (n, r) = x.shape, lora_B.shape
     shape = Shape(m=m, n=n, k=k, r=r, aligned=is_aligned(x, weight, y))
     # S is there, with a mask or without
-    choice = kernel_paths.choose("forward", shape, x.dtype, x.device, dropping=True)
+    choice = choice_of("forward", paths, shape, x, dropping=True)
     if choice.path == "split":
         return _up(x, shape, targets.detect(x.device), choice.tile)
     return by_library(_fill_by_library)
@@ -132,11 +139,11 @@ def shape_of(x: Tensor, weight: Tensor, lora_A: Tensor, y: Tensor) -> Shape:
 def choice_of(
     part: Pass, paths: Paths | None, shape: Shape, x: Tensor, *, dropping: bool, dora: bool = False
 ) -> Choice:
-    """What was decided; chosen now where it was left open, or for rows that no wide words can read."""
+    """What was decided; chosen now where it was left open, or for another shape: a part's, or not aligned."""
     if paths is not None and paths.shape == shape:
         return paths.forward if part == "forward" else paths.backward
-    # left open by a compiled graph alone
-    in_graph = paths is None
+    # left open, a compiled graph calls, or a dispatcher that takes the host longer than launches do
+    in_graph = paths is None or paths.in_graph
     return kernel_paths.choose(
         part, shape, x.dtype, x.device, dropping=dropping, dora=dora, in_graph=in_graph
     )

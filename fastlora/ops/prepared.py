@@ -81,7 +81,10 @@ def signature(*tensors: Tensor | None, settings: tuple[Any, ...]) -> Hashable:
     kinds = tuple(map(type, settings))
     try:
         autocast = autocast_dtype(first) if torch._C._is_any_autocast_enabled() else None
-        return layouts(*tensors), settings, kinds, autocast, torch.is_grad_enabled(), _state(first)
+        grad = torch.is_grad_enabled()
+        # what a graph will launch is loaded for the gradients that are wanted
+        wanted = PINNED.tell_hosts_apart and tuple([t is not None and t.requires_grad for t in tensors])
+        return layouts(*tensors), settings, kinds, autocast, grad, wanted, _state(first)
     except (AttributeError, RuntimeError, TypeError):
         # without strides or memory: nested and sparse ones
         return None

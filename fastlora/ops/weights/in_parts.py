@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fastlora._core import backend
-from fastlora.ops.decide import WITHOUT_PATHS, Decision
+from fastlora.ops.decide import Decision
 from fastlora.ops.lora_passes import lora_linear_backward, lora_linear_forward
 from fastlora.ops.runtime import in_dtype, rows_of
 from fastlora.ops.weights.frozen import FrozenWeight
@@ -37,7 +37,7 @@ def forward(
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     *settings, decision = more
     if decision.backend == "triton" and _is_untraced(x, lora_A, lora_B):
-        return y, *_fill_by_kernels(y, parts, x, weight, bias, lora_A, lora_B, *settings)
+        return y, *_fill_by_kernels(y, parts, x, weight, bias, lora_A, lora_B, *more)
     run: Any = lora_linear_forward
     s = mask = None
     for rows in parts:
@@ -61,6 +61,7 @@ def _fill_by_kernels(
     seed: Tensor | None,
     scaling: float,
     dropout: float,
+    decision: Decision,
 ) -> tuple[Tensor, Tensor | None]:
     """S and the mask, once; y where it lies, a part of its columns after the other."""
     # imported late: Triton is not installed everywhere
@@ -73,7 +74,7 @@ def _fill_by_kernels(
     for rows in parts:
         of_rows = None if bias is None else bias[rows]
         part = (rows_for(x, weight, rows), of_rows, s, lora_B[rows], rows_of_y[:, rows])
-        lora_triton.fill_from_s(rows_of_x, *part)
+        lora_triton.fill_from_s(rows_of_x, *part, paths=decision.paths)
     return s, mask
 
 
@@ -115,8 +116,8 @@ def _is_untraced(*tensors: Tensor) -> bool:
 
 
 def _for_a_part(decision: Decision) -> Decision:
-    """A decision without what was found out of the whole weight's shape."""
-    return WITHOUT_PATHS[decision.backend]
+    """A decision without what the whole weight's forward pass prepares; its paths are for another shape."""
+    return Decision(decision.backend, decision.paths)
 
 
 def _added(total: Tensor | None, part: Tensor | None, *, wide: bool = True) -> Tensor | None:
