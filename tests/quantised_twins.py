@@ -56,7 +56,7 @@ BASES: dict[str, Callable[[torch.dtype], nn.Module]] = {
     "nf4 in a plain module": lambda dtype: Net(nf4(dtype)),
     "int8": lambda dtype: Net(int8(dtype), "8bit"),
     "int8 in a plain module": lambda dtype: Net(int8(dtype)),
-    "torchao int8": lambda dtype: Net(torchao(dtype, Int8WeightOnlyConfig())),
+    "torchao int8": lambda dtype: Net(torchao(dtype, Int8WeightOnlyConfig(version=2))),
     "torchao float8": lambda dtype: Net(torchao(dtype, Float8WeightOnlyConfig())),
 }
 # backward orders its sums in another way; a rounding error of the eager path is allowed this often

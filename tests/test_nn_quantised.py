@@ -178,7 +178,7 @@ def torchao(config: Any) -> nn.Module:
 EIGHT_BITS: dict[str, Callable[[], Any]] = {
     "llm.int8": lambda: Linear8bitLt(IN, OUT, has_fp16_weights=False, threshold=6.0).to("cpu"),
     "fp8": fp8,
-    "torchao int8": lambda: torchao(Int8WeightOnlyConfig()),
+    "torchao int8": lambda: torchao(Int8WeightOnlyConfig(version=2)),
     "torchao float8": lambda: torchao(Float8WeightOnlyConfig()),
 }
 

@@ -33,9 +33,9 @@ from tests.peft_twins import (
 )
 
 QUANTISATIONS = {
-    "int8": Int8WeightOnlyConfig(),
+    "int8": Int8WeightOnlyConfig(version=2),
     "float8": Float8WeightOnlyConfig(),
-    "int8 both": Int8DynamicActivationInt8WeightConfig(),
+    "int8 both": Int8DynamicActivationInt8WeightConfig(version=2),
     "int of any width": IntxWeightOnlyConfig(),
 }
 

@@ -92,7 +92,9 @@ def test_weights_that_are_quantised_later_are_used() -> None:
             nn.init.normal_(parameter, std=0.01)
     x = torch.randn(4, 64)
     exact = model(x)
-    quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: isinstance(module, nn.Linear))
+    quantize_(
+        model, Int8WeightOnlyConfig(version=2), filter_fn=lambda module, name: isinstance(module, nn.Linear)
+    )
     # a backend asked for by name does not fall back
     with fastlora.use_backend("torch"):
         found = model(x)
