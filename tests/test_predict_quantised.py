@@ -40,6 +40,11 @@ def test_over_the_frozen_dense_layer(weight: Stored) -> None:
         assert first.bound == "memory"
 
 
+@pytest.mark.parametrize(("side", "overhead"), [(4096, 1.14), (5120, 1.12), (8192, 1.17)])
+def test_what_the_readme_says(side: int, overhead: float) -> None:
+    assert predicted("nf4", Shape(8192, side, side, 16)).overhead == pytest.approx(overhead, abs=0.005)
+
+
 def test_stored_bytes() -> None:
     elements = 4096 * 4096
     assert stored_bytes("nf4", 4096, 4096) == elements / 2 + elements / 64 * (1 + 4 / 256) + 1024 + 4 + 64
