@@ -200,6 +200,7 @@ def test_the_life_of_a_layer_of_eight_bits(base: str, wrapped: bool) -> None:
     for found, expected in zip(before, run(dense, x), strict=True):
         torch.testing.assert_close(found, expected)
     layer.merge()
+    assert set(layer.state_dict()) == {"weight", "bias"}
     assert layer.to_base().weight.dtype is torch.bfloat16
     torch.testing.assert_close(layer(x), before[0], rtol=0.05, atol=0.1)
     layer.unmerge()

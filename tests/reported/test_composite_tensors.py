@@ -84,6 +84,13 @@ def test_a_backend_asked_for_by_name_does_not_fall_back(layer: nn.Module) -> Non
         layer(x)
 
 
+def test_dora_beside_weights_that_are_quantised_later_is_refused() -> None:
+    layer = fastlora.LoRALinear(64, 64, rank=2, dora=True)
+    quantize_(layer, Int8WeightOnlyConfig(version=2))
+    with pytest.raises(TypeError, match="a dense weight for DoRA"):
+        layer(torch.randn(4, 64))
+
+
 def test_weights_that_are_quantised_later_are_used() -> None:
     """torchao puts tensors of its own in the place of our frozen weights."""
     model = fastlora.apply_lora(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), rank=2)

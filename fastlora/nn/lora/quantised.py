@@ -34,8 +34,11 @@ class QuantisedLayer(LoRAUpdate):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         layer: Any = self
         if is_dense(layer):
-            # a plain layer's, without the statistics of the weight that lies aside
             nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+            # a plain layer's, without the scales of the weight that lies aside
+            for name in (*self._taken["_parameters"], *self._taken["_buffers"]):
+                if name not in ("weight", "bias"):
+                    destination.pop(prefix + name, None)
         else:
             super()._save_to_state_dict(destination, prefix, keep_vars)
 

@@ -201,7 +201,11 @@ class LoRAUpdate(TunerModule):
     ) -> Tensor:
         """The op of a linear layer with these settings; with DoRA, the one that scales to the norms."""
         if self.dora:
-            assert not isinstance(weight, FrozenWeight)
+            if isinstance(weight, FrozenWeight):
+                raise TypeError(
+                    "expected a dense weight for DoRA, whose norms it takes, got one that was quantised "
+                    "later; use dora=False beside quantised weights"
+                )
             return dora_linear(
                 x,
                 weight,
