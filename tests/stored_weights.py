@@ -67,4 +67,5 @@ def four_bits(n: int, k: int, blocksize: int, *, nested: bool) -> FourBits:
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are equal to the bit, signs of zeros included."""
     bits = {2: torch.int16, 4: torch.int32}[one.dtype.itemsize]
+    one, other = one.cpu(), other.cpu()
     return one.dtype == other.dtype and torch.equal(one.view(bits), other.view(bits))

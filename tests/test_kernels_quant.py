@@ -117,7 +117,7 @@ def test_eight_bits_have_the_bits_of_their_definition(
             scale_rows=scale_rows, scale_cols=scale_cols, scale=factor, is_float=is_float,
             plan=_plan(kernels.DEQUANTISE_8BIT, harness.dtype),
         )  # fmt: skip
-        torch.testing.assert_close(dense, expected[rows], rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(dense.cpu(), expected[rows], rtol=0, atol=0, equal_nan=True)
 
 
 def test_every_float8_has_its_value(harness: Harness) -> None:
@@ -128,6 +128,7 @@ def test_every_float8_has_its_value(harness: Harness) -> None:
         scale_rows=2, scale_cols=128, scale=1.0, is_float=True, plan=plan,
     )  # fmt: skip
     expected = codes.view(torch.float8_e4m3fn).float()
+    dense = dense.cpu()
     assert torch.equal(FLOAT8_VALUES.isnan().view(2, 128), dense.isnan())
     assert same_bits(dense[~dense.isnan()], expected[~expected.isnan()].to(harness.dtype))
 
@@ -154,3 +155,10 @@ def test_one_tile_for_every_gpu(kernel: Kernel) -> None:
             for target in (*targets.TARGETS.values(), targets.DEFAULT)
         }
         assert len(chosen) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_last_tile_of_the_most_elements_is_counted_in_32_bits(dtype: torch.dtype) -> None:
+    (tile,) = plans.tiles(kernels.DEQUANTISE_4BIT, 1, dtype, targets.DEFAULT)
+    # a first span may be left out in part
+    assert kernels.MOST_ELEMENTS + 2 * kernels.SPAN + tile.rows * kernels.SPAN < 2**31

@@ -16,6 +16,7 @@ from fastlora.ops.keep_mask import keep_probability
 from fastlora.ops.lora_linear import LoRALinearFunction, lora_linear
 from fastlora.ops.weights import dense_triton
 from fastlora.ops.weights.four_bit import FourBitWeight
+from fastlora.ops.weights.frozen import is_made_dense_by_kernels
 from fastlora.ops.weights.scaled import ScaledWeight
 from fastlora_kernels.quant import kernels
 from tests.lora_yardstick import (
@@ -128,7 +129,9 @@ def test_a_call_errs_no_more_than_eager(
     assert_as_exact_as_eager(got, case)
 
 
-def test_without_the_kernels_the_library_makes_it_dense(launches: list[tuple[int, ...]]) -> None:
+def test_without_the_kernels_the_library_makes_it_dense(
+    kernel_device: torch.device, launches: list[tuple[int, ...]]
+) -> None:
     """On a CPU unless the backend is asked for; in float64; with groups of another size than the kernel's."""
     weight = read(four_bit(8, 64))
     weight.dense(torch.float32)
@@ -138,6 +141,8 @@ def test_without_the_kernels_the_library_makes_it_dense(launches: list[tuple[int
         assert weight.nested is not None
         weight.nested = weight.nested._replace(blocksize=128)
         weight.dense(torch.float32)
+        assert is_made_dense_by_kernels(kernel_device, torch.float32, kernels.MOST_ELEMENTS)
+        assert not is_made_dense_by_kernels(kernel_device, torch.float32, kernels.MOST_ELEMENTS + 1)
     assert launches == []
 
 

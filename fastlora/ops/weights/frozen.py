@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlora._core import backend
-from fastlora_kernels.quant.kernels import most_rows
+from fastlora_kernels.quant.kernels import MOST_ELEMENTS, most_rows
 
 
 class FrozenWeight:
@@ -98,8 +98,10 @@ def is_made_dense_by_kernels(device: torch.device, dtype: torch.dtype, elements:
     """
     if device.type != "cuda" and backend.selected() != "triton":
         return False
-    # a compiled graph sees operators alone; the kernels count elements in 32 bits
-    if torch.compiler.is_compiling() or dtype not in backend.KERNEL_DTYPES.values() or elements >= 2**31:
+    # a compiled graph sees operators alone
+    if torch.compiler.is_compiling() or dtype not in backend.KERNEL_DTYPES.values():
+        return False
+    if elements > MOST_ELEMENTS:
         return False
     return backend.resolve(device, dtype) == "triton"
 

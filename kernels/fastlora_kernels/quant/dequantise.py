@@ -94,7 +94,7 @@ def dequantise_4bit(
     stands for, and each ``blocksize`` elements, a power of 2 from 32 on, share a factor ``absmax`` (fp32).
     Where the factors are quantised themselves, their ``absmax_codes`` (uint8) stand for values of
     ``absmax_map [256]``, each 256 share a factor ``absmax``, and ``offset [1]`` is added; else the three are
-    None. ``dense`` is contiguous and has fewer than 2³¹ elements.
+    None. ``dense`` is contiguous and has at most ``MOST_ELEMENTS`` elements.
     """
     first_span, skipped = divmod(first, SPAN)
     end, tile = skipped + dense.numel(), plan.tile

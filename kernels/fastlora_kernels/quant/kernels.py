@@ -14,6 +14,8 @@ SPAN = 32
 # columns at whose multiples a block of an 8-bit weight may end
 SCALED_COLUMNS = 128
 
+# a kernel counts in 32 bits, to the end of its last tile
+MOST_ELEMENTS = 2**31 - 2**16
 # bounds a weight's dense rows, which live while they are multiplied
 WORKSPACE_BYTES = 64 * 2**20
 _TILE_ROWS = 128
