@@ -78,7 +78,7 @@ def eight_bit(
         codes: Contiguous.
         scales: A float32 factor for each block of the matrix, contiguous.
         rows: From a first to a last one.
-        dtype: Of the new tensor.
+        dtype: What the new tensor is in, for instance bfloat16.
         scale_rows: Rows of a block.
         scale_cols: Columns of a block: a multiple of 128, or all.
         scale: Factor of all values.
