@@ -10,13 +10,18 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.finegrained_fp8 import FP8Linear
 
 import fastlora
 from fastlora.interop._peft_fused import Fused
 from tests.peft_twins import assert_equal_runs, awake
+from tests.quantised import read
 from tests.quantised_twins import (
     BASES,
+    IN,
+    OUT,
     Net,
     assert_as_good,
     exact_model,
@@ -105,6 +110,23 @@ def test_compiled_without_a_graph_break(base: str) -> None:
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     found = run(compiled, inputs())
     assert_equal_runs({name.removeprefix("_orig_mod."): tensor for name, tensor in found.items()}, expected)
+
+
+@pytest.mark.parametrize("blocks", [None, (32, 64)], ids=["one factor", "blocks"])
+def test_fp8_layers_of_transformers_train_on_a_cpu(blocks: tuple[int, int] | None) -> None:
+    """transformers#46736; their own forward needs a GPU, so a dense layer of their values is compared."""
+    torch.manual_seed(0)
+    base: Any = FP8Linear(IN, OUT, block_size=blocks, has_bias=True)
+    base.weight.data = torch.randn(OUT, IN).to(base.weight.dtype)
+    base.weight_scale_inv.data = torch.rand_like(base.weight_scale_inv)
+    nn.init.normal_(base.bias)
+    dense = nn.Linear(IN, OUT)
+    dense.load_state_dict({"weight": read(base).dense(torch.float32), "bias": base.bias})
+    config = LoraConfig(r=4, target_modules=["layer"])
+    eager, model = (awake(get_peft_model(Net(layer), config)) for layer in (dense, base))
+    fastlora.accelerate(model)
+    assert is_fused(model, inputs())
+    assert_equal_runs(run(model, inputs()), run(eager, inputs()))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
