@@ -106,7 +106,10 @@ def backward(
     need_down: bool,
     need_up: bool,
 ) -> Callable[..., Gradients]:
-    """dz and act(z) from one read of dOut; dh and the four parameters' gradients from one more, and of h."""
+    """dz and act(z) from one read of dOut; dh and the four parameters' gradients from one more, and of h.
+
+    Where h needs no gradient, dOut is read once more for the sum that is the up-projection bias's.
+    """
     m, size = dout.shape[0], z.shape[1]
     aligned = is_aligned(*(t for t in (dout, h) if t is not None))
     of_z = Ready(

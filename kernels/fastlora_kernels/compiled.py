@@ -28,7 +28,8 @@ class Row:
         adapter_dtype: Dtype of A and B, or of an adapter's parameters: ``fp32`` or the layer's.
         absent: Flags of arguments that are left out of the call, with spaces between; empty where none is.
         dropout: Whether it draws or reads a dropout mask.
-        aligned: Whether sizes and row strides are multiples of 16.
+        aligned: Whether sizes and row strides are multiples of 16; without it none is taken for one, the rank
+            included.
         rank_aligned: Whether the rank (or bottleneck) is one too.
         activation: The bottleneck's: ``gelu``, ``relu`` or ``silu``; empty where there is none.
         tile: Block sizes, as :func:`tile_text` writes them.

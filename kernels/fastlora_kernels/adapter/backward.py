@@ -1,4 +1,4 @@
-"""Gradients of the bottleneck adapter: dz from dOut, then dh and the parameters' from one more read of it."""
+"""Gradients of the bottleneck adapter: dz from dOut, then dh and the parameters' in a second launch."""
 
 import triton
 import triton.language as tl
@@ -121,12 +121,13 @@ def _adapter_grad_h_weights_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One read of dOut and h for dh = dz·W_d (+ dOut) and the partial gradients of all four parameters.
+    """dh = dz·W_d (+ dOut) and the partial gradients of all four parameters, from one read of dOut and h.
 
     grads_partial[row group] holds dW_u = dOutᵀ·active ``(H, D)``, dW_d = dzᵀ·h ``(D, H)``, db_u = ΣdOut
     ``(H,)`` and db_d = Σdz ``(D,)`` over the group's rows, one after the other, in fp32. D is cut into chunks
     of BLOCK_D over the grid; ONE_CHUNK says that there is but one.
-    ADD_INPUT says that the residual was h itself. Without HAS_DH dh_ptr and down_weight_ptr are absent.
+    ADD_INPUT says that the residual was h itself. Without HAS_DH dh_ptr and down_weight_ptr are absent, and
+    dOut is read twice.
     """
     pid_h, group, pid_d = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_h = block_range(pid_h, BLOCK_H)

@@ -41,7 +41,8 @@ class Spec:
         dtype: ``bf16``, ``fp16`` or ``fp32``, of the layer.
         tile: Block sizes, warps and stages.
         dropout: Whether it draws or reads a dropout mask.
-        aligned: Whether sizes and row strides are multiples of 16.
+        aligned: Whether sizes and row strides are multiples of 16; without it none is taken for one, the rank
+            included.
         activation: The bottleneck's: ``gelu``, ``relu`` or ``silu``; empty where there is none.
         one_chunk: Whether a tile holds the whole bottleneck.
         adapter_dtype: Dtype of A and B, or of an adapter's parameters: ``fp32`` or the layer's.
