@@ -2,15 +2,13 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 import fastlora
 from fastlora.ops.tuned_file import gpu_key
-from fastlora.ops.weights import dense_triton
-from fastlora.ops.weights.four_bit import FourBitWeight, Nested
 from fastlora.ops.weights.frozen import FrozenWeight
 from fastlora.tuning.calls import LayerCall
 from fastlora_kernels.choose import tuned
@@ -19,6 +17,20 @@ from tests.launch.stage import DEVICE
 
 Backward = Callable[[], object]
 Work = Callable[[], Backward | None]
+
+
+class Case(NamedTuple):
+    """One call, or a few that belong together.
+
+    Attributes:
+        name: Says what is special about it.
+        work: The call.
+        quick: Whether the default run takes it.
+    """
+
+    name: str
+    work: Work
+    quick: bool = False
 
 
 def lora(
@@ -153,55 +165,6 @@ def module(layer: torch.nn.Module, *inputs: Tensor, call: Callable[..., Any] | N
         return lambda: torch.autograd.grad(out, trained, torch.empty_like(out), allow_unused=True)
 
     return forward
-
-
-def four_bit_weight(n: int, k: int, *, nested: bool = True, blocksize: int = 64) -> FrozenWeight:
-    """A weight ``[n, k]`` of NF4's kind, without the library that makes them.
-
-    Args:
-        n: Features that come out.
-        k: Features that go in.
-        nested: Whether its statistics are quantised themselves.
-        blocksize: Elements that share a factor.
-    """
-    blocks, table = -(-n * k // blocksize), torch.empty(16)
-    packed = torch.empty((n * k + 1) // 2, dtype=torch.uint8)
-    absmax, more = torch.empty(blocks), None
-    if nested:
-        more = Nested(torch.empty(-(-blocks // 256)), torch.empty(256), torch.empty(()), 256)
-        absmax = torch.empty(blocks, dtype=torch.uint8)
-
-    class Weight(FourBitWeight):
-        """With a table of its own."""
-
-        @property
-        def table(self) -> Tensor:
-            return table
-
-    return Weight(torch.Size((n, k)), packed, absmax, more, blocksize, "nf4")
-
-
-def eight_bit_rows(
-    n: int, k: int, codes_dtype: torch.dtype, *, blocks: tuple[int, int], dtype: torch.dtype
-) -> Work:
-    """Half of an 8-bit weight's rows made dense.
-
-    Args:
-        n: Rows.
-        k: Columns.
-        codes_dtype: int8 or float8_e4m3fn.
-        blocks: Rows and columns that share a factor.
-        dtype: Of the dense rows.
-    """
-    codes = torch.empty(n, k, dtype=torch.uint8).view(codes_dtype)
-    scales = torch.empty(-(-n // blocks[0]), -(-k // blocks[1]))
-
-    def work() -> None:
-        settings: dict[str, Any] = {"scale_rows": blocks[0], "scale_cols": blocks[1], "scale": 0.5}
-        dense = dense_triton.eight_bit(codes, scales, rows=slice(n // 2, n), dtype=dtype, **settings)
-        assert (dense.shape, dense.dtype) == ((n - n // 2, k), dtype)
-
-    return work
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from itertools import product
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,34 +20,12 @@ from fastlora.tuning.candidates import choices
 from fastlora_kernels.choose.paths import Pass
 from fastlora_kernels.choose.tuned import Choice
 from fastlora_kernels.compiled import tile_text
-from tests.launch.calls import (
-    Backward,
-    Work,
-    adapter,
-    eight_bit_rows,
-    four_bit_weight,
-    lora,
-    measured,
-    module,
-)
+from tests.launch.calls import Backward, Case, Work, adapter, lora, measured, module
+from tests.launch.quantised import quantised
 from tests.launch.stage import DEVICE
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 PASSES: tuple[Pass, ...] = get_args(Pass)
-
-
-class Case(NamedTuple):
-    """One call, or a few that belong together.
-
-    Attributes:
-        name: Says what is special about it.
-        work: The call.
-        quick: Whether the default run takes it.
-    """
-
-    name: str
-    work: Work
-    quick: bool = False
 
 
 def usual_layers() -> Iterator[Case]:
@@ -205,27 +183,6 @@ def adapters() -> Iterator[Case]:
     yield Case("adapter without biases", adapter(512, 768, 64, bias=False))
     for sizes in ((37, 70, 5), (1, 1, 1), (0, 768, 64)):
         yield Case(f"adapter, {sizes} rows, columns and bottleneck", adapter(*sizes), quick=sizes[0] == 37)
-
-
-def quantised() -> Iterator[Case]:
-    """Frozen weights that become dense by a kernel, forward and backward, whole or in parts."""
-
-    def layer(m: int, n: int, k: int, *, nested: bool = True, **more: Any) -> Work:
-        return lora(m, n, k, p=0.1, weight=four_bit_weight(n, k, nested=nested), **more)
-
-    for nested in (True, False):
-        yield Case(f"NF4, nested: {nested}", layer(512, 768, 768, nested=nested), quick=True)
-    # 112 MiB in 16 bits
-    yield Case("NF4 in two parts", layer(4096, 14336, 4096), quick=True)
-    yield Case("NF4, few rows", layer(1, 4096, 4096))
-    yield Case("NF4, ragged", layer(64, 35, 33, backend="triton"), quick=True)
-    for dtype in (FP16, FP32):
-        yield Case(f"NF4, {dtype}", layer(64, 768, 768, dtype=dtype, backend="triton"), quick=dtype == FP32)
-    int8, float8 = torch.int8, torch.float8_e4m3fn
-    for codes, blocks, k in ((int8, (1, 768), 768), (float8, (128, 128), 768), (float8, (512, 70), 70)):
-        for dtype in (BF16, FP32):
-            work = eight_bit_rows(512, k, codes, blocks=blocks, dtype=dtype)
-            yield Case(f"{codes}, blocks of {blocks}, {dtype}", work, quick=dtype == BF16)
 
 
 def modules() -> Iterator[Case]:

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from fastlora.ops.prepared import Memory
-from tests.launch.calls import lora
+from tests.launch.calls import Case, lora
 from tests.launch.cards import CARDS
-from tests.launch.launched import SUITES, Case
+from tests.launch.launched import SUITES
 from tests.launch.library import Library
 from tests.launch.refusals import refusals
 from tests.launch.stage import Stage
