@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 
 pytest.importorskip("triton", reason="the check is of the kernels")
 
-from fastlora.bench.gpu_check import child, processes
+from fastlora.bench.gpu_check import child, processes, run
 from fastlora.bench.gpu_check.__main__ import check, main
 from fastlora.bench.gpu_check.items import Item, failure, work_through
 from fastlora.bench.gpu_check.run import STEPS, GpuCheck, NothingToCheckError, Step
@@ -71,6 +72,28 @@ def test_a_step_ends_when_its_time_is_over(ran: tuple[dict[str, Any], GpuCheck, 
     # the layers' end, 80 % of the budget, and what the last step takes
     assert seconds >= 8.0
     assert content["steps"][1]["seconds"] < 10.0
+
+
+def test_the_steps_share_what_the_first_look_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may take half of the least budget."""
+    now, ends = [1000.0], dict[str, float]()
+
+    def follow(command: Any, shares: int, folder: Path, ends_at: float, take: Any) -> None:
+        ends[command[-1]] = ends_at - 1000
+        if command[-1] == "preflight":
+            now[0] += 60
+            take([{"preflight": {"device": "a card", "environment": {}, "processes": 1}}])
+
+    monkeypatch.setattr(run, "follow", follow)
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: now[0], strftime=time.strftime))
+    GpuCheck(tmp_path, budget=120.0, tell=lambda line: None).run()
+    assert ends == pytest.approx({"preflight": 60, "exactness": 87, "layers": 108, "training": 118.8})
+
+
+def test_profiles_are_made_after_all_that_is_timed() -> None:
+    names = [item.name for item in child.items_of("layers", torch.device("cuda", 0))]
+    timed, profiles = names[: len(names) // 2], names[len(names) // 2 :]
+    assert profiles == [f"profile: {name}" for name in timed]
 
 
 def test_what_crashes_too_often_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +169,7 @@ def test_the_summary_and_the_page_tell_it(ran: tuple[dict[str, Any], GpuCheck, P
     text = "\n".join(summary(ran[2]))
     assert "exactness: 4 right, 1 wrong" in text
     assert "wrong: a kernel: a tile" in text
+    assert "profile: a layer: lora_forward 900.0 µs" in text.splitlines()
     assert "largest error over eager's own: 1.25" in text
     graphs, eager = (line for line in text.splitlines() if line.startswith("a layer"))
     assert graphs.split()[-8:-2] == ["1,000.0", "2,000.0", "–", "–", "–", "1,500.0"]

@@ -35,7 +35,8 @@ def items_of(step: str, device: torch.device) -> Sequence[Item]:
         # those that take longest first
         return [*layers.comparisons(device), *exactness.items(device), *quantised.items(device)]
     if step == "layers":
-        return [*layers.items(device), *quantised.timed_items(device)]
+        timed = [*layers.items(device), *quantised.timed_items(device)]
+        return [*timed, *layers.profiles(), *quantised.profiles(device)]
     return training.items(device)
 
 

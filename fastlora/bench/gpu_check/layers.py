@@ -13,7 +13,7 @@ from fastlora.bench.cases import GPU, HEADLINES, Case, layer_work
 from fastlora.bench.checked import checked_candidates
 from fastlora.bench.clocks import make_calls_clock, make_gpu_clock
 from fastlora.bench.gpu_check.items import Found, Item, refuse_lost_gpu
-from fastlora.bench.gpu_check.profiled import kernel_us
+from fastlora.bench.gpu_check.profiled import profile_item
 from fastlora.bench.results import EAGER_MODE, GRAPHS, OURS
 from fastlora.bench.results_file import as_json_row
 from fastlora.bench.turns import Step, take_turns
@@ -35,6 +35,11 @@ def items(device: torch.device) -> Sequence[Item]:
     return [Item(_name(case), partial(rows, case, device)) for case in _cases()]
 
 
+def profiles() -> Sequence[Item]:
+    """An item for each of :func:`items`, to come after all that is timed."""
+    return [profile_item(_name(case), partial(_ours, case)) for case in _cases()]
+
+
 def comparisons(device: torch.device) -> Sequence[Item]:
     """What several processes do before anything is timed: candidates compared, all of them compiled."""
     return [Item(f"candidates: {_name(case)}", partial(compared, case)) for case in _cases()]
@@ -52,7 +57,7 @@ def compared(case: Case) -> Iterator[Found]:
 
 
 def rows(case: Case, device: torch.device) -> Iterator[Found]:
-    """Both passes of every candidate in a row of eager mode and one of graphs; what our kernels take."""
+    """Both passes of every candidate in a row of eager mode and one of graphs."""
     made, left_out = checked_candidates(case, lora_candidates, TOLERANCE[case.dtype])
     told: dict[str, Any] = layer_work(case) | {"predicted_ms": predicted_ms(case, device)}
     yield from timed_rows(case, made.steps, told, left_out, device)
@@ -80,8 +85,6 @@ def timed_rows(
     graphs, failed = _graphs(steps, device)
     timed = take_turns(graphs, ROUNDS, make_gpu_clock())
     yield {"row": as_json_row(replace(case, suite=GRAPHS), timed, left_out={**left_out, **failed}, **told)}
-    # last: a profiler may slow down what comes after it
-    yield {"profile": {"case": _name(case), "kernel_us": kernel_us(steps[OURS])}}
 
 
 def predicted_ms(case: Case, device: torch.device, *, weight: Stored | None = None) -> dict[str, float]:
@@ -99,6 +102,10 @@ def predicted_ms(case: Case, device: torch.device, *, weight: Stored | None = No
     target = targets.detect(device)
     told = explain("lora_linear", shape, DTYPES[case.dtype], target, dropout=case.dropout, weight=weight)
     return {"frozen": told.ceiling_us / 1e3, OURS: told.predicted_us / 1e3}
+
+
+def _ours(case: Case) -> Step:
+    return lora_candidates(case).steps[OURS]
 
 
 def _cases() -> list[Case]:

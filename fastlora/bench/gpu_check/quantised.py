@@ -14,7 +14,9 @@ from fastlora.bench.cases import ALPHA, GPU, LLAMA_8B, Case, layer_work
 from fastlora.bench.gpu_check.comparing import eager_and_exact, equality, outcome, outputs_and_gradients
 from fastlora.bench.gpu_check.items import Found, Item
 from fastlora.bench.gpu_check.layers import predicted_ms, timed_rows
+from fastlora.bench.gpu_check.profiled import profile_item
 from fastlora.bench.results import EAGER_MODE, OURS
+from fastlora.bench.turns import Step
 from fastlora.ops.lora_linear import lora_linear
 from fastlora.ops.weights import dense_triton
 from fastlora.ops.weights.four_bit import FourBitWeight, Nested
@@ -143,13 +145,31 @@ def call(case: str, m: int, n: int, k: int, device: torch.device) -> Iterator[Fo
 
 def timed_items(device: torch.device) -> Sequence[Item]:
     """An NF4 layer beside the frozen dense one, with dropout."""
-    m, k, n = GPU[LAYER]
-    case = Case(EAGER_MODE, f"{LAYER}, NF4", m, k, n, dropout=0.1)
-    return [Item(f"{case.name}, p = {case.dropout:g}", partial(rows, case, device))]
+    return [Item(_name(_case()), partial(rows, _case(), device))]
+
+
+def profiles(device: torch.device) -> Sequence[Item]:
+    """An item for each of :func:`timed_items`, to come after all that is timed."""
+    return [profile_item(_name(_case()), lambda: _steps(_case(), device)[OURS])]
 
 
 def rows(case: Case, device: torch.device) -> Iterator[Found]:
-    """Both passes in a row of eager mode and one of graphs; what our kernels take."""
+    """Both passes in a row of eager mode and one of graphs."""
+    told: dict[str, Any] = layer_work(case) | {"predicted_ms": predicted_ms(case, device, weight="nf4")}
+    yield from timed_rows(case, _steps(case, device), told, {}, device)
+
+
+def _case() -> Case:
+    m, k, n = GPU[LAYER]
+    return Case(EAGER_MODE, f"{LAYER}, NF4", m, k, n, dropout=0.1)
+
+
+def _name(case: Case) -> str:
+    return f"{case.name}, p = {case.dropout:g}"
+
+
+def _steps(case: Case, device: torch.device) -> dict[str, Step]:
+    """Both passes of the frozen dense layer and of ours."""
     m, k, n = GPU[LAYER]
     dtype = DTYPES[case.dtype]
     weight = DrawnWeight(n, k, 64, True, device)
@@ -166,5 +186,4 @@ def rows(case: Case, device: torch.device) -> Iterator[Found]:
     def fused() -> tuple[Tensor, ...]:
         return torch.autograd.grad(lora_linear(x, weight, None, a, b, **options), (x, a, b), dy)
 
-    told: dict[str, Any] = layer_work(case) | {"predicted_ms": predicted_ms(case, device, weight="nf4")}
-    yield from timed_rows(case, {"frozen": bare, OURS: fused}, told, {}, device)
+    return {"frozen": bare, OURS: fused}

@@ -27,7 +27,8 @@ class Step:
     Attributes:
         name: As ``child`` knows it.
         title: For people.
-        until: Share of the budget after which it ends; what a step leaves is the next one's.
+        until: Share of what the first look leaves of the budget, after which it ends; what a step leaves is
+            the next one's.
         shared: Whether several processes work at once, which times would suffer from.
     """
 
@@ -102,8 +103,9 @@ class GpuCheck:
         Raises:
             NothingToCheckError: There is no card that kernels can be launched on.
         """
-        self._began = time.monotonic()
+        ends_at = time.monotonic() + self._budget
         here, failed = self._preflight()
+        looked = time.monotonic()
         name = f"gpu-check-{slug(here['device'])}-{time.strftime('%Y-%m-%d-%H%M')}.json"
         environment = here["environment"] | ({"note": self._note} if self._note else {})
         self._file = ResultsFile(self._folder / name, "gpu", here["device"], environment)
@@ -113,7 +115,7 @@ class GpuCheck:
         for step in steps:
             began, before = time.monotonic(), self._found
             processes = here["processes"] if step.shared else 1
-            self._follow(step.name, processes, step.until * self._budget, self._take)
+            self._follow(step.name, processes, looked + step.until * (ends_at - looked), self._take)
             if self._found == before:
                 self._take([{"failed": {"case": step.title, "error": "nothing was checked"}}])
             seconds = round(time.monotonic() - began, 1)
@@ -132,7 +134,7 @@ class GpuCheck:
                 found.update(each.get("preflight", {}))
                 failed.extend([each] if "failed" in each else [])
 
-        self._follow("preflight", 1, _PREFLIGHT_SECONDS, take)
+        self._follow("preflight", 1, time.monotonic() + _PREFLIGHT_SECONDS, take)
         if "problem" in found:
             raise NothingToCheckError(found["problem"])
         if not found:
@@ -140,9 +142,11 @@ class GpuCheck:
             raise NothingToCheckError(f"the first look at the device failed: {why}")
         return found, failed
 
-    def _follow(self, step: str, shares: int, until: float, take: Callable[[Sequence[Found]], None]) -> None:
+    def _follow(
+        self, step: str, shares: int, ends_at: float, take: Callable[[Sequence[Found]], None]
+    ) -> None:
         with tempfile.TemporaryDirectory(prefix="fastlora-gpu-check-") as folder:
-            follow([*self._child, step], shares, Path(folder), self._began + until, take)
+            follow([*self._child, step], shares, Path(folder), ends_at, take)
 
     def _take(self, news: Sequence[Found]) -> None:
         for found in news:

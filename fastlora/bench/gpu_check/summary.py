@@ -14,6 +14,8 @@ _TITLES = {
     "steps": "Training steps, ms",
 }
 _MOST_TOLD = 10
+# of a layer's kernels
+_LONGEST = 4
 
 
 def summary(path: Path) -> Iterator[str]:
@@ -28,6 +30,8 @@ def summary(path: Path) -> Iterator[str]:
         rows = [row for row in told["rows"] if row["suite"] == suite]
         if rows:
             yield from ("", title, *_table(rows, 1.0 if suite == "steps" else 1e3))
+    for each in told.get("profiles", ()):
+        yield f"profile: {each['case']}: {_longest(each['kernel_us'])}"
     for each in told["failed"][:_MOST_TOLD]:
         yield f"failed: {each['case']}: {each['error']}"
     if len(told["failed"]) > _MOST_TOLD:
@@ -53,6 +57,14 @@ def _exactness(outcomes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield f"wrong: {each['case']}: {each['what']}"
     if len(wrong) > _MOST_TOLD:
         yield f"and {len(wrong) - _MOST_TOLD} more, in the file"
+
+
+def _longest(kernel_us: Mapping[str, float]) -> str:
+    """The kernels that take most of a call."""
+    longest = sorted(kernel_us.items(), key=lambda pair: -pair[1])[:_LONGEST]
+    # a library's names hold all of its templates
+    told = ", ".join(f"{name[:40]} {us:,.1f} µs" for name, us in longest)
+    return told or "the profiler saw no kernels"
 
 
 def _table(rows: Sequence[Mapping[str, Any]], scale: float) -> Iterator[str]:
