@@ -45,7 +45,7 @@ def refuse_changed(layer: Any, x: Tensor) -> None:
     """
     if _SWITCH not in vars(layer):
         return
-    weight = layer._parameters["weight"]
+    weight = layer.weight
     storage = getattr(weight, "quant_storage", layer.quant_storage)
     if weight.dtype != storage:
         raise RuntimeError(
@@ -67,5 +67,5 @@ def let_rewrite(model: nn.Module) -> None:
 
 
 def _is_rewritten(layer: Any) -> bool:
-    state = getattr(layer._parameters.get("weight"), "quant_state", None) or layer.quant_state
+    state = getattr(layer.weight, "quant_state", None) or layer.quant_state
     return bool(getattr(state, "packing_format_for_cpu", False))
