@@ -51,18 +51,20 @@ def load(
         now: What was decided for the call.
         in_graph: What was decided for a graph of it.
     """
-    paths = in_graph.paths
+    paths, here = in_graph.paths, now.paths
     if paths is None:
         return
-    settings, kernels = (
-        (scaling, dropout),
-        _kernels(x, weight, bias, lora_A, lora_B, dtype, dropout, in_graph),
-    )
-    if now.paths is None or paths.forward != now.paths.forward:
+    wanted = tuple(torch.is_grad_enabled() and each.requires_grad for each in (x, lora_A, lora_B))
+    forward = here is None or paths.forward != here.forward
+    backward = any(wanted) and (here is None or paths.backward != here.backward)
+    if not (forward or backward):
+        return
+    kernels = _kernels(x, weight, bias, lora_A, lora_B, dtype, dropout, in_graph)
+    settings = (scaling, dropout)
+    if forward:
         given: tuple[Any, ...] = (x, dtype, weight, bias, lora_A, lora_B, *settings, in_graph)
         _once(("forward", paths.forward, kernels), _run_forward, *given)
-    wanted = tuple(torch.is_grad_enabled() and each.requires_grad for each in (x, lora_A, lora_B))
-    if any(wanted) and (now.paths is None or paths.backward != now.paths.backward):
+    if backward:
         given = (x, dtype, weight, lora_A, lora_B, *settings, *wanted, in_graph)
         _once(("backward", paths.backward, wanted, kernels), _run_backward, *given)
 

@@ -142,7 +142,7 @@ def choice_of(
     """What was decided; chosen now where it was left open, or for another shape: a part's, or not aligned."""
     if paths is not None and paths.shape == shape:
         return paths.forward if part == "forward" else paths.backward
-    # left open, a compiled graph calls, or a dispatcher that takes the host longer than launches do
+    # left open where a compiled graph calls, or torch's dispatcher, which takes the host longer than launches
     in_graph = paths is None or paths.in_graph
     return kernel_paths.choose(
         part, shape, x.dtype, x.device, dropping=dropping, dora=dora, in_graph=in_graph
