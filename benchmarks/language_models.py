@@ -46,7 +46,8 @@ def save_dense(folder: Path) -> None:
     # loaded so it calls itself quantised, and saves nothing
     del loaded.config.quantization_config
     dense = transformers.LlamaForCausalLM(loaded.config)
-    dense.load_state_dict(loaded.state_dict())
+    # rounded once, so that whatever it is loaded in has the same values
+    dense.load_state_dict({name: value.bfloat16().float() for name, value in loaded.state_dict().items()})
     dense.save_pretrained(folder)
 
 

@@ -34,11 +34,12 @@ SIZES: dict[str, Any] = {
 WORDS = torch.randint(3, 100, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
-def twins(family: str = "Llama", **given: Any) -> tuple[Any, Any]:
+def twins(family: str = "Llama", *, hidden_act: str | None = None, **given: Any) -> tuple[Any, Any]:
     """A PEFT model and its accelerated copy; LoRA's B is not zero."""
     torch.manual_seed(0)
+    sizes = SIZES if hidden_act is None else SIZES | {"hidden_act": hidden_act}
     options: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
-    config = getattr(transformers, f"{family}Config")(**SIZES)
+    config = getattr(transformers, f"{family}Config")(**sizes)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     plain: Any = peft.get_peft_model(model, peft.LoraConfig(**options | given)).train()
     return plain, fastlora.accelerate(copy.deepcopy(plain))
@@ -145,6 +146,19 @@ def test_what_changes_later_counts(change: Callable[[Any], None], monkeypatch: p
     assert_equal_steps(*models)
     # the other MLP's
     assert seen == ["silu"]
+
+
+def test_an_activation_that_changes_later_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = twins(hidden_act="gelu")
+    for model in models:
+        mlps(restore(model))[0].act_fn = nn.GELU()
+    fastlora.accelerate(models[1])
+    for model in models:
+        mlps(model)[0].act_fn = nn.GELU(approximate="tanh")
+    assert_equal_steps(*models)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(mlps(models[0])[1].act_fn), "forward", lambda self, gate: F.relu(gate))
+        assert_equal_steps(*models)
 
 
 def test_a_class_that_is_patched_later_is_patched(monkeypatch: pytest.MonkeyPatch) -> None:

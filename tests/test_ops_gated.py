@@ -12,7 +12,9 @@ import fastlora
 from fastlora import reference
 from fastlora.functional import gated_lora_linear, lora_linear
 from fastlora.reference import GATES
+from fastlora_kernels.quant import kernels
 from tests.exactness import assert_as_exact
+from tests.quantised import four_bit, read
 
 ROWS, K, N, R = 10, 48, 32, 4
 NAMES = ("output", "gate", "up", "lora_A", "lora_B")
@@ -52,6 +54,33 @@ def test_bits_are_those_of_the_op_on_the_product(dtype: torch.dtype, activation:
         expected = both_passes(on_product, make(dtype), **options)
     for name, mine, theirs in zip(NAMES, got, expected, strict=True):
         assert torch.equal(mine, theirs), name
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_bits_over_a_quantised_weight_are_those_on_the_product(
+    parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "WORKSPACE_BYTES", N // parts * K * 4)
+    gate, up, _, *layer = make(torch.float32)
+    weight = read(four_bit(N, K))
+    with fastlora.use_backend("torch"):
+        got = both_passes(gated_lora_linear, (gate, up, weight, *layer), dropout=0.3)
+        expected = both_passes(on_product, (gate, up, weight, *layer), dropout=0.3)
+    for name, mine, theirs in zip(NAMES, got, expected, strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+def test_a_quantised_weight_becomes_dense_only_where_gate_or_up_train(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate, up, _, *layer = make(torch.float32)
+    weight, made = read(four_bit(N, K)), list[None]()
+    dense = type(weight).dense
+    monkeypatch.setattr(type(weight), "dense", lambda *given: (made.append(None), dense(*given))[1])
+    given: Any = (gate.detach(), up.detach(), weight, *layer)
+    with fastlora.use_backend("torch"):
+        gated_lora_linear(*given, scaling=0.5).sum().backward()
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("activation", GATES)

@@ -98,7 +98,8 @@ class FusedGatedMLP:
     _own_forward: Any
     _form: Form
     _gate: Gate
-    _activation: type
+    _activation: Any
+    _activation_forward: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """``[..., hidden_size]`` to the same, as the MLP's own."""
@@ -107,7 +108,7 @@ class FusedGatedMLP:
             return type(self).forward(self, *args, **kwargs)
         down: Any = self._modules[self._form.down]
         activation = self._modules[self._form.activation]
-        known = type(activation) is self._activation and self._plain.forward is self._own_forward
+        known = self._plain.forward is self._own_forward and self._knows(activation)
         plainly = not kwargs and is_called_plainly(activation) and is_called_plainly(down)
         if not (known and plainly and isinstance(down, Fused)):
             return self._plain.forward(self, *args, **kwargs)
@@ -115,6 +116,12 @@ class FusedGatedMLP:
         gate, up = given if len(given) == 2 else given[0].chunk(2, dim=-1)
         out = down.forward_gated(gate, up, self._gate)
         return self._modules[self._form.down](activation(gate) * up) if out is None else out
+
+    def _knows(self, activation: Any) -> bool:
+        """Whether the activation is still what it was."""
+        kind = type(activation)
+        unpatched = kind is self._activation and kind.forward is self._activation_forward
+        return unpatched and (kind is not nn.GELU or gate_of(activation) == self._gate)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles by the MLP's own class, because this one stands in no module."""
@@ -132,6 +139,7 @@ def is_called_plainly(module: nn.Module) -> bool:
 def _fused_class(plain: Any, gate: Gate, activation: Any) -> Any:
     own = {"_plain": plain, "_own_forward": staticmethod(plain.forward), "_form": form_of(plain)}
     own |= {"_gate": gate, "_activation": activation, "__module__": __name__}
+    own["_activation_forward"] = staticmethod(activation.forward)
     return type(f"Fused{plain.__name__}", (FusedGatedMLP, plain), own)
 
 

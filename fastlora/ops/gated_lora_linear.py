@@ -106,8 +106,9 @@ class GatedLoRALinearFunction(torch.autograd.Function):
         y, s, mask = run(x, weight, bias, lora_A, lora_B, seed, *settings)
         ctx.mark_non_differentiable(*((s,) if mask is None else (s, mask)))
         ctx.set_materialize_grads(False)
-        ctx.quantised = Unchanged(weight) if quantised else None
-        ctx.save_for_backward(gate, up, None if quantised else weight, lora_A, lora_B, s, mask)
+        need_x = any(ctx.needs_input_grad[:2])
+        ctx.quantised = Unchanged(weight) if quantised and need_x else None
+        ctx.save_for_backward(gate, up, None if quantised or not need_x else weight, lora_A, lora_B, s, mask)
         return y, s, mask
 
     @staticmethod

@@ -46,6 +46,9 @@ def refuse_changed(layer: Any, x: Tensor) -> None:
     if _SWITCH not in vars(layer):
         return
     weight = layer.weight
+    if _state(layer) is None:
+        # it is not quantised yet, which bitsandbytes says itself
+        return
     storage = getattr(weight, "quant_storage", layer.quant_storage)
     if weight.dtype != storage:
         raise RuntimeError(
@@ -67,5 +70,8 @@ def let_rewrite(model: nn.Module) -> None:
 
 
 def _is_rewritten(layer: Any) -> bool:
-    state = getattr(layer.weight, "quant_state", None) or layer.quant_state
-    return bool(getattr(state, "packing_format_for_cpu", False))
+    return bool(getattr(_state(layer), "packing_format_for_cpu", False))
+
+
+def _state(layer: Any) -> Any:
+    return getattr(layer.weight, "quant_state", None) or layer.quant_state
