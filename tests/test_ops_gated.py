@@ -11,6 +11,7 @@ from torch import Tensor
 import fastlora
 from fastlora import reference
 from fastlora.functional import gated_lora_linear, lora_linear
+from fastlora.ops.weights.frozen import FrozenWeight
 from fastlora.reference import GATES
 from fastlora_kernels.quant import kernels
 from tests.exactness import assert_as_exact
@@ -31,7 +32,7 @@ def make(dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[Tensor
     return tuple(tensors)
 
 
-def both_passes(op: Any, tensors: tuple[Tensor, ...], **options: Any) -> tuple[Tensor, ...]:
+def both_passes(op: Any, tensors: tuple[Any, ...], **options: Any) -> tuple[Tensor, ...]:
     """The output and the gradients of gate, up, lora_A and lora_B."""
     torch.manual_seed(1)
     y = op(*tensors, scaling=0.5, **options)
@@ -74,9 +75,14 @@ def test_a_quantised_weight_becomes_dense_only_where_gate_or_up_train(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gate, up, _, *layer = make(torch.float32)
-    weight, made = read(four_bit(N, K)), list[None]()
+    weight, made = read(four_bit(N, K)), list[torch.dtype]()
     dense = type(weight).dense
-    monkeypatch.setattr(type(weight), "dense", lambda *given: (made.append(None), dense(*given))[1])
+
+    def spy(weight: FrozenWeight, dtype: torch.dtype, *rows: slice) -> Tensor:
+        made.append(dtype)
+        return dense(weight, dtype, *rows)
+
+    monkeypatch.setattr(type(weight), "dense", spy)
     given: Any = (gate.detach(), up.detach(), weight, *layer)
     with fastlora.use_backend("torch"):
         gated_lora_linear(*given, scaling=0.5).sum().backward()
