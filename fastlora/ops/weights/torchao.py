@@ -89,14 +89,15 @@ class NF4Weight(FrozenWeight):
     def dense(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         """Rows of W ``[rows, K]``: as torchao computes them, in W's dtype, then in ``dtype``."""
         start, stop = self._span(rows)
-        first, end = start * self.shape[1], stop * self.shape[1]
-        packed = self.packed[first // 2 : end // 2]
+        count, first = (stop - start) * self.shape[1], start * self.shape[1]
+        # whole blocks: the last one may go on beyond these rows
+        blocks = slice(first // self.block_size, -(-(first + count) // self.block_size))
+        packed = self.packed[first // 2 : blocks.stop * self.block_size // 2]
         values: Tensor = self.table[torch.stack([packed >> 4, packed & 15], 1).view(-1).int()]
-        blocks = slice(first // self.block_size, end // self.block_size)
         factors = self.factor.repeat_interleave(self.scaler_block_size)[blocks]
         scalers = (self.scalers[blocks] / factors).to(self.table.dtype) + self.mean
         values.view(-1, self.block_size).mul_(scalers[:, None])
-        return values.view(stop - start, self.shape[1]).to(dtype)
+        return values[:count].view(stop - start, self.shape[1]).to(dtype)
 
 
 def read_nf4(weight: Any) -> FrozenWeight | str:
