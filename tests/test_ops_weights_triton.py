@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 pytest.importorskip("triton", reason="kernels need Triton; the other backends are tested without")
@@ -15,6 +16,7 @@ from fastlora.ops.decide import WITHOUT_PATHS
 from fastlora.ops.keep_mask import keep_probability
 from fastlora.ops.lora_linear import LoRALinearFunction, lora_linear
 from fastlora.ops.weights import dense_triton
+from fastlora.ops.weights import four_bit as four_bit_module
 from fastlora.ops.weights.four_bit import FourBitWeight
 from fastlora.ops.weights.frozen import is_made_dense_by_kernels
 from fastlora.ops.weights.scaled import ScaledWeight
@@ -69,11 +71,13 @@ def test_values_are_bitsandbytes_own(
     kernel_device: torch.device, launches: list[tuple[int, ...]],
 ) -> None:  # fmt: skip
     """All rows at once and each part alone."""
-    weight = read(four_bit(35, k, quant_type, nested=nested).to(kernel_device))
-    theirs = weight.dense(dtype) if kernel_device.type == "cpu" else None
+    layer = four_bit(35, k, quant_type, nested=nested)
+    # on a CPU by bitsandbytes' own op
+    theirs = read(layer).dense(dtype).to(kernel_device)
     assert launches == []
+    weight = read(layer.to(kernel_device))
     with fastlora.use_backend("triton"):
-        assert_rows_are(weight, lambda dtype: weight.dense(dtype) if theirs is None else theirs, dtype)
+        assert_rows_are(weight, lambda dtype: theirs, dtype)
     assert (35, k) in launches
 
 
@@ -144,6 +148,22 @@ def test_without_the_kernels_the_library_makes_it_dense(
         assert is_made_dense_by_kernels(kernel_device, torch.float32, kernels.MOST_ELEMENTS)
         assert not is_made_dense_by_kernels(kernel_device, torch.float32, kernels.MOST_ELEMENTS + 1)
     assert launches == []
+
+
+def test_a_fake_trace_leaves_nothing_behind(kernel_device: torch.device) -> None:
+    """The table of 16 is kept, and made anew where the weight itself is fake."""
+    layer = four_bit(16, 64)
+    expected = read(layer).dense(torch.float32).to(kernel_device)
+    weight = read(layer.to(kernel_device))
+    assert isinstance(weight, FourBitWeight)
+    four_bit_module._table.cache_clear()
+    with fastlora.use_backend("triton"):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.inference_mode():
+            fake = weight.rebuilt([mode.from_tensor(each) for each in weight.tensors], *weight.recipe())
+            for each in (weight, fake):
+                assert isinstance(each.dense(torch.float32), FakeTensor)
+        assert not weight.table.is_inference()
+        assert torch.equal(weight.dense(torch.float32), expected)
 
 
 def test_what_traces_a_call_sees_an_operator(kernel_device: torch.device) -> None:

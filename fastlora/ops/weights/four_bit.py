@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from fastlora.ops.weights.frozen import FrozenWeight, is_made_dense_by_kernels
 
@@ -66,6 +68,9 @@ class FourBitWeight(FrozenWeight):
     @property
     def table(self) -> Tensor:
         """The 16 values, float32, in the order of their codes, on the weight's device."""
+        if isinstance(self.packed, FakeTensor):
+            with self.packed.fake_mode:
+                return _new_table(self.quant_type, self.device)
         return _table(self.quant_type, self.device)
 
     def dense(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
@@ -147,6 +152,12 @@ def _absmax(weight: FourBitWeight, blocks: slice) -> Tensor:
 
 @functools.cache
 def _table(quant_type: str, device: torch.device) -> Tensor:
+    # it outlives whatever watches the call that first asks for it
+    with unset_fake_temporarily(), disable_proxy_modes_tracing(), torch.inference_mode(False):
+        return _new_table(quant_type, device)
+
+
+def _new_table(quant_type: str, device: torch.device) -> Tensor:
     table: Tensor = sys.modules["bitsandbytes"].functional.get_4bit_type(quant_type, device=device)
     return table
 
