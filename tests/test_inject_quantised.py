@@ -37,9 +37,9 @@ def test_the_life_of_an_adapted_model(caplog: pytest.LogCaptureFixture, tmp_path
         awake(layer)
     adapted = model(x)
     fastlora.merge_adapters(model)
-    size = (IN * IN + OUT * IN) * 2 / 2**20
+    size = (IN * IN + OUT * IN) * 4 / 2**20
     assert caplog.messages == [
-        f"2 quantised weights were merged into bfloat16 copies of {size:.1f} MiB; unmerge_adapters puts the "
+        f"2 quantised weights were merged into float32 copies of {size:.1f} MiB; unmerge_adapters puts the "
         "quantised ones back, requantise=True quantises the merged ones"
     ]
     fastlora.unmerge_adapters(model)
@@ -54,6 +54,10 @@ def test_the_life_of_an_adapted_model(caplog: pytest.LogCaptureFixture, tmp_path
     assert [type(m) for m in model.modules()] == kinds
     assert all(torch.equal(tensor, states[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(model(x), frozen)
+    fastlora.merge_adapters(other)
+    fastlora.remove_adapters(other)
+    assert type(other.second) is nn.Linear
+    torch.testing.assert_close(other(x), adapted)
 
 
 def test_adapters_in_the_format_of_peft(tmp_path: Path) -> None:

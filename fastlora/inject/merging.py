@@ -15,8 +15,8 @@ def merge_adapters(model: Model, *, requantise: bool = False) -> Model:
 
     While merged, ``state_dict()`` is the plain model's, which the plain model loads; an adapted one starts
     its updates afresh when it loads it. Tied weights that an update moves apart are logged as a warning.
-    A quantised weight is merged into a dense 16-bit copy, which is logged with its size; quantised again, it
-    would lose a good part of a small update.
+    A quantised weight is merged into a dense copy, in the dtype that it was quantised from if that is known,
+    which is logged with its size; quantised again, it would lose a good part of a small update.
 
     Args:
         model: An adapted model, changed in place.
@@ -85,7 +85,7 @@ def merged_apart(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _tell_quantised(layers: Iterable[LoRAModule]) -> None:
-    copies = [layer._weight() for layer in layers if layer._copied_in is not None]
+    copies = [layer._weight() for layer in layers if layer._copied]
     if copies:
         size = sum(copy.numel() * copy.itemsize for copy in copies) / 2**20
         logger.warning(

@@ -11,7 +11,8 @@ from fastlora._core.option_checks import check_flag, check_probability
 from fastlora.nn.lora.attend import attend, attention_mask, check_shapes
 from fastlora.nn.lora.base import LoRAModule
 from fastlora.nn.lora.checks import check_attention, check_packed
-from fastlora.nn.lora.linear import LoRALinear, describe, share_linear
+from fastlora.nn.lora.linear import LoRALinear, describe
+from fastlora.nn.lora.quantised import share_linear
 from fastlora.nn.settings import LoRAOptions, LoRASettings, lora_settings
 
 Attention = TypeVar("Attention", bound=nn.MultiheadAttention)

@@ -9,8 +9,9 @@ from fastlora.nn.lora.base import LoRAModule
 from fastlora.nn.lora.checks import check_wrappable
 from fastlora.nn.lora.conv import check_groups, convolve
 from fastlora.nn.lora.embedding import embed
-from fastlora.nn.lora.linear import describe, share_linear
-from fastlora.nn.lora.stored import is_dense, stored_weight
+from fastlora.nn.lora.linear import describe
+from fastlora.nn.lora.quantised import share_linear
+from fastlora.nn.lora.stored import stored_weight
 from fastlora.nn.settings import LoRASettings
 from fastlora.ops.weights.frozen import FrozenWeight
 from fastlora.ops.weights.repacking import keep_as_stored
@@ -96,11 +97,11 @@ class LoRALayer(LoRAModule):
     def to_base(self) -> nn.Linear | nn.Conv2d | nn.Embedding:
         """The original layer itself, with the update folded in if merged.
 
-        Merged into a quantised one it is a plain ``nn.Linear`` that shares weight and bias.
+        A dense copy of a quantised one's weight is in a plain ``nn.Linear``, with the bias in its dtype.
         """
         layer = self.original_layer
-        if self.merged and isinstance(layer, nn.Linear) and is_dense(layer):
-            return layer if type(layer).forward is nn.Linear.forward else share_linear(nn.Linear, layer)
+        if self._copied and isinstance(layer, nn.Linear):
+            return share_linear(nn.Linear, layer, cast=True)
         return layer
 
     def extra_repr(self) -> str:

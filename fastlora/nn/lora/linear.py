@@ -1,6 +1,6 @@
 """LoRA for ``nn.Linear``: a drop-in layer."""
 
-from typing import Self, TypeVar, Unpack
+from typing import Self, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -8,13 +8,11 @@ from torch import Tensor, nn
 from fastlora._core.option_checks import check_flag
 from fastlora.nn.lora.base import LoRAModule
 from fastlora.nn.lora.checks import check_plain
-from fastlora.nn.lora.quantised import lora_around, new_linear
+from fastlora.nn.lora.quantised import lora_around, new_linear, share_linear
 from fastlora.nn.lora.stored import stored_weight
 from fastlora.nn.settings import LoRAOptions, LoRASettings, lora_settings
 from fastlora.ops.weights.frozen import FrozenWeight
 from fastlora.ops.weights.repacking import keep_as_stored
-
-Linear = TypeVar("Linear", bound=nn.Linear)
 
 
 class LoRALinear(LoRAModule, nn.Linear):
@@ -126,7 +124,7 @@ class LoRALinear(LoRAModule, nn.Linear):
 
     def to_base(self) -> nn.Linear:
         """A plain ``nn.Linear`` sharing this layer's weight (folded in if merged) and bias."""
-        return share_linear(nn.Linear, self)
+        return share_linear(nn.Linear, self, cast=self._copied)
 
     def _stored(self) -> Tensor | FrozenWeight:
         return stored_weight(self, self._read_as)
@@ -141,10 +139,3 @@ def describe(layer: LoRAModule) -> str:
     text = f"rank={layer.rank}, alpha={layer.alpha:g}, lora_dropout={layer.lora_dropout:g}"
     flags = [name for name in ("rslora", "dora", "merged") if getattr(layer, name)]
     return text + "".join(f", {name}=True" for name in flags)
-
-
-def share_linear(kind: type[Linear], linear: nn.Linear) -> Linear:
-    """A plain layer of this kind that shares weight and bias of ``linear``."""
-    plain: Linear = new_linear(kind, linear)
-    plain.weight, plain.bias = linear.weight, linear.bias
-    return plain.train(linear.training)

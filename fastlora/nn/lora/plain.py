@@ -109,9 +109,11 @@ def _drop_update(layer: LoRAUpdate, state: dict[str, Any], prefix: str, *, keep:
         for name in ("weight", "bias"):
             if f"{prefix}original_layer.{name}" in state:
                 state[prefix + name] = state.pop(f"{prefix}original_layer.{name}")
-        # what a quantiser's layer writes beside a weight that is dense by now
         for name in [name for name in state if name.startswith(f"{prefix}original_layer.")]:
-            del state[name]
+            statistic = state.pop(name)
+            # a weight that is dense by now has none, a quantised one's have the names of its own layer
+            if not layer._copied:
+                state[prefix + name.removeprefix(f"{prefix}original_layer.")] = statistic
     metadata = getattr(state, "_metadata", None)
     if metadata is not None and not keep:
         metadata.setdefault(prefix[:-1], {})[_MARK] = True

@@ -1,12 +1,14 @@
 """LoRA beside a weight that another library quantised and that stays as it is stored."""
 
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from fastlora.nn.lora.stored import is_dense
 from fastlora.nn.lora.update import LoRAUpdate
+
+Linear = TypeVar("Linear", bound=nn.Linear)
 
 # where a module keeps what belongs to its class
 _TABLES = ("_parameters", "_buffers", "_load_state_dict_pre_hooks")
@@ -24,10 +26,10 @@ class QuantisedLayer(LoRAUpdate):
     def to_base(self) -> nn.Linear:
         """The quantiser's layer, sharing this one's weight; a plain ``nn.Linear`` while merged."""
         layer: Any = self
-        dense = is_dense(layer)
-        plain: nn.Linear = new_linear(nn.Linear if dense else self._read_as, layer)
-        if not dense:
-            take_over(plain, layer, self._taken)
+        if is_dense(layer):
+            return share_linear(nn.Linear, layer, cast=self._copied)
+        plain: nn.Linear = new_linear(self._read_as, layer)
+        take_over(plain, layer, self._taken)
         plain.weight, plain.bias = layer.weight, layer.bias
         return plain.train(self.training)
 
@@ -76,6 +78,21 @@ def new_linear(kind: Any, like: nn.Linear) -> Any:
     layer = kind.__new__(kind)
     nn.Linear.__init__(layer, like.in_features, like.out_features, like.bias is not None, device="meta")
     return layer
+
+
+def share_linear(kind: type[Linear], linear: nn.Linear, *, cast: bool = False) -> Linear:
+    """A plain layer of this kind that shares weight and bias of another.
+
+    Args:
+        kind: ``nn.Linear``, or a subclass that is made as it is.
+        linear: Has the weight.
+        cast: Whether a bias of another dtype than the weight's is copied into it, as a plain layer needs it.
+    """
+    plain: Linear = new_linear(kind, linear)
+    plain.weight, plain.bias = linear.weight, linear.bias
+    if cast and linear.bias is not None and linear.bias.dtype != linear.weight.dtype:
+        plain.bias = nn.Parameter(linear.bias.detach().to(linear.weight.dtype), linear.bias.requires_grad)
+    return plain.train(linear.training)
 
 
 def take_over(layer: nn.Module, source: nn.Module, names: dict[str, tuple[str, ...]]) -> None:

@@ -1,5 +1,6 @@
 """The weight of a linear layer as it is stored: its values, or what a quantiser made of them."""
 
+import copy
 from typing import Any, cast
 
 import torch
@@ -67,11 +68,36 @@ def requantised(weight: Any, dense: Tensor) -> nn.Parameter:
     return made
 
 
+def fresh_statistics(linear: Any, weight: Any) -> dict[str, Any]:
+    """The attributes in which bitsandbytes' layer keeps statistics of its weight, for another weight.
+
+    Args:
+        linear: A ``Linear4bit`` or ``Linear8bitLt``; it is not changed.
+        weight: :func:`requantised` just now.
+    """
+    if type(weight).__name__ == "Params4bit":
+        return {"quant_state": weight.quant_state}
+    state = copy.copy(linear.state)
+    # the first call takes the weight's
+    state.CB = state.SCB = None
+    return {"state": state}
+
+
 def can_requantise(weight: object) -> bool:
     """Whether :func:`requantised` knows this class of Parameters."""
     return type(weight).__name__ in ("Params4bit", "Int8Params")
 
 
-def merged_dtype(stored: FrozenWeight) -> torch.dtype:
-    """The 16 bits in which a merged weight stands in a quantised one's place."""
-    return torch.float16 if stored.compute_dtype == torch.float16 else torch.bfloat16
+def merged_dtype(linear: Any, stored: FrozenWeight) -> torch.dtype:
+    """What a merged weight stands in a quantised one's place in: the plain layer's dtype, if it is known.
+
+    Args:
+        linear: The quantised layer.
+        stored: Its weight.
+    """
+    weight = linear.weight
+    state = getattr(weight, "quant_state", None) or getattr(linear, "quant_state", None)
+    # bytes may be stored as floats; torchao's tensors have the dtype that they stand for
+    nominal = weight if state is None else state
+    dtypes = (nominal.dtype, getattr(linear.bias, "dtype", None), stored.compute_dtype)
+    return next((dtype for dtype in dtypes if dtype in FLOATING_DTYPES), torch.bfloat16)

@@ -1,8 +1,7 @@
 """The update of a frozen weight: its two matrices, and folding them into the weight and out again."""
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import torch
@@ -14,7 +13,7 @@ from fastlora.nn.lora.folding import fold
 from fastlora.nn.lora.layout import Layout, adapter_dtype, check_fit, layout_of, lora_parts
 from fastlora.nn.lora.norm_cache import NormCache
 from fastlora.nn.lora.start import take_start, with_start
-from fastlora.nn.lora.stored import can_requantise, merged_dtype, requantised
+from fastlora.nn.lora.stored import can_requantise, fresh_statistics, merged_dtype, requantised
 from fastlora.nn.settings import LoRASettings
 from fastlora.nn.tuner import TunerModule
 from fastlora.ops.runtime import in_dtype
@@ -42,8 +41,10 @@ class LoRAUpdate(TunerModule):
     # a tuple hides the Parameter from nn.Module, which would list it beside the merged one
     _weight_name: ClassVar[str] = "weight"
     _unmerged: tuple[nn.Parameter] | None = None
-    # of a dense copy of a quantised weight that stands there
-    _copied_in: torch.dtype | None = None
+    # whether a dense copy of a quantised weight stands there
+    _copied: bool = False
+    # attributes of the owner that a weight quantised again took over, as they were
+    _statistics: dict[str, Any] | None = None
     requantisation_error: float | None = None
 
     @property
@@ -79,7 +80,8 @@ class LoRAUpdate(TunerModule):
         :meth:`unmerge` and untouched, so a module that shares it keeps its values. A merged layer gives A and
         B no gradient. Merging twice changes nothing.
 
-        A quantised weight is merged into a copy in bfloat16, or float16 where its layer computes in that.
+        A quantised weight is merged into a dense copy, in the dtype that it was quantised from as far as its
+        library keeps that, else in the bias's or the layer's for products, else in bfloat16.
 
         Args:
             requantise: Quantise the merged weight again, as bitsandbytes' is that it stands for; what that
@@ -98,11 +100,11 @@ class LoRAUpdate(TunerModule):
         else:
             values = self._fold(stored.dense(torch.float32))
             if requantise:
-                self._set_weight(requantised(original, values))
-                self.requantisation_error = self._error_of(values)
+                self._requantise(original, values)
             else:
-                self._copied_in = merged_dtype(stored)
-                self._set_weight(nn.Parameter(values.to(self._copied_in), requires_grad=False))
+                copied = values.to(merged_dtype(self._weight_owner(), stored))
+                self._set_weight(nn.Parameter(copied, requires_grad=False))
+                self._copied = True
         self._unmerged = (original,)
 
     def check_mergeable(self, *, requantise: bool = False) -> None:
@@ -117,14 +119,16 @@ class LoRAUpdate(TunerModule):
         if requantise and isinstance(self._stored(), FrozenWeight) and not can_requantise(self._weight()):
             raise ValueError(
                 f"expected a weight of bitsandbytes to quantise again, got {type(self._weight()).__name__}; "
-                "merge with requantise=False, into a 16-bit copy"
+                "merge with requantise=False, into a dense copy"
             )
 
     def unmerge(self) -> None:
         """Put the original weight back: the same object, hence the same bits. Without a merge, nothing."""
         if self._unmerged is not None:
             self._set_weight(self._unmerged[0])
-            self._unmerged = self._copied_in = self.requantisation_error = None
+            vars(self._weight_owner()).update(self._statistics or {})
+            self._unmerged = self._statistics = self.requantisation_error = None
+            self._copied = False
 
     def to_base(self) -> nn.Module:
         """The plain layer, sharing this one's weight as it is now (folded in if merged), still frozen."""
@@ -180,9 +184,11 @@ class LoRAUpdate(TunerModule):
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """What a linear layer with this update computes, in the dtype that its quantiser's layer casts to."""
         weight, given = self._stored(), x.dtype
-        dtype = self._copied_in
+        dtype = None
         if isinstance(weight, FrozenWeight):
             dtype = weight.compute_dtype or given
+        elif self._copied:
+            dtype = weight.dtype
         if dtype is not None:
             x, bias = in_dtype(x, dtype), None if bias is None else in_dtype(bias, dtype)
         if not self.merged:
@@ -233,11 +239,16 @@ class LoRAUpdate(TunerModule):
         """The weight to compute with: its values, or as its quantiser stores them."""
         return self._weight()
 
-    def _error_of(self, values: Tensor) -> float:
-        """How far the weight that stands here is from these values, beside their size."""
-        stored = self._stored()
-        assert isinstance(stored, FrozenWeight)
-        return float((stored.dense(torch.float32) - values).norm() / values.norm())
+    def _requantise(self, original: nn.Parameter, values: Tensor) -> None:
+        """Put these values in the original's place, quantised as it is, and say what that costs."""
+        weight, owner = requantised(original, values), self._weight_owner()
+        fresh = fresh_statistics(owner, weight)
+        # others may share the layer's
+        self._statistics = {name: vars(owner)[name] for name in fresh}
+        vars(owner).update(fresh)
+        self._set_weight(weight)
+        stored: Any = self._stored()
+        self.requantisation_error = float((stored.dense(torch.float32) - values).norm() / values.norm())
 
     def _fold(self, weight: Tensor) -> Tensor:
         """A weight in this one's place with the update in it."""
@@ -274,23 +285,16 @@ class LoRAUpdate(TunerModule):
     def _set_weight(self, weight: nn.Parameter) -> None:
         setattr(self._weight_owner(), self._weight_name, weight)
 
-    @contextlib.contextmanager
-    def _original_in_place(self) -> Iterator[None]:
-        if self._unmerged is None:
-            yield
-            return
-        merged = self._weight()
-        self._set_weight(self._unmerged[0])
-        try:
-            yield
-        finally:
-            self._unmerged = (self._weight(),)
-            self._set_weight(merged)
-
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        # the original moves as the Parameter it is, so that it stays shared with whoever else holds it
-        with self._original_in_place():
+        listed = self._weight_owner()._parameters
+        # both move as the Parameters they are: a quantised one keeps its class and its statistics, and the
+        # original stays shared with whoever else holds it
+        if self._unmerged is not None:
+            listed["unmerged"] = self._unmerged[0]
+        try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.merged:
-            self._set_weight(nn.Parameter(fn(self._weight().data), requires_grad=False))
+        finally:
+            original = listed.pop("unmerged", None)
+            if original is not None:
+                self._unmerged = (original,)
         return self
