@@ -17,6 +17,7 @@ from fastlora.anatomy.names import (
     unwrap,
 )
 from fastlora.anatomy.targets import ALL_LINEAR, select_targets
+from fastlora.inject.merged_config import forget_merged
 from fastlora.inject.merging import merged_apart
 from fastlora.inject.prompts import follow_blocks
 from fastlora.inject.trained import forget_tuners, train_only_tuners
@@ -123,7 +124,7 @@ def remove_adapters(model: Model) -> Model:
     A LoRA layer is replaced by a plain one that shares its weight as it is now: after :func:`merge_adapters`
     this is PEFT's ``merge_and_unload``, otherwise its ``unload``. A module with a bottleneck adapter stands
     where it stood before, the same object. Parameters stay frozen; hooks on replaced layers are not carried
-    over.
+    over. The config of a Hugging Face model forgets quantised weights that were merged into dense copies.
 
     Args:
         model: An adapted model, changed in place.
@@ -154,6 +155,7 @@ def remove_adapters(model: Model) -> Model:
     if getattr(config, "tie_word_embeddings", False) and merged_apart(root):
         # or from_pretrained would tie what no longer is
         config.tie_word_embeddings = False
+    forget_merged(root)
     replace_modules(root, {layer: layer.to_base() for layer in here.layers.values()})
     originals: dict[nn.Module, nn.Module] = {place: place.original_module for place in here.places.values()}
     replace_modules(root, originals)

@@ -14,6 +14,7 @@ from torch import nn
 
 from fastlora._core.log import logger
 from fastlora.anatomy.names import Added, added, clean_name, holds_tuner
+from fastlora.inject.merged_config import merged_config
 from fastlora.nn import LoRAModule
 from fastlora.nn.lora.plain import can_fold, fold_state, plain_states
 
@@ -67,7 +68,7 @@ def _save(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             type(model).__name__,
             ", A and B beside them as lora_merged.*" if keep else "",
         )
-    with plain_states(keep_updates=keep), untied_config(model):
+    with plain_states(keep_updates=keep), untied_config(model), merged_config(model):
         return save(*call.args, **call.kwargs)
 
 
