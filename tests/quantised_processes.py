@@ -20,6 +20,8 @@ from tests.quantised import four_bit
 STEPS, BATCH = 3, 8
 # how bytes are stored, and whether they are sharded; torch 2.11 shards floats alone
 CASES = {"bytes": (torch.uint8, True), "whole bytes": (torch.uint8, False), "floats": (torch.bfloat16, True)}
+# pairs of bytes that are NaN as floats, as bfloat16 of a kind that arithmetic makes another of
+NANS = torch.tensor([0x81, 0x7F, 0x91, 0xFF], dtype=torch.uint8)
 REFUSED_BY_TORCH = "only Tensors of floating point dtype can require gradients"
 PLACES = ("0", "2")
 
@@ -29,6 +31,8 @@ def make(kind: str, storage: torch.dtype) -> Any:
     torch.manual_seed(0)
     settings: dict[str, Any] = {"compute_dtype": torch.float32, "quant_storage": storage}
     net = nn.Sequential(four_bit(30, 34, **settings), nn.Tanh(), four_bit(6, 30, **settings))
+    for place in PLACES:
+        hold_nans(net.get_submodule(place).weight)
     if kind == "ours":
         model: Any = fastlora.apply_lora(net, rank=3, alpha=3)
     else:
@@ -37,6 +41,15 @@ def make(kind: str, storage: torch.dtype) -> Any:
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.2)
     return model
+
+
+def hold_nans(weight: Any) -> None:
+    """Write bytes into both ends of a packed weight that are NaN where they are stored as floats."""
+    packed = weight.data.view(torch.uint8).view(-1)
+    for end in (packed[: 4 * len(NANS)], packed[-4 * len(NANS) :]):
+        end.copy_(NANS.repeat(4))
+    if weight.is_floating_point():
+        assert weight.isnan().sum() >= 16
 
 
 def layers(model: Any) -> list[nn.Module]:

@@ -13,7 +13,7 @@ from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, q
 
 from fastlora.interop._peft_fused import Fused
 from tests.peft_twins import awake
-from tests.quantised import four_bit
+from tests.quantised import four_bit, to_nf4
 
 IN, OUT = 128, 96
 
@@ -50,6 +50,13 @@ def torchao(dtype: torch.dtype, config: Any) -> Any:
     return holder[0]
 
 
+def torchao_nf4(dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.Linear(IN, OUT).to(dtype)
+    layer.weight = nn.Parameter(to_nf4(layer.weight.detach(), 64, 32), requires_grad=False)
+    return layer
+
+
 BASES: dict[str, Callable[[torch.dtype], nn.Module]] = {
     "nf4": lambda dtype: Net(nf4(dtype), "4bit"),
     "fp4": lambda dtype: Net(nf4(dtype, "fp4", nested=False), "4bit"),
@@ -58,6 +65,7 @@ BASES: dict[str, Callable[[torch.dtype], nn.Module]] = {
     "int8 in a plain module": lambda dtype: Net(int8(dtype)),
     "torchao int8": lambda dtype: Net(torchao(dtype, Int8WeightOnlyConfig(version=2))),
     "torchao float8": lambda dtype: Net(torchao(dtype, Float8WeightOnlyConfig())),
+    "torchao nf4": lambda dtype: Net(torchao_nf4(dtype)),
 }
 # backward orders its sums in another way; a rounding error of the eager path is allowed this often
 FACTOR = 2.0
@@ -77,6 +85,12 @@ def lora_layer(model: Any) -> Any:
     return model.base_model.model.layer
 
 
+def twin(model: Any) -> Any:
+    """A copy; it shares an ``NF4Tensor``, whose own copies are quantised again, in other blocks."""
+    weight = lora_layer(model).base_layer.weight
+    return copy.deepcopy(model, {id(weight): weight} if hasattr(weight, "get_original_weight") else {})
+
+
 def exact_model(model: Any) -> Any:
     """The model in float64, its frozen weight as its library dequantises it."""
     base = lora_layer(model).base_layer
@@ -85,11 +99,13 @@ def exact_model(model: Any) -> Any:
         values = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
     elif isinstance(weight, Int8Params):
         values = weight.data * (base.state.SCB if weight.SCB is None else weight.SCB)[:, None] / 127
+    elif hasattr(weight, "get_original_weight"):
+        values = weight.get_original_weight()
     else:
         values = weight.dequantize()
     linear = nn.Linear(IN, OUT).double()
     linear.load_state_dict({"weight": values.double(), "bias": base.bias.double()})
-    exact = copy.deepcopy(model)
+    exact = twin(model)
     lora_layer(exact).base_layer = linear.requires_grad_(False)
     return exact.double()
 

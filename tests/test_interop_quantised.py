@@ -31,6 +31,7 @@ from tests.quantised_twins import (
     nf4,
     peft_model,
     run,
+    twin,
 )
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -47,18 +48,18 @@ def test_outputs_and_gradients_are_those_of_peft(base: str, config: str, dtype: 
     # PEFT has no bias of LoRA's there
     settings = {} if base.startswith("torchao") and config == "bias" else CONFIGS[config]
     eager = peft_model(base, dtype, **settings)
-    model = fastlora.accelerate(copy.deepcopy(eager))
+    model = fastlora.accelerate(twin(eager))
     x = inputs(dtype)
     assert is_fused(model, x)
     assert_as_good(run(model, x), run(eager, x), run(exact_model(eager), x.double()))
 
 
-@pytest.mark.parametrize("base", ["nf4", "int8", "torchao int8", "torchao float8"])
+@pytest.mark.parametrize("base", ["nf4", "int8", "torchao int8", "torchao float8", "torchao nf4"])
 @pytest.mark.parametrize("x", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast(base: str, x: torch.dtype) -> None:
     """Layers of a model that ``prepare_model_for_kbit_training`` prepared are given float32."""
     eager = peft_model(base, torch.bfloat16)
-    model = fastlora.accelerate(copy.deepcopy(eager))
+    model = fastlora.accelerate(twin(eager))
     exact = run(exact_model(eager), inputs(x).double())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         # others compute in x's dtype, or in autocast's
@@ -92,7 +93,7 @@ def test_dropout_and_two_adapters(base: str) -> None:
     model = peft_model(base, torch.float32, lora_dropout=0.5)
     model.add_adapter("b", LoraConfig(r=3, target_modules=["layer"]))
     awake(model).base_model.set_adapter(["default", "b"])
-    eager = copy.deepcopy(model)
+    eager = twin(model)
     fastlora.accelerate(model)
     assert is_fused(model, inputs())
     found = run(model, inputs())
@@ -102,7 +103,7 @@ def test_dropout_and_two_adapters(base: str) -> None:
     assert_as_good(run(model, inputs()), run(eager, inputs()), run(exact_model(eager), inputs().double()))
 
 
-@pytest.mark.parametrize("base", ["nf4", "int8", "torchao int8", "torchao float8"])
+@pytest.mark.parametrize("base", ["nf4", "int8", "torchao int8", "torchao float8", "torchao nf4"])
 def test_compiled_without_a_graph_break(base: str) -> None:
     model = fastlora.accelerate(peft_model(base, torch.float32))
     expected = run(model, inputs())

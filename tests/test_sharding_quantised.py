@@ -23,7 +23,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
 @pytest.mark.parametrize("kind", ["ours", "peft"])
 def test_two_processes_learn_what_one_does(kind: str, case: str, found: Found) -> None:
     expected, by_two = train(make(kind, CASES[case][0])), found[f"{kind} {case}"]
-    if case == "bytes" and isinstance(by_two, str):
+    if case == "bytes" and torch.__version__.startswith("2.11."):
         assert by_two == REFUSED_BY_TORCH
         return
     assert by_two.keys() == expected.keys()
