@@ -5,6 +5,14 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+from compressed_tensors.compressors.base import compress_module
+from compressed_tensors.config import CompressionFormat
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    apply_quantization_config,
+)
 from torch import Tensor, nn
 
 from fastlora import reference
@@ -28,6 +36,23 @@ def four_bit(
 def llm_int8(n: int, k: int) -> Any:
     layer: Any = Linear8bitLt(k, n, has_fp16_weights=False)
     return layer.to("cpu")
+
+
+def compressed(n: int, k: int, dtype: torch.dtype = torch.bfloat16, **arguments: Any) -> Any:
+    """A linear layer of this dtype that compressed-tensors has compressed."""
+    model = nn.Sequential(nn.Linear(k, n, dtype=dtype))
+    weights = QuantizationArgs(num_bits=8, **arguments)
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    apply_quantization_config(model, QuantizationConfig(config_groups={"all": scheme}))
+    layer: Any = model[0]
+    largest = 448 if weights.type == "float" else 127
+    with torch.no_grad():
+        layer.weight_scale.copy_(
+            layer.weight.abs().max() * (1 + torch.rand(layer.weight_scale.shape)) / largest
+        )
+    # weights alone would be packed into words
+    compress_module(layer, CompressionFormat(f"{arguments['type']}-quantized"))
+    return layer
 
 
 def to_nf4(values: Tensor, block_size: int, scaler_block_size: int) -> Any:

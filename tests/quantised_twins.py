@@ -72,8 +72,12 @@ FACTOR = 2.0
 
 
 def peft_model(base: str, dtype: torch.dtype, **settings: Any) -> Any:
+    return peft_around(BASES[base](dtype), **settings)
+
+
+def peft_around(net: Any, **settings: Any) -> Any:
     config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["layer"], **settings})
-    model = awake(get_peft_model(BASES[base](dtype), config))
+    model = awake(get_peft_model(net, config))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             # values that bfloat16 holds, to which A and B go
@@ -102,7 +106,7 @@ def exact_model(model: Any) -> Any:
     elif hasattr(weight, "get_original_weight"):
         values = weight.get_original_weight()
     else:
-        values = weight.dequantize()
+        values = weight if type(weight) is nn.Parameter else weight.dequantize()
     linear = nn.Linear(IN, OUT).double()
     linear.load_state_dict({"weight": values.double(), "bias": base.bias.double()})
     exact = twin(model)

@@ -9,6 +9,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+from compressed_tensors.compressors.base import decompress_module
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
@@ -17,7 +18,7 @@ from transformers.integrations.finegrained_fp8 import FP8Linear
 import fastlora
 from fastlora.interop._peft_fused import Fused
 from tests.peft_twins import assert_equal_runs, awake
-from tests.quantised import read
+from tests.quantised import compressed, read
 from tests.quantised_twins import (
     BASES,
     IN,
@@ -29,6 +30,7 @@ from tests.quantised_twins import (
     is_fused,
     lora_layer,
     nf4,
+    peft_around,
     peft_model,
     run,
     twin,
@@ -128,6 +130,25 @@ def test_fp8_layers_of_transformers_train_on_a_cpu(blocks: tuple[int, int] | Non
     fastlora.accelerate(model)
     assert is_fused(model, inputs())
     assert_equal_runs(run(model, inputs()), run(eager, inputs()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["int", "float"])
+def test_layers_that_compressed_tensors_compressed(
+    kind: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PEFT's can't be called until they are decompressed."""
+    eager = peft_around(Net(compressed(OUT, IN, dtype, type=kind, strategy="channel")))
+    model = fastlora.accelerate(copy.deepcopy(eager))
+    decompress_module(lora_layer(eager).base_layer)
+    x = inputs(dtype)
+    assert is_fused(model, x)
+    assert_as_good(run(model, x), run(eager, x), run(exact_model(eager), x.double()))
+    decompress_module(lora_layer(model).base_layer)
+    assert not is_fused(model, x)
+    assert_equal_runs(run(model, x), run(eager, x), exactly=True)
+    fastlora.accelerate(model)
+    assert "left to PEFT: 1 lora.Linear on layer of compressed-tensors that is decompressed" in caplog.text
 
 
 @pytest.mark.parametrize("bits", [4, 8])

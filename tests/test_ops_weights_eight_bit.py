@@ -6,21 +6,13 @@ import pytest
 import torch
 from bitsandbytes.autograd._functions import MatMul8bitFp
 from bitsandbytes.nn.modules import Linear8bitLt
-from compressed_tensors.compressors.base import compress_module
-from compressed_tensors.config import CompressionFormat
-from compressed_tensors.quantization import (
-    QuantizationArgs,
-    QuantizationConfig,
-    QuantizationScheme,
-    apply_quantization_config,
-)
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 from torch import Tensor, nn
 from transformers.integrations.compressed_tensors import CompressedTensorsFP8Linear
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, FP8Linear
 
 from fastlora.ops.weights.read import frozen_weight
-from tests.quantised import DTYPES, assert_as_exact_as_dense, assert_rows_are, llm_int8, read
+from tests.quantised import DTYPES, assert_as_exact_as_dense, assert_rows_are, compressed, llm_int8, read
 
 
 def fp8(n: int, k: int, block: tuple[int, int] | None, scale_fmt: str = "float") -> Any:
@@ -29,23 +21,6 @@ def fp8(n: int, k: int, block: tuple[int, int] | None, scale_fmt: str = "float")
     layer.weight.data = torch.randn(n, k).mul_(100).clamp_(-448, 448).to(torch.float8_e4m3fn)
     scale = torch.rand(layer.weight_scale_inv.shape).add_(0.1).mul_(0.01)
     layer.weight_scale_inv.data = scale.to(layer.weight_scale_inv.dtype)
-    return layer
-
-
-def compressed(n: int, k: int, dtype: torch.dtype = torch.bfloat16, **arguments: Any) -> Any:
-    """A linear layer of this dtype that compressed-tensors has compressed."""
-    model = nn.Sequential(nn.Linear(k, n, dtype=dtype))
-    weights = QuantizationArgs(num_bits=8, **arguments)
-    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
-    apply_quantization_config(model, QuantizationConfig(config_groups={"all": scheme}))
-    layer: Any = model[0]
-    largest = 448 if weights.type == "float" else 127
-    with torch.no_grad():
-        layer.weight_scale.copy_(
-            layer.weight.abs().max() * (1 + torch.rand(layer.weight_scale.shape)) / largest
-        )
-    # weights alone would be packed into words
-    compress_module(layer, CompressionFormat(f"{arguments['type']}-quantized"))
     return layer
 
 

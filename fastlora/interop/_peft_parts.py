@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastlora._core.checks import FLOATING_DTYPES
 from fastlora.ops.weights.frozen import FrozenWeight
-from fastlora.ops.weights.read import frozen_weight
+from fastlora.ops.weights.read import frozen_weight, is_compressed
 
 # types of tensors that are their values: no quantised, sharded, nested or masked ones
 PLAIN: frozenset[type] = frozenset({Tensor, nn.Parameter})
@@ -81,18 +81,19 @@ def read(layer: Any, names: Collection[str], *, accepted: Collection[type] = PLA
 
 def _base(module: Any, accepted: Collection[type]) -> _Base | str:
     """Weight and bias of the base layer, the weight dense or as its quantiser stores it."""
-    stored = module._parameters.get("weight")
+    stored, compressed = module._parameters.get("weight"), is_compressed(module)
     # FSDP1's are no parameters
-    if type(module) is nn.Linear and (stored is None or type(stored) in accepted):
+    if type(module) is nn.Linear and not compressed and (stored is None or type(stored) in accepted):
         return _linear("base_layer", module, accepted)
     weight = frozen_weight(module)
     if isinstance(weight, str):
-        return _linear("base_layer", module, accepted) if type(module) is nn.Linear else f"on {weight}"
+        plain = type(module) is nn.Linear and not compressed
+        return _linear("base_layer", module, accepted) if plain else f"on {weight}"
     kind = type(module)
     if kind not in _QUANTISED:
         _QUANTISED[kind] = kind.forward
     bias = module.bias
-    reason = _changed("base_layer", module, _QUANTISED)
+    reason = _changed("base_layer", module, _QUANTISED, own_forward=compressed)
     if reason is None and bias is not None:
         reason = _strange("base_layer", bias, accepted)
     return reason or (weight, bias)
@@ -160,12 +161,12 @@ def _linear(part: str, module: Any, accepted: Collection[type]) -> _Found | str:
     return reason or (weight, bias)
 
 
-def _changed(part: str, module: nn.Module, kinds: _Kinds) -> str | None:
-    """What would notice that a module is not called."""
+def _changed(part: str, module: nn.Module, kinds: _Kinds, *, own_forward: bool = False) -> str | None:
+    """What would notice that a module is not called; ``own_forward``: its own one is its quantiser's."""
     kind, own = type(module), module.__dict__
     if kinds.get(kind) is not kind.forward:
         return f"{kind.__name__} as {part}"
-    if "forward" in own:
+    if "forward" in own and not own_forward:
         return f"a forward of its own in {part}"
     if (
         own["_forward_hooks"]

@@ -36,7 +36,8 @@ def frozen_weight(layer: nn.Module, read_as: type[nn.Module] | None = None) -> F
     """The weight of a quantised linear layer, as it is stored now, or why the layer is not understood.
 
     Nothing is kept of a layer, so it is free to move, to be loaded again or to go: its weight is read anew on
-    every call, in about ten microseconds. Hooks, and a forward that this layer alone has, are not looked at.
+    every call, in about ten microseconds. Hooks, and a forward that this layer alone has, are not looked at;
+    :func:`is_compressed` knows the one that a quantiser puts there.
 
     Args:
         layer: bitsandbytes' ``Linear4bit`` and ``Linear8bitLt``, transformers' ``FP8Linear`` and
@@ -75,7 +76,7 @@ def _unknown(why: str) -> Reader:
 
 
 def _read_linear(layer: nn.Module) -> FrozenWeight | str:
-    if _compressed(layer):
+    if is_compressed(layer):
         return read_compressed(layer)
     weight = type(layer._parameters.get("weight"))
     read = _TENSORS.get(weight.__name__) if weight.__module__.split(".")[0] == "torchao" else None
@@ -84,7 +85,14 @@ def _read_linear(layer: nn.Module) -> FrozenWeight | str:
     return read(layer._parameters["weight"])
 
 
-def _compressed(layer: nn.Module) -> bool:
-    """Whether its call is compressed-tensors' own."""
-    function = getattr(layer.__dict__.get("forward"), "__func__", None)
+def is_compressed(layer: nn.Module) -> bool:
+    """Whether the forward that this layer alone has is compressed-tensors' own.
+
+    Args:
+        layer: Any layer.
+    """
+    own = layer.__dict__.get("forward")
+    if own is None:
+        return False
+    function = getattr(own, "__func__", None)
     return str(getattr(function, "__globals__", {}).get("__name__")).startswith("compressed_tensors.")
