@@ -21,7 +21,7 @@ from fastlora_kernels.choose.paths import Pass
 from fastlora_kernels.choose.tuned import Choice
 from fastlora_kernels.compiled import tile_text
 from tests.launch.calls import Backward, Case, Work, adapter, lora, measured, module
-from tests.launch.quantised import quantised
+from tests.launch.quantised_calls import quantised
 from tests.launch.stage import DEVICE
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
