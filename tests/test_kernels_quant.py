@@ -147,7 +147,9 @@ def test_rows_that_fit_the_workspace(columns: int, itemsize: int, step: int, row
     assert kernels.most_rows(columns, itemsize, step) == rows
 
 
-@pytest.mark.parametrize("kernel", kernels.KERNELS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize(
+    "kernel", [kernels.DEQUANTISE_4BIT, kernels.DEQUANTISE_8BIT], ids=lambda kernel: kernel.name
+)
 def test_one_tile_for_every_gpu(kernel: Kernel) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         chosen = {

@@ -12,13 +12,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 pytest.importorskip("triton", reason="kernels need Triton; the other backends are tested without")
 
 import fastlora
+from fastlora.ops import kernel_paths
 from fastlora.ops.decide import WITHOUT_PATHS
 from fastlora.ops.keep_mask import keep_probability
 from fastlora.ops.lora_linear import LoRALinearFunction, lora_linear
-from fastlora.ops.weights import dense_triton
+from fastlora.ops.weights import decode_triton, dense_triton
 from fastlora.ops.weights import four_bit as four_bit_module
 from fastlora.ops.weights.four_bit import FourBitWeight
-from fastlora.ops.weights.frozen import is_made_dense_by_kernels
+from fastlora.ops.weights.frozen import FrozenWeight, is_made_dense_by_kernels
 from fastlora.ops.weights.scaled import ScaledWeight
 from fastlora_kernels.quant import kernels
 from tests.lora_yardstick import (
@@ -179,3 +180,85 @@ def test_what_traces_a_call_sees_an_operator(kernel_device: torch.device) -> Non
         other = torch.randn(3, 64, device=kernel_device)
         assert torch.equal(traced(other), call(other))
     assert "ops.fastlora.dense_four_bit" in traced.code
+
+
+@pytest.fixture
+def decoding(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of y that the kernel which decodes has filled, where all calls are told that it is fastest."""
+    seen: list[tuple[int, ...]] = []
+    fill = decode_triton._forward
+
+    def watched(*tensors: Tensor, **settings: Any) -> None:
+        seen.append(tuple(tensors[-1].shape))
+        fill(*tensors, **settings)
+
+    monkeypatch.setattr(decode_triton, "_forward", watched)
+    monkeypatch.setattr(kernel_paths, "decodes", lambda *_, dropping: not dropping)
+    return seen
+
+
+@pytest.mark.parametrize(("quant_type", "blocksize", "nested"), [
+    ("nf4", 64, True), ("nf4", 128, False), ("fp4", 64, True),
+])  # fmt: skip
+def test_a_call_that_decodes_errs_no_more_than_eager(
+    quant_type: str, blocksize: int, nested: bool, dtype: torch.dtype, kernel_device: torch.device,
+    decoding: list[tuple[int, ...]], launches: list[tuple[int, ...]],
+) -> None:  # fmt: skip
+    """Nothing is dense forward; backward makes the weight dense as ever."""
+    n, k = 48, 256
+    weight = read(four_bit(n, k, quant_type, blocksize, nested=nested).to(kernel_device))
+    case = make_case(33, n, k, 8, dtype, device=kernel_device)
+
+    def forward(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        y = lora_linear(x, weight, case.bias, a, b, scaling=case.scaling)
+        assert launches == []
+        return y
+
+    with fastlora.use_backend("triton"):
+        got = outputs_and_gradients(forward, case)
+        assert (decoding, launches) == ([(33, n)], [(n, k)])
+        case.weight = weight.dense(dtype)
+    assert_as_exact_as_eager(got, case)
+
+
+@pytest.mark.parametrize("rows", [(), (5,), (2, 3), (0,)], ids=str)
+def test_a_call_that_decodes_takes_any_rows(
+    rows: tuple[int, ...], kernel_device: torch.device, decoding: list[tuple[int, ...]]
+) -> None:
+    weight = read(four_bit(16, 64).to(kernel_device))
+    x = torch.randn(*rows, 64, device=kernel_device)
+    a, b = torch.randn(2, 64, device=kernel_device), torch.randn(16, 2, device=kernel_device)
+    with fastlora.use_backend("triton"):
+        y = lora_linear(x, weight, None, a, b, scaling=1.0)
+        dense = lora_linear(x, weight.dense(x.dtype), None, a, b, scaling=1.0)
+    assert decoding == [(x.shape[:-1].numel(), 16)]
+    torch.testing.assert_close(y, dense)
+
+
+def test_what_can_not_be_decoded_becomes_dense(
+    kernel_device: torch.device, decoding: list[tuple[int, ...]], launches: list[tuple[int, ...]]
+) -> None:
+    """Blocks over the ends of rows, shorter ones, other groups; rows that lie askew; dropout; a trace."""
+
+    def call(weight: FrozenWeight, x: Tensor, dropout: float = 0.0) -> Tensor:
+        n, k = weight.shape
+        a, b = torch.ones(2, k, device=x.device), torch.ones(n, 2, device=x.device)
+        return lora_linear(x, weight, None, a, b, scaling=1.0, dropout=dropout)
+
+    def rows(k: int) -> Tensor:
+        return torch.randn(3, k, device=kernel_device)
+
+    weight = read(four_bit(16, 64).to(kernel_device))
+    other = read(four_bit(16, 64).to(kernel_device))
+    assert isinstance(other, FourBitWeight)
+    assert other.nested is not None
+    with fastlora.use_backend("triton"):
+        call(read(four_bit(16, 96).to(kernel_device)), rows(96))
+        call(read(four_bit(16, 64, blocksize=32).to(kernel_device)), rows(64))
+        call(weight, rows(65)[:, 1:])
+        call(weight, rows(64), dropout=0.5)
+        make_fx(lambda x: call(weight, x))(rows(64))
+        assert len(launches) == 5
+        other.nested = other.nested._replace(blocksize=128)
+        call(other, rows(64))
+    assert decoding == []

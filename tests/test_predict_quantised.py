@@ -1,12 +1,14 @@
 """What calls over quantised weights are predicted to cost."""
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from fastlora_kernels.choose.explain import Explanation, explain
-from fastlora_kernels.choose.quantised import Stored, stored_bytes
+from fastlora_kernels.choose.paths import DECODE, Pass
+from fastlora_kernels.choose.quantised import Stored, decodes, stored_bytes
 from fastlora_kernels.predict.launches import Launch
 from fastlora_kernels.targets import CARDS, DEFAULT, Target
 from fastlora_kernels.tile import Shape
@@ -61,6 +63,55 @@ def test_stored_bytes_are_those_of_bitsandbytes(k: int) -> None:
     # the table of 16 is shared by all
     stored = sum(tensor.numel() * tensor.element_size() for tensor in read(four_bit(35, k)).tensors)
     assert stored_bytes("nf4", 35, k) == stored + 64
+
+
+@pytest.mark.parametrize(
+    ("card", "rows", "decoded"),
+    [
+        ("H100", 1, True), ("H100", 16, True), ("H100", 64, False), ("RTX 4090", 128, True),
+        ("RTX 4090", 256, True), ("MI300X", 4, True),
+    ],
+)  # fmt: skip
+def test_few_rows_are_multiplied_by_what_is_decoded_on_the_way(card: str, rows: int, decoded: bool) -> None:
+    """Forward, in one launch; backward makes the weight dense."""
+    shape, target = replace(LAYER, m=rows), CARDS[card]
+    found = explain("lora_linear", shape, torch.bfloat16, target, weight="nf4")
+    assert decodes(shape, torch.bfloat16, target, dropping=False) == (found.forward.path == DECODE) == decoded
+    assert len(dequantised(found.backward.launches)) == 1
+    (mine,) = (
+        each
+        for each in [found.forward, *found.rejected["forward"]]
+        if each.path == DECODE and not each.refused
+    )
+    (launch,) = mine.launches
+    assert launch.name == "lora_forward_4bit"
+    # x may be read more than once; the weight is, as it is stored
+    x, y = 2 * rows * 4096, 2 * rows * 4096
+    assert stored_bytes("nf4", 4096, 4096) + x + y <= launch.bytes < DENSE_BYTES / 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "dropout", "why"),
+    [
+        (Shape(65, 4096, 4096, 16), 0.0, "above 64 rows it decodes the weight too often"),
+        (Shape(16, 4096, 4096, 16), 0.1, "dropout inside the main loop would stall it"),
+        (Shape(16, 4096, 4080, 16), 0.0, "rows that are no multiple of 64 long end within a block"),
+        (Shape(16, 4096, 4096, 80), 0.0, "its registers hold ranks up to 64"),
+        (Shape(16, 4090, 4096, 16, aligned=False), 0.0, "rows that are no multiple of 16 long"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_why_a_call_does_not_decode(shape: Shape, dropout: float, why: str) -> None:
+    found = explain("lora_linear", shape, torch.bfloat16, H100, dropout=dropout, weight="nf4")
+    for part in get_args(Pass):
+        (mine,) = (each for each in found.rejected[part] if each.path == DECODE)
+        assert mine.refused
+        assert part == "backward" or why in mine.refused
+    assert not decodes(shape, torch.bfloat16, H100, dropping=dropout > 0)
+
+
+def test_no_rows_are_not_decoded() -> None:
+    assert not decodes(replace(LAYER, m=0), torch.bfloat16, H100, dropping=False)
 
 
 def test_a_weight_beyond_the_workspace_comes_in_parts() -> None:

@@ -74,6 +74,7 @@ def decide_lora(
     dora: bool = False,
     training: bool = True,
     quantised: bool = False,
+    decodable: bool = False,
     in_graph: bool = False,
 ) -> Decision:
     """How a call of LoRA's or DoRA's linear op is computed.
@@ -87,6 +88,7 @@ def decide_lora(
         dora: Whether every output is multiplied by a factor.
         training: Whether the layer trains.
         quantised: Whether the weight becomes dense for this call; the eager formula would keep it so.
+        decodable: Whether the forward pass can read the quantised weight as it is.
         in_graph: Whether to decide as for a CUDA graph, while none is made.
 
     Raises:
@@ -118,7 +120,10 @@ def decide_lora(
     call: Any = {"dropping": dropping, "in_graph": in_graph}
     if eager and kernel_paths.prefers_eager(shape, dtype, x.device, **call):
         return WITHOUT_PATHS["reference"]
-    forward = kernel_paths.choose("forward", shape, dtype, x.device, dora=dora, **call)
+    if decodable and kernel_paths.decodes(shape, dtype, x.device, dropping=dropping):
+        forward = kernel_paths.DECODING
+    else:
+        forward = kernel_paths.choose("forward", shape, dtype, x.device, dora=dora, **call)
     # by then the factor is taken off the gradient
     backward = kernel_paths.choose("backward", shape, dtype, x.device, **call)
     return Decision("triton", Paths(shape, forward, backward, in_graph))

@@ -5,10 +5,12 @@ import torch
 from fastlora._core import backend
 from fastlora.ops import tuned_file
 from fastlora_kernels import targets
-from fastlora_kernels.choose import paths, tuned
-from fastlora_kernels.choose.paths import Pass
+from fastlora_kernels.choose import paths, quantised, tuned
+from fastlora_kernels.choose.paths import DECODE, Pass
 from fastlora_kernels.choose.tuned import Choice, Winners
 from fastlora_kernels.tile import Shape
+
+DECODING = Choice(DECODE)
 
 
 # constants to torch.compile, which can't trace a GPU's properties; nor does it take a shape as an argument
@@ -38,6 +40,11 @@ def prefers_eager(
 def prefers_library(shape: Shape, dtype: torch.dtype, device: torch.device, *, dropping: bool) -> bool:
     """Whether library products are predicted to be the fastest for this call of an adapter."""
     return paths.choose_adapter_path(shape, dtype, targets.detect(device), dropping=dropping) == "library"
+
+
+def decodes(shape: Shape, dtype: torch.dtype, device: torch.device, *, dropping: bool) -> bool:
+    """Whether decoding a 4-bit weight in the forward pass's loop is predicted to be the fastest."""
+    return quantised.decodes(shape, dtype, targets.detect(device), dropping=dropping)
 
 
 def choose(

@@ -136,9 +136,10 @@ def _decide(
     *,
     in_graph: bool = False,
 ) -> Call:
-    quantised = isinstance(weight, FrozenWeight)
+    quantised, decodable = isinstance(weight, FrozenWeight), False
     if isinstance(weight, FrozenWeight):
         check_floating("x", x)
+        decodable = weight.is_decodable
         # it has no dtype of its own: it becomes dense in the products'
         weight = weight.outline(x.dtype)
     check_lora_linear(x, weight, bias, lora_A, lora_B, scaling=scaling, dropout=dropout)
@@ -152,7 +153,7 @@ def _decide(
         scaling, dropping = 0.0, False
     given = (x, weight, lora_A, dtype)
     options: dict[str, Any] = {"dropping": dropping, "training": training, "in_graph": in_graph}
-    decision = decide_lora(*given, **options, quantised=quantised)
+    decision = decide_lora(*given, **options, quantised=quantised, decodable=decodable)
     return Call(dtype, float(scaling), float(dropout) if dropping else 0.0, decision)
 
 

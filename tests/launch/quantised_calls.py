@@ -25,6 +25,9 @@ def quantised() -> Iterator[Case]:
     # 112 MiB in 16 bits
     yield Case("NF4 in two parts", layer(4096, 14336, 4096), quick=True)
     yield Case("NF4, few rows", layer(1, 4096, 4096))
+    for nested in (True, False):
+        work = lora(4, 3456, 4096, weight=four_bit_weight(3456, 4096, nested=nested), bias=nested)
+        yield Case(f"NF4, decoded, nested: {nested}", work, quick=nested)
     yield Case("NF4, ragged", layer(64, 35, 33, backend="triton"), quick=True)
     for dtype in (FP16, FP32):
         yield Case(f"NF4, {dtype}", layer(64, 768, 768, dtype=dtype, backend="triton"), quick=dtype == FP32)

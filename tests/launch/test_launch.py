@@ -89,8 +89,8 @@ def test_every_kernel_is_launched(told: dict[str, Any]) -> None:
     if told["target"] in ("sm_90", "sm_100", "sm_103"):
         wanted |= {kernel.persistent[1] for kernel in KERNELS if kernel.persistent}
     if told["target"] not in targets.TARGETS:
-        # nothing is known of the card: its plans leave the paths beside split to the library
-        wanted -= {"_lora_forward_single_kernel", "_lora_add_kernel"}
+        # nothing is known of the card: its plans leave all but split to the library
+        wanted -= {"_lora_forward_single_kernel", "_lora_add_kernel", "_lora_forward_4bit_kernel"}
     assert wanted - launched == set()
 
 

@@ -1,11 +1,15 @@
-"""A launch of every kernel that makes quantised weights dense: the bits of the definition."""
+"""A launch of every kernel that reads quantised weights: dense ones are the bits of their definition."""
 
 import torch
 
 from fastlora_kernels.quant.dequantise import dequantise_4bit, dequantise_8bit
-from fastlora_kernels.quant.kernels import DEQUANTISE_4BIT, DEQUANTISE_8BIT, SPAN
+from fastlora_kernels.quant.forward import lora_forward_4bit
+from fastlora_kernels.quant.kernels import DEQUANTISE_4BIT, DEQUANTISE_8BIT, LORA_FORWARD_4BIT, SPAN
+from tests.kernel_harness import assert_exact
 from tests.ptx.trial import Trial
 from tests.stored_weights import FLOAT8_VALUES, four_bits, same_bits
+
+_BLOCK = 64
 
 
 def _four_bits(t: Trial) -> None:
@@ -41,4 +45,31 @@ def _eight_bits(t: Trial) -> None:
     assert same_bits(dense, (FLOAT8_VALUES[codes.int()] * scales * 0.5).to(t.dtype))
 
 
-QUANT_TRIALS = {DEQUANTISE_4BIT.name: _four_bits, DEQUANTISE_8BIT.name: _eight_bits}
+def _forward_four_bits(t: Trial) -> None:
+    """Rows of whole blocks, as everywhere; all else ends within a tile."""
+    n, steps = t.size["N"], t.spec.tile.stages + 2
+    blocksize = _BLOCK if t.ragged else 2 * _BLOCK
+    t.size["K"] = k = steps * 2 * _BLOCK
+    stored = four_bits(n, k, blocksize, nested=t.has("HAS_NESTED"))
+    packed, absmax, codes, absmax_map, offset, table = (
+        None if each is None else t.harness.input(each.view(1, -1))[0] for each in stored.tensors
+    )
+    assert packed is not None
+    assert absmax is not None
+    assert table is not None
+    x, bias = t.layer("M", "K"), t.bias("N")
+    a, b, s, y = t.trainable("R", "K"), t.trainable("N", "R"), t.out("M", "R"), t.out("M", "N")
+    lora_forward_4bit(
+        x, packed, absmax, codes, absmax_map, offset, table, bias, a, b, s, y,
+        blocksize=blocksize, scale=0.5, plan=t.plan,
+    )  # fmt: skip
+    assert_exact(s, lambda x, a: 0.5 * (x @ a.t()), x, t.low(a))
+    w, o = stored.dense(t.dtype), t.or_zeros(bias, "N")
+    assert_exact(y, lambda x, w, s, b, o: x @ w.t() + s @ b.t() + o, x, w, s, t.low(b), o)
+
+
+QUANT_TRIALS = {
+    DEQUANTISE_4BIT.name: _four_bits,
+    DEQUANTISE_8BIT.name: _eight_bits,
+    LORA_FORWARD_4BIT.name: _forward_four_bits,
+}

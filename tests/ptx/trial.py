@@ -13,6 +13,7 @@ from fastlora_kernels.adapter.kernels import ADAPTER_FORWARD
 from fastlora_kernels.choose.plan import KERNELS
 from fastlora_kernels.compile.specs import DTYPES, Spec, specs
 from fastlora_kernels.lora.kernels import LORA_FORWARD_SINGLE
+from fastlora_kernels.quant.kernels import LORA_FORWARD_4BIT
 from fastlora_kernels.tile import Plan, cdiv
 from tests.kernel_harness import Harness
 from tests.philox import SEED, THRESHOLD, mask_uniforms
@@ -21,7 +22,7 @@ from tests.philox import SEED, THRESHOLD, mask_uniforms
 SPLITS = 2
 # ranks and bottlenecks that most people take
 _USUAL_RANK = {"lora": 16, "adapter": 64, "quant": 1}
-_HOLD_THE_RANK = (LORA_FORWARD_SINGLE.name, ADAPTER_FORWARD.name)
+_HOLD_THE_RANK = (LORA_FORWARD_SINGLE.name, ADAPTER_FORWARD.name, LORA_FORWARD_4BIT.name)
 _RECORDS = {kernel.name: kernel for kernel in KERNELS}
 
 

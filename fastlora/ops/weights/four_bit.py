@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from fastlora.ops.weights.frozen import FrozenWeight, is_made_dense_by_kernels
+from fastlora_kernels.quant.kernels import DECODED_COLUMNS
 
 QUANT_TYPES = ("nf4", "fp4")
 _BLOCK_SIZES = frozenset({32, 64, 128, 256, 512, 1024, 2048, 4096})
@@ -72,6 +73,16 @@ class FourBitWeight(FrozenWeight):
             with self.packed.fake_mode:
                 return _new_table(self.quant_type, self.device)
         return _table(self.quant_type, self.device)
+
+    @property
+    def is_decodable(self) -> bool:
+        """Whether a row is whole blocks long, each whole steps of the kernel's loop."""
+        whole = self.shape[1] % self.blocksize == 0 and self.blocksize % DECODED_COLUMNS == 0
+        return whole and self._has_known_groups()
+
+    def for_kernels(self) -> tuple[Tensor | None, ...]:
+        """What kernels read: packed codes, factors, what these are of where they are quantised, the table."""
+        return self.packed, *self._factors(), self.table
 
     def dense(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         """Rows of W ``[rows, K]``: table[code] · absmax in float32, rounded once to ``dtype``."""

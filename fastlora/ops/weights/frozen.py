@@ -29,6 +29,11 @@ class FrozenWeight:
     compute_dtype: torch.dtype | None = None
 
     @property
+    def is_decodable(self) -> bool:
+        """Whether the forward pass's kernel can decode it in its loop."""
+        return False
+
+    @property
     def scale(self) -> Tensor | None:
         """Factors of the rows ``[N]`` or of all ``[1]``, float32, where W is these times :meth:`codes`."""
         return None

@@ -15,8 +15,10 @@ from fastlora._core import backend
 from fastlora.ops.decide import Decision
 from fastlora.ops.lora_passes import lora_linear_backward, lora_linear_forward
 from fastlora.ops.runtime import in_dtype, rows_of
+from fastlora.ops.weights.four_bit import FourBitWeight
 from fastlora.ops.weights.frozen import FrozenWeight
 from fastlora.ops.weights.in_graphs import rows_for
+from fastlora_kernels.choose.paths import DECODE
 
 # so many parts of dX add up in their own dtype: eager rounds its two products and their sum, each once
 _FEW = 8
@@ -31,11 +33,18 @@ def forward(
     *more: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y ``[..., N]``, S and the mask, as of :func:`~fastlora.ops.lora_passes.lora_linear_forward`."""
+    *settings, decision = more
+    if decision.paths is not None and decision.paths.forward.path == DECODE:
+        decoded = _decoded(x, weight, bias, lora_A, lora_B, *more)
+        if decoded is not None:
+            return *decoded, None
+        # the paths over dense rows are chosen anew
+        decision = Decision(decision.backend, known=decision.known)
+        more = (*settings, decision)
     parts = list(weight.parts(x.dtype))
     if len(parts) == 1:
         return lora_linear_forward(x, rows_for(x, weight), bias, lora_A, lora_B, *more)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    *settings, decision = more
     if decision.backend == "triton" and _is_untraced(x, lora_A, lora_B):
         return y, *_fill_by_kernels(y, parts, x, weight, bias, lora_A, lora_B, *more)
     run: Any = lora_linear_forward
@@ -48,6 +57,28 @@ def forward(
         s, mask = (s, mask) if s is not None else kept
     assert s is not None
     return y, s, mask
+
+
+def _decoded(
+    x: Tensor,
+    weight: FrozenWeight,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    dropout: float,
+    decision: Decision,
+) -> tuple[Tensor, Tensor] | None:
+    """y and S of a weight that is decoded in the product; None where it can't be in this very call."""
+    if not isinstance(weight, FourBitWeight) or not _is_untraced(x, lora_A, lora_B):
+        return None
+    # it was chosen without dropout
+    assert seed is None
+    # imported late: Triton is not installed everywhere
+    from fastlora.ops.weights import decode_triton
+
+    return decode_triton.forward(x, weight, bias, lora_A, lora_B, scaling=scaling, decision=decision)
 
 
 def _fill_by_kernels(

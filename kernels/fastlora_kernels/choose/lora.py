@@ -115,9 +115,9 @@ def _down(call: Call) -> list[Launch]:
 
 def _split_forward(call: Call) -> list[Launch]:
     if not call.dora:
-        return [*_down(call), _own_product(call, kernels.LORA_FORWARD)]
+        return [*_down(call), own_product(call, kernels.LORA_FORWARD)]
     # what the factor multiplies is kept for backward
-    product = _own_product(call, kernels.DORA_FORWARD, extra_bytes=call.y_bytes)
+    product = own_product(call, kernels.DORA_FORWARD, extra_bytes=call.y_bytes)
     return [_weight_norm(call), *_down(call), product]
 
 
@@ -126,7 +126,7 @@ def _single_forward(call: Call) -> list[Launch]:
     m, k, r = call.shape.m, call.shape.k, call.shape.r
     a_bytes, flops = r * k * 4, 2.0 * m * r * k
     single = kernels.LORA_FORWARD_SINGLE
-    return [_own_product(call, single, beside=r, extra_bytes=a_bytes, extra_flops=flops)]
+    return [own_product(call, single, beside=r, extra_bytes=a_bytes, extra_flops=flops)]
 
 
 def _epilogue_forward(call: Call) -> list[Launch]:
@@ -187,7 +187,7 @@ def _split_backward(call: Call) -> list[Launch]:
     reads = cdiv(r, part.rank)
     programs = cdiv(k, part.cols) * plan.splits * reads
     read = reads * (call.x_bytes + call.mask_bytes)
-    product = _own_product(
+    product = own_product(
         call, kernels.LORA_GRAD_X_A, extra_bytes=call.mask_bytes + read, extra_flops=2.0 * m * r * k,
         extra_tiles=(extra_tile_us(read / max(programs, 1), call.target),) * programs,
     )  # fmt: skip
@@ -227,10 +227,20 @@ def _library_backward(call: Call) -> list[Launch]:
     return [*_masked(call), *thin, base, *product]
 
 
-def _own_product(
+def own_product(
     call: Call, kernel: Kernel, *, beside: int = 0, extra_bytes: float = 0.0, extra_flops: float = 0.0,
     extra_tiles: tuple[float, ...] = (),
 ) -> Launch:  # fmt: skip
+    """A call's large product by a kernel of ours, with what one launch does beside it.
+
+    Args:
+        call: The call.
+        kernel: Its record.
+        beside: Ranks of a product over the same sum that every tile computes.
+        extra_bytes: Moved beside the operands, S and B.
+        extra_flops: Floating-point operations of other products.
+        extra_tiles: Microseconds of each program that follows the product's tiles.
+    """
     plan, r = call.plan(kernel), call.shape.r
     cols, depth = kernel.size(call.shape, "cols"), kernel.size(call.shape, "depth")
     return kernel_product(

@@ -14,6 +14,7 @@ from fastlora_kernels.choose.lora import Call, Path
 from fastlora_kernels.kernel import Kernel
 from fastlora_kernels.lora import kernels
 from fastlora_kernels.predict.launches import Launch, total_us
+from fastlora_kernels.quant.kernels import LORA_FORWARD_4BIT
 from fastlora_kernels.targets import Target
 from fastlora_kernels.tile import Shape
 
@@ -21,10 +22,13 @@ Pass = Literal["forward", "backward"]
 
 PATHS: tuple[Path, ...] = get_args(Path)
 ADAPTER_PATHS: tuple[AdapterPath, ...] = get_args(AdapterPath)
+# over a 4-bit weight alone, which the forward pass decodes in its loop
+DECODE = "decode"
 # whose large product a tile of ours computes; a measured choice names it
 LARGE_KERNELS: dict[tuple[Pass, str], Kernel] = {
     ("forward", "split"): kernels.LORA_FORWARD,
     ("forward", "single"): kernels.LORA_FORWARD_SINGLE,
+    ("forward", DECODE): LORA_FORWARD_4BIT,
     ("backward", "split"): kernels.LORA_GRAD_X_A,
 }
 # the paths with any kernel of ours, with a large product of ours, and those that can't scale for DoRA

@@ -17,7 +17,7 @@ _STORE_BYTES = tl.constexpr(16)
 
 
 @triton.jit
-def _load_absmax(
+def load_absmax(
     absmax_ptr, absmax_codes_ptr, absmax_map_ptr, offset_ptr, blocks, inside, HAS_NESTED: tl.constexpr
 ):
     """Factors of ``blocks`` in fp32; product and sum of nested ones are rounded one after the other."""
@@ -56,7 +56,7 @@ def _dequantise_4bit_kernel(
     start = tl.program_id(0) * BLOCK_SPANS
     spans = start + tl.arange(0, BLOCK_SPANS)
     blocks = (first_span + spans) >> block_shift
-    absmax = _load_absmax(
+    absmax = load_absmax(
         absmax_ptr, absmax_codes_ptr, absmax_map_ptr, offset_ptr, blocks, spans * _SPAN < end, HAS_NESTED
     )
     # as many bytes a thread as make one wide store: what it reads, it stores, and nothing is exchanged

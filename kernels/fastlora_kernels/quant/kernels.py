@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -16,6 +17,10 @@ SCALED_COLUMNS = 128
 
 # a kernel counts in 32 bits, to the end of its last tile
 MOST_ELEMENTS = 2**31 - 2**16
+# columns that are decoded at a time: a block of a 4-bit weight that is decoded in a loop is whole steps long
+DECODED_COLUMNS = 64
+# its second accumulator is as wide as the rank
+MOST_RANKS_DECODING = 64
 # bounds a weight's dense rows, which live while they are multiplied
 WORKSPACE_BYTES = 64 * 2**20
 _TILE_ROWS = 128
@@ -46,6 +51,35 @@ def _streaming(rows: int, cols: int) -> Callable[[int, torch.dtype, Target, bool
     return tiles
 
 
+def _few_rows(rank: int, dtype: torch.dtype, target: Target, aligned: bool) -> list[Tile]:
+    """For calls of few rows, where reading W and decoding it is what takes time.
+
+    On Hopper and Blackwell too few rows for a warp group: products there take their operands from registers,
+    as on older GPUs, where a tile that is decoded in registers arrives by way of shared memory.
+    """
+    if dtype == torch.float32:
+        return [Tile(32, 32, 16, _whole_rank(rank, 32), warps=8, stages=2)]
+    # wider than there are rows, or all warps compute the same S
+    smallest = Tile(16, 32, DECODED_COLUMNS, _whole_rank(rank, 32), warps=4, stages=2)
+    if not aligned or target.is_amd or target.tiles == "default":
+        return [smallest]
+    piped = replace(smallest, stages=4)
+    # at higher ranks no register is left
+    if target.tiles != "sm_80" or rank > 32:
+        return [piped]
+    return [replace(piped, rows=64, cols=64, rank=_whole_rank(rank, 16)), piped]
+
+
+def _whole_rank(rank: int, least: int) -> int:
+    return min(max(1 << (rank - 1).bit_length(), least), MOST_RANKS_DECODING)
+
+
+def _decoded_shared(tile: Tile, itemsize: int) -> tuple[int, int]:
+    """x, A and packed codes wait in the pipeline, one decoded tile lies beside it."""
+    stage = (tile.rows * itemsize + tile.rank * 4) * tile.depth + tile.cols * tile.depth // 2
+    return stage, tile.cols * tile.depth * itemsize
+
+
 DEQUANTISE_4BIT = Kernel(
     name="dequantise_4bit",
     function=("quant.dequantise", "_dequantise_4bit_kernel"),
@@ -68,4 +102,15 @@ DEQUANTISE_8BIT = Kernel(
     ranks=(1,),
     fuses=False,
 )
-KERNELS = (DEQUANTISE_4BIT, DEQUANTISE_8BIT)
+LORA_FORWARD_4BIT = Kernel(
+    name="lora_forward_4bit",
+    function=("quant.forward", "_lora_forward_4bit_kernel"),
+    axes={"rows": "M", "cols": "N", "depth": "K", "rank": "R"},
+    tiles=_few_rows,
+    shared=_decoded_shared,
+    grouped=True,
+    optional=(("HAS_NESTED",), ("HAS_BIAS",)),
+    # the decoded weight is dequantise_4bit's to the bit
+    fuses=False,
+)
+KERNELS = (DEQUANTISE_4BIT, DEQUANTISE_8BIT, LORA_FORWARD_4BIT)
