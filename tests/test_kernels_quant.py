@@ -106,15 +106,14 @@ def test_eight_bits_have_the_bits_of_their_definition(
     n, k = shape
     codes = torch.randint(0, 256, shape, dtype=torch.uint8)
     scales = torch.rand(-(-n // scale_rows), -(-k // scale_cols)) + 0.1
-    factor = 1.0 if is_float else 1 / 127
     values = FLOAT8_VALUES[codes.int()] if is_float else codes.view(torch.int8).float()
     spread = scales.repeat_interleave(scale_rows, 0)[:n].repeat_interleave(scale_cols, 1)[:, :k]
-    expected = (values * spread * torch.tensor(factor)).to(harness.dtype)
+    expected = (values * spread).to(harness.dtype)
     for rows in (slice(0, n), slice(n // 2, n)):
         dense = harness.output(rows.stop - rows.start, k)
         dequantise_8bit(
             harness.input(codes), harness.input(scales), dense, first_row=rows.start,
-            scale_rows=scale_rows, scale_cols=scale_cols, scale=factor, is_float=is_float,
+            scale_rows=scale_rows, scale_cols=scale_cols, is_float=is_float,
             plan=_plan(kernels.DEQUANTISE_8BIT, harness.dtype),
         )  # fmt: skip
         torch.testing.assert_close(dense.cpu(), expected[rows], rtol=0, atol=0, equal_nan=True)
@@ -125,7 +124,7 @@ def test_every_float8_has_its_value(harness: Harness) -> None:
     dense, plan = harness.output(2, 128), _plan(kernels.DEQUANTISE_8BIT, harness.dtype)
     dequantise_8bit(
         harness.input(codes), harness.input(torch.ones(1, 1)), dense, first_row=0,
-        scale_rows=2, scale_cols=128, scale=1.0, is_float=True, plan=plan,
+        scale_rows=2, scale_cols=128, is_float=True, plan=plan,
     )  # fmt: skip
     expected = codes.view(torch.float8_e4m3fn).float()
     dense = dense.cpu()

@@ -80,7 +80,7 @@ def eight_bit_rows(
     scales = torch.empty(-(-n // blocks[0]), -(-k // blocks[1]))
 
     def work() -> None:
-        settings: dict[str, Any] = {"scale_rows": blocks[0], "scale_cols": blocks[1], "scale": 0.5}
+        settings: dict[str, Any] = {"scale_rows": blocks[0], "scale_cols": blocks[1]}
         dense = dense_triton.eight_bit(codes, scales, rows=slice(n // 2, n), dtype=dtype, **settings)
         assert (dense.shape, dense.dtype) == ((n - n // 2, k), dtype)
 

@@ -70,9 +70,8 @@ def eight_bit(
     dtype: torch.dtype,
     scale_rows: int,
     scale_cols: int,
-    scale: float = 1.0,
 ) -> Tensor:
-    """Rows of a matrix of int8 or float8_e4m3fn codes ``[N, K]`` in a new tensor: code · scales · scale.
+    """Rows of a matrix of int8 or float8_e4m3fn codes ``[N, K]`` in a new tensor: each times its factor.
 
     Args:
         codes: Contiguous.
@@ -81,9 +80,8 @@ def eight_bit(
         dtype: What the new tensor is in, for instance bfloat16.
         scale_rows: Rows of a block.
         scale_cols: Columns of a block: a multiple of 128, or all.
-        scale: Factor of all values.
     """
-    blocks = (rows.start, rows.stop, dtype, scale_rows, scale_cols, scale)
+    blocks = (rows.start, rows.stop, dtype, scale_rows, scale_cols)
     return _dense_eight_bit(codes, scales, *blocks, WITHOUT_PATHS["triton"])
 
 
@@ -100,15 +98,13 @@ def _dense_eight_bit(
     dtype: torch.dtype,
     scale_rows: int,
     scale_cols: int,
-    scale: float,
     decision: Decision,
 ) -> Tensor:
     """The operator: what traces a call has to see it."""
     dense = torch.empty(stop - start, codes.shape[1], dtype=dtype, device=codes.device)
     _dequantise_8bit(
         codes.view(torch.uint8), scales, dense,
-        first_row=start, scale_rows=scale_rows, scale_cols=scale_cols, scale=scale,
-        is_float=codes.is_floating_point(),
+        first_row=start, scale_rows=scale_rows, scale_cols=scale_cols, is_float=codes.is_floating_point(),
     )  # fmt: skip
     return dense
 
@@ -116,12 +112,12 @@ def _dense_eight_bit(
 @prepared()
 def _dequantise_8bit(
     codes: Tensor, scales: Tensor, dense: Tensor, *,
-    first_row: int, scale_rows: int, scale_cols: int, scale: float, is_float: bool,
+    first_row: int, scale_rows: int, scale_cols: int, is_float: bool,
 ) -> Callable[..., None]:  # fmt: skip
     """Fill ``dense``; see the launcher."""
     settings = {"first_row": first_row, "scale_rows": scale_rows, "scale_cols": scale_cols}
     plan = _plan(DEQUANTISE_8BIT, dense, aligned=in_wide_words(*dense.shape, codes.data_ptr()))
-    return Ready(dequantise_8bit, **settings, scale=scale, is_float=is_float, plan=plan)
+    return Ready(dequantise_8bit, **settings, is_float=is_float, plan=plan)
 
 
 @prepared()

@@ -128,12 +128,11 @@ def _dequantise_8bit_kernel(
     scale_rows,
     scale_cols,
     scales_per_row,
-    scale,
     IS_FLOAT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dense = code · scales[block] · scale, two products in fp32, rounded once; rows begin at ``first_row``.
+    """dense = code · scales[block] in fp32, rounded once; rows begin at ``first_row``.
 
     Blocks are scale_rows × scale_cols large. Codes are int8, with IS_FLOAT floats of 4 and 3 bits (e4m3fn).
     """
@@ -151,7 +150,7 @@ def _dequantise_8bit_kernel(
     inside = (offs_n < N)[:, None] & (offs_k < K)[None, :]
     codes = tl.load(codes_ptr + offsets, mask=inside, other=0)
     values = _float8_value(codes) if IS_FLOAT else codes.to(tl.int8, bitcast=True).to(tl.float32)
-    store_tile(dense_ptr, values * scales[:, None] * scale, offs_n, offs_k, K, N, K)
+    store_tile(dense_ptr, values * scales[:, None], offs_n, offs_k, K, N, K)
 
 
 def dequantise_8bit(
@@ -162,7 +161,6 @@ def dequantise_8bit(
     first_row: int,
     scale_rows: int,
     scale_cols: int,
-    scale: float,
     is_float: bool,
     plan: Plan,
 ) -> Launch | None:
@@ -170,7 +168,7 @@ def dequantise_8bit(
 
     ``codes [N, K]`` are the bytes (uint8) of int8 numbers or, with ``is_float``, of e4m3fn ones; ``scales``
     (fp32, contiguous) has one for each block of ``scale_rows`` rows and ``scale_cols`` columns, a multiple of
-    128 or all of them. Every value is code · scales · ``scale``. Both matrices are contiguous.
+    128 or all of them. Both matrices are contiguous.
     """
     (n, k), tile = dense.shape, plan.tile
     scales_per_row = cdiv(k, scale_cols) if k else 1
@@ -178,5 +176,5 @@ def dequantise_8bit(
     return launch(_dequantise_8bit_kernel, DEQUANTISE_8BIT, tile, grid)(
         codes_ptr=codes, scales_ptr=scales, dense_ptr=dense,
         first_row=first_row, N=n, K=k, scale_rows=scale_rows, scale_cols=scale_cols,
-        scales_per_row=scales_per_row, scale=scale, IS_FLOAT=is_float,
+        scales_per_row=scales_per_row, IS_FLOAT=is_float,
     )  # fmt: skip
