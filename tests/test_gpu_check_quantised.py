@@ -12,6 +12,10 @@ from fastlora.bench.gpu_check import quantised
 from fastlora.bench.gpu_check.items import Item
 from fastlora.ops.lora_linear import lora_linear
 from fastlora.ops.weights import dense_triton
+from fastlora_kernels.choose.paths import choose_path
+from fastlora_kernels.quant.kernels import most_rows
+from fastlora_kernels.targets import CARDS
+from fastlora_kernels.tile import Shape
 
 
 @pytest.fixture
@@ -19,7 +23,7 @@ def items(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Seque
     """All of them, of few numbers."""
     monkeypatch.setattr(quantised, "FOUR_BITS", ((20, 96, 64, True), (35, 33, 32, False)))
     monkeypatch.setattr(quantised, "EIGHT_BITS", ((17, 96, 1, 96), (130, 150, 128, 128)))
-    monkeypatch.setattr(quantised, "CALLS", ((17, 48, 64),))
+    monkeypatch.setattr(quantised, "CALLS", ((17, 48, 64, torch.bfloat16),))
     return quantised.items(kernel_device)
 
 
@@ -31,6 +35,17 @@ def wrong(items: Sequence[Item]) -> tuple[set[str], int]:
 
 def test_what_is_right_passes(items: Sequence[Item]) -> None:
     assert wrong(items) == (set(), 2 * 6 + 2 * 6 + 1)
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_call_in_parts_adds_to_columns_of_y(card: str) -> None:
+    """Which no call of a dense weight does."""
+    taken = set()
+    for m, n, k, dtype in quantised.CALLS:
+        part = min(n, most_rows(k, dtype.itemsize))
+        if part < n:
+            taken.add(choose_path("forward", Shape(m, part, k, 16), dtype, CARDS[card], dropping=True))
+    assert "epilogue" in taken
 
 
 def test_another_table_is_told(items: Sequence[Item], monkeypatch: pytest.MonkeyPatch) -> None:

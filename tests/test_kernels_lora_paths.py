@@ -76,6 +76,16 @@ def test_lora_add(harness: Harness, shape: Shape, transposed: bool, dropout: boo
     assert torch.equal(out[~keep], before[~keep])
 
 
+def test_lora_add_into_columns_of_a_wider_matrix(harness: Harness) -> None:
+    shape = Shape(m=33, n=70, k=1, r=5)
+    wide, left, right = (harness.random(*size) for size in ((33, 150), (33, 5), (70, 5)))
+    before, plan = wide.clone(), choose(kernels.LORA_ADD, shape, harness.dtype)
+    lora_add(left, right, None, wide[:, 7:77], transposed=True, plan=plan)
+    assert_exact(wide[:, 7:77], lambda o, left, right: o + left @ right.t(), before[:, 7:77], left, right)
+    for untouched in (slice(0, 7), slice(77, 150)):
+        assert torch.equal(wide[:, untouched], before[:, untouched])
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_pinned_tiles_compute_the_same(target: str, kernel_device: torch.device) -> None:
     """The large tiles that GPUs get, with a ragged edge on every axis."""

@@ -10,8 +10,12 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import Tensor
 
+import fastlora
+from fastlora.functional import lora_linear
+from fastlora.ops import lora_torch
 from fastlora.ops.weights.four_bit import FourBitWeight
 from fastlora.ops.weights.read import frozen_weight
+from fastlora_kernels.quant import kernels
 from tests.cases import cases
 from tests.quantised import DTYPES, assert_as_exact_as_dense, assert_rows_are, four_bit, read
 
@@ -73,6 +77,30 @@ def test_rows_begin_where_a_block_does() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients(dtype: torch.dtype, dropout: float) -> None:
     assert_as_exact_as_dense(read(four_bit(24, 96)), dtype, dropout)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_s_is_computed_once_for_all_parts(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, make_s, made = read(four_bit(24, 96)), lora_torch.make_s, list[Tensor]()
+    monkeypatch.setattr(kernels, "WORKSPACE_BYTES", 24 // 3 * 96 * 4)
+    assert len(list(weight.parts(torch.float32))) == 3
+
+    def watched(*call: Any, **settings: Any) -> tuple[Tensor, Tensor | None]:
+        s, mask = make_s(*call, **settings)
+        made.append(s)
+        return s, mask
+
+    def run(weight: Any) -> Tensor:
+        settings: Any = {"scaling": 1.7, "dropout": dropout, "generator": torch.Generator().manual_seed(1)}
+        y: Tensor = lora_linear(x, weight, bias, a, b, **settings)
+        return y
+
+    x, bias, a, b = (torch.randn(*size) for size in ((5, 96), (24,), (4, 96), (24, 4)))
+    with fastlora.use_backend("torch"):
+        expected = run(weight.dense(torch.float32))
+        monkeypatch.setattr(lora_torch, "make_s", watched)
+        torch.testing.assert_close(run(weight), expected)
+    assert len(made) == 1
 
 
 def test_what_a_layer_computes_in() -> None:

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 pytest.importorskip("triton", reason="kernels need Triton; the other backends are tested without")
 
 import fastlora
-from fastlora.ops import kernel_paths
+from fastlora.ops import kernel_paths, lora_triton
 from fastlora.ops.decide import WITHOUT_PATHS
 from fastlora.ops.keep_mask import keep_probability
 from fastlora.ops.lora_linear import LoRALinearFunction, lora_linear
@@ -21,6 +21,9 @@ from fastlora.ops.weights import four_bit as four_bit_module
 from fastlora.ops.weights.four_bit import FourBitWeight
 from fastlora.ops.weights.frozen import FrozenWeight, is_made_dense_by_kernels
 from fastlora.ops.weights.scaled import ScaledWeight
+from fastlora_kernels.choose.lora import Path
+from fastlora_kernels.choose.tuned import Choice
+from fastlora_kernels.lora.epilogue import lora_add
 from fastlora_kernels.quant import kernels
 from tests.lora_yardstick import (
     assert_as_exact_as_eager,
@@ -104,15 +107,25 @@ def test_values_of_eight_bits_are_the_same_bits(
     assert launches == [(132, 300), (4, 300), (128, 300)]
 
 
+@pytest.mark.parametrize("path", ["split", "epilogue"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
 @pytest.mark.parametrize("parts", [1, 3, 8, 12])
 def test_a_call_errs_no_more_than_eager(
-    parts: int, nested: bool, dropout: float, dtype: torch.dtype, kernel_device: torch.device,
+    parts: int, nested: bool, dropout: float, path: Path, dtype: torch.dtype, kernel_device: torch.device,
     launches: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Forward and backward make the weight dense anew, in as many parts as the workspace asks for."""
     n, k = 48, 96
+    monkeypatch.setattr(kernel_paths, "choose", lambda *call, **settings: Choice(path))
+    added: list[tuple[int, ...]] = []
+    add: Any = lora_add
+
+    def watched(*tensors: Any, **settings: Any) -> Any:
+        added.append(tuple(tensors[-1].shape))
+        return add(*tensors, **settings)
+
+    monkeypatch.setattr(lora_triton, "lora_add", watched)
     weight = read(four_bit(n, k, nested=nested).to(kernel_device))
     monkeypatch.setattr(kernels, "WORKSPACE_BYTES", n // parts * k * dtype.itemsize)
     case = make_case(33, n, k, 8, dtype, device=kernel_device)
@@ -123,6 +136,7 @@ def test_a_call_errs_no_more_than_eager(
         y: Tensor
         y, _, mask = LoRALinearFunction.apply(x, weight, case.bias, a, b, seed, *settings)
         case.keep = None if mask is None else unpack_mask(mask, k)
+        assert set(added) == ({(33, n // parts)} if path == "epilogue" else set())
         return y
 
     with fastlora.use_backend("triton"):

@@ -31,8 +31,17 @@ def forward(
     dropout: float,
 ) -> tuple[Tensor, Tensor | None]:
     """Fill y = x·Wᵀ + bias + S·Bᵀ; S = scaling/(1 - p) · dropout(x)·Aᵀ and, with a seed, the dropout mask."""
-    x, weight = packed(x), packed(weight)
-    a, b = packed(in_dtype(lora_A, x.dtype)), packed(in_dtype(lora_B, x.dtype))
+    x = packed(x)
+    s, mask = make_s(x, lora_A, seed, scaling=scaling, dropout=dropout)
+    fill_from_s(x, weight, bias, s, lora_B, y)
+    return s, mask
+
+
+def make_s(
+    x: Tensor, lora_A: Tensor, seed: Tensor | None, *, scaling: float, dropout: float
+) -> tuple[Tensor, Tensor | None]:
+    """S = scaling/(1 - p) · dropout(x)·Aᵀ and, with a seed, the dropout mask: the first half of a call."""
+    x, a = packed(x), packed(in_dtype(lora_A, x.dtype))
     s, mask = x.new_empty(x.shape[0], a.shape[0]), None
     if seed is None:
         _scaled_product(x, a.t(), scaling, out=s)
@@ -40,12 +49,28 @@ def forward(
         mask = draw_keep_mask((x.shape[0], x.shape[1]), dropout, seed)
         for x_rows, keep, s_rows in row_blocks(x, mask, s):
             _scaled_product(masked(x_rows, keep), a.t(), scaling / keep_probability(dropout), out=s_rows)
+    return s, mask
+
+
+def fill_from_s(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, lora_B: Tensor, y: Tensor) -> None:
+    """Fill y = x·Wᵀ + bias + S·Bᵀ, which may be columns of a wider matrix: the second half of a call."""
+    multiply(packed(x), packed(weight), bias, y)
+    y.addmm_(s, packed(in_dtype(lora_B, x.dtype)).t())
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """Fill y = x·Wᵀ + bias.
+
+    Args:
+        x: ``[M, K]``.
+        weight: ``[N, K]``.
+        bias: ``[N]``, or None.
+        y: ``[M, N]``.
+    """
     if bias is None:
         torch.mm(x, weight.t(), out=y)
     else:
         torch.addmm(bias, x, weight.t(), out=y)
-    y.addmm_(s, b.t())
-    return s, mask
 
 
 def backward(

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from fastlora.ops import kernel_paths, lora_torch
-from fastlora.ops.decide import Paths, in_wide_words, is_aligned
+from fastlora.ops.decide import Paths, is_aligned
 from fastlora.ops.keep_mask import drop_threshold, empty_keep_mask, keep_probability
 from fastlora.ops.prepared import prepared
-from fastlora.ops.runtime import contiguous, in_dtype, row_major, unrecorded
+from fastlora.ops.runtime import contiguous, row_major, unrecorded
 from fastlora_kernels import targets
 from fastlora_kernels.choose import plan as plans
 from fastlora_kernels.choose.paths import Pass
@@ -63,9 +63,7 @@ def forward(
     if choice.path == "single":
         return _single_forward(x, shape, target, scaling=scaling, tile=choice.tile)
     s_and_mask = down(x, seed, shape, target, scaling=scaling, dropout=dropout)
-    up = (
-        _epilogue(shape, x.dtype, target) if choice.path == "epilogue" else _up(x, shape, target, choice.tile)
-    )
+    up = _epilogue(shape, y, target) if choice.path == "epilogue" else _up(x, shape, target, choice.tile)
 
     def run(
         x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, seed: Tensor | None, y: Tensor
@@ -99,25 +97,12 @@ def fill_from_s(
     """Fill y = x·Wᵀ + bias + S·Bᵀ, which may be columns of a wider matrix: the second half of a call."""
     (m, k), (n, r) = x.shape, lora_B.shape
     shape = Shape(m=m, n=n, k=k, r=r, aligned=is_aligned(x, weight, y))
-    # S is there, with a mask or without
-    choice = choice_of("forward", paths, shape, x, dropping=True)
-    if choice.path == "split":
-        return _up(x, shape, targets.detect(x.device), choice.tile)
-    return by_library(_fill_by_library)
-
-
-def _fill_by_library(
-    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, lora_B: Tensor, y: Tensor
-) -> None:
-    _multiply_by_library(x, weight, bias, y)
-    y.addmm_(s, in_dtype(lora_B, x.dtype).t())
-
-
-def _multiply_by_library(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    if bias is None:
-        torch.mm(x, weight.t(), out=y)
-    else:
-        torch.addmm(bias, x, weight.t(), out=y)
+    # S is there, with a mask or without: as with one, no path is left that makes its own
+    choice, target = choice_of("forward", paths, shape, x, dropping=True), targets.detect(x.device)
+    if choice.path == "epilogue":
+        return _epilogue(shape, y, target)
+    assert choice.path == "split"
+    return _up(x, shape, target, choice.tile)
 
 
 def by_library(op: Callable[..., _T], **settings: Any) -> Callable[..., _T]:
@@ -174,13 +159,13 @@ def _up(x: Tensor, shape: Shape, target: Target, tile: Tile | None) -> Callable[
     return lambda *tensors: fill(*tensors, None, None)
 
 
-def _epilogue(shape: Shape, dtype: torch.dtype, target: Target) -> Callable[..., None]:
+def _epilogue(shape: Shape, y: Tensor, target: Target) -> Callable[..., None]:
     """What fills y from x, weight, bias, S, B and y by a library product, to which S·Bᵀ is added."""
-    add = add_low_rank(shape.n, shape, dtype, target, transposed=True)
+    add = add_low_rank(shape, y.dtype, target, transposed=True, aligned=is_aligned(y))
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, y: Tensor) -> None:
         with unrecorded(x):
-            _multiply_by_library(x, weight, bias, y)
+            lora_torch.multiply(x, weight, bias, y)
         add(s, b, None, y)
 
     return run
@@ -210,9 +195,9 @@ def down(
 
 
 def add_low_rank(
-    columns: int, shape: Shape, dtype: torch.dtype, target: Target, *, transposed: bool
+    shape: Shape, dtype: torch.dtype, target: Target, *, transposed: bool, aligned: bool
 ) -> Ready:
-    """What adds left·right, or with ``transposed`` left·rightᵀ, to a new matrix ``[m, columns]``."""
+    """What adds left·right, or with ``transposed`` left·rightᵀ, to a matrix whose rows are ``aligned``."""
     # that matrix is read and written here, x and the weight are not
-    shape = replace(shape, aligned=in_wide_words(columns))
+    shape = replace(shape, aligned=aligned)
     return Ready(lora_add, transposed=transposed, plan=plans.choose(kernels.LORA_ADD, shape, dtype, target))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlora.ops import lora_torch
-from fastlora.ops.decide import Paths, is_aligned
+from fastlora.ops.decide import Paths, in_wide_words, is_aligned
 from fastlora.ops.keep_mask import keep_probability
 from fastlora.ops.lora_triton import add_low_rank, by_library, choice_of
 from fastlora.ops.prepared import prepared
@@ -202,7 +202,8 @@ def _epilogue_grad_x_a(
     dy: Tensor, lora_A: Tensor | None, shape: Shape, target: Target, choice: Choice, *, need_A: bool
 ) -> _GradXA:
     """What computes dX by a library product, to which mask ⊙ (dS·A) is added, and dA by its own kernel."""
-    add = add_low_rank(shape.k, shape, dy.dtype, target, transposed=False)
+    aligned = in_wide_words(shape.k)
+    add = add_low_rank(shape, dy.dtype, target, transposed=False, aligned=aligned)
     a_alone = _grad_x_a(dy, lora_A, shape, target, choice, need_x=False, need_A=need_A)
 
     def run(

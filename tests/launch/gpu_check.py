@@ -51,7 +51,7 @@ def _shrink() -> None:
         quantised: {
             "FOUR_BITS": ((64, 96, 64, True),),
             "EIGHT_BITS": ((64, 96, 1, 96),),
-            "CALLS": ((64, 128, 96),),
+            "CALLS": ((64, 128, 96, torch.bfloat16),),
             "GPU": {quantised.LAYER: (64, 128, 96)},
         },
         layers: {"SHAPES": {"a layer": (64, 128, 96)}, "ROUNDS": 2},

@@ -18,8 +18,8 @@ from fastlora.bench.gpu_check.profiled import profile_item
 from fastlora.bench.results import EAGER_MODE, OURS
 from fastlora.bench.turns import Step
 from fastlora.ops.lora_linear import lora_linear
-from fastlora.ops.weights import dense_triton
 from fastlora.ops.weights.four_bit import FourBitWeight, Nested
+from fastlora.ops.weights.scaled import ScaledWeight
 from fastlora.tuning.candidates import SCALING
 from fastlora_kernels.tile import cdiv
 
@@ -32,8 +32,11 @@ FOUR_BITS = (
 )  # fmt: skip
 # outputs, inputs, rows and columns that share a factor
 EIGHT_BITS = ((1024, 4096, 1, 4096), (333, 1000, 128, 128), (70, 333, 70, 333))
-# rows, outputs, inputs: dense in 16 bits the second is more than the workspace holds, and few rows decode it
-CALLS = ((1029, 1024, 2048), (512, 17_408, 2048), (16, 1024, 2048))
+# rows, outputs, inputs, dtype: few rows decode the weight; dense, the last two exceed the workspace, and in
+# float32 every card adds S·Bᵀ to a library product, to columns of y
+CALLS = (
+    (1029, 1024, 2048, BF16), (16, 1024, 2048, BF16), (512, 17_408, 2048, BF16), (512, 17_408, 2048, FP32),
+)  # fmt: skip
 LAYER = f"{LLAMA_8B} q, o"
 _GROUP = 256
 
@@ -89,9 +92,9 @@ def items(device: torch.device) -> Sequence[Item]:
     for n, k, rows, columns in EIGHT_BITS:
         name = f"8 bits dense: {n} × {k}, blocks of {rows} × {columns}"
         found.append(Item(name, partial(eight_bits, name, n, k, (rows, columns), device)))
-    for m, n, k in CALLS:
-        name = f"LoRA over 4 bits: {m} × {k} × {n}"
-        found.append(Item(name, partial(call, name, m, n, k, device)))
+    for m, n, k, dtype in CALLS:
+        name = f"LoRA over 4 bits: {m} × {k} × {n} in {dtype}"
+        found.append(Item(name, partial(call, name, m, n, k, dtype, device)))
     return found
 
 
@@ -116,19 +119,19 @@ def eight_bits(case: str, n: int, k: int, blocks: tuple[int, int], device: torch
     bytes_ = torch.randint(0, 256, (n, k), dtype=torch.uint8, device=device)
     # without the two NaN of e4m3fn
     floats = torch.where(bytes_ & 0x7F == 0x7F, 0, bytes_).view(torch.float8_e4m3fn)
-    settings: dict[str, Any] = {"scale_rows": blocks[0], "scale_cols": blocks[1], "scale": 1 / 127}
     for codes in (bytes_.view(torch.int8), floats):
-        exact = codes.float() * spread
-        exact = exact * torch.tensor(1 / 127, device=device)
+        exact = codes.float() * (spread * (1 / 127))
+        weight = ScaledWeight(codes, scales, blocks, unit=1 / 127)
         for dtype in (BF16, FP16, FP32):
-            dense = dense_triton.eight_bit(codes, scales, rows=slice(0, n), dtype=dtype, **settings)
+            with use_backend("triton"):
+                dense = weight.dense(dtype)
             yield equality(case, f"{codes.dtype} in {dtype}", dense, exact.to(dtype))
 
 
-def call(case: str, m: int, n: int, k: int, device: torch.device) -> Iterator[Found]:
+def call(case: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Iterator[Found]:
     """Output and gradients against float64; the arguments after the case are those of :data:`CALLS`."""
     weight = DrawnWeight(n, k, 64, True, device)
-    x, dy = torch.randn(m, k, device=device).to(BF16), torch.randn(m, n, device=device).to(BF16)
+    x, dy = torch.randn(m, k, device=device).to(dtype), torch.randn(m, n, device=device).to(dtype)
     a, b = torch.randn(16, k, device=device) * k**-0.5, torch.randn(n, 16, device=device) / 4
 
     def fused(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -138,7 +141,7 @@ def call(case: str, m: int, n: int, k: int, device: torch.device) -> Iterator[Fo
         return reference.lora_linear(x, dense.to(x.dtype), None, a, b, scaling=SCALING)
 
     with use_backend("triton"):
-        dense = weight.dense(BF16)
+        dense = weight.dense(dtype)
         got = outputs_and_gradients(fused, (x, a, b), dy)
     yield outcome(case, "y, dX, dA and dB", got, *eager_and_exact(formula, (x, a, b), dy), max(m, n, k))
 

@@ -1,10 +1,11 @@
 """LoRA's two passes over a quantised frozen weight: its rows become dense for the time of their product.
 
 The layer is cut along its outputs into parts whose dense weight fits the workspace, as a rule one, and every
-part runs :mod:`fastlora.ops.lora_passes`; forward, the kernels compute S once and fill each part of y where
-it lies. The parts of dA add up in float32, and so do those of dX where there are many.
+part runs :mod:`fastlora.ops.lora_passes`; forward, where nothing traces the call, S is computed once and each
+part of y filled where it lies. The parts of dA add up in float32, and so do those of dX where there are many.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fastlora._core import backend
+from fastlora.ops import lora_torch
 from fastlora.ops.decide import Decision
 from fastlora.ops.lora_passes import lora_linear_backward, lora_linear_forward
-from fastlora.ops.runtime import in_dtype, rows_of
+from fastlora.ops.runtime import in_dtype, rows_of, unrecorded
 from fastlora.ops.weights.four_bit import FourBitWeight
 from fastlora.ops.weights.frozen import FrozenWeight
 from fastlora.ops.weights.in_graphs import rows_for
@@ -45,8 +47,8 @@ def forward(
     if len(parts) == 1:
         return lora_linear_forward(x, rows_for(x, weight), bias, lora_A, lora_B, *more)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    if decision.backend == "triton" and _is_untraced(x, lora_A, lora_B):
-        return y, *_fill_by_kernels(y, parts, x, weight, bias, lora_A, lora_B, *more)
+    if _is_untraced(x, lora_A, lora_B):
+        return y, *_fill(y, parts, x, weight, bias, lora_A, lora_B, *more)
     run: Any = lora_linear_forward
     s = mask = None
     for rows in parts:
@@ -81,7 +83,7 @@ def _decoded(
     return decode_triton.forward(x, weight, bias, lora_A, lora_B, scaling=scaling, decision=decision)
 
 
-def _fill_by_kernels(
+def _fill(
     y: Tensor,
     parts: list[slice],
     x: Tensor,
@@ -95,18 +97,27 @@ def _fill_by_kernels(
     decision: Decision,
 ) -> tuple[Tensor, Tensor | None]:
     """S and the mask, once; y where it lies, a part of its columns after the other."""
-    # imported late: Triton is not installed everywhere
-    from fastlora.ops import lora_triton
-
+    make_s, fill_from_s = _halves(decision)
     rows_of_x, rows_of_y = rows_of(x), rows_of(y)
     bias = None if bias is None else in_dtype(bias, x.dtype)
     dropout = dropout if seed is not None else 0.0
-    s, mask = lora_triton.make_s(rows_of_x, lora_A, seed, scaling=scaling, dropout=dropout)
-    for rows in parts:
-        of_rows = None if bias is None else bias[rows]
-        part = (rows_for(x, weight, rows), of_rows, s, lora_B[rows], rows_of_y[:, rows])
-        lora_triton.fill_from_s(rows_of_x, *part, paths=decision.paths)
+    with unrecorded(x):
+        s, mask = make_s(rows_of_x, lora_A, seed, scaling=scaling, dropout=dropout)
+        for rows in parts:
+            of_rows = None if bias is None else bias[rows]
+            part = (rows_for(x, weight, rows), of_rows, s, lora_B[rows], rows_of_y[:, rows])
+            fill_from_s(rows_of_x, *part)
     return s, mask
+
+
+def _halves(decision: Decision) -> tuple[Any, Any]:
+    """What makes S and the mask, and what fills a part of y from S."""
+    if decision.backend == "torch":
+        return lora_torch.make_s, lora_torch.fill_from_s
+    # imported late: Triton is not installed everywhere
+    from fastlora.ops import lora_triton
+
+    return lora_triton.make_s, partial(lora_triton.fill_from_s, paths=decision.paths)
 
 
 def backward(
@@ -140,7 +151,7 @@ def backward(
 
 
 def _is_untraced(*tensors: Tensor) -> bool:
-    """Whether kernels may write into a result: what traces a call, or has no memory, needs operators."""
+    """Whether parts may be written into a result: what traces a call, or has no memory, needs operators."""
     if torch.compiler.is_compiling() or get_proxy_mode() is not None:
         return False
     return backend.are_plain(*tensors) and not any(each.is_meta for each in tensors)

@@ -29,6 +29,7 @@ def _lora_add_kernel(
     M,
     C,
     R,
+    stride_om,
     HAS_DROPOUT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -44,7 +45,7 @@ def _lora_add_kernel(
     offs_m = block_range(pid_m, BLOCK_M)
     offs_c = block_range(pid_c, BLOCK_C)
 
-    out_tile = load_tile(out_ptr, offs_m, offs_c, C, M, C)
+    out_tile = load_tile(out_ptr, offs_m, offs_c, stride_om, M, C)
     acc = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
     for r in tl.range(0, R, BLOCK_R, num_stages=1):
         offs_r = r + tl.arange(0, BLOCK_R)
@@ -58,7 +59,7 @@ def _lora_add_kernel(
         words = block_range(pid_c, BLOCK_C // _WORD_BITS)
         packed = load_keep_words(mask_ptr, offs_m, words, tl.cdiv(C, _WORD_BITS), M)
         acc = tl.where(unpack_keep(packed, BLOCK_M, BLOCK_C), acc, 0.0)
-    store_tile(out_ptr, acc + out_tile.to(tl.float32), offs_m, offs_c, C, M, C)
+    store_tile(out_ptr, acc + out_tile.to(tl.float32), offs_m, offs_c, stride_om, M, C)
 
 
 def lora_add(
@@ -67,12 +68,13 @@ def lora_add(
     """Add mask ⊙ (left·right) to ``out [M, C]`` in place, for left ``[M, R]``.
 
     ``right`` is ``[R, C]``, as A for dX += mask ⊙ (dS·A), or with ``transposed`` ``[C, R]``, as B for
-    y += S·Bᵀ. The packed mask is ``[M, ⌈C/32⌉]`` (int32), None without dropout.
+    y += S·Bᵀ. The packed mask is ``[M, ⌈C/32⌉]`` (int32), None without dropout. ``out`` may be columns of a
+    wider matrix.
     """
     (m, c), r = out.shape, left.shape[1]
     tile = plan.tile
     programs = cdiv(m, tile.rows) * cdiv(c, tile.cols)
     return launch(_lora_add_kernel, LORA_ADD, tile, (programs,))(
         left_ptr=left, lora_right_ptr=right, mask_ptr=mask, out_ptr=out,
-        M=m, C=c, R=r, HAS_DROPOUT=mask is not None, TRANSPOSED=transposed,
+        M=m, C=c, R=r, stride_om=out.stride(0), HAS_DROPOUT=mask is not None, TRANSPOSED=transposed,
     )  # fmt: skip
