@@ -9,12 +9,13 @@ import pytest
 import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu, dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+from compressed_tensors.compressors.base import decompress_module
 from torch import Tensor, nn
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 from transformers.integrations.finegrained_fp8 import FP8Linear
 
 import fastlora
-from tests.quantised import four_bit, read
+from tests.quantised import compressed, four_bit, read
 
 OUT, IN = 96, 128
 BASES: dict[str, Callable[..., Any]] = {
@@ -182,6 +183,8 @@ def torchao(config: Any) -> nn.Module:
 EIGHT_BITS: dict[str, Callable[[], Any]] = {
     "llm.int8": lambda: Linear8bitLt(IN, OUT, has_fp16_weights=False, threshold=6.0).to("cpu"),
     "fp8": fp8,
+    "compressed int8": lambda: compressed(OUT, IN, torch.float32, type="int", strategy="channel"),
+    "compressed fp8": lambda: compressed(OUT, IN, torch.float32, type="float", strategy="channel"),
     "torchao int8": lambda: torchao(Int8WeightOnlyConfig(version=2)),
     "torchao float8": lambda: torchao(Float8WeightOnlyConfig()),
 }
@@ -192,7 +195,7 @@ EIGHT_BITS: dict[str, Callable[[], Any]] = {
 def test_the_life_of_a_layer_of_eight_bits(base: str, wrapped: bool) -> None:
     frozen = EIGHT_BITS[base]()
     x = inputs()
-    if base != "fp8":
+    if base != "fp8" and not base.startswith("compressed"):
         # its state takes the statistics
         frozen(x)
     weight, state = frozen.weight, copy.deepcopy(frozen.state_dict())
@@ -234,6 +237,24 @@ def test_the_life_of_a_layer_of_eight_bits(base: str, wrapped: bool) -> None:
         with pytest.raises(ValueError, match="a weight of bitsandbytes to quantise again"):
             layer.merge(requantise=True)
         assert not layer.merged
+
+
+@pytest.mark.parametrize("kind", ["int", "float"])
+def test_a_layer_that_compressed_tensors_decompresses_computes_the_same(kind: str) -> None:
+    """As a model does that it loaded, on its first call."""
+    frozen = compressed(OUT, IN, torch.float32, type=kind, strategy="channel")
+    layer = awake(fastlora.LoRALinear.from_linear(frozen, rank=4))
+    copied, base, x = copy.deepcopy(layer), layer.to_base(), inputs()
+    assert base.forward.__self__ is base
+    assert base.forward.__func__ is frozen.forward.__func__
+    expected = layer(x)
+    assert torch.equal(copied(x), expected)
+    decompress_module(layer)
+    assert layer.weight.dtype is torch.float32
+    torch.testing.assert_close(layer(x), expected)
+    decompress_module(base)
+    layer.lora_B.data.zero_()
+    torch.testing.assert_close(base(x), layer(x))
 
 
 def rewritten() -> Any:

@@ -6,7 +6,7 @@ from torch import nn
 from fastlora._core.checks import FLOATING_DTYPES
 from fastlora.nn.lora.stored import is_dense
 from fastlora.nn.settings import DTYPE_NAMES
-from fastlora.ops.weights.read import frozen_weight
+from fastlora.ops.weights.read import frozen_weight, is_compressed
 
 
 def check_carrier(layer: object) -> None:
@@ -78,8 +78,8 @@ def _quantised(layer: nn.Linear) -> bool | str:
     found = frozen_weight(layer)
     if isinstance(found, str):
         return found
-    # compressed-tensors'
-    return f"{type(layer).__name__} with a forward of its own" if "forward" in vars(layer) else True
+    own = "forward" in vars(layer) and not is_compressed(layer)
+    return f"{type(layer).__name__} with a forward of its own" if own else True
 
 
 def check_embedding(embedding: object) -> None:

@@ -12,6 +12,7 @@ from fastlora.nn.lora.quantised import lora_around, new_linear, share_linear
 from fastlora.nn.lora.stored import stored_weight
 from fastlora.nn.settings import LoRAOptions, LoRASettings, lora_settings
 from fastlora.ops.weights.frozen import FrozenWeight
+from fastlora.ops.weights.read import is_compressed
 from fastlora.ops.weights.repacking import keep_as_stored
 
 
@@ -99,7 +100,7 @@ class LoRALinear(LoRAModule, nn.Linear):
         """
         settings = lora_settings(**options)
         check_plain(linear, nn.Linear)
-        quantised = type(linear).forward is not nn.Linear.forward
+        quantised = type(linear).forward is not nn.Linear.forward or is_compressed(linear)
         layer: Self = lora_around(cls, linear) if quantised else new_linear(cls, linear)
         layer.weight, layer.bias = linear.weight, linear.bias
         layer._add_lora(settings)

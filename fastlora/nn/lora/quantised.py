@@ -1,12 +1,14 @@
 """LoRA beside a weight that another library quantised and that stays as it is stored."""
 
 import functools
+from types import MethodType
 from typing import Any, TypeVar
 
 from torch import nn
 
 from fastlora.nn.lora.stored import is_dense
 from fastlora.nn.lora.update import LoRAUpdate
+from fastlora.ops.weights.read import FORWARD_OF_BASE
 
 Linear = TypeVar("Linear", bound=nn.Linear)
 
@@ -30,6 +32,9 @@ class QuantisedLayer(LoRAUpdate):
             return share_linear(nn.Linear, layer, cast=self._copied)
         plain: nn.Linear = new_linear(self._read_as, layer)
         take_over(plain, layer, self._taken)
+        own = vars(layer).get(FORWARD_OF_BASE)
+        if own is not None:
+            vars(plain)["forward"] = MethodType(own, plain)
         plain.weight, plain.bias = layer.weight, layer.bias
         return plain.train(self.training)
 
@@ -67,9 +72,13 @@ def lora_around(lora: Any, linear: Any) -> Any:
     plain = new_linear(quantised_class(lora, kind), linear)
     of_every_module = vars(plain)
     taken = {name: tuple(vars(linear)[name]) for name in _TABLES}
-    taken[""] = tuple(name for name in vars(linear) if name not in of_every_module)
+    own = vars(linear).get("forward")
+    taken[""] = tuple(name for name in vars(linear) if name not in of_every_module and name != "forward")
     take_over(plain, linear, taken)
     plain._taken = taken
+    if own is not None:
+        # bound to the other layer, to whose kind it is given back
+        setattr(plain, FORWARD_OF_BASE, own.__func__)
     return plain
 
 

@@ -74,7 +74,9 @@ def read_compressed(layer: nn.Module) -> FrozenWeight | str:
     if getattr(status, "value", status) != "compressed":
         return f"{name} that is {getattr(status, 'value', status)}, not compressed"
     arguments, parameters = given.quantization_scheme.weights, layer._parameters
-    others = sorted(set(parameters) - {"weight", "weight_scale", "bias", "input_scale", "output_scale"})
+    known = {"weight", "weight_scale", "bias", "input_scale", "output_scale"}
+    # LoRA's stand beside them
+    others = sorted(name for name in set(parameters) - known if not name.startswith("lora_"))
     if arguments is None or not arguments.symmetric or others:
         return f"{name} with {', '.join(others) or 'a zero point'}"
     weight, scale = parameters.get("weight"), parameters.get("weight_scale")

@@ -17,6 +17,9 @@ from fastlora.ops.weights.four_bit import read_four_bit
 from fastlora.ops.weights.frozen import FrozenWeight
 from fastlora.ops.weights.torchao import read_float8, read_int8, read_nf4
 
+# where a layer that computes in a quantised one's place keeps the forward which that one alone had
+FORWARD_OF_BASE = "_forward_of_base"
+
 Reader = Callable[[Any], FrozenWeight | str]
 
 # classes of layers by the module that defines them: no library is imported that nobody uses
@@ -86,13 +89,15 @@ def _read_linear(layer: nn.Module) -> FrozenWeight | str:
 
 
 def is_compressed(layer: nn.Module) -> bool:
-    """Whether the forward that this layer alone has is compressed-tensors' own.
+    """Whether the forward that this layer alone has is compressed-tensors' own, or was before LoRA's.
 
     Args:
         layer: Any layer.
     """
-    own = layer.__dict__.get("forward")
-    if own is None:
-        return False
-    function = getattr(own, "__func__", None)
+    function = layer.__dict__.get(FORWARD_OF_BASE)
+    if function is None:
+        own = layer.__dict__.get("forward")
+        if own is None:
+            return False
+        function = getattr(own, "__func__", None)
     return str(getattr(function, "__globals__", {}).get("__name__")).startswith("compressed_tensors.")
