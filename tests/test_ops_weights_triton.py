@@ -21,6 +21,7 @@ from fastlora.ops.weights import four_bit as four_bit_module
 from fastlora.ops.weights.four_bit import FourBitWeight
 from fastlora.ops.weights.frozen import FrozenWeight, is_made_dense_by_kernels
 from fastlora.ops.weights.scaled import ScaledWeight
+from fastlora_kernels.choose import quantised
 from fastlora_kernels.choose.lora import Path
 from fastlora_kernels.choose.tuned import Choice
 from fastlora_kernels.lora.epilogue import lora_add
@@ -207,7 +208,7 @@ def decoding(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         fill(*tensors, **settings)
 
     monkeypatch.setattr(decode_triton, "_forward", watched)
-    monkeypatch.setattr(kernel_paths, "decodes", lambda *_, dropping: not dropping)
+    monkeypatch.setattr(quantised, "decodes", lambda *_, dropping: not dropping)
     return seen
 
 

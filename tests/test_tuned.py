@@ -41,6 +41,24 @@ def test_the_nearest_number_of_rows_within_a_factor_of_two() -> None:
     assert tuned.find("another-card-8", CALL.shape, torch.float16, dropping=False) is None
 
 
+def test_records_of_weights_that_are_stored_otherwise_stand_apart() -> None:
+    dense, nf4 = record(), replace(record(path="split"), weight="nf4")
+    for each in (dense, nf4):
+        keep(each, GPU)
+    assert tuned_file.read(tuned_file.path_of(GPU), GPU) == [dense, nf4]
+    for weight, found in ((None, dense), ("nf4", nf4), ("int8", None), ("other", None)):
+        assert tuned.find(GPU, CALL.shape, torch.float16, dropping=False, weight=weight) == found
+
+
+def test_a_file_from_before_weights_were_told_apart_is_of_dense_ones() -> None:
+    keep(record(), GPU)
+    path = tuned_file.path_of(GPU)
+    content = json.loads(path.read_text())
+    assert content["records"][0].pop("weight", "absent") is None
+    path.write_text(json.dumps(content))
+    assert tuned_file.read_or_warn(GPU, SMALL_CARD) == [record()]
+
+
 def test_a_file_gives_back_what_was_kept(folder: Path) -> None:
     first, second = record(), record(replace(CALL, rows=500), path="split", tile=TILE)
     keep(first, GPU)
@@ -119,11 +137,19 @@ def test_a_choice_that_the_plans_do_not_offer_is_not_taken(stale: tuned.Record) 
     assert taken == []
 
 
-@pytest.mark.parametrize("wrong", ['"dtype": "float17"', '"dtype": 16'])
-def test_an_edited_record_is_ignored_with_a_warning(wrong: str) -> None:
+@pytest.mark.parametrize(
+    ("written", "wrong"),
+    [
+        ('"dtype": "float16"', '"dtype": "float17"'),
+        ('"dtype": "float16"', '"dtype": 16'),
+        ('"weight": null', '"weight": "nf5"'),
+    ],
+)
+def test_an_edited_record_is_ignored_with_a_warning(written: str, wrong: str) -> None:
     keep(record(), GPU)
     path = tuned_file.path_of(GPU)
-    path.write_text(path.read_text().replace('"dtype": "float16"', wrong))
+    assert written in path.read_text()
+    path.write_text(path.read_text().replace(written, wrong))
     with pytest.warns(UserWarning, match="predicted instead of measured"):
         assert tuned_file.read_or_warn(GPU, SMALL_CARD) == []
 

@@ -152,7 +152,7 @@ def test_a_part_of_a_quantised_weight_is_chosen_for_whoever_launches_it(
 
     monkeypatch.setattr(kernel_paths, "choose", noted)
     apart = record(path="single", from_host="split")
-    tuned.pin(GPU, [replace(apart, backward=Choice("epilogue"))])
+    tuned.pin(GPU, [replace(apart, backward=Choice("epilogue"), weight="int8")])
     t = draw(CALL, device())
     codes = torch.ones(CALL.outputs, CALL.inputs, dtype=torch.int8, device=device())
     weight = ScaledWeight(codes, torch.ones(1, 1, device=device()), (CALL.outputs, CALL.inputs))

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ import fastlora
 from fastlora.cli import app, tune
 from fastlora.functional import lora_linear
 from fastlora.ops import kernel_paths, lora_torch, lora_triton, tuned_file
+from fastlora.ops.weights import decode_triton
 from fastlora.transfer.models.weightless import ModelSpec, build, sample_input
 from fastlora.tuning import search, timing, truth
 from fastlora.tuning.calls import LayerCall, calls_of_model, read_calls
@@ -26,9 +27,12 @@ from fastlora.tuning.candidates import choices, draw, run_eager, run_forward
 from fastlora.tuning.search import name_of
 from fastlora.tuning.timing import Times
 from fastlora_kernels.choose import tuned
+from fastlora_kernels.choose.paths import Pass
 from fastlora_kernels.choose.tuned import Choice, Record
 from fastlora_kernels.lora.forward import lora_forward
-from tests.tuning_models import CALL, GPU, device, pretend, record
+from fastlora_kernels.quant import kernels as quantised
+from fastlora_kernels.tile import Tile
+from tests.tuning_models import CALL, GPU, SMALL_CARD, device, pretend, record
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
 
@@ -80,6 +84,68 @@ def test_every_candidate_is_checked_and_timed(dropout: float) -> None:
 
 
 @pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("weight", ["nf4", "int8", "fp8"])
+def test_quantised_layers_are_timed_as_they_run(weight: Any, dropout: float) -> None:
+    """By paths over dense rows and, of 4 bits without dropout, by decoding; eager would keep W dense."""
+    call = replace(CALL, inputs=64, dropout=dropout, weight=weight)
+    told: list[str] = []
+    with fastlora.use_backend("triton"):
+        found, left_out = search.tune_call(call, device(), counting_timer(1, 1), told.append)
+    assert left_out == []
+    assert found is not None
+    assert (found.weight, "eager" in told, [*found.microseconds["step"]]) == (weight, False, ["fused"])
+    decoding = [name for name in found.microseconds["forward"] if name.startswith("decode")]
+    assert len(decoding) == (2 if weight == "nf4" and not dropout else 0)
+    assert not any(name.startswith("decode") for name in found.microseconds["backward"])
+    assert tuned.fits(found, SMALL_CARD)
+
+
+@pytest.mark.usefixtures("card")
+def test_a_weight_beyond_the_workspace_has_paths_of_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantised, "WORKSPACE_BYTES", CALL.outputs * 64)
+    call = replace(CALL, inputs=64, weight="nf4")
+    for part in get_args(Pass):
+        (first, *others) = choices(part, call, device())
+        assert first == Choice("split")
+        assert {each.path for each in others} == ({"decode"} if part == "forward" else set())
+
+
+@pytest.mark.usefixtures("card")
+def test_a_quantised_layer_takes_what_was_measured_of_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = replace(CALL, inputs=64, weight="nf4")
+    won = Choice("decode", Tile(16, 32, 64, 32, warps=4, stages=4))
+    own = replace(record(call), forward=won, weight="nf4")
+    dense = replace(own, forward=Choice("single"), weight=None)
+    tuned.pin(GPU, [own, dense])
+
+    def taken(**more: Any) -> Choice:
+        return kernel_paths.choose("forward", call.shape, torch.float16, device(), dropping=False, **more)
+
+    assert taken(stored="nf4", decodable=True) == won
+    assert taken() == Choice("single")
+    # blocks that run over the ends of rows: neither that one nor the dense one's
+    tuned.pin(GPU, [own, replace(dense, forward=Choice("epilogue"))])
+    predicted = taken(stored="other")
+    assert taken(stored="nf4") == taken(stored="int8") == predicted != Choice("epilogue")
+    launched: list[Any] = []
+    run = decode_triton._forward
+
+    def watched(*tensors: Tensor, **settings: Any) -> None:
+        launched.append(settings["tile"])
+        run(*tensors, **settings)
+
+    monkeypatch.setattr(decode_triton, "_forward", watched)
+    with fastlora.use_backend("triton"):
+        t = draw(call, device())
+        assert t.stored is not None
+        y = lora_linear(t.x, t.stored, t.bias, t.lora_A, t.lora_B, scaling=1.0)
+        expected = lora_linear(t.x, t.weight, t.bias, t.lora_A, t.lora_B, scaling=1.0)
+    assert launched == [won.tile]
+    torch.testing.assert_close(y, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.usefixtures("card")
 def test_eager_wins_where_it_is_faster() -> None:
     """Both passes, timed later, took longer. The op then runs the eager formula for this call."""
     found, _ = tuned_call(CALL, counting_timer(1, 1, from_host=1))
@@ -106,7 +172,7 @@ def test_calls_take_the_winner_of_the_way_they_run(monkeypatch: pytest.MonkeyPat
     shape, dtype = CALL.shape, torch.float16
     tuned.pin(GPU, [record(path="single", from_host="epilogue")])
 
-    def path(**more: bool) -> str:
+    def path(**more: Any) -> str:
         return kernel_paths.choose("forward", shape, dtype, device(), dropping=False, **more).path
 
     t = draw(CALL, device())
@@ -294,6 +360,15 @@ def test_calls_of_a_model_include_its_attention() -> None:
         (rows, 3072, 768),
     }
     assert {(call.rank, call.dropout, call.dtype) for call in calls} == {(8, 0.1, "bfloat16")}
+
+
+def test_calls_say_how_weights_are_stored() -> None:
+    layer, batch = torch.nn.Sequential(torch.nn.Linear(32, 48)), torch.zeros(5, 32)
+    noted: Any = {"rank": 4, "dropout": 0.0, "dtype": "float16"}
+    assert [call.weight for call in calls_of_model(layer, batch, **noted, weight="fp8")] == ["fp8"]
+    unknown: Any = "nf5"
+    with pytest.raises(ValueError, match="expected a weight out of nf4, int8, fp8, got 'nf5'"):
+        replace(CALL, weight=unknown)
 
 
 def test_calls_of_a_file(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.table import Table
 from fastlora._core.words import visible
 from fastlora.cli._console import make_console
 from fastlora.cli._progress import LiveReporter
+from fastlora.cli._weight import Weight
 from fastlora.cli.plan import Dtype
 
 if TYPE_CHECKING:
@@ -35,6 +36,12 @@ def tune(
     rank: Annotated[int, typer.Option(min=1, help="Rank of a model's updates.")] = 16,
     dropout: Annotated[float, typer.Option(min=0, max=0.99, help="Dropout of a model's updates.")] = 0.0,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of a model's layers.")] = Dtype.bfloat16,
+    weight: Annotated[
+        Weight,
+        typer.Option(
+            help="How a model's frozen weights are stored, as in fastlora plan; a listed call has its own."
+        ),
+    ] = Weight.dense,
     batch_size: Annotated[int, typer.Option(min=1, help="Images or texts in a model's batch.")] = 8,
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens in a text.")] = 512,
     show: Annotated[
@@ -61,7 +68,7 @@ def tune(
         _print(_kept(gpu), as_json)
         return
     console = make_console(to_stderr=True)
-    asked = _calls(shapes, model, rank, dropout, dtype.value, batch_size, sequence_length)
+    asked = _calls(shapes, model, rank, dropout, dtype.value, weight, batch_size, sequence_length)
     calls = _with_kernels(asked, device, console)
     records, left_out = _tune(calls, device, gpu, console)
     _print(records, as_json)
@@ -101,6 +108,7 @@ def _calls(
     rank: int,
     dropout: float,
     dtype: str,
+    weight: Weight,
     batch_size: int,
     sequence_length: int,
 ) -> "list[LayerCall]":
@@ -115,7 +123,9 @@ def _calls(
     spec = ModelSpec(model, None, dtype, batch_size, sequence_length)
     # no weights are held
     built = build(spec)
-    return calls_of_model(built, sample_input(spec, built), rank=rank, dropout=dropout, dtype=dtype)
+    stored: Any = None if weight is Weight.dense else weight.value
+    noted: Any = {"rank": rank, "dropout": dropout, "dtype": dtype, "weight": stored}
+    return calls_of_model(built, sample_input(spec, built), **noted)
 
 
 def _with_kernels(calls: "list[LayerCall]", device: "torch.device", console: Console) -> "list[LayerCall]":
@@ -174,7 +184,7 @@ def _print(records: "list[Record]", as_json: bool) -> None:
         caption="Medians: graph, of CUDA graphs with a cold cache; host, where Python launches every kernel. "
         "Shape: rows × inputs × outputs."
     )
-    for heading in ("Shape", "Rank", "Dtype", "Dropout", "Run", "Forward", "Backward"):
+    for heading in ("Shape", "Rank", "Dtype", "Weight", "Dropout", "Run", "Forward", "Backward"):
         table.add_column(heading)
     for heading in ("µs", "Eager µs", "Gain"):
         table.add_column(heading, justify="right")
@@ -194,6 +204,7 @@ def _cells(record: "Record", run: str, won: "Winners") -> list[str]:
         f"{shape.m} × {shape.k} × {shape.n}",
         str(shape.r),
         record.dtype,
+        record.weight or "dense",
         "yes" if record.dropping else "",
         run,
         name_of(won.forward),

@@ -73,7 +73,7 @@ def decide_lora(
     dropping: bool,
     dora: bool = False,
     training: bool = True,
-    quantised: bool = False,
+    stored: str | None = None,
     decodable: bool = False,
     in_graph: bool = False,
 ) -> Decision:
@@ -87,7 +87,8 @@ def decide_lora(
         dropping: Whether dropout is active.
         dora: Whether every output is multiplied by a factor.
         training: Whether the layer trains.
-        quantised: Whether the weight becomes dense for this call; the eager formula would keep it so.
+        stored: How the weight is stored, None for a dense one. The eager formula would keep one that becomes
+            dense for this call alone.
         decodable: Whether the forward pass can read the quantised weight as it is.
         in_graph: Whether to decide as for a CUDA graph, while none is made.
 
@@ -98,7 +99,7 @@ def decide_lora(
     if (
         backend == "torch"
         and automatic
-        and not (dropping or dora or quantised)
+        and not (dropping or dora or stored)
         and _is_small(x, weight, lora_A, dtype, training)
     ):
         return WITHOUT_PATHS["reference"]
@@ -116,14 +117,12 @@ def decide_lora(
     if torch.compiler.is_compiling():
         return WITHOUT_PATHS["triton"]
     shape = Shape(m=x.shape[:-1].numel(), n=n, k=k, r=r, aligned=aligned)
-    eager = automatic and not (dora or quantised)
+    eager = automatic and not (dora or stored)
     call: Any = {"dropping": dropping, "in_graph": in_graph}
     if eager and kernel_paths.prefers_eager(shape, dtype, x.device, **call):
         return WITHOUT_PATHS["reference"]
-    if decodable and kernel_paths.decodes(shape, dtype, x.device, dropping=dropping):
-        forward = kernel_paths.DECODING
-    else:
-        forward = kernel_paths.choose("forward", shape, dtype, x.device, dora=dora, **call)
+    call["stored"] = stored
+    forward = kernel_paths.choose("forward", shape, dtype, x.device, dora=dora, decodable=decodable, **call)
     # by then the factor is taken off the gradient
     backward = kernel_paths.choose("backward", shape, dtype, x.device, **call)
     return Decision("triton", Paths(shape, forward, backward, in_graph))

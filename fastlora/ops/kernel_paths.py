@@ -1,5 +1,7 @@
 """Which calls the kernels are for, their paths and tiles: what was measured on a GPU, else predicted."""
 
+from typing import Any
+
 import torch
 
 from fastlora._core import backend
@@ -9,8 +11,6 @@ from fastlora_kernels.choose import paths, quantised, tuned
 from fastlora_kernels.choose.paths import DECODE, Pass
 from fastlora_kernels.choose.tuned import Choice, Winners
 from fastlora_kernels.tile import Shape
-
-DECODING = Choice(DECODE)
 
 
 # constants to torch.compile, which can't trace a GPU's properties; nor does it take a shape as an argument
@@ -42,11 +42,6 @@ def prefers_library(shape: Shape, dtype: torch.dtype, device: torch.device, *, d
     return paths.choose_adapter_path(shape, dtype, targets.detect(device), dropping=dropping) == "library"
 
 
-def decodes(shape: Shape, dtype: torch.dtype, device: torch.device, *, dropping: bool) -> bool:
-    """Whether decoding a 4-bit weight in the forward pass's loop is predicted to be the fastest."""
-    return quantised.decodes(shape, dtype, targets.detect(device), dropping=dropping)
-
-
 def choose(
     part: Pass,
     shape: Shape,
@@ -56,17 +51,27 @@ def choose(
     dropping: bool,
     dora: bool = False,
     in_graph: bool = False,
+    stored: str | None = None,
+    decodable: bool = False,
 ) -> Choice:
     """Path and tile of one pass of a LoRA call.
+
+    ``stored`` says how the weight is, None where it is dense, and ``decodable`` whether its bytes can be read
+    in the forward pass's loop.
 
     Never the library's path where the kernels were asked for by name, or with dropout, whose mask the library
     would keep in another form. ``in_graph`` says that the host's time does not count, as where a compiled
     graph calls; a CUDA graph that is being made is noticed here.
     """
-    won = None if dora else _measured(shape, dtype, device, dropping=dropping, in_graph=in_graph)
+    measured: Any = {"dropping": dropping, "in_graph": in_graph, "stored": stored}
+    won = None if dora else _measured(shape, dtype, device, **measured)
     choice = None if won is None else (won.forward if part == "forward" else won.backward)
-    if choice is None or choice.path == tuned.REFERENCE:
+    # blocks of another size may have been measured
+    unfit = (tuned.REFERENCE,) if decodable else (tuned.REFERENCE, DECODE)
+    if choice is None or choice.path in unfit:
         target = targets.detect(device)
+        if decodable and part == "forward" and quantised.decodes(shape, dtype, target, dropping=dropping):
+            return Choice(DECODE)
         choice = Choice(paths.choose_path(part, shape, dtype, target, dropping=dropping, dora=dora))
     if choice.path == "library" and (dropping or not backend.is_automatic()):
         return Choice("split")
@@ -74,9 +79,15 @@ def choose(
 
 
 def _measured(
-    shape: Shape, dtype: torch.dtype, device: torch.device, *, dropping: bool, in_graph: bool = False
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    dropping: bool,
+    in_graph: bool = False,
+    stored: str | None = None,
 ) -> Winners | None:
-    record = tuned.find(tuned_file.gpu_of(device), shape, dtype, dropping=dropping)
+    record = tuned.find(tuned_file.gpu_of(device), shape, dtype, dropping=dropping, weight=stored)
     if record is None:
         return None
     if record.from_host is None or in_graph or _is_capturing(device):

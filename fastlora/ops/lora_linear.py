@@ -136,10 +136,10 @@ def _decide(
     *,
     in_graph: bool = False,
 ) -> Call:
-    quantised, decodable = isinstance(weight, FrozenWeight), False
+    options: dict[str, Any] = {"training": training, "in_graph": in_graph}
     if isinstance(weight, FrozenWeight):
         check_floating("x", x)
-        decodable = weight.is_decodable
+        options |= {"stored": weight.storage, "decodable": weight.is_decodable}
         # it has no dtype of its own: it becomes dense in the products'
         weight = weight.outline(x.dtype)
     check_lora_linear(x, weight, bias, lora_A, lora_B, scaling=scaling, dropout=dropout)
@@ -152,8 +152,8 @@ def _decide(
         # nothing is kept: a factor of zero does it, without a mask
         scaling, dropping = 0.0, False
     given = (x, weight, lora_A, dtype)
-    options: dict[str, Any] = {"dropping": dropping, "training": training, "in_graph": in_graph}
-    decision = decide_lora(*given, **options, quantised=quantised, decodable=decodable)
+    options["dropping"] = dropping
+    decision = decide_lora(*given, **options)
     return Call(dtype, float(scaling), float(dropout) if dropping else 0.0, decision)
 
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -16,6 +16,7 @@ from fastlora._core.files import read_json, write_report
 from fastlora._version import __version__
 from fastlora_kernels import targets
 from fastlora_kernels.choose import tuned
+from fastlora_kernels.choose.quantised import Stored
 from fastlora_kernels.choose.tuned import Choice, Record, Winners
 from fastlora_kernels.targets import Target
 from fastlora_kernels.tile import Shape, Tile
@@ -122,7 +123,7 @@ def keep(record: Record, gpu: str) -> None:
 
 
 def _call(record: Record) -> tuple[object, ...]:
-    return record.shape, record.dtype, record.dropping
+    return record.shape, record.dtype, record.dropping, record.weight
 
 
 def _made_by(gpu: str) -> dict[str, Any]:
@@ -135,13 +136,16 @@ def _made_by(gpu: str) -> dict[str, Any]:
 
 def _record(values: Mapping[str, Any]) -> Record:
     own = {name: values[name] for name in ("dtype", "dropping")}
-    # absent from files of before it was measured
-    other = values.get("from_host")
+    # absent from files of before they were measured
+    other, weight = values.get("from_host"), values.get("weight")
+    if weight is not None and weight not in get_args(Stored):
+        raise ValueError(f"a weight that is stored as {weight!r}")
     return Record(
         shape=Shape(**values["shape"]),
         **own,
         **_won(values),
         from_host=None if other is None else Winners(**_won(other)),
+        weight=weight,
     )
 
 

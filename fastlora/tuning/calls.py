@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastlora._core.backend import KERNEL_DTYPES
 from fastlora._core.files import read_json
 from fastlora._core.words import did_you_mean
+from fastlora_kernels.choose.quantised import Stored
 from fastlora_kernels.tile import Shape
 
 
@@ -26,9 +27,10 @@ class LayerCall:
         rank: Rank of the update.
         dropout: Probability.
         dtype: ``bfloat16``, ``float16`` or ``float32``.
+        weight: How the frozen weight is stored: ``nf4``, ``int8`` or ``fp8``; None for a dense one.
 
     Raises:
-        ValueError: A size is below 1, or the dropout or dtype is none of these.
+        ValueError: A size is below 1, or the dropout, dtype or weight is none of these.
     """
 
     rows: int
@@ -37,6 +39,7 @@ class LayerCall:
     rank: int = 16
     dropout: float = 0.0
     dtype: str = "bfloat16"
+    weight: Stored | None = None
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -48,6 +51,8 @@ class LayerCall:
             raise ValueError(f"expected a dropout probability in [0, 1), got {self.dropout!r}")
         if self.dtype not in KERNEL_DTYPES:
             raise ValueError(f"expected a dtype out of {', '.join(KERNEL_DTYPES)}, got {self.dtype!r}")
+        if self.weight is not None and self.weight not in get_args(Stored):
+            raise ValueError(f"expected a weight out of {', '.join(get_args(Stored))}, got {self.weight!r}")
 
     @property
     def shape(self) -> Shape:
@@ -82,7 +87,13 @@ def read_calls(path: Path) -> list[LayerCall]:
 
 
 def calls_of_model(
-    model: nn.Module, batch: Tensor | Mapping[str, Tensor], *, rank: int, dropout: float, dtype: str
+    model: nn.Module,
+    batch: Tensor | Mapping[str, Tensor],
+    *,
+    rank: int,
+    dropout: float,
+    dtype: str,
+    weight: Stored | None = None,
 ) -> list[LayerCall]:
     """The different calls of a model's LoRA layers, ``all-linear``, on one batch.
 
@@ -92,6 +103,7 @@ def calls_of_model(
         rank: Rank of every update.
         dropout: Probability, noted in the calls.
         dtype: Noted in the calls: ``bfloat16``, ``float16`` or ``float32``.
+        weight: Noted in the calls: how frozen weights are stored, None for dense ones.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -101,10 +113,10 @@ def calls_of_model(
     model = apply_lora(model, rank=rank)
     seen: dict[LayerCall, None] = {}
 
-    def note(op: Callable[..., Tensor], x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    def note(op: Callable[..., Tensor], x: Tensor, frozen: Tensor, *rest: Any) -> Tensor:
         rows = x.shape[:-1].numel()
-        seen[LayerCall(rows, weight.shape[1], weight.shape[0], rank, dropout, dtype)] = None
-        return op(x, weight, *rest)
+        seen[LayerCall(rows, frozen.shape[1], frozen.shape[0], rank, dropout, dtype, weight)] = None
+        return op(x, frozen, *rest)
 
     for module in model.modules():
         if isinstance(module, LoRAModule):

@@ -11,13 +11,17 @@ from fastlora.ops.keep_mask import keep_probability
 from fastlora.ops.lora_linear import LoRALinearFunction
 from fastlora.ops.lora_passes import lora_linear_backward, lora_linear_forward
 from fastlora.ops.runtime import draw_seed
+from fastlora.ops.weights import in_parts
+from fastlora.ops.weights.frozen import FrozenWeight
 from fastlora.tuning.calls import LayerCall
+from fastlora.tuning.weights import draw_weight
 from fastlora_kernels import targets
-from fastlora_kernels.choose import paths
 from fastlora_kernels.choose import plan as plans
+from fastlora_kernels.choose import quantised
 from fastlora_kernels.choose.lora import Call
-from fastlora_kernels.choose.paths import LARGE_KERNELS, Pass
+from fastlora_kernels.choose.paths import DECODE, LARGE_KERNELS, Pass
 from fastlora_kernels.choose.tuned import Choice
+from fastlora_kernels.quant.kernels import most_rows
 from fastlora_kernels.tile import MASK_WORD_BITS, Shape
 
 SCALING = 2.0
@@ -25,7 +29,10 @@ SCALING = 2.0
 
 @dataclass(frozen=True)
 class Tensors:
-    """Of one layer call; ``s`` and ``mask`` are what forward leaves for backward."""
+    """Of one layer call; ``s`` and ``mask`` are what forward leaves for backward.
+
+    Where the frozen weight is quantised, that is ``stored``, and ``weight`` the same, dense.
+    """
 
     x: Tensor
     weight: Tensor
@@ -37,6 +44,7 @@ class Tensors:
     dropout: float
     s: Tensor | None = None
     mask: Tensor | None = None
+    stored: FrozenWeight | None = None
 
     def to(self, dtype: torch.dtype) -> "Tensors":
         """The same in another dtype, adapters too."""
@@ -51,15 +59,17 @@ def draw(call: LayerCall, device: torch.device) -> Tensors:
         return (torch.randn(*shape, device=device) * scale).to(dtype)
 
     m, n, k, r = call.rows, call.outputs, call.inputs, call.rank
+    stored = None if call.weight is None else draw_weight(call.weight, n, k, device)
     return Tensors(
         x=normal(m, k),
-        weight=normal(n, k, scale=k**-0.5),
+        weight=normal(n, k, scale=k**-0.5) if stored is None else stored.dense(call.torch_dtype),
         bias=normal(n),
         lora_A=normal(r, k, scale=k**-0.5, dtype=torch.float32),
         lora_B=normal(n, r, scale=r**-0.5, dtype=torch.float32),
         dy=normal(m, n),
         seed=torch.tensor([1234], device=device) if call.dropout else None,
         dropout=call.dropout,
+        stored=stored,
     )
 
 
@@ -67,8 +77,14 @@ def choices(part: Pass, call: LayerCall, device: torch.device) -> list[Choice]:
     """Every path that can serve the pass, with every tile of its large product."""
     target, dtype = targets.detect(device), call.torch_dtype
     found = []
-    for candidate in paths.candidates(part, Call(call.shape, dtype, target, call.dropout > 0)):
+    # the paths over the parts of a large weight are chosen for each of them
+    parts = call.weight is not None and call.outputs > most_rows(call.inputs, dtype.itemsize)
+    given = Call(call.shape, dtype, target, call.dropout > 0)
+    for candidate in quantised.of_weight(part, given, call.weight):
         if candidate.refused:
+            continue
+        if parts and candidate.path != DECODE:
+            found.append(Choice("split"))
             continue
         if candidate.path == "library" and call.dropout:
             # where no kernel is meant for the call; the library's mask has another form
@@ -81,21 +97,26 @@ def choices(part: Pass, call: LayerCall, device: torch.device) -> list[Choice]:
             else plans.tiles(kernel, call.rank, dtype, target, aligned=call.shape.aligned)
         )
         found += [Choice(candidate.path, tile) for tile in dict.fromkeys(tiles)] or [Choice(candidate.path)]
-    return found
+    return list(dict.fromkeys(found))
 
 
 def run_forward(tensors: Tensors, choice: Choice) -> tuple[Tensor, Tensor, Tensor | None]:
     """y, S and, with dropout, the packed mask, by the op on this path."""
     t = tensors
-    layer = (t.x, t.weight, t.bias, t.lora_A, t.lora_B, t.seed)
-    return lora_linear_forward(*layer, SCALING, t.dropout, _taking(choice, t))
+    rest = (t.bias, t.lora_A, t.lora_B, t.seed, SCALING, t.dropout, _taking(choice, t))
+    if t.stored is not None:
+        return in_parts.forward(t.x, t.stored, *rest)
+    return lora_linear_forward(t.x, t.weight, *rest)
 
 
 def run_backward(tensors: Tensors, choice: Choice) -> tuple[Tensor, Tensor, Tensor]:
     """dX, dA and dB, by the op on this path."""
     t = tensors
-    kept = (t.dy, t.x, t.weight, t.lora_A, t.lora_B, t.s, t.mask)
-    dx, da, db = lora_linear_backward(*kept, SCALING, t.dropout, True, True, True, _taking(choice, t))
+    kept = (t.lora_A, t.lora_B, t.s, t.mask, SCALING, t.dropout, True, True, True, _taking(choice, t))
+    if t.stored is not None:
+        dx, da, db = in_parts.backward(t.dy, t.x, t.stored, *kept)
+    else:
+        dx, da, db = lora_linear_backward(t.dy, t.x, t.weight, *kept)
     # all three are wanted
     assert dx is not None
     assert da is not None
@@ -110,7 +131,8 @@ def run_step(tensors: Tensors, forward: Choice, backward: Choice) -> list[Tensor
     x, lora_A, lora_B = inputs
     seed = None if t.seed is None else draw_seed(t.x.device, None)
     decision = Decision("triton", Paths(_shape(t), forward, backward))
-    layer = (x, t.weight, t.bias, lora_A, lora_B, seed)
+    frozen = t.weight if t.stored is None else t.stored
+    layer = (x, frozen, t.bias, lora_A, lora_B, seed)
     y = LoRALinearFunction.apply(*layer, SCALING, t.dropout, decision)[0]
     return [y.detach(), *torch.autograd.grad(y, inputs, t.dy)]
 

@@ -120,7 +120,8 @@ def tune_call(
             taken = attempt(f"{part} {name_of(choice)}", run)
             if taken is not None:
                 found[choice] = taken
-    eager = attempt("eager", lambda: timer(lambda: run_eager(tensors)))
+    # over a quantised weight it would keep a dense one, and is no candidate
+    eager = attempt("eager", lambda: timer(lambda: run_eager(tensors))) if tensors.stored is None else None
 
     @functools.cache
     def step(forward: Choice, backward: Choice) -> Times | None:
@@ -130,7 +131,8 @@ def tune_call(
     if graph is None or host is None:
         return None, attempt.left_out
     won = (graph.forward, graph.backward, graph.microseconds)
-    return Record(call.shape, call.dtype, call.dropout > 0, *won, from_host=host), attempt.left_out
+    named = (call.shape, call.dtype, call.dropout > 0)
+    return Record(*named, *won, from_host=host, weight=call.weight), attempt.left_out
 
 
 def name_of(choice: Choice) -> str:

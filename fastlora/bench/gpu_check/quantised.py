@@ -18,9 +18,9 @@ from fastlora.bench.gpu_check.profiled import profile_item
 from fastlora.bench.results import EAGER_MODE, OURS
 from fastlora.bench.turns import Step
 from fastlora.ops.lora_linear import lora_linear
-from fastlora.ops.weights.four_bit import FourBitWeight, Nested
 from fastlora.ops.weights.scaled import ScaledWeight
 from fastlora.tuning.candidates import SCALING
+from fastlora.tuning.weights import DrawnWeight
 from fastlora_kernels.tile import cdiv
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -38,49 +38,6 @@ CALLS = (
     (1029, 1024, 2048, BF16), (16, 1024, 2048, BF16), (512, 17_408, 2048, BF16), (512, 17_408, 2048, FP32),
 )  # fmt: skip
 LAYER = f"{LLAMA_8B} q, o"
-_GROUP = 256
-
-
-class DrawnWeight(FourBitWeight):
-    """A random 4-bit weight ``[n, k]`` of a usual scale, drawn without the library that makes them."""
-
-    def __init__(self, n: int, k: int, blocksize: int, nested: bool, device: torch.device) -> None:
-        """See the class.
-
-        Args:
-            n: Outputs.
-            k: Inputs.
-            blocksize: Values that share a factor.
-            nested: Whether the factors are quantised themselves.
-            device: Where it lies.
-        """
-        blocks = cdiv(n * k, blocksize)
-        packed = torch.randint(0, 256, (cdiv(n * k, 2),), dtype=torch.uint8, device=device)
-        factors = (torch.rand(blocks, device=device) + 1) * k**-0.5
-        more = None
-        if nested:
-            offset, groups = factors.mean(), torch.rand(cdiv(blocks, _GROUP), device=device) * k**-0.5 / 2
-            more = Nested(groups, torch.linspace(-1, 1, 256, device=device) ** 3, offset, _GROUP)
-            factors = torch.randint(0, 256, (blocks,), dtype=torch.uint8, device=device)
-        super().__init__(torch.Size((n, k)), packed, factors, more, blocksize, "nf4")
-        self._values = torch.linspace(-1, 1, 16, device=device)
-
-    @property
-    def table(self) -> Tensor:
-        """Any 16 values do."""
-        return self._values
-
-    def by_definition(self, dtype: torch.dtype) -> Tensor:
-        """All rows, in float32 and rounded once, an operation of torch at a time."""
-        factors = self.absmax
-        if self.nested is not None:
-            groups = self.nested.absmax.repeat_interleave(_GROUP)[: factors.numel()]
-            factors = self.nested.code[factors.int()] * groups
-            factors = factors + self.nested.offset
-        count = self.shape.numel()
-        codes = torch.stack((self.packed >> 4, self.packed & 15), 1).flatten()[:count]
-        values = self.table[codes.int()] * factors.repeat_interleave(self.blocksize)[:count]
-        return values.to(dtype).view(self.shape)
 
 
 def items(device: torch.device) -> Sequence[Item]:

@@ -75,6 +75,11 @@ class FourBitWeight(FrozenWeight):
         return _table(self.quant_type, self.device)
 
     @property
+    def storage(self) -> str:
+        """NF4's bytes and FP4's are alike."""
+        return "nf4"
+
+    @property
     def is_decodable(self) -> bool:
         """Whether a row is whole blocks long, each whole steps of the kernel's loop."""
         whole = self.shape[1] % self.blocksize == 0 and self.blocksize % DECODED_COLUMNS == 0

@@ -29,6 +29,11 @@ class FrozenWeight:
     compute_dtype: torch.dtype | None = None
 
     @property
+    def storage(self) -> str:
+        """How it is stored, for what was measured: ``nf4``, ``int8`` or ``fp8``; ``other`` for the rest."""
+        return "other"
+
+    @property
     def is_decodable(self) -> bool:
         """Whether the forward pass's kernel can decode it in its loop."""
         return False

@@ -44,6 +44,11 @@ class ScaledWeight(FrozenWeight):
         self.form = (block, unit, product)
 
     @property
+    def storage(self) -> str:
+        """By the kind of its codes, whatever shares a factor."""
+        return "fp8" if self.stored.is_floating_point() else "int8"
+
+    @property
     def scale(self) -> Tensor | None:
         """The factors, where there is one for each row or for all, and W is not rounded on the way."""
         rows, columns = self.factors.shape

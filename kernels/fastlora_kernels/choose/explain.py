@@ -105,7 +105,7 @@ def explain(
         ceiling = adapter.least(shape, dtype, target)
     else:
         call = Call(shape, dtype, target, dropout > 0, dora=op == "dora_linear")
-        both = {part: _lora_candidates(part, call, weight) for part in get_args(Pass)}
+        both = {part: quantised.of_weight(part, call, weight) for part in get_args(Pass)}
         ceiling = frozen(shape, dtype.itemsize, target)
     chosen = {part: paths.fastest(found) for part, found in both.items()}
     kernel = LARGE_KERNELS.get(("forward", chosen["forward"].path)) if op == "lora_linear" else None
@@ -116,10 +116,6 @@ def explain(
         ceiling_us=sum(total_us([launch]) for launch in ceiling),
         rejected={part: [each for each in found if each is not chosen[part]] for part, found in both.items()},
     )
-
-
-def _lora_candidates(part: Pass, call: Call, weight: Stored | None) -> list[Candidate]:
-    return paths.candidates(part, call) if weight is None else quantised.candidates(part, call, weight)
 
 
 def frozen(shape: Shape, itemsize: int, target: Target) -> list[Launch]:

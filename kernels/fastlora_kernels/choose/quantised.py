@@ -55,6 +55,17 @@ def stored_bytes(weight: Stored, n: int, k: int) -> int:
     return n * k + 4 * (n if weight == "int8" else cdiv(n, _SQUARE) * cdiv(k, _SQUARE))
 
 
+def of_weight(part: Pass, call: Call, weight: Stored | None) -> list[Candidate]:
+    """Every path of one pass over a weight of any kind; None for a dense one.
+
+    Args:
+        part: Which pass.
+        call: The call as it is over a dense weight.
+        weight: How the weight is stored.
+    """
+    return paths.candidates(part, call) if weight is None else candidates(part, call, weight)
+
+
 def candidates(part: Pass, call: Call, weight: Stored) -> list[Candidate]:
     """Every path of one pass over a quantised weight, those that can't serve it with the reason.
 

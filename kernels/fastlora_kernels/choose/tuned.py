@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fastlora_kernels.choose import paths
 from fastlora_kernels.choose import plan as plans
+from fastlora_kernels.choose import quantised
 from fastlora_kernels.choose.lora import Call
 from fastlora_kernels.choose.paths import LARGE_KERNELS, Pass
 from fastlora_kernels.choose.pinned import PINNED
+from fastlora_kernels.choose.quantised import Stored
 from fastlora_kernels.targets import Target
 from fastlora_kernels.tile import Shape, Tile
 
@@ -66,6 +67,7 @@ class Record:
         microseconds: Median of every candidate as a CUDA graph by pass and name, the winners' included.
         from_host: What won where the host launches every kernel, as in eager mode; None where that was not
             measured.
+        weight: How the frozen weight is stored: ``nf4``, ``int8`` or ``fp8``; None for a dense one.
     """
 
     shape: Shape
@@ -75,6 +77,7 @@ class Record:
     backward: Choice
     microseconds: Microseconds = field(default_factory=dict, hash=False)
     from_host: Winners | None = None
+    weight: Stored | None = None
 
     @property
     def in_graph(self) -> Winners:
@@ -82,7 +85,7 @@ class Record:
         return Winners(self.forward, self.backward, self.microseconds)
 
 
-_Layer = tuple[int, int, int, str, bool]
+_Layer = tuple[int, int, int, str, bool, str | None]
 _pinned: dict[str, dict[_Layer, list[Record]]] = {}
 
 
@@ -92,7 +95,7 @@ def pin(gpu: str, records: Iterable[Record]) -> None:
     for record in records:
         # unaligned calls have tiles of their own, too many to tell apart
         if record.shape.aligned:
-            layer = _layer(record.shape, record.dtype, record.dropping)
+            layer = _layer(record.shape, record.dtype, record.dropping, record.weight)
             _pinned[gpu].setdefault(layer, []).append(record)
     PINNED.changes += 1
     PINNED.tell_hosts_apart = any(record.from_host for name in _pinned for record in pinned(name))
@@ -108,11 +111,13 @@ def gpus() -> list[str]:
     return list(_pinned)
 
 
-def find(gpu: str, shape: Shape, dtype: torch.dtype, *, dropping: bool) -> Record | None:
-    """The record for a call on a GPU, by its name, if one is near enough."""
+def find(
+    gpu: str, shape: Shape, dtype: torch.dtype, *, dropping: bool, weight: str | None = None
+) -> Record | None:
+    """The record for a call on a GPU, by its name, if one is near enough and its weight is stored alike."""
     if gpu not in _pinned or not shape.aligned:
         return None
-    records = _pinned[gpu].get(_layer(shape, str(dtype).removeprefix("torch."), dropping), ())
+    records = _pinned[gpu].get(_layer(shape, str(dtype).removeprefix("torch."), dropping, weight), ())
     nearest = min(records, key=lambda record: _apart(record.shape.m, shape.m), default=None)
     return nearest if nearest is not None and _apart(nearest.shape.m, shape.m) <= _FARTHEST else None
 
@@ -120,15 +125,17 @@ def find(gpu: str, shape: Shape, dtype: torch.dtype, *, dropping: bool) -> Recor
 def fits(record: Record, target: Target) -> bool:
     """Whether a GPU's plans still offer what a record chose: tables of tiles change."""
     call = Call(record.shape, getattr(torch, record.dtype), target, record.dropping)
-    return all(_offered(won, call) for won in (record.in_graph, record.from_host) if won is not None)
+    return all(
+        _offered(won, call, record.weight) for won in (record.in_graph, record.from_host) if won is not None
+    )
 
 
-def _offered(won: Winners, call: Call) -> bool:
+def _offered(won: Winners, call: Call, weight: Stored | None) -> bool:
     choices: dict[Pass, Choice] = {"forward": won.forward, "backward": won.backward}
     if {choice.path for choice in choices.values()} == {REFERENCE}:
         return True
     for part, choice in choices.items():
-        offered = [each.path for each in paths.candidates(part, call) if not each.refused]
+        offered = [each.path for each in quantised.of_weight(part, call, weight) if not each.refused]
         kernel = LARGE_KERNELS.get((part, choice.path))
         tiles = () if kernel is None else tuple(plans.tiles(kernel, call.shape.r, call.dtype, call.target))
         if choice.path not in offered or not (choice.tile is None or choice.tile in tiles):
@@ -136,8 +143,8 @@ def _offered(won: Winners, call: Call) -> bool:
     return True
 
 
-def _layer(shape: Shape, dtype: str, dropping: bool) -> _Layer:
-    return shape.n, shape.k, shape.r, dtype, dropping
+def _layer(shape: Shape, dtype: str, dropping: bool, weight: str | None) -> _Layer:
+    return shape.n, shape.k, shape.r, dtype, dropping, weight
 
 
 def _apart(one: int, other: int) -> float:
