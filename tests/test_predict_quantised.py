@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from fastlora_kernels.choose.explain import Explanation, explain
-from fastlora_kernels.choose.paths import DECODE, Pass
+from fastlora_kernels.choose.paths import Pass
 from fastlora_kernels.choose.quantised import Stored, decodes, stored_bytes
 from fastlora_kernels.predict.launches import Launch
+from fastlora_kernels.quant.kernels import DECODE
 from fastlora_kernels.targets import CARDS, DEFAULT, Target
 from fastlora_kernels.tile import Shape
 

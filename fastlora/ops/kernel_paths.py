@@ -8,8 +8,9 @@ from fastlora._core import backend
 from fastlora.ops import tuned_file
 from fastlora_kernels import targets
 from fastlora_kernels.choose import paths, quantised, tuned
-from fastlora_kernels.choose.paths import DECODE, Pass
+from fastlora_kernels.choose.paths import Pass
 from fastlora_kernels.choose.tuned import Choice, Winners
+from fastlora_kernels.quant.kernels import DECODE
 from fastlora_kernels.tile import Shape
 
 

@@ -19,9 +19,9 @@ from fastlora_kernels import targets
 from fastlora_kernels.choose import plan as plans
 from fastlora_kernels.choose import quantised
 from fastlora_kernels.choose.lora import Call
-from fastlora_kernels.choose.paths import DECODE, LARGE_KERNELS, Pass
+from fastlora_kernels.choose.paths import LARGE_KERNELS, Pass
 from fastlora_kernels.choose.tuned import Choice
-from fastlora_kernels.quant.kernels import most_rows
+from fastlora_kernels.quant.kernels import DECODE, most_rows
 from fastlora_kernels.tile import MASK_WORD_BITS, Shape
 
 SCALING = 2.0

@@ -20,7 +20,7 @@ from fastlora.ops.runtime import in_dtype, rows_of, unrecorded
 from fastlora.ops.weights.four_bit import FourBitWeight
 from fastlora.ops.weights.frozen import FrozenWeight
 from fastlora.ops.weights.in_graphs import rows_for
-from fastlora_kernels.choose.paths import DECODE
+from fastlora_kernels.quant.kernels import DECODE
 
 # so many parts of dX add up in their own dtype: eager rounds its two products and their sum, each once
 _FEW = 8

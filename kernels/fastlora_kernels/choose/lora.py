@@ -235,7 +235,7 @@ def own_product(
 
     Args:
         call: The call.
-        kernel: Its record.
+        kernel: Record of the kernel that computes it.
         beside: Ranks of a product over the same sum that every tile computes.
         extra_bytes: Moved beside the operands, S and B.
         extra_flops: Floating-point operations of other products.

@@ -14,7 +14,7 @@ from fastlora_kernels.choose.lora import Call, Path
 from fastlora_kernels.kernel import Kernel
 from fastlora_kernels.lora import kernels
 from fastlora_kernels.predict.launches import Launch, total_us
-from fastlora_kernels.quant.kernels import LORA_FORWARD_4BIT
+from fastlora_kernels.quant.kernels import DECODE, LORA_FORWARD_4BIT
 from fastlora_kernels.targets import Target
 from fastlora_kernels.tile import Shape
 
@@ -22,8 +22,6 @@ Pass = Literal["forward", "backward"]
 
 PATHS: tuple[Path, ...] = get_args(Path)
 ADAPTER_PATHS: tuple[AdapterPath, ...] = get_args(AdapterPath)
-# over a 4-bit weight alone, which the forward pass decodes in its loop
-DECODE = "decode"
 # whose large product a tile of ours computes; a measured choice names it
 LARGE_KERNELS: dict[tuple[Pass, str], Kernel] = {
     ("forward", "split"): kernels.LORA_FORWARD,

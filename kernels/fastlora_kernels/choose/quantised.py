@@ -9,10 +9,11 @@ import torch
 
 from fastlora_kernels.choose import paths
 from fastlora_kernels.choose.lora import Call, own_product
-from fastlora_kernels.choose.paths import DECODE, Candidate, Pass
+from fastlora_kernels.choose.paths import Candidate, Pass
 from fastlora_kernels.lora.kernels import LORA_DOWN
 from fastlora_kernels.predict.launches import Launch, stream
 from fastlora_kernels.quant.kernels import (
+    DECODE,
     DECODED_COLUMNS,
     DEQUANTISE_4BIT,
     DEQUANTISE_8BIT,

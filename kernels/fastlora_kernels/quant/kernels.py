@@ -17,6 +17,8 @@ SCALED_COLUMNS = 128
 
 # a kernel counts in 32 bits, to the end of its last tile
 MOST_ELEMENTS = 2**31 - 2**16
+# the path over a 4-bit weight alone, which the forward pass decodes in its loop
+DECODE = "decode"
 # columns that are decoded at a time: a block of a 4-bit weight that is decoded in a loop is whole steps long
 DECODED_COLUMNS = 64
 # its second accumulator is as wide as the rank
