@@ -93,7 +93,7 @@ def merged_dtype(linear: Any, stored: FrozenWeight) -> torch.dtype:
 
     Args:
         linear: The quantised layer.
-        stored: Its weight.
+        stored: What its weight is stored as, and what that stands for.
     """
     weight = linear.weight
     state = getattr(weight, "quant_state", None) or getattr(linear, "quant_state", None)
