@@ -37,7 +37,7 @@ def taking(forward: str, backward: str) -> Callable[..., Choice]:
     """A choice of these paths, of the split one where they can't serve the call."""
 
     def choose(
-        part: str, shape: Shape, *args: Any, dropping: bool, dora: bool = False, in_graph: bool = False
+        part: str, shape: Shape, *args: Any, dropping: bool, dora: bool = False, **options: Any
     ) -> Choice:
         path = forward if part == "forward" else backward
         fits = part == "forward" and not (dropping or dora) and shape.n > 0 and shape.r <= 64
