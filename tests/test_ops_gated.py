@@ -11,6 +11,7 @@ from torch import Tensor
 import fastlora
 from fastlora import reference
 from fastlora.functional import gated_lora_linear, lora_linear
+from fastlora.ops.lora_linear import decided
 from fastlora.ops.weights.frozen import FrozenWeight
 from fastlora.reference import GATES
 from fastlora_kernels.quant import kernels
@@ -137,6 +138,17 @@ def test_halves_of_one_tensor_are_read_where_they_are() -> None:
     (got,) = torch.autograd.grad(y, joined, dy)
     # of rows apart torch computes an exponential in another way
     torch.testing.assert_close(got, torch.cat(apart, dim=-1))
+
+
+def test_what_a_layer_on_halves_prepared_is_not_taken_for_their_product(kernel_device: torch.device) -> None:
+    gate, up, *layer = make(torch.float32, kernel_device)
+    left, _ = torch.cat([gate, up], dim=-1).detach().chunk(2, dim=-1)
+    settings = (0.5, 0.0, True)
+    with fastlora.use_backend("triton"):
+        of_rows_apart = decided(left, *layer, *settings)
+        of_their_product = decided(left, *layer, *settings, of="gated_lora_linear")
+        assert decided(left, *layer, *settings).decision is of_rows_apart.decision
+    assert of_their_product.decision.known is not of_rows_apart.decision.known
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (4,), (5,), (0, 5), ()])

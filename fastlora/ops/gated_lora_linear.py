@@ -78,8 +78,8 @@ def gated_lora_linear(
     """
     check_gated(gate, up, activation)
     layer = (weight, bias, lora_A, lora_B)
-    # x, which is not there yet, has gate's layout or is contiguous
-    call = decided(gate, *layer, scaling, dropout, training)
+    # the product isn't there yet; its layout follows from gate's, and need not be the same
+    call = decided(gate, *layer, scaling, dropout, training, of="gated_lora_linear")
     if call.decision.backend == "reference":
         dense = weight.dense(call.dtype) if isinstance(weight, FrozenWeight) else weight
         options: dict[str, Any] = {"scaling": call.scaling, "dropout": dropout, "training": call.dropout > 0}

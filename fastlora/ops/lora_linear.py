@@ -115,10 +115,21 @@ def decided(
     lora_A: Tensor,
     lora_B: Tensor,
     *settings: Any,
+    of: str = "lora_linear",
 ) -> Call:
-    """What is known of a call, or found out now; the settings are scaling, dropout, training."""
+    """What is known of a call, or found out now.
+
+    Args:
+        x: What stands first of the call's tensors.
+        weight: ``[out_features, in_features]``.
+        bias: ``[out_features]``, or None.
+        lora_A: ``[rank, in_features]``.
+        lora_B: ``[out_features, rank]``.
+        *settings: Scaling, dropout, training.
+        of: The op. What is prepared for one that multiplies x itself is bound to x's layout.
+    """
     stored, form = (weight.tensors, weight.form) if isinstance(weight, FrozenWeight) else ((weight,), None)
-    key = signature(x, *stored, bias, lora_A, lora_B, settings=(*settings, form))
+    key = signature(x, *stored, bias, lora_A, lora_B, settings=(of, *settings, form))
     arguments = (x, weight, bias, lora_A, lora_B, *settings)
     # a compiled graph would be guarded by all that is remembered
     return _decide(*arguments) if key is None else _known.of(key, _decide_and_load, *arguments)
