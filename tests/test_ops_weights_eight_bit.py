@@ -42,8 +42,6 @@ def test_llm_int8_values_are_those_of_its_matmul(dtype: torch.dtype, called: boo
         return product.t()
 
     assert_rows_are(weight, theirs, dtype)
-    assert weight.scale is not None
-    assert torch.equal(weight.codes(torch.float32) * weight.scale[:, None], weight.dense(torch.float32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -67,7 +65,6 @@ def test_fp8_values_are_those_of_a_dequantised_checkpoint(
 
     weight = read(layer)
     assert_rows_are(weight, theirs, dtype)
-    assert (weight.scale is not None) == (block in (None, (6, 8)))
 
 
 @pytest.mark.parametrize("scale_fmt", ["float", "ue8m0"])
@@ -86,7 +83,7 @@ def test_every_code_of_fp8() -> None:
     layer.weight_scale_inv.data.fill_(1.0)
     weight = read(layer)
     for dtype in DTYPES:
-        assert torch.equal(weight.codes(dtype).nan_to_num(), layer.weight.detach().to(dtype).nan_to_num())
+        assert torch.equal(weight.dense(dtype).nan_to_num(), layer.weight.detach().to(dtype).nan_to_num())
         assert weight.dense(dtype).isnan().sum() == 2
 
 
@@ -98,8 +95,6 @@ def test_compressed_fp8_of_transformers(dtype: torch.dtype) -> None:
     own = (layer.weight.detach().float() * layer.weight_scale.detach().view(-1, 1)).to(dtype)
     weight = read(layer)
     assert_rows_are(weight, lambda dtype: own.to(dtype), dtype)
-    assert weight.scale is not None
-    assert torch.equal(weight.scale, layer.weight_scale.detach().view(-1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -124,9 +119,6 @@ def test_compressed_values_are_compressed_tensors_own(
     assert own.dtype == of
     weight = read(layer)
     assert_rows_are(weight, lambda dtype: own.to(dtype), dtype)
-    # a factor in 16 bits rounds the products
-    plain = arguments["strategy"] in ("tensor", "channel") and of == torch.float32
-    assert (weight.scale is not None) == plain
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

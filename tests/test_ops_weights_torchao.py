@@ -49,10 +49,6 @@ def test_values_are_torchaos_own(kind: str, of: torch.dtype, dtype: torch.dtype)
     tensor = EACH[kind](torch.randn(24, 64, dtype=of))
     weight = read(held(tensor))
     assert_rows_are(weight, tensor.dequantize, dtype)
-    assert (weight.scale is not None) == (not kind.endswith(("groups", "blocks")))
-    if weight.scale is not None:
-        product = weight.codes(torch.float32) * weight.scale[:, None]
-        assert torch.equal(product, weight.dense(torch.float32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

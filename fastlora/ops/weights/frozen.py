@@ -38,22 +38,8 @@ class FrozenWeight:
         """Whether the forward pass's kernel can decode it in its loop."""
         return False
 
-    @property
-    def scale(self) -> Tensor | None:
-        """Factors of the rows ``[N]`` or of all ``[1]``, float32, where W is these times :meth:`codes`."""
-        return None
-
     def dense(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         """Rows of W ``[rows, K]`` in a new tensor: the same bits as its library's own in this dtype.
-
-        Args:
-            dtype: float64, float32, float16 or bfloat16.
-            rows: Begins at a multiple of :attr:`row_step`; all of them without it.
-        """
-        raise NotImplementedError
-
-    def codes(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
-        """Rows of what is stored for W ``[rows, K]``, before its factors: exact in every dtype.
 
         Args:
             dtype: float64, float32, float16 or bfloat16.

@@ -48,17 +48,8 @@ class ScaledWeight(FrozenWeight):
         """By the kind of its codes, whatever shares a factor."""
         return "fp8" if self.stored.is_floating_point() else "int8"
 
-    @property
-    def scale(self) -> Tensor | None:
-        """The factors, where there is one for each row or for all, and W is not rounded on the way."""
-        rows, columns = self.factors.shape
-        if columns > 1 or rows not in (1, self.shape[0]) or self.product not in (None, torch.float32):
-            return None
-        return self._multiplied(self.factors).view(-1)
-
-    def codes(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
-        """Rows of the codes ``[rows, K]`` less their zero point."""
-        start, stop = self._span(rows)
+    def _codes(self, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+        """Rows of the codes ``[rows, K]`` less their zero point, exact in every dtype."""
         codes = self.stored[start:stop].to(dtype)
         if self.zero_point is not None:
             self._each(codes, self._of_rows(self.zero_point, start, stop), torch.Tensor.sub_)
@@ -78,7 +69,7 @@ class ScaledWeight(FrozenWeight):
             return dense_triton.eight_bit(self.stored, factors, rows=of, dtype=dtype, **block)
         # multiplied in place by wider factors, 16-bit codes become products that are rounded once
         in_place = self.product is None or (self.product == torch.float32 and dtype.itemsize < 4)
-        dense = self.codes(dtype if in_place else self.product or dtype, rows)
+        dense = self._codes(dtype if in_place else self.product or dtype, start, stop)
         factors = self._of_rows(self._multiplied(self.factors), start, stop)
         self._each(dense, factors, torch.Tensor.mul_)
         return dense.to(dtype)
