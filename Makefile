@@ -15,7 +15,7 @@ BENCH_FLAGS :=
 TESTS = $(RUN) pytest --numprocesses auto --dist worksteal
 SUITE = $(RUN) pytest benchmarks --results benchmarks/results $(BENCH_FLAGS)
 
-.PHONY: demo test test-all test-oldest lint bench bench-gpu gpu-check results results-adapt results-digits
+.PHONY: demo test test-all test-oldest lint docs bench bench-gpu gpu-check results results-adapt results-digits
 
 demo: $(VENV)/.installed-demo
 	$(VENV)/bin/fastlora demo
@@ -37,6 +37,10 @@ lint: $(VENV)/.installed-dev
 	$(RUN) ruff check
 	$(VENV)/bin/lint-imports
 	$(RUN) mypy
+
+# the site, into site/; a warning fails it, a link that leads nowhere too
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --quiet
 
 # both end in benchmarks/results/<device>-<date>.json and a report in the folder of that name,
 # also where a case fails
