@@ -4,5 +4,14 @@ from fastlora.ops.adapter import adapter
 from fastlora.ops.dora_linear import dora_linear, dora_weight_norm
 from fastlora.ops.gated_lora_linear import gated_lora_linear
 from fastlora.ops.lora_linear import lora_linear
+from fastlora.ops.shared_lora_linear import Projection, shared_lora_linear
 
-__all__ = ["adapter", "dora_linear", "dora_weight_norm", "gated_lora_linear", "lora_linear"]
+__all__ = [
+    "Projection",
+    "adapter",
+    "dora_linear",
+    "dora_weight_norm",
+    "gated_lora_linear",
+    "lora_linear",
+    "shared_lora_linear",
+]

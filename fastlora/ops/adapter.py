@@ -165,7 +165,7 @@ class AdapterFunction(torch.autograd.Function):
             return (*_wanted_gradients(ctx, dout), None, None, None, None, None)
         with torch.no_grad():
             wanted = _wanted_gradients(ctx, dout)
-        return (*refuse_second_derivative("adapter", ctx, dout, wanted), None, None, None, None, None)
+        return (*refuse_second_derivative("adapter", ctx, (dout,), wanted), None, None, None, None, None)
 
 
 def _wanted_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:

@@ -182,7 +182,7 @@ class DoRALinearFunction(torch.autograd.Function):
             dproduct, dfactor = dora_grad_product(dy, product, factor, ctx.decision)
             wanted = layer_gradients(ctx, ctx.needs_input_grad[:5], dy, dproduct, saved)
         wanted = (*wanted, None if product is None else dfactor)
-        return (*refuse_second_derivative("dora_linear", ctx, dy, wanted), None, None, None, None)
+        return (*refuse_second_derivative("dora_linear", ctx, (dy,), wanted), None, None, None, None)
 
 
 def _fake_forward(

@@ -119,7 +119,7 @@ class GatedLoRALinearFunction(torch.autograd.Function):
             return (None,) * 11
         with torch.no_grad():
             wanted = _gradients(ctx, dy)
-        return (*refuse_second_derivative("gated_lora_linear", ctx, dy, wanted), *(None,) * 5)
+        return (*refuse_second_derivative("gated_lora_linear", ctx, (dy,), wanted), *(None,) * 5)
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

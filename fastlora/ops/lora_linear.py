@@ -218,7 +218,7 @@ class LoRALinearFunction(torch.autograd.Function):
             return (*layer_gradients(ctx, ctx.needs_input_grad[:5], dy, dy, saved), None, None, None, None)
         with torch.no_grad():
             wanted = layer_gradients(ctx, ctx.needs_input_grad[:5], dy, dy, saved)
-        return (*refuse_second_derivative("lora_linear", ctx, dy, wanted), None, None, None, None)
+        return (*refuse_second_derivative("lora_linear", ctx, (dy,), wanted), None, None, None, None)
 
 
 def keep_layer(
@@ -232,26 +232,31 @@ def keep_layer(
     *more: Tensor | None,
 ) -> None:
     """Keep for backward those of these tensors that the wanted gradients need, and all of ``more``."""
-    need_x, need_weight, _, need_A, need_B = ctx.needs_input_grad[:5]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
+    ctx.save_for_backward(*needed_of(ctx.needs_input_grad, x, weight, lora_A, lora_B, s, mask), *more)
+
+
+def needed_of(needed: Sequence[bool], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Those of x, weight, lora_A, lora_B, S and mask that the wanted gradients need."""
+    x, weight, lora_A, lora_B, s, mask = tensors
+    need_x, need_weight, _, need_A, need_B = needed[:5]
+    return (
         x if need_A or need_weight else None,
         weight if need_x else None,
         lora_A if need_x or need_A else None,
         lora_B if need_x or need_A or need_B else None,
         s if need_B else None,
         mask if need_x or need_A else None,
-        *more,
     )
 
 
 def layer_gradients(
-    ctx: Any, needed: Sequence[bool], dy: Tensor, dproduct: Tensor, saved: Sequence[Any]
+    call: Any, needed: Sequence[bool], dy: Tensor, dproduct: Tensor, saved: Sequence[Any]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias, lora_A and lora_B, those that are wanted.
 
     Args:
-        ctx: Context of a Function; holds scaling, dropout, decision.
+        call: Holds scaling, dropout, decision: a :class:`Call`, or a Function's context.
         needed: Which of the five are wanted.
         dy: Gradient of the output.
         dproduct: Gradient of what the bias is added to.
@@ -259,18 +264,34 @@ def layer_gradients(
     """
     x, weight, lora_A, lora_B, s, mask = saved
     need_x, need_weight, need_bias, need_A, need_B = needed
-    dx = da = db = dweight = dbias = None
+    dx = da = db = None
     if need_x or need_A or need_B:
         assert lora_B is not None
-        settings = (ctx.scaling, ctx.dropout, need_x, need_A, need_B, ctx.decision)
+        settings = (call.scaling, call.dropout, need_x, need_A, need_B, call.decision)
         run: Any = in_parts.backward if isinstance(weight, FrozenWeight) else lora_linear_backward
         dx, da, db = run(dproduct, x, weight, lora_A, lora_B, s, mask, *settings)
-    # the base layer is frozen as a rule; whoever trains it all the same gets its gradient, never silence
+    frozen = frozen_gradients(need_weight, need_bias, dy, dproduct, x)
+    # a graph has an empty tensor for what is not needed
+    return dx if need_x else None, *frozen, da if need_A else None, db if need_B else None
+
+
+def frozen_gradients(
+    need_weight: bool, need_bias: bool, dy: Tensor, dproduct: Tensor, x: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of weight and bias: frozen as a rule, but whoever trains them gets these, never silence.
+
+    Args:
+        need_weight: Whether the weight's is wanted.
+        need_bias: Whether the bias's is wanted.
+        dy: Gradient of the output.
+        dproduct: Gradient of what the bias is added to.
+        x: ``[..., in_features]``; None where the weight's is not wanted.
+    """
+    dweight = dbias = None
     if need_weight or need_bias:
         with without_autocast(dy):
             if need_weight and x is not None:
                 dweight = packed(rows_of(dproduct)).t() @ packed(rows_of(x))
             if need_bias:
                 dbias = rows_of(dy).sum(0)
-    # a graph has an empty tensor for what is not needed
-    return dx if need_x else None, dweight, dbias, da if need_A else None, db if need_B else None
+    return dweight, dbias

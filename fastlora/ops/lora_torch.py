@@ -44,11 +44,11 @@ def make_s(
     x, a = packed(x), packed(in_dtype(lora_A, x.dtype))
     s, mask = x.new_empty(x.shape[0], a.shape[0]), None
     if seed is None:
-        _scaled_product(x, a.t(), scaling, out=s)
+        scaled_product(x, a.t(), scaling, out=s)
     else:
         mask = draw_keep_mask((x.shape[0], x.shape[1]), dropout, seed)
         for x_rows, keep, s_rows in row_blocks(x, mask, s):
-            _scaled_product(masked(x_rows, keep), a.t(), scaling / keep_probability(dropout), out=s_rows)
+            scaled_product(masked(x_rows, keep), a.t(), scaling / keep_probability(dropout), out=s_rows)
     return s, mask
 
 
@@ -96,24 +96,27 @@ def backward(
     if lora_A is None or not (need_x or need_A):
         return dx, da, db
     ds = dy.new_empty(dy.shape[0], lora_B.shape[1])
-    _scaled_product(dy, packed(in_dtype(lora_B, dy.dtype)), scaling / keep_probability(dropout), out=ds)
+    scaled_product(dy, packed(in_dtype(lora_B, dy.dtype)), scaling / keep_probability(dropout), out=ds)
     a = packed(in_dtype(lora_A, dy.dtype))
     x = packed(x) if need_A and x is not None else None
     weight = packed(weight) if need_x and weight is not None else None
     if mask is not None:
-        dx, da = _dropped_gradients(dy, x, weight, a, ds, mask)
+        dx = None if weight is None else dy.new_empty(dy.shape[0], a.shape[1])
+        da = dropped_gradients(x, a, ds, mask, dx, add=False)
+        if dx is not None and weight is not None:
+            # added inside the product, where its sums are in float32
+            dx.addmm_(dy, weight)
     else:
         da = None if x is None else ds.t() @ x
         dx = None if weight is None else torch.mm(dy, weight).addmm_(ds, a)
     return dx, None if da is None else in_dtype(da, lora_A.dtype), db
 
 
-def _dropped_gradients(
-    dy: Tensor, x: Tensor | None, weight: Tensor | None, a: Tensor, ds: Tensor, mask: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """dX where there is a weight, and dA where there is an x."""
+def dropped_gradients(
+    x: Tensor | None, a: Tensor, ds: Tensor, mask: Tensor, dx: Tensor | None, *, add: bool
+) -> Tensor | None:
+    """dA where there is an x; mask ⊙ (dS·A) becomes dX where there is one, or is added to it."""
     da = None
-    dx = None if weight is None else dy.new_empty(dy.shape[0], a.shape[1])
     # without an x, or without dX, the mask stands in for it and is not looked at
     blocks = row_blocks(mask, ds, mask if x is None else x, mask if dx is None else dx)
     for keep, ds_rows, x_rows, dx_rows in blocks:
@@ -121,15 +124,17 @@ def _dropped_gradients(
             part = ds_rows.t() @ masked(x_rows, keep)
             # summed over blocks in float32 at least: a 16-bit sum would round once a block
             da = part if da is None else da.to(torch.promote_types(da.dtype, torch.float32)).add_(part)
-        if dx is not None:
+        if dx is not None and add:
+            term = torch.mm(ds_rows, a)
+            mask_(term, keep)
+            dx_rows.add_(term)
+        elif dx is not None:
             mask_(torch.mm(ds_rows, a, out=dx_rows), keep)
-    if dx is not None and weight is not None:
-        # added inside the product, where its sums are in float32
-        dx.addmm_(dy, weight)
-    return dx, da
+    return da
 
 
-def _scaled_product(left: Tensor, right: Tensor, scale: float, *, out: Tensor) -> None:
+def scaled_product(left: Tensor, right: Tensor, scale: float, *, out: Tensor) -> None:
+    """Fill ``out`` with scale · left·right."""
     torch.addmm(out, left, right, beta=0, alpha=scale, out=out)
 
 

@@ -190,12 +190,12 @@ def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor
 
 
 def refuse_second_derivative(
-    op: str, ctx: Any, dy: Tensor, gradients: tuple[Tensor | None, ...]
+    op: str, ctx: Any, dys: Sequence[Tensor | None], gradients: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
     """The gradients; under ``create_graph`` they depend on their sources and refuse to be differentiated."""
     if not torch.is_grad_enabled():
         return gradients
-    sources = [t for t in (dy, *ctx.saved_tensors) if t is not None and t.requires_grad]
+    sources = [t for t in (*dys, *ctx.saved_tensors) if t is not None and t.requires_grad]
     return tuple(g if g is None else _SecondDerivative.apply(op, g, *sources) for g in gradients)
 
 

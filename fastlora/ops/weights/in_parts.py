@@ -5,6 +5,7 @@ part runs :mod:`fastlora.ops.lora_passes`; forward, where nothing traces the cal
 part of y filled where it lies. The parts of dA add up in float32, and so do those of dX where there are many.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -148,6 +149,30 @@ def backward(
         None if da is None or lora_A is None else da.to(lora_A.dtype),
         torch.cat(dbs) if dbs else None,
     )
+
+
+def rows_of_both(dy: Tensor, weight: Tensor | FrozenWeight) -> Iterator[tuple[Tensor, Tensor]]:
+    """Columns of dY ``[M, N]`` and the dense rows of W in its dtype whose products add up to dY·W.
+
+    Args:
+        dy: ``[M, N]``.
+        weight: ``[N, K]``, dense or quantised.
+    """
+    if not isinstance(weight, FrozenWeight):
+        yield dy, in_dtype(weight, dy.dtype)
+        return
+    for rows in weight.parts(dy.dtype):
+        yield dy[:, rows], rows_for(dy, weight, rows)
+
+
+def in_few_parts(weight: Tensor | FrozenWeight, dtype: torch.dtype) -> bool:
+    """Whether dX may be summed over a weight's parts in its own dtype.
+
+    Args:
+        weight: ``[N, K]``, dense or quantised.
+        dtype: dX's.
+    """
+    return not isinstance(weight, FrozenWeight) or len(list(weight.parts(dtype))) <= _FEW
 
 
 def _is_untraced(*tensors: Tensor) -> bool:

@@ -1,0 +1,226 @@
+"""LoRA's linear op on layers that share their input, as an attention's query, key and value do.
+
+x is kept once, and its gradient is written once instead of once a layer and then added up.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlora._core import backend
+from fastlora.ops import shared_torch
+from fastlora.ops.lora_linear import Call, decided, frozen_gradients, layer_gradients, lora_linear, needed_of
+from fastlora.ops.lora_passes import lora_linear_forward
+from fastlora.ops.runtime import draw_seed, in_dtype, refuse_second_derivative, rows_of, unrecorded
+from fastlora.ops.weights import in_parts
+from fastlora.ops.weights.frozen import FrozenWeight, Unchanged
+
+# tensors of a layer among a Function's arguments, and among what it keeps
+_GIVEN, _KEPT = 4, 5
+_Gradients = tuple[Tensor | None, ...]
+
+
+class Projection(NamedTuple):
+    """A linear layer with LoRA, one of several on the same x.
+
+    Attributes:
+        weight: ``[out_features, in_features]`` in x's dtype, or quantised, as for :func:`lora_linear`.
+        bias: ``[out_features]`` in x's dtype, or None.
+        lora_A: ``[rank, in_features]`` in any floating dtype.
+        lora_B: ``[out_features, rank]`` in any floating dtype.
+        scaling: Factor of the low-rank path, usually alpha / rank.
+        dropout: Probability of zeroing an element of the low-rank path's input.
+    """
+
+    weight: Tensor | FrozenWeight
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    dropout: float = 0.0
+
+
+def shared_lora_linear(
+    x: Tensor,
+    layers: Sequence[Projection],
+    *,
+    training: bool = True,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, ...]:
+    """:func:`lora_linear` of several layers on one x, for instance an attention's query, key and value.
+
+    Every y, S and mask is the one that a call of its own gives, masks from the same seeds in the order of the
+    layers; on a CPU to the bit. The backward pass is one for all layers: x is kept once, and dX summed where
+    it lies. Where gradients are taken of one y after the other, all but the last time need
+    ``retain_graph=True``.
+
+    Compiled graphs, the eager formula (float64, backend ``reference``) and whatever watches single operations
+    (``torch.func``, tracers) compute layer by layer.
+
+    Args:
+        x: ``[..., in_features]`` in float64, float32, float16 or bfloat16; autocast is honoured.
+        layers: At least one; ranks, sizes, factors, dropout and what trains may differ.
+        training: Without it dropout does nothing.
+        generator: Source of the masks' seeds, on x's device; torch's default generator without it.
+
+    Returns:
+        ``[..., out_features]`` of every layer, in x's dtype, or autocast's.
+
+    Raises:
+        TypeError: An argument is no floating-point tensor.
+        ValueError: There is no layer, or shapes, dtypes, devices or scalars do not fit, or the selected
+            backend can't serve them.
+
+    Example:
+        >>> import torch
+        >>> from fastlora.functional import Projection, shared_lora_linear
+        >>> lora_A, lora_B = torch.ones(1, 3), torch.ones(2, 1)
+        >>> key = Projection(torch.zeros(2, 3), None, lora_A, lora_B, scaling=0.5)
+        >>> shared_lora_linear(torch.ones(1, 3), [key, key._replace(scaling=2.0)])
+        (tensor([[1.5000, 1.5000]]), tensor([[6., 6.]]))
+    """
+    if not layers:
+        raise ValueError("expected at least one layer in shared_lora_linear, got none")
+    calls = [decided(x, *layer, training) for layer in layers]
+    watched = torch.compiler.is_compiling() or backend.is_watched()
+    if watched or {_backend(call) for call in calls} not in ({"torch"}, {"triton"}):
+        return _apart(x, layers, training, generator)
+    seeds = [draw_seed(x.device, generator) if call.dropout else None for call in calls]
+    tensors = [tensor for layer in layers for tensor in layer[:_GIVEN]]
+    ys: tuple[Tensor, ...] = SharedLoRALinearFunction.apply(
+        in_dtype(x, calls[0].dtype), calls, seeds, *tensors
+    )
+    return ys
+
+
+def _backend(call: Call) -> str:
+    return call.decision.backend
+
+
+def _apart(
+    x: Tensor, layers: Sequence[Projection], training: bool, generator: torch.Generator | None
+) -> tuple[Tensor, ...]:
+    options: dict[str, Any] = {"training": training, "generator": generator}
+    ys = []
+    for weight, bias, lora_A, lora_B, scaling, dropout in layers:
+        layer = (weight, bias, lora_A, lora_B)
+        ys.append(lora_linear(x, *layer, scaling=scaling, dropout=dropout, **options))
+    return tuple(ys)
+
+
+class SharedLoRALinearFunction(torch.autograd.Function):
+    """Autograd of :func:`shared_lora_linear`. Saves x, and each layer's S, mask and weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, calls: Sequence[Call], seeds: Sequence[Tensor | None], *tensors: Any
+    ) -> tuple[Tensor, ...]:
+        """Every layer's y; keeps what the wanted gradients need."""
+        ys, kept, kept_x = [], list[Tensor | None](), None
+        ctx.calls, ctx.quantised = calls, list[Unchanged | None]()
+        for call, seed, layer, needed in zip(
+            calls, seeds, _by_layer(tensors, _GIVEN), _needed(ctx), strict=True
+        ):
+            weight, _, lora_A, lora_B = layer
+            quantised = isinstance(weight, FrozenWeight)
+            run: Any = in_parts.forward if quantised else lora_linear_forward
+            y, s, mask = run(x, *layer, seed, *call[1:])
+            ctx.quantised.append(Unchanged(weight) if quantised and needed[0] else None)
+            of_x, *of_layer = needed_of(needed, x, None if quantised else weight, lora_A, lora_B, s, mask)
+            kept_x = kept_x if of_x is None else of_x
+            ys.append(y)
+            kept += of_layer
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(kept_x, *kept)
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of x and of every layer's weight, bias, lora_A and lora_B, those that are wanted."""
+        with torch.no_grad():
+            dx, of_layers = _gradients(ctx, dys)
+        wanted = (dx, None, None, *(gradient for layer in of_layers for gradient in layer))
+        return refuse_second_derivative("shared_lora_linear", ctx, dys, wanted)
+
+
+class _Layer(NamedTuple):
+    """Of a layer whose y has a gradient: its call, which gradients are wanted, its dY, and what was kept."""
+
+    call: Call
+    needed: tuple[bool, ...]
+    dy: Tensor
+    saved: tuple[Any, ...]
+
+
+def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, list[_Gradients]]:
+    """dX, and of every layer the gradients of weight, bias, lora_A and lora_B."""
+    x, *kept = ctx.saved_tensors
+    layers = dict[int, _Layer]()
+    given = zip(ctx.calls, _needed(ctx), dys, ctx.quantised, _by_layer(kept, _KEPT), strict=True)
+    for index, (call, needed, dy, quantised, (weight, *more)) in enumerate(given):
+        if dy is not None:
+            weight = weight if quantised is None else quantised.weight()
+            layers[index] = _Layer(call, needed, dy, (x, weight, *more))
+    run = _together if _are_summed_by_library(list(layers.values())) else _one_by_one
+    dx, found = run(list(layers.values())) if layers else (None, [])
+    of_layers: list[_Gradients] = [(None,) * _GIVEN] * len(dys)
+    for index, gradients in zip(layers, found, strict=True):
+        of_layers[index] = gradients
+    return dx, of_layers
+
+
+def _are_summed_by_library(layers: Sequence[_Layer]) -> bool:
+    """Whether library products sum dX where it lies; in 16 bits very many parts would round too often."""
+    return all(
+        _backend(layer.call) == "torch" and in_parts.in_few_parts(layer.saved[1], layer.dy.dtype)
+        for layer in layers
+    )
+
+
+def _one_by_one(layers: Sequence[_Layer]) -> tuple[Tensor | None, list[_Gradients]]:
+    dx, found = None, list[_Gradients]()
+    for call, needed, dy, saved in layers:
+        part, *of_layer = layer_gradients(call, needed, dy, dy, saved)
+        dx = part if dx is None or part is None else dx.add_(part)
+        found.append(tuple(of_layer))
+    return dx, found
+
+
+def _together(layers: Sequence[_Layer]) -> tuple[Tensor | None, list[_Gradients]]:
+    dy, need_x = layers[0].dy, layers[0].needed[0]
+    x = next((layer.saved[0] for layer in layers), None)
+    with unrecorded(dy):
+        given = [_for_library(layer) for layer in layers]
+        dx, das, dbs = shared_torch.backward(None if x is None else rows_of(x), given, need_x=need_x)
+    found = list[_Gradients]()
+    for (_, (_, need_weight, need_bias, *_), dy, (x, *_)), da, db in zip(layers, das, dbs, strict=True):
+        found.append((*frozen_gradients(need_weight, need_bias, dy, dy, x), da, db))
+    return dx if dx is None else dx.view(*dy.shape[:-1], dx.shape[1]), found
+
+
+def _for_library(layer: _Layer) -> shared_torch.Layer:
+    call, (*_, need_A, _), dy, (_, weight, lora_A, lora_B, s, mask) = layer
+    return shared_torch.Layer(
+        rows_of(dy),
+        weight,
+        lora_A,
+        lora_B,
+        s,
+        mask,
+        call.scaling,
+        call.dropout if mask is not None else 0.0,
+        need_A,
+    )
+
+
+def _by_layer(tensors: Sequence[Any], count: int) -> Iterator[Sequence[Any]]:
+    """The tensors of each layer, of which there are so many."""
+    return (tensors[start : start + count] for start in range(0, len(tensors), count))
+
+
+def _needed(ctx: Any) -> Iterator[tuple[bool, ...]]:
+    """Of each layer, which gradients are wanted of x, weight, bias, lora_A and lora_B."""
+    need_x, _, _, *of_layers = ctx.needs_input_grad
+    return ((need_x, *needed) for needed in _by_layer(of_layers, _GIVEN))
