@@ -1,11 +1,21 @@
 """The site: its reference has every public name, and what its pages show runs."""
 
+import ast
 import importlib
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from docs.tools import figures, matrix, traffic
+from fastlora_kernels.choose.explain import explain
+from fastlora_kernels.targets import find_card
+from fastlora_kernels.tile import Shape
+from tests.cases import cases
+from tests.code_blocks import blocks, run
+from tests.hf_models import llama
 
 DOCS = Path(__file__).parents[1] / "docs"
 # modules whose __all__ is what users may rely on
@@ -63,3 +73,75 @@ def test_every_module_with_public_names_is_looked_at() -> None:
         for path in with_names
     }
     assert modules == set(PUBLIC)
+
+
+PAGES = [str(page.relative_to(DOCS)) for page in sorted(DOCS.rglob("*.md")) if blocks(page)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_pages_examples_run(
+    page: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after another, as a reader goes down the page."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    # what a reader has: a path that all processes see, a folder with a model
+    names = {"store": tmp_path / "store", "path": tmp_path / "model"}
+    if "from_pretrained(\n    path" in (DOCS / page).read_text():
+        llama().to(torch.bfloat16).save_pretrained(names["path"])
+    for block in blocks(DOCS / page):
+        run(block, page, names, capsys)
+
+
+def sentences(source: Path) -> set[str]:
+    """The texts in a module as a reader sees them, with ``…`` for what is filled in."""
+
+    def said(node: ast.AST) -> str:
+        if isinstance(node, ast.JoinedStr):
+            return "".join(map(said, node.values))
+        text = node.value if isinstance(node, ast.Constant) else "…"
+        return re.sub(r"%[sdr]|%\.\d\w", "…", text) if isinstance(text, str) else ""
+
+    return {said(node) for node in ast.walk(ast.parse(source.read_text()))}
+
+
+def test_what_troubleshooting_quotes_is_what_the_code_says() -> None:
+    page = (DOCS / "guides" / "troubleshooting.md").read_text()
+    quoted = [text.strip("… ") for text in re.findall(r"^\*\*`(.*)`\*\*$", page, re.M)]
+    said = [text for path in (DOCS.parent / "fastlora").rglob("*.py") for text in sentences(path)]
+    assert len(quoted) > 20
+    assert [text for text in quoted if not any(text in one for one in said)] == []
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_figures_are_those_of_the_kernels(name: str) -> None:
+    """After a change of kernels: ``python -m docs.tools.figures``."""
+    assert (figures.FOLDER / f"{name}.svg").read_text() == figures.draw(name)
+
+
+def test_what_a_kernel_reads_and_writes() -> None:
+    found = {tensor.name: tensor.written for tensor in traffic.tensors("lora", "lora_grad_x_a")}
+    reads = ["dy", "weight", "ds", "lora_a", "mask", "x"]
+    assert found == dict.fromkeys(reads, False) | {"dx": True, "da_partial": True}
+
+
+# one that takes everything, one that refuses some
+QUICK = ["resnet18", "LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize(
+    "model", cases(QUICK, [m for m in (*matrix.PICTURES, *matrix.HUGGING_FACE) if m not in QUICK])
+)
+def test_the_matrix_says_what_models_carry(model: str) -> None:
+    """After a change: ``python -m docs.tools.matrix``."""
+    assert matrix.row(model) in matrix.PAGE.read_text().splitlines()
+
+
+def test_the_predicted_table_is_what_plan_predicts() -> None:
+    page = (DOCS / "concepts" / "paths.md").read_text()
+    rows = re.findall(r"^\| (\d+) × (\d+) × (\d+) \| ([\d.]+)×", page, re.M)
+    assert len(rows) == 3
+    for *sizes, shown_ratio in rows:
+        shape = Shape(*map(int, sizes), 16)
+        found = explain("lora_linear", shape, torch.bfloat16, find_card("H100"), dropout=0.1)
+        assert f"{found.overhead:.2f}" == shown_ratio
