@@ -141,7 +141,8 @@ def test_the_predicted_table_is_what_plan_predicts() -> None:
     page = (DOCS / "concepts" / "paths.md").read_text()
     rows = re.findall(r"^\| (\d+) × (\d+) × (\d+) \| ([\d.]+)×", page, re.M)
     assert len(rows) == 3
-    for *sizes, shown_ratio in rows:
-        shape = Shape(*map(int, sizes), 16)
-        found = explain("lora_linear", shape, torch.bfloat16, find_card("H100"), dropout=0.1)
+    for m, k, n, shown_ratio in rows:
+        found = explain(
+            "lora_linear", Shape(int(m), int(n), int(k), 16), torch.bfloat16, find_card("H100"), dropout=0.1
+        )
         assert f"{found.overhead:.2f}" == shown_ratio

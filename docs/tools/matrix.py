@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ HUGGING_FACE: dict[str, dict[str, Any]] = {
     "ViTForImageClassification": _VIT,
     "Dinov2ForImageClassification": _VIT,
 }
-ADDED = {
+ADDED: dict[str, Callable[..., nn.Module]] = {
     "LoRA": fastlora.apply_lora,
     "adapters": fastlora.apply_adapters,
     "prompts": fastlora.apply_prompts,
