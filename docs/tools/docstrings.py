@@ -19,7 +19,12 @@ class Docstrings(griffe.Extension):
             obj: The object; one without a docstring is left alone.
             **kwargs: What else griffe tells its extensions.
         """
-        if obj.docstring is not None:
+        if obj.docstring is None:
+            return
+        if obj.docstring.value == "See the class.":
+            # the signature is enough
+            obj.docstring = None
+        else:
             obj.docstring.value = as_markdown(obj.docstring.value)
 
 
