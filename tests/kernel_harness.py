@@ -1,6 +1,6 @@
 """What the kernel tests share: inputs between NaN, outputs between canaries, and the float64 comparison."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -55,6 +55,20 @@ class Harness:
         for margins in self.canaries:
             for margin in margins:
                 assert torch.equal(margin, torch.full_like(margin, CANARY))
+
+
+def shared_dx(keeps: Sequence[Tensor]) -> Callable[..., Tensor]:
+    """What makes dX of layers with one input out of dY, W, dS and A of one after the other.
+
+    Args:
+        keeps: Of each layer, which elements of its low-rank part are kept, as bools.
+    """
+
+    def compute(*operands: Tensor) -> Tensor:
+        of_layers = zip(operands[::4], operands[1::4], operands[2::4], operands[3::4], keeps, strict=True)
+        return torch.stack([dy @ w + (ds @ a) * keep for dy, w, ds, a, keep in of_layers]).sum(0)
+
+    return compute
 
 
 def assert_exact(value: Tensor, compute: Callable[..., Tensor], *operands: Tensor) -> None:

@@ -1,6 +1,7 @@
 """A launch of every LoRA kernel, DoRA's among them, and its comparison with float64."""
 
 import torch
+from torch import Tensor
 
 from fastlora_kernels.lora.backward import lora_grad_a, lora_grad_s_b, lora_grad_x
 from fastlora_kernels.lora.dora import dora_grad_product, dora_weight_norm
@@ -10,8 +11,9 @@ from fastlora_kernels.lora.forward import lora_forward
 from fastlora_kernels.lora.grad_x_a import lora_grad_x_a
 from fastlora_kernels.lora.persistent import lora_forward_persistent, lora_grad_x_a_persistent
 from fastlora_kernels.lora.single import lora_forward_single
+from fastlora_kernels.shared.grad_x import shared_grad_x
 from fastlora_kernels.tile import cdiv
-from tests.kernel_harness import assert_exact
+from tests.kernel_harness import assert_exact, shared_dx
 from tests.lora_yardstick import unpack_mask
 from tests.philox import THRESHOLD
 from tests.ptx.trial import Trial
@@ -112,6 +114,21 @@ def _grad_x_a(t: Trial) -> None:
     assert_exact(da.sum(0), lambda x, ds: ds.t() @ (x * keep), x, ds)
 
 
+def _shared_grad_x(t: Trial) -> None:
+    """Two layers or three, each of a length of its own and, where rows are not aligned, of its own rank."""
+    n, r, step = t.size["N"], t.size["R"], 16 if t.spec.aligned else 5
+    tensors, keeps, dx = list[Tensor | None](), list[Tensor](), t.out("M", "K")
+    for i in range(3 if t.has("HAS_THIRD") else 2):
+        t.size["N"], t.size["R"] = n - i * step, r if t.spec.aligned else r - i
+        mask, keep = t.packed_mask("M", "K")
+        tensors += t.layer("M", "N"), t.layer("N", "K"), t.layer("M", "R", padded=False)
+        tensors += t.trainable("R", "K"), mask
+        keeps.append(keep)
+    shared_grad_x(dx, *tensors, *[None] * (15 - len(tensors)), plan=t.plan)
+    operands = [t.low(each) for i, each in enumerate(tensors) if each is not None and i % 5 < 4]
+    assert_exact(dx, shared_dx(keeps), *operands)
+
+
 def _dora_weight_norm(t: Trial) -> None:
     w, a, b = t.layer("N", "K"), t.trainable("R", "K"), t.trainable("N", "R")
     norm = t.out("N", dtype=torch.float32)
@@ -136,4 +153,5 @@ LORA_TRIALS = {
     "lora_grad_x": _grad_x, "lora_grad_a": _grad_a, "lora_grad_x_a": _grad_x_a,
     "lora_grad_x_a persistent": _grad_x_a, "dora_forward": _dora_forward,
     "dora_weight_norm": _dora_weight_norm, "dora_grad_product": _dora_grad_product,
+    "shared_grad_x": _shared_grad_x,
 }  # fmt: skip

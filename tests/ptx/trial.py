@@ -21,7 +21,7 @@ from tests.philox import SEED, THRESHOLD, mask_uniforms
 # several parts of whatever a kernel splits
 SPLITS = 2
 # ranks and bottlenecks that most people take
-_USUAL_RANK = {"lora": 16, "adapter": 64, "quant": 1}
+_USUAL_RANK = {"lora": 16, "adapter": 64, "quant": 1, "shared": 16}
 _HOLD_THE_RANK = (LORA_FORWARD_SINGLE.name, ADAPTER_FORWARD.name, LORA_FORWARD_4BIT.name)
 _RECORDS = {kernel.name: kernel for kernel in KERNELS}
 

@@ -17,10 +17,11 @@ from fastlora_kernels.lora import kernels as lora
 from fastlora_kernels.predict.launches import kernel_product
 from fastlora_kernels.predict.occupancy import programs_at_once
 from fastlora_kernels.quant import kernels as quant
+from fastlora_kernels.shared import kernels as shared
 from fastlora_kernels.targets import Target
 from fastlora_kernels.tile import TILES_PER_GROUP, Plan, Shape, Tile, cdiv
 
-KERNELS: tuple[Kernel, ...] = (*lora.KERNELS, *adapter.KERNELS, *quant.KERNELS)
+KERNELS: tuple[Kernel, ...] = (*lora.KERNELS, *adapter.KERNELS, *quant.KERNELS, *shared.KERNELS)
 
 
 @functools.lru_cache(maxsize=8192)

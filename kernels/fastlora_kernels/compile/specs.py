@@ -5,6 +5,7 @@ adapters', partial results are fp32, scalars are i32 except ``scale``.
 """
 
 import importlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, combinations, product
@@ -136,10 +137,23 @@ def signature(function: Any, spec: Spec) -> tuple[dict[str, str], dict[tuple[int
             continue
         types[name] = _argument_type(name, spec)
         specialised = not parameter.do_not_specialize and name not in ("scale", "drop_threshold", "da_tiles")
-        divided = spec.rank_aligned if name in ("R", "D") else spec.aligned
+        divided = spec.rank_aligned if plain_name(name) in ("R", "D") else spec.aligned
         if name.endswith("_ptr") or (specialised and divided):
             aligned[(index,)] = [["tt.divisibility", 16]]
     return types, aligned
+
+
+def plain_name(argument: str) -> str:
+    """An argument's name without the number of the layer that it is of, where there are several.
+
+    Args:
+        argument: For instance ``lora_a_0_ptr``.
+
+    Example:
+        >>> plain_name("lora_a_0_ptr"), plain_name("R_2"), plain_name("dx_ptr")
+        ('lora_a_ptr', 'R', 'dx_ptr')
+    """
+    return re.sub(r"_\d(?=_ptr$|$)", "", argument)
 
 
 def constants(function: Any, spec: Spec) -> dict[str, Any]:
@@ -203,7 +217,8 @@ def _descriptor_type(name: str, spec: Spec) -> str:
     return f"tensordesc<{spec.dtype}[{rows}, {cols}]>"
 
 
-def _argument_type(name: str, spec: Spec) -> str:
+def _argument_type(argument: str, spec: Spec) -> str:
+    name = plain_name(argument)
     if not name.endswith("_ptr"):
         return "fp32" if name == "scale" else "i32"
     special = {"mask_ptr": "i32", "seed_ptr": "i64", **dict.fromkeys(_FLOAT32, "fp32")}

@@ -98,6 +98,18 @@ def add_ds_a(acc, ds_ptr, lora_a_ptr, offs_m, offs_k, M, K, R, BLOCK_R: tl.const
 
 
 @triton.jit
+def add_masked_ds_a(
+    acc, ds_ptr, lora_a_ptr, mask_ptr, pid_k, offs_m, offs_k, M, K, R,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """acc + mask ⊙ (dS·A). A dropped element keeps what it had: no sum of its own needs registers."""
+    product = add_ds_a(acc, ds_ptr, lora_a_ptr, offs_m, offs_k, M, K, R, BLOCK_R)
+    words = block_range(pid_k, BLOCK_K // _WORD_BITS)
+    packed = load_keep_words(mask_ptr, offs_m, words, tl.cdiv(K, _WORD_BITS), M)
+    return tl.where(unpack_keep(packed, BLOCK_M, BLOCK_K), product, acc)
+
+
+@triton.jit
 def start_grad_x(
     ds_ptr, lora_a_ptr, mask_ptr, pid_k, offs_m, offs_k, M, K, R,
     HAS_DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -108,10 +120,20 @@ def start_grad_x(
     """
     acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
     if HAS_DROPOUT:
-        acc = add_ds_a(acc, ds_ptr, lora_a_ptr, offs_m, offs_k, M, K, R, BLOCK_R)
-        words = block_range(pid_k, BLOCK_K // _WORD_BITS)
-        packed = load_keep_words(mask_ptr, offs_m, words, tl.cdiv(K, _WORD_BITS), M)
-        acc = tl.where(unpack_keep(packed, BLOCK_M, BLOCK_K), acc, 0.0)
+        acc = add_masked_ds_a(
+            acc, ds_ptr, lora_a_ptr, mask_ptr, pid_k, offs_m, offs_k, M, K, R, BLOCK_M, BLOCK_K, BLOCK_R
+        )
+    return acc
+
+
+@triton.jit
+def add_dy_w(acc, dy_ptr, weight_ptr, offs_m, offs_k, M, N, K, stride_dym, stride_wn, BLOCK_N: tl.constexpr):
+    """acc + dY·W, the main loop of dX."""
+    for n in range(0, N, BLOCK_N):
+        offs_n = n + tl.arange(0, BLOCK_N)
+        dy_tile = load_tile(dy_ptr, offs_m, offs_n, stride_dym, M, N)
+        w_tile = load_tile(weight_ptr, offs_n, offs_k, stride_wn, N, K)
+        acc = tl.dot(dy_tile, w_tile, acc, input_precision="ieee")
     return acc
 
 
@@ -129,11 +151,7 @@ def grad_x_tile(
         ds_ptr=ds_ptr, lora_a_ptr=lora_a_ptr, mask_ptr=mask_ptr, pid_k=pid_k, offs_m=offs_m, offs_k=offs_k,
         M=M, K=K, R=R, HAS_DROPOUT=HAS_DROPOUT, BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, BLOCK_R=BLOCK_R,
     )  # fmt: skip
-    for n in range(0, N, BLOCK_N):
-        offs_n = n + tl.arange(0, BLOCK_N)
-        dy_tile = load_tile(dy_ptr, offs_m, offs_n, stride_dym, M, N)
-        w_tile = load_tile(weight_ptr, offs_n, offs_k, stride_wn, N, K)
-        acc = tl.dot(dy_tile, w_tile, acc, input_precision="ieee")
+    acc = add_dy_w(acc, dy_ptr, weight_ptr, offs_m, offs_k, M, N, K, stride_dym, stride_wn, BLOCK_N)
     if not HAS_DROPOUT:
         acc = add_ds_a(acc, ds_ptr, lora_a_ptr, offs_m, offs_k, M, K, R, BLOCK_R)
     store_tile(dx_ptr, acc, offs_m, offs_k, K, M, K)

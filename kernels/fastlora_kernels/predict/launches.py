@@ -115,6 +115,7 @@ def kernel_product(
     at_once: int = 1,
     low_rank: int = 0,
     beside: int = 0,
+    loops: int = 1,
     extra_bytes: float = 0.0,
     extra_flops: float = 0.0,
     extra_tiles: Sequence[float] = (),
@@ -133,6 +134,7 @@ def kernel_product(
         at_once: Programs that one multiprocessor holds.
         low_rank: Ranks of the second product, which every tile adds.
         beside: Ranks of a product that every tile computes beside the first, over the same sum.
+        loops: Main loops that every tile runs one after the other, each over a part of the sum.
         extra_bytes: Read or written beside the operands and the output.
         extra_flops: Floating-point operations of other products in the same launch.
         extra_tiles: Microseconds of each program that the same launch runs after the product's tiles.
@@ -144,8 +146,8 @@ def kernel_product(
         rate *= _SHORT_PIPELINE.get(tile.stages, 1.0)
     depth = _padded(k, tile.depth) * (1 + _padded(beside, 16) / tile.cols) + _padded(low_rank, 16)
     main = _tile_us(tile.rows, tile.cols, depth, rate, target)
-    # S and B arrive after the main loop, where nothing hides the way from memory
-    late = 0.7 * math.ceil(low_rank / max(tile.rank, 1))
+    # S and B arrive after the main loop, where nothing hides the way from memory, as at each loop's beginning
+    late = 0.7 * (math.ceil(low_rank / max(tile.rank, 1)) + loops - 1)
     tiles = math.ceil(m / tile.rows) * math.ceil(n / tile.cols)
     places = target.multiprocessors * at_once
     fill = _fill(tile.rows, tile.cols) * (_PERSISTENT_FILL if tile.persistent else 1.0)
@@ -156,8 +158,20 @@ def kernel_product(
     return _product(name, products, moved, 2.0 * m * n * (k + low_rank) + extra_flops, target)
 
 
-def library_product(name: str, m: int, n: int, k: int, itemsize: int, target: Target) -> Launch:
-    """``[m, k]·[k, n]`` by the vendor's library; ``itemsize`` is bytes of an element."""
+def library_product(
+    name: str, m: int, n: int, k: int, itemsize: int, target: Target, *, extra_bytes: float = 0.0
+) -> Launch:
+    """``[m, k]·[k, n]`` by the vendor's library.
+
+    Args:
+        name: What it computes.
+        m: Rows of the output.
+        n: Columns.
+        k: Length of the sums.
+        itemsize: Bytes of an element.
+        target: The GPU.
+        extra_bytes: Read beside the operands, as what the product is added to.
+    """
     rate = _peak(target, itemsize) * target.sustained
     best: Launch | None = None
     for rows, cols in _LIBRARY_TILES:
@@ -169,7 +183,7 @@ def library_product(name: str, m: int, n: int, k: int, itemsize: int, target: Ta
         parts = max(1, min(4, target.multiprocessors // max(tiles, 1), k // 512))
         products, _ = _waves(tiles * parts, main / parts, _fill(rows, cols), target, at_once)
         wave: Wave = square_wave(rows, cols, at_once * target.multiprocessors)
-        moved = product_bytes(m, n, k, itemsize, wave, target)
+        moved = product_bytes(m, n, k, itemsize, wave, target) + extra_bytes
         launch = _product(name, products, moved, 2.0 * m * n * k, target, from_library=True)
         best = launch if best is None or launch.microseconds < best.microseconds else best
     assert best is not None

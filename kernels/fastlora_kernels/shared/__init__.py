@@ -1,0 +1,1 @@
+"""Kernels of several layers that share their input."""
