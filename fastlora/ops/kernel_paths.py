@@ -9,6 +9,7 @@ from fastlora.ops import tuned_file
 from fastlora_kernels import targets
 from fastlora_kernels.choose import paths, quantised, tuned
 from fastlora_kernels.choose.paths import Pass
+from fastlora_kernels.choose.shared import SharedPath, choose_shared_path
 from fastlora_kernels.choose.tuned import Choice, Winners
 from fastlora_kernels.quant.kernels import DECODE
 from fastlora_kernels.tile import Shape
@@ -77,6 +78,21 @@ def choose(
     if choice.path == "library" and (dropping or not backend.is_automatic()):
         return Choice("split")
     return choice
+
+
+def choose_shared(
+    shapes: tuple[Shape, ...], dtype: torch.dtype, device: torch.device, *, dropping: bool
+) -> SharedPath:
+    """Path of the backward pass of layers that share their input; the kernel where it was asked for by name.
+
+    Args:
+        shapes: Sizes of each layer's call, the same rows and inputs in all.
+        dtype: The dtype of x.
+        device: Where they are computed.
+        dropping: Whether dropout is active, in each of them.
+    """
+    path = choose_shared_path(shapes, dtype, targets.detect(device), dropping=dropping)
+    return "shared" if path == "separate" and not backend.is_automatic() else path
 
 
 def _measured(

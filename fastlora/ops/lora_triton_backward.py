@@ -30,9 +30,9 @@ from fastlora_kernels.tile import Shape, cdiv
 # computes dX, dA and dB from dy, x, weight, lora_A, lora_B, S and the mask
 Backward = Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
 # computes dS, dB and, where dB has still to be summed, its partial results, from dY, S and B
-_GradSB = Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor, Tensor | None]]
+GradSB = Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor, Tensor | None]]
 # computes dX, dA and dA's partial results, which have still to be summed, from dY, W, dS, A, the mask and x
-_GradXA = Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
+GradXA = Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
 
 
 @prepared(row_major, row_major, row_major, contiguous, contiguous, contiguous, contiguous)
@@ -62,15 +62,15 @@ def backward(
         assert mask is None
         needs = {"need_x": need_x, "need_A": need_A, "need_B": need_B}
         return by_library(lora_torch.backward, scaling=scaling, dropout=0.0, **needs)
-    s_and_b = _grad_s_b(dy, lora_B, shape, target, scale=scaling / keep_probability(dropout))
-    x_and_a = _grad_x_a(
+    s_and_b = grad_s_b(dy, lora_B, shape, target, scale=scaling / keep_probability(dropout))
+    x_and_a = grad_x_a(
         dy, lora_A, shape, target, choice,
         need_x=need_x and lora_A is not None, need_A=need_A and lora_A is not None,
     )  # fmt: skip
-    return _both(s_and_b, x_and_a, need_B=need_B)
+    return both(s_and_b, x_and_a, need_B=need_B)
 
 
-def _both(s_and_b: _GradSB, x_and_a: _GradXA, *, need_B: bool) -> Backward:
+def both(s_and_b: GradSB, x_and_a: GradXA, *, need_B: bool) -> Backward:
     """What computes dS and dB, then dX and dA, and sums their partial results in one launch."""
     of_a, of_b, of_both = Ready(sum_partials), Ready(sum_partials), Ready(sum_two_partials)
 
@@ -97,7 +97,7 @@ def _both(s_and_b: _GradSB, x_and_a: _GradXA, *, need_B: bool) -> Backward:
     return run
 
 
-def _grad_s_b(dy: Tensor, lora_B: Tensor, shape: Shape, target: Target, *, scale: float) -> _GradSB:
+def grad_s_b(dy: Tensor, lora_B: Tensor, shape: Shape, target: Target, *, scale: float) -> GradSB:
     """dS and dB by a launch, at high ranks by library products."""
     (n, r), dtype = lora_B.shape, lora_B.dtype
     m = shape.m
@@ -126,7 +126,7 @@ def _grad_s_b(dy: Tensor, lora_B: Tensor, shape: Shape, target: Target, *, scale
     return run
 
 
-def _grad_x_a(
+def grad_x_a(
     dy: Tensor,
     lora_A: Tensor | None,
     shape: Shape,
@@ -135,17 +135,17 @@ def _grad_x_a(
     *,
     need_x: bool,
     need_A: bool,
-) -> _GradXA:
+) -> GradXA:
     """What computes those of dX and dA that are needed: both in one launch, unless a library product is."""
     if choice.path == "epilogue" and need_x:
         return _epilogue_grad_x_a(dy, lora_A, shape, target, choice, need_A=need_A)
     if need_A and lora_A is not None:
-        make = _fused_grad_x_a if need_x else _grad_a
+        make = _fused_grad_x_a if need_x else grad_a
         return make(dy, lora_A.dtype, shape, target, choice)
     return _grad_x(dy, shape, target) if need_x else lambda *_: (None, None, None)
 
 
-def _fused_grad_x_a(dy: Tensor, dtype: torch.dtype, shape: Shape, target: Target, choice: Choice) -> _GradXA:
+def _fused_grad_x_a(dy: Tensor, dtype: torch.dtype, shape: Shape, target: Target, choice: Choice) -> GradXA:
     """dX and dA by one launch."""
     m, k, r = shape.m, shape.k, shape.r
     # a tile is measured for both gradients together
@@ -166,7 +166,7 @@ def _fused_grad_x_a(dy: Tensor, dtype: torch.dtype, shape: Shape, target: Target
     return run
 
 
-def _grad_x(dy: Tensor, shape: Shape, target: Target) -> _GradXA:
+def _grad_x(dy: Tensor, shape: Shape, target: Target) -> GradXA:
     """dX alone by a launch."""
     m, k = shape.m, shape.k
     multiply = Ready(lora_grad_x, plan=plans.choose(kernels.LORA_GRAD_X, shape, dy.dtype, target))
@@ -181,7 +181,7 @@ def _grad_x(dy: Tensor, shape: Shape, target: Target) -> _GradXA:
     return run
 
 
-def _grad_a(dy: Tensor, dtype: torch.dtype, shape: Shape, target: Target, _: Choice) -> _GradXA:
+def grad_a(dy: Tensor, dtype: torch.dtype, shape: Shape, target: Target, _: Choice) -> GradXA:
     """dA alone by a launch."""
     k, r = shape.k, shape.r
     plan = plans.choose(kernels.LORA_GRAD_A, shape, dy.dtype, target)
@@ -200,11 +200,11 @@ def _grad_a(dy: Tensor, dtype: torch.dtype, shape: Shape, target: Target, _: Cho
 
 def _epilogue_grad_x_a(
     dy: Tensor, lora_A: Tensor | None, shape: Shape, target: Target, choice: Choice, *, need_A: bool
-) -> _GradXA:
+) -> GradXA:
     """What computes dX by a library product, to which mask ⊙ (dS·A) is added, and dA by its own kernel."""
     aligned = in_wide_words(shape.k)
     add = add_low_rank(shape, dy.dtype, target, transposed=False, aligned=aligned)
-    a_alone = _grad_x_a(dy, lora_A, shape, target, choice, need_x=False, need_A=need_A)
+    a_alone = grad_x_a(dy, lora_A, shape, target, choice, need_x=False, need_A=need_A)
 
     def run(
         dy: Tensor, weight: Tensor, ds: Tensor, lora_A: Tensor, mask: Tensor | None, x: Tensor | None

@@ -20,6 +20,8 @@ from fastlora.ops.weights.frozen import FrozenWeight, Unchanged
 # tensors of a layer among a Function's arguments, and among what it keeps
 _GIVEN, _KEPT = 4, 5
 _Gradients = tuple[Tensor | None, ...]
+# gradients of x, of every A and of every B
+_Sums = tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]
 
 
 class Projection(NamedTuple):
@@ -163,12 +165,26 @@ def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, l
         if dy is not None:
             weight = weight if quantised is None else quantised.weight()
             layers[index] = _Layer(call, needed, dy, (x, weight, *more))
-    run = _together if _are_summed_by_library(list(layers.values())) else _one_by_one
-    dx, found = run(list(layers.values())) if layers else (None, [])
+    dx, found = _of_all(list(layers.values())) if layers else (None, [])
     of_layers: list[_Gradients] = [(None,) * _GIVEN] * len(dys)
     for index, gradients in zip(layers, found, strict=True):
         of_layers[index] = gradients
     return dx, of_layers
+
+
+def _of_all(layers: Sequence[_Layer]) -> tuple[Tensor | None, list[_Gradients]]:
+    """dX, and every layer's other gradients."""
+    if _are_summed_by_library(layers):
+        sums = _by_library(layers)
+    elif _are_summed_by_kernels(layers):
+        sums = _by_kernels(layers)
+    else:
+        return _one_by_one(layers)
+    dx, das, dbs = sums
+    found, dy = list[_Gradients](), layers[0].dy
+    for (_, (_, need_weight, need_bias, *_), dy, (x, *_)), da, db in zip(layers, das, dbs, strict=True):
+        found.append((*frozen_gradients(need_weight, need_bias, dy, dy, x), da, db))
+    return dx if dx is None else dx.view(*dy.shape[:-1], dx.shape[1]), found
 
 
 def _are_summed_by_library(layers: Sequence[_Layer]) -> bool:
@@ -177,6 +193,21 @@ def _are_summed_by_library(layers: Sequence[_Layer]) -> bool:
         _backend(layer.call) == "torch" and in_parts.in_few_parts(layer.saved[1], layer.dy.dtype)
         for layer in layers
     )
+
+
+def _are_summed_by_kernels(layers: Sequence[_Layer]) -> bool:
+    """Whether kernels sum dX of dense layers, or choose to compute them one by one."""
+    if backend.is_watched() or any(
+        _backend(call) != "triton" or not needed[0] or not backend.are_plain(dy, *saved)
+        # a quantised weight is dense for its own product alone
+        or not isinstance(saved[1], Tensor)
+        for call, needed, dy, saved in layers
+    ):  # fmt: skip
+        return False
+    # imported late: a CPU needs no kernels' records
+    from fastlora_kernels.shared.kernels import MOST_LAYERS
+
+    return 2 <= len(layers) <= MOST_LAYERS
 
 
 def _one_by_one(layers: Sequence[_Layer]) -> tuple[Tensor | None, list[_Gradients]]:
@@ -188,16 +219,23 @@ def _one_by_one(layers: Sequence[_Layer]) -> tuple[Tensor | None, list[_Gradient
     return dx, found
 
 
-def _together(layers: Sequence[_Layer]) -> tuple[Tensor | None, list[_Gradients]]:
-    dy, need_x = layers[0].dy, layers[0].needed[0]
-    x = next((layer.saved[0] for layer in layers), None)
+def _by_library(layers: Sequence[_Layer]) -> _Sums:
+    dy, need_x, x = layers[0].dy, layers[0].needed[0], layers[0].saved[0]
     with unrecorded(dy):
         given = [_for_library(layer) for layer in layers]
-        dx, das, dbs = shared_torch.backward(None if x is None else rows_of(x), given, need_x=need_x)
-    found = list[_Gradients]()
-    for (_, (_, need_weight, need_bias, *_), dy, (x, *_)), da, db in zip(layers, das, dbs, strict=True):
-        found.append((*frozen_gradients(need_weight, need_bias, dy, dy, x), da, db))
-    return dx if dx is None else dx.view(*dy.shape[:-1], dx.shape[1]), found
+        return shared_torch.backward(None if x is None else rows_of(x), given, need_x=need_x)
+
+
+def _by_kernels(layers: Sequence[_Layer]) -> _Sums:
+    # imported late: Triton is not installed everywhere
+    from fastlora.ops import shared_triton
+
+    tensors, settings, x = list[Tensor | None](), [], layers[0].saved[0]
+    for call, (*_, need_A, need_B), dy, (_, weight, lora_A, lora_B, s, mask) in layers:
+        tensors += rows_of(dy), in_dtype(weight, dy.dtype), lora_A, lora_B, s, mask
+        dropout = call.dropout if mask is not None else 0.0
+        settings.append(shared_triton.Layer(call.scaling, dropout, need_A, need_B, call.decision.paths))
+    return shared_triton.backward(*tensors, None if x is None else rows_of(x), layers=tuple(settings))
 
 
 def _for_library(layer: _Layer) -> shared_torch.Layer:

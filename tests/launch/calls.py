@@ -3,11 +3,14 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import fastlora
+from fastlora.functional import Projection
+from fastlora.ops import kernel_paths
 from fastlora.ops.tuned_file import gpu_key
 from fastlora.ops.weights.frozen import FrozenWeight
 from fastlora.tuning.calls import LayerCall
@@ -99,6 +102,52 @@ def lora(
     return forward
 
 
+def shared(
+    m: int,
+    k: int,
+    sizes: Sequence[tuple[int, int]],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    p: float = 0.0,
+    wanted: str = "xab",
+    backend: str = "auto",
+    path: str | None = None,
+) -> Work:
+    """A call of layers that share their input.
+
+    Args:
+        m: Rows of x.
+        k: Features that go in.
+        sizes: Features that come out of each layer, and its rank.
+        dtype: Dtype of x and the weights; A and B are in float32.
+        p: Dropout's probability.
+        wanted: Whose gradients: letters out of ``x``, ``a`` and ``b``.
+        backend: Name of a backend, see :func:`fastlora.use_backend`.
+        path: Path of the backward pass; None for the one that is planned.
+    """
+
+    def forward() -> Backward | None:
+        x, layers = torch.empty(m, k, dtype=dtype), list[Projection]()
+        for n, r in sizes:
+            adapters = torch.empty(r, k), torch.empty(n, r)
+            layers.append(Projection(torch.empty(n, k, dtype=dtype), None, *adapters, 1.5, p))
+        named = {"x": [x], "a": [each.lora_A for each in layers], "b": [each.lora_B for each in layers]}
+        sources = [tensor.requires_grad_() for letter in wanted for tensor in named[letter]]
+        with fastlora.use_backend(backend):
+            ys = fastlora.functional.shared_lora_linear(x, layers)
+        backward = _backward(ys, sources, torch.empty_like, backend)
+
+        def planned() -> None:
+            assert backward is not None
+            choose: Any = kernel_paths.choose_shared if path is None else lambda *_, **__: path
+            with mock.patch.object(kernel_paths, "choose_shared", choose):
+                backward()
+
+        return planned if backward is not None else None
+
+    return forward
+
+
 def adapter(
     m: int,
     hidden: int,
@@ -185,14 +234,18 @@ def measured(call: LayerCall, forward: Choice, backward: Choice) -> Iterator[Non
 
 
 def _backward(
-    out: Tensor, sources: Sequence[Tensor], dout: Callable[[Tensor], Tensor], backend: str
+    out: Tensor | tuple[Tensor, ...],
+    sources: Sequence[Tensor],
+    dout: Callable[[Tensor], Tensor],
+    backend: str,
 ) -> Backward | None:
     if not sources:
         return None
+    outs = out if isinstance(out, tuple) else (out,)
 
     def backward() -> None:
         with fastlora.use_backend(backend):
-            gradients = torch.autograd.grad(out, sources, dout(out))
+            gradients = torch.autograd.grad(outs, sources, [dout(each) for each in outs])
         for gradient, source in zip(gradients, sources, strict=True):
             assert (gradient.shape, gradient.dtype) == (source.shape, source.dtype)
 

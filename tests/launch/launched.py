@@ -18,9 +18,10 @@ import fastlora
 from fastlora.tuning.calls import LayerCall
 from fastlora.tuning.candidates import choices
 from fastlora_kernels.choose.paths import Pass
+from fastlora_kernels.choose.shared import SharedPath
 from fastlora_kernels.choose.tuned import Choice
 from fastlora_kernels.compiled import tile_text
-from tests.launch.calls import Backward, Case, Work, adapter, lora, measured, module
+from tests.launch.calls import Backward, Case, Work, adapter, lora, measured, module, shared
 from tests.launch.quantised_calls import quantised
 from tests.launch.stage import DEVICE
 
@@ -151,6 +152,23 @@ def dora() -> Iterator[Case]:
     yield Case("DoRA, ragged", ragged, quick=True)
 
 
+def sharing() -> Iterator[Case]:
+    """Layers that share their input: each path, two of them and three."""
+    qkv, two = ((4096, 16), (1024, 16), (1024, 16)), ((768, 16), (256, 64))
+    for p, m in product((0.0, 0.1), (8192, 64)):
+        yield Case(f"LLaMA q, k, v, {m} rows, p = {p}", shared(m, 4096, qkv, p=p), quick=m == 8192)
+    for (i, path), p in product(enumerate(get_args(SharedPath)), (0.0, 0.1)):
+        # what is prepared for a path may not serve another
+        work = shared(1024 + i, 768, two, p=p, backend="triton", path=path)
+        yield Case(f"two layers, {path}, p = {p}", work, quick=p == 0)
+    for wanted in ("x", "xa", "xb", "ab"):
+        yield Case(f"q, k, v, gradients: {wanted}", shared(512, 2048, qkv, wanted=wanted, backend="triton"))
+    for dtype in (FP16, FP32):
+        yield Case(f"two layers, {dtype}", shared(96, 256, two, dtype=dtype, p=0.1, backend="triton"))
+    ragged = shared(37, 70, ((50, 5), (33, 24), (1, 16)), p=0.1, backend="triton")
+    yield Case("three layers, ragged", ragged, quick=True)
+
+
 def adapters() -> Iterator[Case]:
     """Bottlenecks of one launch and of two."""
     for size, p in product((64, 256, 1, 8, 16, 17, 48, 65, 128, 200), (0.1, 0.0)):
@@ -259,6 +277,6 @@ def huge() -> Iterator[Case]:
 
 
 SUITES = (
-    usual_layers, every_path_and_tile, by_name, gradients, layouts, dora, adapters, quantised, modules,
-    changes, huge,
+    usual_layers, every_path_and_tile, by_name, gradients, layouts, dora, sharing, adapters, quantised,
+    modules, changes, huge,
 )  # fmt: skip
