@@ -58,6 +58,24 @@ def check_gated(gate: Tensor, up: Tensor, activation: str) -> None:
         raise ValueError(f"expected an activation out of {', '.join(GATES)}, got {activation!r}")
 
 
+def check_labels(hidden: Tensor, labels: Tensor) -> None:
+    """Refuse labels that :func:`fastlora.functional.chunked_cross_entropy` can't serve.
+
+    Raises:
+        TypeError: ``hidden`` is no floating-point tensor, or ``labels`` no int64 tensor.
+        ValueError: Shapes or devices do not fit.
+    """
+    check_floating("hidden", hidden)
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"expected labels as an int64 tensor, the class of each row, got {kind}")
+    if labels.shape != hidden.shape[:-1] or hidden.dim() < 2:
+        raise ValueError(
+            f"expected a label for each row of hidden, {tuple(hidden.shape[:-1])}, got {tuple(labels.shape)}"
+        )
+    check_same_device({"hidden": hidden, "labels": labels})
+
+
 def check_magnitude(magnitude: Tensor, weight: Tensor) -> None:
     """Refuse a magnitude that :func:`fastlora.functional.dora_linear` can't serve.
 

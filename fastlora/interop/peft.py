@@ -1,18 +1,20 @@
 """PEFT models on the fused op, in place and reversibly."""
 
+import sys
 from collections import Counter
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
 from fastlora._core.extras import require
 from fastlora._core.log import logger
+from fastlora.interop._chunked_loss import chunk, chunkable, unchunk
 from fastlora.ops.weights.repacking import keep_as_stored, let_rewrite
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def accelerate(model: Model) -> Model:
+def accelerate(model: Model, *, loss: Literal["model", "chunked"] = "model") -> Model:
     """Let a PEFT model's LoRA linear layers run on the fused op, in place.
 
     Layers, parameters and their names stay PEFT's own, so saving, switching, merging, disabling and deleting
@@ -36,16 +38,24 @@ def accelerate(model: Model) -> Model:
     own: it quantises the merged weight anew, and warns. Where bitsandbytes rewrites 4-bit weights in an
     evaluation pass (CPUs with AVX512-BF16), after which they give no gradient, that is switched off.
 
+    With ``loss="chunked"`` a causal language model of transformers that is called with labels takes its loss
+    from an eighth of the logits at a time, and the gradients with it; equal up to the order of sums. Heads
+    may be tied, quantised, with LoRA or trained whole; scaled and capped logits count, and so does
+    ``num_items_in_batch``. ``outputs.logits`` is then a tensor whose numbers are computed, once, when
+    something reads them (if there is dropout in the head, with a mask of their own). Without labels, and in
+    graphs of ``torch.compile``, all is the model's own. LoRA need not be PEFT's then, nor there at all.
+
     Args:
         model: With PEFT's LoRA layers anywhere inside.
+        loss: "model", the model's own, or "chunked".
 
     Returns:
         The same model.
 
     Raises:
         ImportError: PEFT is not installed.
-        ValueError: There are no LoRA layers of PEFT in it, or bitsandbytes has rewritten 4-bit weights in it
-            for inference; nothing is changed then.
+        ValueError: There are no LoRA layers of PEFT in it, bitsandbytes has rewritten 4-bit weights in it
+            for inference, or no model's loss in it can be chunked; nothing is changed then.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -53,14 +63,44 @@ def accelerate(model: Model) -> Model:
         >>> type(accelerate(model).base_model.model[0]).__name__
         'FusedLinear'
     """
-    linear, mlp = _layers()
-    layers = _peft_layers(model)
-    if not layers:
+    if loss not in ("model", "chunked"):
+        raise ValueError(f'expected loss as "model" or "chunked", got {loss!r}')
+    chunked = chunkable(model) if loss == "chunked" else []
+    layers = _peft_layers(model) if _peft_is_loaded() or not chunked else []
+    if not layers and not chunked:
         raise ValueError(
             f"expected a model with LoRA layers of PEFT, got {type(model).__name__} without any; make one "
             "with peft.get_peft_model(model, LoraConfig(...)), or take fastlora.apply_lora"
         )
     keep_as_stored(model)
+    if layers:
+        _fuse(model, layers)
+    unchunk(model)
+    for causal in chunked:
+        chunk(causal)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo :func:`accelerate`, in place; layers that were sharded or parametrized since stay so.
+
+    Returns:
+        The same model.
+    """
+    unchunk(model)
+    let_rewrite(model)
+    if not _peft_is_loaded():
+        return model
+    linear, mlp = _layers()
+    for module in model.modules():
+        mlp.unfuse(module)
+    for layer in _peft_layers(model):
+        linear.unfuse(layer)
+    return model
+
+
+def _fuse(model: nn.Module, layers: list[Any]) -> None:
+    linear, mlp = _layers()
     left: Counter[str] = Counter()
     for layer in layers:
         reason = linear.why_not(layer)
@@ -74,25 +114,11 @@ def accelerate(model: Model) -> Model:
     if left:
         told = ", ".join(f"{count} {reason}" for reason, count in sorted(left.items()))
         logger.warning("%d of %d LoRA layers run fused; left to PEFT: %s", _fused(layers), len(layers), told)
-    return model
 
 
-def restore(model: Model) -> Model:
-    """Undo :func:`accelerate`, in place; layers that were sharded or parametrized since stay so.
-
-    Raises:
-        ImportError: PEFT is not installed.
-
-    Returns:
-        The same model.
-    """
-    linear, mlp = _layers()
-    for module in model.modules():
-        mlp.unfuse(module)
-    for layer in _peft_layers(model):
-        linear.unfuse(layer)
-    let_rewrite(model)
-    return model
+def _peft_is_loaded() -> bool:
+    """Else nothing of its can be in a model."""
+    return "peft" in sys.modules
 
 
 def _layers() -> tuple[Any, Any]:

@@ -1,0 +1,405 @@
+"""``accelerate(model, loss="chunked")``: the model's own loss and gradients without all logits at once."""
+
+import copy
+import inspect
+import logging
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import fastlora
+from fastlora.bench.turns import peak_bytes
+from fastlora.interop._chunked_loss import ChunkedLoss, _tell_computed
+from fastlora.interop._lazy_logits import LazyLogits
+from fastlora.interop.peft import restore
+from tests import hf_models
+from tests.cases import cases
+from tests.quantised import four_bit
+
+CLASSES = hf_models.SIZES["vocab_size"]
+IDS = torch.randint(3, CLASSES, (2, 16), generator=torch.Generator().manual_seed(0))
+# a prompt, and what pads the second text, don't count
+LABELS = torch.where(torch.tensor([[False] * 5 + [True] * 11, [True] * 9 + [False] * 7]), IDS, -100)
+
+
+def made(family: str = "Llama", **options: Any) -> Any:
+    """A tiny model that trains whole, its head's logits far from equal."""
+    if family == "GPT2":
+        model = hf_models.gpt2().apply(_without_dropout)
+    else:
+        config = getattr(transformers, f"{family.removesuffix('Model')}Config")
+        sizes = hf_models.SIZES | {"num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 1} | options
+        kind = "Gemma3ForCausalLM" if family == "Gemma3Text" else f"{family}ForCausalLM"
+        model = hf_models._made(kind, config(**sizes, eos_token_id=2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 if parameter.dim() == 1 else 3)
+    return model.train()
+
+
+def _without_dropout(module: nn.Module) -> None:
+    if isinstance(module, nn.Dropout):
+        module.p = 0.0
+
+
+def with_lora(model: Any, **settings: Any) -> Any:
+    """A PEFT model around it, whose update is not zero."""
+    defaults: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+    torch.manual_seed(0)
+    config = peft.LoraConfig(**defaults | settings, task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, config).train()
+
+
+def chunked(model: Any) -> Any:
+    """Its accelerated copy."""
+    return fastlora.accelerate(copy.deepcopy(model), loss="chunked")
+
+
+def step(model: Any, called: Any = None, **given: Any) -> dict[str, Tensor]:
+    """Loss and gradients, by parameter."""
+    model.zero_grad()
+    out = (called or model)(input_ids=IDS, **{"labels": LABELS} | given)
+    out.loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": out.loss.detach(), **found}
+
+
+def assert_equal_steps(plain: dict[str, Tensor], accelerated: dict[str, Tensor]) -> None:
+    """To 1e-6 of the largest number of each tensor; float32 is summed in another order."""
+    assert plain.keys() == accelerated.keys()
+    for name, expected in plain.items():
+        error = (accelerated[name] - expected).abs().max()
+        assert error <= 2e-6 * expected.abs().max() + 1e-9, f"{name}: {error:.1e}"
+        assert accelerated[name].dtype == expected.dtype, name
+
+
+FAMILIES = cases(
+    ["Llama", "Gemma2", "Cohere", "GPT2"],
+    ["Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma3Text", "Phi3", "Granite"],
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_of_the_whole_model_is_its_own(family: str) -> None:
+    """Gemma, Cohere and GPT-2 are tied; Gemma2 caps logits; Cohere multiplies, Granite divides them."""
+    model = made(family, **{"final_logit_softcapping": 2.0} if family == "Gemma2" else {})
+    accelerated = chunked(model)
+    assert_equal_steps(step(model), step(accelerated))
+    out = accelerated(input_ids=IDS, labels=LABELS)
+    assert isinstance(out.logits, LazyLogits)
+    assert torch.equal(out.logits + 0, model(input_ids=IDS).logits)
+
+
+HEADS: dict[str, dict[str, Any]] = {
+    "frozen": {},
+    "LoRA": {"target_modules": ["q_proj", "lm_head"]},
+    "DoRA": {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
+    "trained": {"modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("head", "tied"),
+    # what PEFT saves it unties
+    cases([("frozen", True), ("LoRA", True), ("DoRA", False), ("trained", False)], [("LoRA", False)]),
+)
+def test_a_step_of_peft_is_its_own(head: str, tied: bool) -> None:
+    plain = with_lora(made(tie_word_embeddings=tied), **HEADS[head])
+    expected = step(plain)
+    assert_equal_steps(expected, step(chunked(plain)))
+    assert any("lm_head" in name for name in expected) == (head != "frozen")
+
+
+@pytest.mark.parametrize("head", ["LoRA", "trained"])
+@pytest.mark.parametrize("how", ["bf16", "autocast"])
+def test_16_bits_are_as_exact(how: str, head: str) -> None:
+    plain = with_lora(made(), **HEADS[head])
+    plain = plain.bfloat16() if how == "bf16" else plain
+    exact = step(copy.deepcopy(plain).double())
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        eager, found = step(fastlora.accelerate(copy.deepcopy(plain))), step(chunked(plain))
+    assert eager.keys() == found.keys()
+    for name, truth in exact.items():
+        error, allowed = (float((each[name] - truth).norm()) for each in (found, eager))
+        # the loss is one draw: the mean of as many rounding errors as labels
+        unit = torch.finfo(torch.bfloat16).eps / 2 * float(truth.norm()) / int((LABELS != -100).sum()) ** 0.5
+        assert error <= 1.1 * allowed + unit, name
+        assert found[name].dtype == eager[name].dtype
+
+
+@pytest.mark.parametrize("given", [{"num_items_in_batch": 9}, {"num_items_in_batch": torch.tensor(9)}])
+def test_items_are_divided_by_what_is_given(given: dict[str, Any]) -> None:
+    model = made()
+    assert_equal_steps(step(model, **given), step(chunked(model), **given))
+
+
+def test_labels_may_be_shifted_already() -> None:
+    model = made()
+    given = {"shift_labels": LABELS.roll(3, dims=1)}
+    assert_equal_steps(step(model, **given), step(chunked(model), **given))
+
+
+def test_with_checkpointing_and_both_accelerated() -> None:
+    plain = with_lora(made())
+    expected = step(plain)
+    accelerated = chunked(plain)
+    accelerated.gradient_checkpointing_enable()
+    accelerated.enable_input_require_grads()
+    found = step(accelerated)
+    assert_equal_steps(expected, {name: found[name] for name in expected})
+    with plain.disable_adapter(), accelerated.disable_adapter(), torch.no_grad():
+        losses = [model(input_ids=IDS, labels=LABELS).loss for model in (plain, accelerated)]
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+
+
+def test_a_quantised_head() -> None:
+    pytest.importorskip("bitsandbytes")
+    model = made().requires_grad_(False)
+    model.lm_head = four_bit(CLASSES, hf_models.SIZES["hidden_size"], bias=False)
+    plain = with_lora(model, **HEADS["LoRA"])
+    assert_equal_steps(step(fastlora.accelerate(plain)), step(chunked(plain)))
+
+
+def test_loras_of_ours() -> None:
+    model = fastlora.apply_lora(made(), target_modules=["q_proj", "lm_head"], rank=2)
+    assert_equal_steps(step(model), step(chunked(model)))
+
+
+def test_it_takes_an_eighth_of_the_memory() -> None:
+    model = made(vocab_size=4096, num_hidden_layers=1).requires_grad_(False)
+    words = torch.randint(3, 4096, (2, 64))
+
+    def loss_alone(model: Any) -> int:
+        hidden = torch.randn(2, 64, 32, requires_grad=True)
+        model.model.forward = lambda **given: transformers.modeling_outputs.BaseModelOutputWithPast(hidden)
+
+        def train() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(model(input_ids=words, labels=words).loss, [hidden])
+
+        train()
+        return peak_bytes(train)
+
+    assert loss_alone(chunked(model)) <= loss_alone(model) / 8
+
+
+def test_logits_are_the_models_when_they_are_read() -> None:
+    model = made("Cohere")
+    accelerated = chunked(model)
+    expected = model(input_ids=IDS).logits
+    lazy = accelerated(input_ids=IDS, labels=LABELS).logits
+    assert isinstance(lazy, LazyLogits)
+    assert (lazy.shape, lazy.dtype, lazy.device) == (expected.shape, expected.dtype, expected.device)
+    assert not lazy._read
+    assert torch.equal(lazy.detach(), expected)
+    assert torch.equal(lazy[:, -1].argmax(-1), expected[:, -1].argmax(-1))
+    assert torch.equal(torch.cat([lazy, lazy]), torch.cat([expected, expected]))
+    assert torch.equal(pickle.loads(pickle.dumps(lazy.detach())), expected)
+    with torch._C.DisableTorchFunctionSubclass():
+        assert torch.equal(lazy * 1, expected)
+    for logits, each in ((lazy, accelerated), (expected, model)):
+        each.zero_grad()
+        logits.float().logsumexp(-1).sum().backward()
+    torch.testing.assert_close(accelerated.lm_head.weight.grad, model.lm_head.weight.grad)
+
+
+def test_labels_by_position_and_a_tuple() -> None:
+    model = made()
+    at = list(inspect.signature(model.forward).parameters).index("labels")
+    given = (IDS, *(None,) * (at - 1), LABELS)
+    accelerated = chunked(model)
+    loss, logits, *_ = accelerated(*given, return_dict=False)
+    torch.testing.assert_close(loss, model(*given).loss, rtol=1e-6, atol=0)
+    assert isinstance(logits, LazyLogits)
+
+
+def test_evaluation_and_generation_are_the_models() -> None:
+    plain = with_lora(made())
+    accelerated = chunked(plain)
+    for model in (plain, accelerated):
+        model.eval()
+    assert type(accelerated(input_ids=IDS).logits) is Tensor
+    tokens = [
+        model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False) for model in (plain, accelerated)
+    ]
+    assert torch.equal(*tokens)
+    with torch.no_grad():
+        out = accelerated(input_ids=IDS, labels=LABELS)
+        torch.testing.assert_close(out.loss, plain(input_ids=IDS, labels=LABELS).loss, rtol=1e-6, atol=0)
+
+
+def test_a_failed_call_leaves_the_head_as_it_was() -> None:
+    accelerated = chunked(made())
+    with pytest.raises(ValueError, match="batch_size"):
+        accelerated(input_ids=IDS, labels=LABELS, logits_to_keep=3)
+    assert "forward" not in vars(accelerated.lm_head)
+
+
+def test_the_models_own_class_comes_back() -> None:
+    plain = with_lora(made())
+    accelerated = chunked(plain)
+    inside, own = accelerated.get_base_model(), type(plain.get_base_model())
+    assert isinstance(inside, ChunkedLoss)
+    assert (type(inside).__name__, type(inside).__module__) == (own.__name__, own.__module__)
+    assert inspect.signature(inside.forward) == inspect.signature(plain.get_base_model().forward)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(inside)))
+    assert isinstance(copied, ChunkedLoss)
+    expected = step(plain)
+    kept = inside.forward
+    for undo in (restore, fastlora.accelerate):
+        fastlora.accelerate(accelerated, loss="chunked")
+        fastlora.accelerate(accelerated, loss="chunked")
+        undo(accelerated)
+        assert type(inside) is own
+        assert type(accelerated(input_ids=IDS, labels=LABELS).logits) is Tensor
+        assert type(kept(input_ids=IDS, labels=LABELS).logits) is Tensor
+        assert_equal_steps(expected, step(accelerated))
+
+
+def test_a_merged_model_is_saved_by_its_own_name(tmp_path: Path) -> None:
+    merged = chunked(with_lora(made())).merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded).__name__ == "LlamaForCausalLM"
+    assert torch.equal(loaded(input_ids=IDS).logits, merged.eval()(input_ids=IDS).logits)
+
+
+def test_the_trainer_counts_items(tmp_path: Path) -> None:
+    rows = [{"input_ids": ids, "labels": wanted} for ids, wanted in zip(IDS, LABELS, strict=True)] * 4
+    found = []
+    plain = with_lora(made())
+    for model in (plain, chunked(plain)):
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_steps=1,
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+        )
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
+        assert trainer.model_accepts_loss_kwargs
+        loss = trainer.train().training_loss
+        found.append(
+            {"loss": torch.tensor(loss), **{n: p for n, p in model.named_parameters() if "lora" in n}}
+        )
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("settings", [{"find_unused_parameters": True}, {"static_graph": True}])
+def test_under_ddp(settings: dict[str, Any]) -> None:
+    plain = with_lora(made(tie_word_embeddings=True), **HEADS["LoRA"])
+    accelerated = chunked(plain)
+    called = nn.parallel.DistributedDataParallel(accelerated, **settings)
+    assert_equal_steps(step(plain), step(accelerated, called))
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("head_apart", [False, True])
+def test_under_fsdp(head_apart: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """A head that is sharded by itself can't be called by rows: the model computes its loss, and says so."""
+    plain = with_lora(made(), **HEADS["LoRA"])
+    accelerated = chunked(plain)
+    inside = accelerated.get_base_model()
+    for part in [*inside.model.layers, *([inside.lm_head] if head_apart else [])]:
+        fully_shard(part, mesh=init_device_mesh("cpu", (1,)))
+    fully_shard(accelerated, mesh=init_device_mesh("cpu", (1,)))
+    _tell_computed.cache_clear()
+    with caplog.at_level(logging.WARNING, "fastlora"):
+        found = step(accelerated)
+    assert ("its head is sharded" in caplog.text) == head_apart
+    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in found.items()}
+    assert_equal_steps(step(plain), whole)
+
+
+def _masked() -> Any:
+    return hf_models.masked_bert()
+
+
+def _own_loss() -> Any:
+    model = made()
+    model.loss_function = lambda **given: torch.zeros(())
+    return model
+
+
+def _own_forward() -> Any:
+    model = made()
+    model.forward = model.forward
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (_masked, "computes its loss itself"),
+        (hf_models.t5, "computes its loss itself"),
+        (_own_loss, "the loss of LlamaForCausalLM is <lambda>"),
+        (_own_forward, "a forward of its own"),
+        (lambda: nn.Sequential(nn.Linear(2, 2)), "got Sequential; leave"),
+    ],
+)
+def test_what_it_does_not_know_is_refused(make: Any, reason: str) -> None:
+    model = make()
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=f'expected for loss="chunked" .*{reason}'):
+        fastlora.accelerate(model, loss="chunked")
+    assert [type(module) for module in model.modules()] == kinds
+    with pytest.raises(ValueError, match='"model" or "chunked"'):
+        fastlora.accelerate(model, loss="whole")  # type: ignore[arg-type]
+
+
+class Small(transformers.LlamaForCausalLM):  # type: ignore[no-untyped-call]
+    """Embeddings and a head; does something to logits that is not element by element, or not."""
+
+    centred = False
+
+    def forward(self, input_ids: Any = None, labels: Any = None, **given: Any) -> Any:
+        logits = self.lm_head(self.model.embed_tokens(input_ids))
+        logits = logits - logits.mean(-1, keepdim=True) if self.centred else logits
+        loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        return transformers.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def test_a_model_that_reads_its_logits_first_keeps_its_loss_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    torch.manual_seed(0)
+    model = Small(made().config)
+    model.centred = True
+    accelerated = chunked(model)
+    with caplog.at_level(logging.WARNING, "fastlora"):
+        found = [step(accelerated), step(accelerated)]
+    for each in found:
+        assert_equal_steps(step(model), each)
+    assert len(caplog.records) == 1
+    assert "Small has its logits at once" in caplog.text
+
+
+def test_in_a_compiled_graph_the_loss_is_the_models() -> None:
+    model = Small(made().config)
+    # of a class that transformers does not know
+    model.loss_type = "ForCausalLM"
+    compiled: Any = torch.compile(chunked(model), backend="eager", fullgraph=True)
+    found = step(compiled)
+    assert_equal_steps(step(model), {name.removeprefix("_orig_mod."): grad for name, grad in found.items()})
+    assert type(compiled(input_ids=IDS, labels=LABELS).logits) is Tensor
