@@ -47,7 +47,8 @@ def eager(hidden: Tensor, labels: Tensor, head: Any, *, num_items: Any = None) -
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if num_items is None:
         return F.cross_entropy(logits, wanted)
-    return F.cross_entropy(logits, wanted, reduction="sum") / num_items
+    total: Tensor = F.cross_entropy(logits, wanted, reduction="sum") / num_items
+    return total
 
 
 SHAPES = {"linear": ((CLASSES, HIDDEN),), "bias": ((CLASSES, HIDDEN), (CLASSES,))}

@@ -42,8 +42,8 @@ class LazyLogits(Tensor):
 
     Args:
         hidden: ``[..., hidden_size]``.
-        compute: Of some of hidden's rows the logits.
-        none: The logits of no rows.
+        compute: Makes logits of any of hidden's rows.
+        none: The logits of no rows, in the dtype and on the device of all.
     """
 
     hidden: Tensor

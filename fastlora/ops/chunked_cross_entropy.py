@@ -124,7 +124,7 @@ class ChunkedCrossEntropyFunction(torch.autograd.Function):
         factor = grad if share is None else grad * share
         found = iter([g if g is None else (g * factor).to(g.dtype) for g in kept[sum(ctx.needed) :]])
         every = (next(found), *(None,) * 6, *(next(found) if need else None for need in ctx.needed))
-        return refuse_second_derivative("chunked_cross_entropy", ctx, grad, every)
+        return refuse_second_derivative("chunked_cross_entropy", ctx, grads, every)
 
 
 class _Rows(NamedTuple):
@@ -133,10 +133,10 @@ class _Rows(NamedTuple):
     Attributes:
         hidden: ``[M, hidden_size]``.
         labels: ``[M]``.
-        head: Of some rows of hidden the logits.
-        parameters: Of the head, those whose gradients are wanted.
+        head: Makes logits of rows.
+        parameters: The head's, whose gradients are wanted.
         need_hidden: Whether hidden's gradient is wanted.
-        factor: Of the logits' gradients, or None.
+        factor: What the logits' gradients are multiplied with, or None.
     """
 
     hidden: Tensor
