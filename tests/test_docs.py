@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from docs.tools import figures, matrix, traffic
+from docs.tools import figures, matrix, notebooks, traffic
 from fastlora_kernels.choose.explain import explain
 from fastlora_kernels.targets import find_card
 from fastlora_kernels.tile import Shape
@@ -113,7 +113,7 @@ def test_what_troubleshooting_quotes_is_what_the_code_says() -> None:
     assert [text for text in quoted if not any(text in one for one in said)] == []
 
 
-@pytest.mark.parametrize("name", figures.FIGURES)
+@pytest.mark.parametrize("name", figures.NAMES)
 def test_figures_are_those_of_the_kernels(name: str) -> None:
     """After a change of kernels: ``python -m docs.tools.figures``."""
     assert (figures.FOLDER / f"{name}.svg").read_text() == figures.draw(name)
@@ -146,3 +146,24 @@ def test_the_predicted_table_is_what_plan_predicts() -> None:
             "lora_linear", Shape(int(m), int(n), int(k), 16), torch.bfloat16, find_card("H100"), dropout=0.1
         )
         assert f"{found.overhead:.2f}" == shown_ratio
+
+
+@pytest.mark.parametrize("name", cases(["peft_model", "two_domains"], ["pictures"]))
+def test_a_notebook_prints_what_it_shows(name: str) -> None:
+    """But for its figures, which a machine decides; after a change: ``python -m docs.tools.notebooks``."""
+    notebook = notebooks.read(name)
+    shown = [notebooks.shown(cell) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    printed = list(notebooks.run(notebook))
+    assert [re.sub(r"\d", "0", text) for text in printed] == [re.sub(r"\d", "0", text) for text in shown]
+
+
+LINKED = [*DOCS.parent.glob("*.md"), *DOCS.rglob("*.md"), *DOCS.parent.glob("*/README.md")]
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(DOCS.parent)))
+def test_links_lead_to_files(page: Path) -> None:
+    """Those within the repository; ``make docs`` looks at anchors, too."""
+    links = re.findall(r"\]\((?!https?:)([^)\s#]+)", re.sub(r"```.*?```", "", page.read_text(), flags=re.S))
+    # a notebook is a page of the site
+    files = [re.sub(r"^(.*)notebooks/(\w+)\.md$", r"\1../notebooks/\2.ipynb", link) for link in links]
+    assert [file for file in files if not (page.parent / file).exists()] == []

@@ -3,6 +3,7 @@
 from html import escape
 from pathlib import Path
 
+from docs.tools import diagram
 from docs.tools.traffic import Tensor, formula, tensors
 
 FOLDER = Path(__file__).parents[1] / "concepts" / "figures"
@@ -15,6 +16,7 @@ FIGURES = {
     "lora-backward": ("lora", ("lora_grad_s_b", "lora_grad_x_a")),
     "adapter": ("adapter", ("adapter_forward", "adapter_grad_z", "adapter_grad_h_weights")),
 }
+NAMES = ("layer", *FIGURES)
 _WIDTH, _ROW, _BAR = 420, 19, 120
 _STYLE = """
 text { font: 13px system-ui, sans-serif; fill: #1b2a2f; }
@@ -30,16 +32,18 @@ text { font: 13px system-ui, sans-serif; fill: #1b2a2f; }
 def main() -> None:
     """Write every figure."""
     FOLDER.mkdir(exist_ok=True)
-    for name in FIGURES:
+    for name in NAMES:
         (FOLDER / f"{name}.svg").write_text(draw(name))
 
 
 def draw(name: str) -> str:
-    """A figure as SVG: for each launch what it reads and writes, bars as long as the bytes.
+    """A figure as SVG: the layer, or for each launch what it reads and writes, bars as long as the bytes.
 
     Args:
-        name: One of ``FIGURES``.
+        name: One of ``NAMES``.
     """
+    if name == "layer":
+        return diagram.draw()
     folder, kernels = FIGURES[name]
     parts, top = [], 0
     for kernel in kernels:

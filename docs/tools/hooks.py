@@ -9,6 +9,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from docs.tools.notebooks import NAMES, as_page
+
 ROOT = Path(__file__).parents[2]
 # where a file of the repository stands on the site
 _PAGES = {
@@ -29,7 +31,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         config: MkDocs' settings.
     """
     for source, target in _outside().items():
-        files.append(File.generated(config, target, abs_src_path=str(ROOT / source)))
+        if source.endswith(".ipynb"):
+            file = File.generated(config, target, content=as_page(Path(source).stem))
+        else:
+            file = File.generated(config, target, abs_src_path=str(ROOT / source))
+        files.append(file)
     return files
 
 
@@ -67,4 +73,5 @@ def _outside() -> dict[str, str]:
     """Files outside ``docs`` that are on the site, and where."""
     measured = (path for path in (ROOT / _MEASURED).rglob("*") if path.suffix in {".html", ".json", ".png"})
     names = (path.relative_to(ROOT).as_posix() for path in measured)
-    return _PAGES | {name: f"results/measured/{name.removeprefix(_MEASURED)}" for name in names}
+    notebooks = {f"notebooks/{name}.ipynb": f"notebooks/{name}.md" for name in NAMES}
+    return _PAGES | notebooks | {name: f"results/measured/{name.removeprefix(_MEASURED)}" for name in names}
