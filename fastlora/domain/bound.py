@@ -83,6 +83,13 @@ def ben_david_bound(
     Raises:
         ValueError: See :func:`proxy_a_distance`; one class in the source; labels that the source has not.
         ImportError: scikit-learn is not installed.
+
+    Example:
+        >>> import torch
+        >>> labels = torch.arange(40) % 2
+        >>> source = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)) + 9 * labels[:, None]
+        >>> ben_david_bound(source, labels, source).source_error
+        0.0
     """
     first, second = both(source, target, least=8)
     labels = source_labels_of(source_labels, len(first))

@@ -51,6 +51,11 @@ def proxy_a_distance(
     Raises:
         ValueError: Fewer than 8 examples of a domain, other sizes, not finite, or all constant.
         ImportError: scikit-learn is not installed.
+
+    Example:
+        >>> source = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+        >>> proxy_a_distance(source, source + 9, warn=False).value
+        2.0
     """
     first, second = both(source, target, least=LEAST)
     if splits < 2:
@@ -74,8 +79,18 @@ def proxy_a_distance(
 def mmd_distance(source: Any, target: Any, *, bandwidths: Sequence[float] = BANDWIDTHS) -> float:
     """Squared maximum mean discrepancy (Gretton et al. 2012, JMLR 13), biased, as :class:`MultiKernelMMD`.
 
+    Args:
+        source: Features ``[n, F]``, tensor or array.
+        target: Features ``[m, F]`` of the same layer.
+        bandwidths: Multiples of the mean squared distance, one for each Gaussian kernel.
+
     Raises:
-        ValueError: See :func:`proxy_a_distance`.
+        ValueError: Fewer than 2 examples of a domain, features of other sizes, or not finite.
+
+    Example:
+        >>> source = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+        >>> mmd_distance(source, source) < 1e-6 < mmd_distance(source, source + 1)
+        True
     """
     first, second = both(source, target)
     distances = squared_distances(torch.from_numpy(np.concatenate([first, second])))
@@ -85,8 +100,17 @@ def mmd_distance(source: Any, target: Any, *, bandwidths: Sequence[float] = BAND
 def coral_distance(source: Any, target: Any) -> float:
     """‖C_S − C_T‖² / 4F² of the covariances, as :class:`DeepCORAL`.
 
+    Args:
+        source: Features ``[n, F]``, tensor or array.
+        target: Features ``[m, F]`` of the same layer.
+
     Raises:
-        ValueError: See :func:`proxy_a_distance`.
+        ValueError: Fewer than 2 examples of a domain, features of other sizes, or not finite.
+
+    Example:
+        >>> source = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+        >>> coral_distance(source, source + 1) < 1e-6 < coral_distance(source, 2 * source)
+        True
     """
     first, second = both(source, target)
     difference = np.cov(first, rowvar=False) - np.cov(second, rowvar=False)

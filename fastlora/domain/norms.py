@@ -82,7 +82,17 @@ class Standardise(nn.Module):
 
 
 def separate_batch_norms(model: nn.Module) -> None:
-    """Replace every BatchNorm inside a model, in place."""
+    """Replace every BatchNorm inside a model, in place, by one with statistics of its own for each domain.
+
+    Args:
+        model: Any model; weights of the norms are shared by both domains.
+
+    Example:
+        >>> model = nn.Sequential(nn.BatchNorm1d(4))
+        >>> separate_batch_norms(model)
+        >>> type(model[0]).__name__
+        'DomainBatchNorm'
+    """
     for module in list(model.modules()):
         if isinstance(module, DomainNorm):
             continue
@@ -92,7 +102,19 @@ def separate_batch_norms(model: nn.Module) -> None:
 
 
 def join_norms(model: nn.Module, name: str = "target") -> None:
-    """Undo :func:`separate_batch_norms`, in place: one domain's norms take the place of both."""
+    """Undo :func:`separate_batch_norms`, in place: one domain's norms take the place of both.
+
+    Args:
+        model: A model with norms of each domain.
+        name: The domain that stays, ``"source"`` or ``"target"``.
+
+    Example:
+        >>> model = nn.Sequential(nn.BatchNorm1d(4))
+        >>> separate_batch_norms(model)
+        >>> join_norms(model)
+        >>> type(model[0]).__name__
+        'BatchNorm1d'
+    """
     for module in list(model.modules()):
         for child_name, child in list(module.named_children()):
             if isinstance(child, DomainNorm):
@@ -103,8 +125,18 @@ def join_norms(model: nn.Module, name: str = "target") -> None:
 def use_domain(model: nn.Module, name: str) -> Iterator[None]:
     """Normalise with one domain's statistics inside a ``with`` block.
 
+    Args:
+        model: A model with norms of each domain, see :func:`separate_batch_norms`.
+        name: ``"source"`` or ``"target"``.
+
     Raises:
         ValueError: There is no such domain.
+
+    Example:
+        >>> model = nn.Sequential(nn.BatchNorm1d(4))
+        >>> separate_batch_norms(model)
+        >>> with use_domain(model, "source"):
+        ...     y = model(torch.ones(3, 4))
     """
     if name not in DOMAINS:
         raise ValueError(f"expected a domain out of {', '.join(DOMAINS)}, got {name!r}")
@@ -135,6 +167,13 @@ def adapt_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
     Raises:
         ValueError: The model has no BatchNorm with running statistics, or there are no batches; nothing is
             changed then.
+
+    Example:
+        >>> model = nn.Sequential(nn.BatchNorm1d(4))
+        >>> adapt_batch_norm(model, [torch.full((3, 4), 5.0)])
+        1
+        >>> model[0].running_mean.tolist()
+        [5.0, 5.0, 5.0, 5.0]
     """
     norms = [m for m in model.modules() if isinstance(m, _KINDS) and m.track_running_stats]
     if not norms:

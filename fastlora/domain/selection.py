@@ -12,6 +12,11 @@ def negative_entropy(target_logits: Tensor) -> float:
 
     Args:
         target_logits: Class logits of the target's examples, ``[m, classes]``.
+
+    Example:
+        >>> sure, unsure = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+        >>> negative_entropy(unsure) < negative_entropy(sure) < 0
+        True
     """
     return -float(_entropy(_probabilities(target_logits)).mean())
 
@@ -21,6 +26,11 @@ def information_maximisation(target_logits: Tensor) -> float:
 
     Args:
         target_logits: Class logits of the target's examples, ``[m, classes]``.
+
+    Example:
+        >>> one, both = torch.tensor([[9.0, 0.0]] * 2), torch.tensor([[9.0, 0.0], [0.0, 9.0]])
+        >>> information_maximisation(one) < information_maximisation(both)
+        True
     """
     probabilities = _probabilities(target_logits)
     return float(_entropy(probabilities.mean(dim=0)) - _entropy(probabilities).mean())
@@ -37,6 +47,11 @@ def soft_neighbourhood_density(target_logits: Tensor, temperature: float = 0.05)
 
     Raises:
         ValueError: Fewer than 3 examples.
+
+    Example:
+        >>> near, apart = torch.tensor([[9.0, 0.0]] * 4), torch.eye(2).repeat(2, 1) * 9
+        >>> soft_neighbourhood_density(apart) < soft_neighbourhood_density(near)
+        True
     """
     points = F.normalize(_probabilities(target_logits), dim=1)
     if len(points) < 3:
@@ -53,6 +68,11 @@ def importance_weighted_score(source_losses: Tensor, weights: Tensor) -> float:
     Args:
         source_losses: Losses of held-out source examples, ``[n]``.
         weights: Target density over source density at each, ``[n]``.
+
+    Example:
+        >>> losses = torch.tensor([1.0, 3.0])
+        >>> importance_weighted_score(losses, torch.tensor([1.5, 0.5]))
+        -1.5
     """
     losses, weights = source_losses.double(), weights.double()
     return -float((losses * weights).mean())
@@ -68,6 +88,11 @@ def deep_embedded_validation(source_losses: Tensor, weights: Tensor) -> float:
 
     Raises:
         ValueError: Fewer than 2 examples.
+
+    Example:
+        >>> losses = torch.tensor([1.0, 3.0])
+        >>> deep_embedded_validation(losses, torch.tensor([2.0, 1.0]))
+        -3.0
     """
     losses, weights = source_losses.double(), weights.double()
     if len(losses) < 2:

@@ -106,6 +106,13 @@ def estimate_label_shift(source: Any, source_labels: Any, target: Any, *, seed: 
     Raises:
         ValueError: Too few examples, one class, or a class with fewer than 4 examples.
         ImportError: scikit-learn is not installed.
+
+    Example:
+        >>> import torch
+        >>> labels = torch.arange(80) % 2
+        >>> source = torch.randn(80, 4, generator=torch.Generator().manual_seed(0)) + 9 * labels[:, None]
+        >>> estimate_label_shift(source, labels, source[labels == 1].repeat(2, 1)).target.round(1).tolist()
+        [0.0, 1.0]
     """
     first, second = both(source, target, least=_LEAST)
     labels = source_labels_of(source_labels, len(first))
@@ -148,6 +155,13 @@ def diagnose_shift(source: Any, source_labels: Any, target: Any, *, seed: int = 
 
     Returns:
         The kind of shift, the numbers it rests on, and what to try.
+
+    Example:
+        >>> import torch
+        >>> labels = torch.arange(80) % 2
+        >>> source = torch.randn(80, 4, generator=torch.Generator().manual_seed(0)) + 9 * labels[:, None]
+        >>> diagnose_shift(source, labels, source + torch.tensor([9, -9, 9, -9])).kind
+        'covariate shift'
     """
     first, second = both(source, target, least=_LEAST)
     labels = as_labels("source", source_labels, len(first))

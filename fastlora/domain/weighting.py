@@ -42,6 +42,13 @@ def importance_weights(
     Raises:
         ValueError: ``limit`` is not above 1, or see :func:`fastlora.domain.divergence.proxy_a_distance`.
         ImportError: scikit-learn is not installed.
+
+    Example:
+        >>> import torch
+        >>> source = torch.arange(40.0)[:, None]
+        >>> weights = importance_weights(source, source + 10).weights
+        >>> bool(weights[0] < weights[-1])
+        True
     """
     if not limit > 1:
         raise ValueError(f"expected limit above 1, got {limit}; 10 is usual")

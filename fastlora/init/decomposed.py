@@ -63,7 +63,24 @@ def olora_(model: Model, *, progress: bool = False) -> Model:
     """Begin with an orthonormal B out of the QR decomposition of every weight (https://arxiv.org/abs/2406.01775).
 
     With W = Q·R, B is the first ``rank`` columns of Q and A the first rows of R, both over √s. As in
-    :func:`pissa_`, whose arguments and errors are these, B·A is subtracted beside the weight.
+    :func:`pissa_`, B·A is subtracted beside the weight, which stays what it is.
+
+    Args:
+        model: An adapted model, changed in place.
+        progress: Show a bar.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: No LoRA on linear layers, DoRA, a merged layer, or a rank above a weight's sizes.
+
+    Example:
+        >>> from torch import nn
+        >>> from fastlora import apply_lora
+        >>> model = olora_(apply_lora(nn.Sequential(nn.Linear(8, 4)), rank=2, alpha=2))
+        >>> torch.allclose(model[0].lora_B.T @ model[0].lora_B, torch.eye(2), atol=1e-5)
+        True
     """
 
     def decompose(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -60,6 +60,12 @@ def add_adapter(
     Raises:
         TypeError: A wrong argument type.
         ValueError: The model has no LoRA layers, has an adapter of this name, or can't carry such a one.
+
+    Example:
+        >>> from fastlora import apply_lora
+        >>> model = add_adapter(apply_lora(nn.Sequential(nn.Linear(4, 2))), "german", rank=4)
+        >>> adapter_names(model)
+        ['default', 'german']
     """
     given = {"rank": rank, "alpha": alpha, "dropout": dropout, "rslora": rslora, "dora": dora}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -78,6 +84,12 @@ def set_adapter(model: Model, adapter_name: str) -> Model:
 
     Raises:
         ValueError: The model has no LoRA layers, or no adapter of this name (near ones are suggested).
+
+    Example:
+        >>> from fastlora import apply_lora
+        >>> model = add_adapter(apply_lora(nn.Sequential(nn.Linear(4, 2))), "german", rank=4)
+        >>> adapter_names(set_adapter(model, "german"))
+        ['german', 'default']
     """
     layers = all_layers(model)
     check_known(model, adapter_name)
@@ -95,6 +107,12 @@ def delete_adapter(model: Model, adapter_name: str) -> Model:
 
     Raises:
         ValueError: The model has no such adapter, or computes with it.
+
+    Example:
+        >>> from fastlora import apply_lora
+        >>> model = add_adapter(apply_lora(nn.Sequential(nn.Linear(4, 2))), "german", rank=4)
+        >>> adapter_names(delete_adapter(model, "german"))
+        ['default']
     """
     layers = all_layers(model)
     check_known(model, adapter_name)

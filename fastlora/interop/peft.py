@@ -86,6 +86,12 @@ def restore(model: Model) -> Model:
 
     Returns:
         The same model.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 2)), LoraConfig(target_modules=["0"]))
+        >>> type(restore(accelerate(model)).base_model.model[0]).__name__
+        'Linear'
     """
     unchunk(model)
     let_rewrite(model)

@@ -149,6 +149,10 @@ def dora_weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: fl
 
     Returns:
         ``[out]`` in float32, for float64 weights in float64; without a gradient.
+
+    Example:
+        >>> dora_weight_norm(torch.zeros(2, 3), torch.ones(1, 3), torch.ones(2, 1), 2.0)
+        tensor([3.4641, 3.4641])
     """
     backend = _backend.resolve(weight.device, weight.dtype)
     # the reference has no way of its own to a norm

@@ -10,6 +10,12 @@ class GradientReversal(torch.autograd.Function):
     """y = x, dx = −alpha · dy, and no gradient for alpha (Ganin et al. 2016, JMLR 17(59)).
 
     ``GradientReversal.apply(x, alpha)``; :func:`gradient_reversal` checks its arguments first.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> GradientReversal.apply(x, 2.0).sum().backward()
+        >>> x.grad
+        tensor([-2., -2.])
     """
 
     @staticmethod
