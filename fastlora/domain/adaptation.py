@@ -139,6 +139,14 @@ def adapt_features(
         ValueError: An unknown method, features that don't fit or aren't finite, one class, or target labels
             that the source has not.
         ImportError: scikit-learn is not installed.
+
+    Example:
+        >>> import torch
+        >>> labels = torch.arange(40) % 2
+        >>> source = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)) + 9 * labels[:, None]
+        >>> result = adapt_features(source, labels, source + 1, "mmd", AdaptSettings(epochs=2))
+        >>> result.target_logits.shape, len(result.history)
+        (torch.Size([40, 2]), 2)
     """
     chosen, settings = find_method(method), settings or AdaptSettings()
     first, second = both(source, target)

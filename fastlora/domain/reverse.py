@@ -33,6 +33,14 @@ def reverse_validation(
     Raises:
         ValueError: See :func:`adapt_features`.
         ImportError: scikit-learn is not installed.
+
+    Example:
+        >>> import torch
+        >>> from fastlora.domain.adaptation import AdaptSettings
+        >>> labels = torch.arange(40) % 2
+        >>> source = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)) + 9 * labels[:, None]
+        >>> 0 <= reverse_validation(source, labels, source + 1, "mmd", AdaptSettings(epochs=2)) <= 1
+        True
     """
     settings = settings or AdaptSettings()
     first, second = both(source, target)

@@ -28,6 +28,13 @@ def find_corrupt(
 
     Returns:
         Why they can't be read, by index.
+
+    Example:
+        >>> from fastlora.transfer.data import open_images
+        >>> from torchvision.datasets import FakeData
+        >>> images = open_images(FakeData(4, (3, 8, 8), num_classes=2))
+        >>> find_corrupt(images)
+        {}
     """
     found = enumerate(_looked_at(images, workers, on_done))
     return {index: seen for index, seen in found if isinstance(seen, str)}
@@ -48,6 +55,13 @@ def readable(
 
     Raises:
         ValueError: Some can't be decoded and ``on_corrupt`` is ``"refuse"``, or none of a class can.
+
+    Example:
+        >>> from fastlora.transfer.data import open_images
+        >>> from torchvision.datasets import FakeData
+        >>> images = open_images(FakeData(4, (3, 8, 8), num_classes=2))
+        >>> len(readable(images))
+        4
     """
     if on_corrupt not in ("refuse", "skip"):
         raise ValueError(f"expected on_corrupt as 'refuse' or 'skip', got {on_corrupt!r}")
@@ -75,6 +89,12 @@ def tell_copies(images: LabelledImages) -> None:
 
     Args:
         images: Pictures from :func:`readable`.
+
+    Example:
+        >>> from fastlora.transfer.data import open_images
+        >>> from torchvision.datasets import FakeData
+        >>> images = open_images(FakeData(4, (3, 8, 8), num_classes=2))
+        >>> tell_copies(readable(images))  # nothing is logged: there are none
     """
     places = defaultdict[bytes, list[int]](list)
     for index, digest in enumerate(images.digests or ()):
@@ -102,6 +122,13 @@ def tell_overlap(train: LabelledImages, judged: LabelledImages, part: str) -> No
         train: Pictures to train on, from :func:`readable`.
         judged: Pictures of the other part, from :func:`readable`.
         part: What the other part is called.
+
+    Example:
+        >>> from fastlora.transfer.data import open_images
+        >>> from torchvision.datasets import FakeData
+        >>> images = open_images(FakeData(4, (3, 8, 8), num_classes=2))
+        >>> images = readable(images)
+        >>> tell_overlap(images.subset([0, 1]), images.subset([2, 3]), "validation")  # nothing is logged
     """
     known = set(train.digests or ())
     both = [name for name, digest in zip(judged.names, judged.digests or (), strict=False) if digest in known]

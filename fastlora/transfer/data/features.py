@@ -46,6 +46,18 @@ def cached_features(
 
     Returns:
         Features ``[N, F]`` on the CPU, and labels ``[N]`` (int64).
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> from torchvision.datasets import FakeData
+        >>> from torchvision.transforms.functional import to_tensor
+        >>> from fastlora.transfer.data import open_images
+        >>> images = open_images(FakeData(4, (3, 8, 8), num_classes=2)).with_transform(to_tensor)
+        >>> model = nn.Flatten()
+        >>> features, labels = cached_features(model, model, images, folder)
+        >>> features.shape
+        torch.Size([4, 192])
     """
     path = folder / f"{_key(model, head, images, precision)}.safetensors"
     stored = _read(path)

@@ -48,6 +48,13 @@ def find_pictures(place: Path) -> list[Path]:
     Raises:
         FileNotFoundError: There is nothing, or no pictures in it.
         PermissionError: A folder can't be read.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (8, 8)).save(folder / "one.png")
+        >>> [path.name for path in find_pictures(folder)]
+        ['one.png']
     """
     check_pictures(place)
     if place.is_file():

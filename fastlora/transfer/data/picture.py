@@ -34,6 +34,13 @@ def open_picture(path: str | Path) -> Image.Image:
         FileNotFoundError: There is no such file.
         ValueError: It has no pixels, or more than ``PIL.Image.MAX_IMAGE_PIXELS``; nothing was decoded.
         OSError: It is damaged or no picture; decoders of rare formats raise other errors too.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("LA", (8, 8)).save(folder / "grey.png")
+        >>> open_picture(folder / "grey.png").mode
+        'RGB'
     """
     with Image.open(path) as picture:
         return to_rgb(picture)
@@ -78,6 +85,10 @@ def as_picture(item: Any) -> Image.Image | Tensor:
     Raises:
         ValueError: An array of another shape, or a picture without pixels or with too many.
         TypeError: None of these.
+
+    Example:
+        >>> as_picture(Image.new("L", (8, 4))).size
+        (8, 4)
     """
     if isinstance(item, Tensor):
         if item.dtype == torch.uint8 or item.is_floating_point():

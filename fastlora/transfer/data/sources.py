@@ -55,6 +55,12 @@ def open_images(
         ValueError: No pictures, fewer than two classes, a class without pictures, no such column, or a line
             of a CSV file that isn't as it should be.
         TypeError: ``source`` is none of these.
+
+    Example:
+        >>> from torchvision.datasets import FakeData
+        >>> images = open_images(FakeData(4, (3, 8, 8), num_classes=2))
+        >>> len(images), images.classes
+        (4, ('0', '1'))
     """
     layout = find_layout(source)
     if layout is None:
@@ -78,6 +84,16 @@ def open_parts(
     Raises:
         FileNotFoundError, TypeError: See :func:`open_images`.
         ValueError: See there; or the parts have different classes.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for name in ("train/a", "train/b", "val/a", "val/b"):
+        ...     (folder / name).mkdir(parents=True)
+        ...     Image.new("RGB", (8, 8)).save(folder / name / "1.png")
+        >>> train, validation = open_parts(folder)
+        >>> len(train), len(validation), train.classes
+        (2, 2, ('a', 'b'))
     """
     layout = find_layout(source)
     if layout is None:
