@@ -14,6 +14,7 @@ _ABSENT = {"factor", "product"}
 FIGURES = {
     "lora-forward": ("lora", ("lora_down", "lora_forward")),
     "lora-backward": ("lora", ("lora_grad_s_b", "lora_grad_x_a")),
+    "shared": ("shared", ("shared_grad_x",)),
     "adapter": ("adapter", ("adapter_forward", "adapter_grad_z", "adapter_grad_h_weights")),
 }
 NAMES = ("layer", *FIGURES)
@@ -99,6 +100,8 @@ def _bytes(tensor: Tensor) -> int | None:
     count = 1.0
     for dimension in filter(None, tensor.shape.replace(" ", "").split(",")):
         size, _, divisor = dimension.partition("/")
+        # of several layers each has its own, N_0, say
+        size = size.partition("_")[0]
         if size not in SIZES and not size.isdigit():
             return None
         count *= SIZES.get(size, 0) or int(size)
@@ -110,7 +113,7 @@ def _itemsize(name: str) -> int:
     if name == "seed":
         return 8
     trained = name.startswith(("lora_", "up_", "down_"))
-    return 4 if trained or name == "mask" else 2
+    return 4 if trained or name.startswith("mask") else 2
 
 
 def _largest() -> int:
