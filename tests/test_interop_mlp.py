@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import fastlora
 from fastlora.functional import gated_lora_linear
-from fastlora.interop import _peft_fused
+from fastlora.interop import _peft_compute
 from fastlora.interop.peft import restore
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Phi3")
@@ -75,7 +75,7 @@ def calls_of_the_op(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(activation)
         return original(*given, activation=activation, **options)
 
-    monkeypatch.setattr(_peft_fused, "gated_lora_linear", spy)
+    monkeypatch.setattr(_peft_compute, "gated_lora_linear", spy)
     return seen
 
 

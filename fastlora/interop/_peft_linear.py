@@ -8,6 +8,7 @@ from peft.tuners.lora.layer import LoraLayer as PeftLayer
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch.distributed.tensor import DTensor
 
+from fastlora.interop import _peft_siblings as siblings
 from fastlora.interop._peft_fused import Fused
 from fastlora.interop._peft_parts import PLAIN, read
 
@@ -58,6 +59,7 @@ def fuse(layer: Any) -> None:
 
 def unfuse(layer: PeftLayer) -> None:
     """Give a layer PEFT's class back, if it lost it."""
+    siblings.forget(layer)
     if isinstance(layer, Fused):
         layer.__class__ = _without_fused(type(layer))
 

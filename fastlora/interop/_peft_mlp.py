@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastlora.interop import _peft_siblings as siblings
 from fastlora.interop._peft_fused import Fused
+from fastlora.interop._peft_parts import is_called_plainly
 from fastlora.reference import Gate
 
 
@@ -112,10 +114,18 @@ class FusedGatedMLP:
         plainly = not kwargs and is_called_plainly(activation) and is_called_plainly(down)
         if not (known and plainly and isinstance(down, Fused)):
             return self._plain.forward(self, *args, **kwargs)
-        given = [getattr(self, name)(*args) for name in self._form.projections]
-        gate, up = given if len(given) == 2 else given[0].chunk(2, dim=-1)
+        gate, up = self._gate_and_up(*args)
         out = down.forward_gated(gate, up, self._gate)
         return self._modules[self._form.down](activation(gate) * up) if out is None else out
+
+    def _gate_and_up(self, x: Any) -> Any:
+        modules = [self._modules[name] for name in self._form.projections]
+        if all(isinstance(module, Fused) for module in modules) and len(modules) == 2:
+            found = siblings.together(modules, x)
+            if found is not None:
+                return found
+        given = [getattr(self, name)(x) for name in self._form.projections]
+        return given if len(given) == 2 else given[0].chunk(2, dim=-1)
 
     def _knows(self, activation: Any) -> bool:
         """Whether the activation is still what it was."""
@@ -126,13 +136,6 @@ class FusedGatedMLP:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles by the MLP's own class, because this one stands in no module."""
         return _restored, (self._plain, self._gate, self._activation), self.__dict__
-
-
-def is_called_plainly(module: nn.Module) -> bool:
-    """Whether calling a module means its class's forward and nothing else."""
-    own = module.__dict__
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" not in own and not any(own[name] for name in hooks)
 
 
 @functools.cache

@@ -15,6 +15,8 @@ from fastlora.ops.weights.read import frozen_weight, is_compressed
 # types of tensors that are their values: no quantised, sharded, nested or masked ones
 PLAIN: frozenset[type] = frozenset({Tensor, nn.Parameter})
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 _Kinds = Mapping[type[nn.Module], Any]
 _Found = tuple[Tensor, Tensor | None]
 _Base = tuple[Tensor | FrozenWeight, Tensor | None]
@@ -161,6 +163,12 @@ def _linear(part: str, module: Any, accepted: Collection[type]) -> _Found | str:
     return reason or (weight, bias)
 
 
+def is_called_plainly(module: nn.Module) -> bool:
+    """Whether calling a module means its class's forward and nothing else."""
+    own = module.__dict__
+    return "forward" not in own and not any(own[name] for name in _HOOKS)
+
+
 def _changed(part: str, module: nn.Module, kinds: _Kinds, *, own_forward: bool = False) -> str | None:
     """What would notice that a module is not called; ``own_forward``: its own one is its quantiser's."""
     kind, own = type(module), module.__dict__
@@ -168,12 +176,7 @@ def _changed(part: str, module: nn.Module, kinds: _Kinds, *, own_forward: bool =
         return f"{kind.__name__} as {part}"
     if "forward" in own and not own_forward:
         return f"a forward of its own in {part}"
-    if (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-    ):
+    if any([own[name] for name in _HOOKS]):
         return f"hooks on {part}"
     return None
 

@@ -31,6 +31,11 @@ def accelerate(model: Model, *, loss: Literal["model", "chunked"] = "model") -> 
     A gated MLP (of Llama, Mistral, Qwen, Gemma, Phi and whatever computes as they do) whose last layer runs
     fused keeps gate and up for backward, half of what it kept, and computes their product again.
 
+    Layers that their module's forward calls with one variable (query, key and value; gate and up) are all
+    computed by the first one's call, where a gradient of their input is wanted: that is kept once, and its
+    gradient summed where it lies. Outputs are the same bits; a later call takes its own only if nothing has
+    changed since, else its layer computes alone, as all do in compiled graphs.
+
     A quantised weight becomes dense for its product alone. A call is fused where the layer computes in x's
     dtype, or in autocast's: give 4-bit layers the ``bnb_4bit_compute_dtype`` that you train in. Layers that
     quantise x, too (LLM.int8, whatever its ``threshold``, FP8, torchao's with dynamic activations), are
@@ -117,6 +122,7 @@ def _fuse(model: nn.Module, layers: list[Any]) -> None:
             linear.fuse(layer)
     for module in model.modules():
         mlp.fuse(module)
+    linear.siblings.find(model, linear.Fused)
     if left:
         told = ", ".join(f"{count} {reason}" for reason, count in sorted(left.items()))
         logger.warning("%d of %d LoRA layers run fused; left to PEFT: %s", _fused(layers), len(layers), told)

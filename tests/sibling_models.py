@@ -1,0 +1,179 @@
+"""Accelerated PEFT models whose layers share inputs, and the same with every layer on its own."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import fastlora
+from fastlora.functional import shared_lora_linear
+from fastlora.interop import _peft_compute, _peft_siblings
+
+WIDTH = 64
+_TEXT: dict[str, Any] = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GROUPED = {**_TEXT, "num_key_value_heads": 2}
+WORDS = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def _text(kind: str, config: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+    return getattr(transformers, kind)(config), {"input_ids": WORDS, "labels": WORDS}
+
+
+def _vit() -> tuple[nn.Module, dict[str, Tensor]]:
+    sizes = {name: _TEXT[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    config = transformers.ViTConfig(**sizes, num_attention_heads=4, image_size=16, patch_size=4)
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    return transformers.ViTForImageClassification(config), {
+        "pixel_values": pixels,
+        "labels": torch.tensor([0, 1]),
+    }
+
+
+def _gpt2() -> tuple[nn.Module, dict[str, Tensor]]:
+    sizes: dict[str, Any] = {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "vocab_size": 100, "n_positions": 32}
+    return _text("GPT2LMHeadModel", transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2))
+
+
+def _t5() -> tuple[nn.Module, dict[str, Tensor]]:
+    sizes: dict[str, Any] = {"d_model": WIDTH, "d_ff": 96, "d_kv": 16, "num_layers": 2, "num_heads": 4}
+    config = transformers.T5Config(**sizes | {"vocab_size": 100, "decoder_start_token_id": 0})
+    return _text("T5ForConditionalGeneration", config)
+
+
+FAMILIES: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
+    "Llama": lambda: _text("LlamaForCausalLM", transformers.LlamaConfig(**_GROUPED)),
+    "Qwen2": lambda: _text("Qwen2ForCausalLM", transformers.Qwen2Config(**_GROUPED)),
+    "Gemma": lambda: _text("GemmaForCausalLM", transformers.GemmaConfig(**_GROUPED, head_dim=16)),
+    "Mistral": lambda: _text("MistralForCausalLM", transformers.MistralConfig(**_GROUPED)),
+    "Phi": lambda: _text("PhiForCausalLM", transformers.PhiConfig(**_GROUPED)),
+    "GPT-2": _gpt2,
+    "BERT": lambda: _text("BertForMaskedLM", transformers.BertConfig(**_TEXT)),
+    "T5": _t5,
+    "ViT": _vit,
+}
+
+
+def accelerated(model: nn.Module, **settings: Any) -> Any:
+    """With LoRA on all linear layers; no B is zero."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+    wrapped: Any = peft.get_peft_model(model, peft.LoraConfig(**options | settings))
+    return fastlora.accelerate(wrapped.train())
+
+
+def family(name: str, **settings: Any) -> tuple[Any, dict[str, Tensor]]:
+    """An accelerated model, and a batch."""
+    torch.manual_seed(0)
+    model, batch = FAMILIES[name]()
+    return accelerated(model, **settings), batch
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Every layer computes alone."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(_peft_siblings, "_gains", lambda x: False)
+        yield
+
+
+@contextlib.contextmanager
+def groups() -> Iterator[list[int]]:
+    """How many layers each computation of several had."""
+    seen: list[int] = []
+
+    def spy(x: Tensor, layers: list[Any]) -> Any:
+        seen.append(len(layers))
+        return shared_lora_linear(x, layers)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(_peft_compute, "shared_lora_linear", spy)
+        yield seen
+
+
+class Attention(nn.Module):
+    """Query, key and value of one x, and an output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., 64]`` to the same."""
+        mixed: Tensor = self.o(self.q(x) * self.k(x) + self.v(x))
+        return mixed
+
+
+Between = Callable[[Any, Tensor], Tensor]
+
+
+def interrupt(module: Any, between: Between) -> None:
+    """Let something happen to a module or its x after the query's call, from now on."""
+
+    def forward(x: Tensor) -> Tensor:
+        q = module.q(x)
+        x = between(module, x)
+        mixed: Tensor = module.o(q * module.k(x) + module.v(x))
+        return mixed
+
+    module.forward = forward
+
+
+def attention(module: nn.Module | None = None, **settings: Any) -> Any:
+    """An attention, accelerated; by default one whose weights are always the same."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Attention() if module is None else module)
+    return accelerated(model, **settings).base_model.model[0]
+
+
+def an_input() -> Tensor:
+    """``[3, 5, 64]``, with a gradient."""
+    return torch.randn(3, 5, WIDTH, generator=torch.Generator().manual_seed(3)).requires_grad_()
+
+
+def run(module: Any, *, seed: int = 1) -> dict[str, Tensor]:
+    """Output and every gradient, x's too."""
+    leaf = an_input()
+    module.zero_grad()
+    torch.manual_seed(seed)
+    # no leaf, so that it may change in place
+    y = module(leaf * 1)
+    y.float().square().sum().backward()
+    found: dict[str, Any] = {"output": y.detach(), "x": leaf.grad}
+    found |= {name: p.grad for name, p in module.named_parameters()}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def step(model: Any, batch: dict[str, Tensor], *, seed: int = 1) -> dict[str, Tensor]:
+    """Logits, loss and every gradient."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    out = model(**batch)
+    out.loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"output": out.logits.detach(), "loss": out.loss.detach(), **found}
+
+
+def assert_as_apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Outputs to the bit, gradients to rounding."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if name in ("output", "loss"):
+            assert torch.equal(found[name], tensor), name
+        else:
+            atol = 1e-5 * max(1.0, float(tensor.abs().max()))
+            torch.testing.assert_close({name: found[name]}, {name: tensor}, rtol=1e-4, atol=atol)
