@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.code_blocks import blocks, run
+
 ROOT = Path(__file__).parents[1]
 WITHOUT_TRITON = """
 import sys
@@ -132,7 +134,7 @@ def test_every_argument_says_what_it_is() -> None:
     assert pointing == {}
 
 
-EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+EXAMPLES = blocks(ROOT / "README.md")
 
 
 @pytest.mark.parametrize(
@@ -142,11 +144,7 @@ def test_readme_example_runs(
     example: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(example, "README.md", "exec"), {})
-    printed = capsys.readouterr().out
-    # what the README shows in comments is what the lines print
-    for line in re.findall(r"# prints: (.*)", example):
-        assert line in printed
+    run(example, "README.md", {}, capsys)
 
 
 def test_an_absent_optional_package_skips_its_files_alone(tmp_path: Path) -> None:
