@@ -69,8 +69,8 @@ def load(folder: Path, weights: str, dtype: torch.dtype) -> Any:
     return model
 
 
-def candidates(base: Any, dropout: float) -> dict[str, nn.Module]:
-    """The frozen model, PEFT's and the accelerated one."""
+def candidates(base: Any, dropout: float, loss: str = "model") -> dict[str, nn.Module]:
+    """The frozen model, PEFT's and the accelerated one; with ``chunked`` for loss another that chunks it."""
     peft = require("peft", distribution="peft", purpose="the comparison with PEFT", extra="bench")
     frozen = copy.deepcopy(base).requires_grad_(False).train()
     frozen.get_input_embeddings().register_forward_hook(lambda module, inputs, out: out.requires_grad_())
@@ -79,7 +79,10 @@ def candidates(base: Any, dropout: float) -> dict[str, nn.Module]:
     )
     torch.manual_seed(0)
     own = peft.get_peft_model(copy.deepcopy(base), config).train()
-    return {"frozen": frozen, "peft": own, "fastlora": fastlora.accelerate(copy.deepcopy(own))}
+    found = {"frozen": frozen, "peft": own, "fastlora": fastlora.accelerate(copy.deepcopy(own))}
+    if loss == "chunked":
+        found["chunked"] = fastlora.accelerate(copy.deepcopy(own), loss="chunked")
+    return found
 
 
 def batch(seed: int, tokens: int = TOKENS) -> dict[str, Tensor]:
@@ -106,13 +109,13 @@ def _furthest(values: Sequence[float], others: Sequence[float]) -> float:
     return max(abs(value - other) for value, other in zip(values, others, strict=True))
 
 
-def measure(base: Any, dropout: float, rounds: int) -> dict[str, Any]:
-    """Times, bytes kept and peaks of the three candidates."""
-    models = candidates(base, dropout)
-    steps = {name: training_step(model, batch(0)) for name, model in models.items()}
+def measure(base: Any, dropout: float, rounds: int, loss: str, tokens: int) -> dict[str, Any]:
+    """Times, bytes kept and peaks of the candidates."""
+    models, words = candidates(base, dropout, loss), batch(0, tokens)
+    steps = {name: training_step(model, words) for name, model in models.items()}
     row: dict[str, Any] = dict(take_turns(steps, rounds))
-    trained = ("peft", "fastlora")
-    row["kept_bytes"] = {name: kept(models[name], batch(0)) for name in trained}
+    trained = [name for name in models if name != "frozen"]
+    row["kept_bytes"] = {name: kept(models[name], words) for name in trained}
     row["peak_bytes"] = {name: peak_bytes(steps[name]) for name in trained}
     return row
 
@@ -135,6 +138,8 @@ def main() -> None:
     """Measure and write the page."""
     parser = page_parser(__doc__, "docs/results/language_models")
     parser.add_argument("--weights", choices=WEIGHTS, nargs="+", default=list(WEIGHTS))
+    parser.add_argument("--loss", choices=("model", "chunked"), default="model", help="Add a chunked loss.")
+    parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-losses", action="store_true", help="Leave the comparison of 50 steps out.")
@@ -148,7 +153,13 @@ def main() -> None:
             for dtype_name, dtype in DTYPES.items():
                 for dropout in (0.0, 0.1):
                     row = {"weights": weights, "dtype": dtype_name, "dropout": dropout}
-                    row |= measure(load(folder, weights, dtype), dropout, arguments.rounds)
+                    row |= measure(
+                        load(folder, weights, dtype),
+                        dropout,
+                        arguments.rounds,
+                        arguments.loss,
+                        arguments.tokens,
+                    )
                     rows.append(row)
                     print(json.dumps(row), flush=True)
             if not arguments.no_losses:
@@ -156,7 +167,7 @@ def main() -> None:
                 print(json.dumps(apart[weights]), flush=True)
     arguments.output.mkdir(parents=True, exist_ok=True)
     machine = environment("peft", "transformers", "bitsandbytes")
-    machine |= {"threads": arguments.threads, "rounds": arguments.rounds}
+    machine |= {"threads": arguments.threads, "rounds": arguments.rounds, "tokens": arguments.tokens}
     report = {"environment": machine, "rows": rows, "losses_apart": apart}
     write_report(arguments.output / "steps.json", report)
     write_file(arguments.output / "README.md", page(rows, apart, machine).encode())
@@ -166,36 +177,31 @@ INTRODUCTION = """# A language model, accelerated
 
 One training step (forward, the model's own loss, backward, AdamW) of SmolLM2-135M on 1 × {tokens} tokens,
 LoRA r = {rank} on all linear layers but the head, PEFT's own defaults. `fastlora` is the same PEFT model
-after `fastlora.accelerate(model)`. Times as multiples of the frozen model's, whose backward passes on dX
-alone; medians of {rounds} turns that alternate between the candidates. Kept is what forward leaves for
-backward, peak the most that a step's tensors hold, in MiB, PEFT and fastlora. `python -m
-benchmarks.language_models` regenerates the page.
+after `fastlora.accelerate(model)`, `chunked` after `accelerate(model, loss="chunked")`. Times as multiples of
+the frozen model's, whose backward passes on dX alone; medians of {rounds} turns that alternate between the
+candidates. Kept is what forward leaves for backward, peak the most that a step's tensors hold, in MiB, in the
+candidates' order. `python -m benchmarks.language_models` regenerates the page.
 """
 
 
 def page(rows: list[dict[str, Any]], apart: dict[str, dict[str, float]], machine: dict[str, Any]) -> str:
     """The table, the losses, and where it was measured."""
-    heads = [
-        "weights",
-        "dtype",
-        "dropout",
-        "frozen, s",
-        "PEFT",
-        "fastlora",
-        "PEFT / fastlora",
-        "kept",
-        "peak",
-    ]
+    names = list(rows[0]["kept_bytes"])
+    shown = [name.replace("peft", "PEFT") for name in names]
+    heads = ["weights", "dtype", "dropout", "frozen, s", *shown, "PEFT / fastlora", "kept", "peak"]
     lines = []
     for row in rows:
         times = row["median_ms"]
         cells = [row["weights"], row["dtype"], f"{row['dropout']:g}", f"{times['frozen'] / 1000:.2f}"]
-        cells += [f"{times[name] / times['frozen']:.2f}" for name in ("peft", "fastlora")]
+        cells += [f"{times[name] / times['frozen']:.2f}" for name in names]
         cells.append(f"**{times['peft'] / times['fastlora']:.2f}×**")
         for memory in (row["kept_bytes"], row["peak_bytes"]):
-            cells.append(", ".join(f"{memory[name] / 2**20:.0f}" for name in ("peft", "fastlora")))
+            cells.append(", ".join(f"{memory[name] / 2**20:.0f}" for name in names))
         lines.append(cells)
-    text = [INTRODUCTION.format(tokens=TOKENS, rank=RANK, rounds=machine["rounds"]), *table(heads, lines)]
+    text = [
+        INTRODUCTION.format(tokens=machine["tokens"], rank=RANK, rounds=machine["rounds"]),
+        *table(heads, lines),
+    ]
     for weights, distances in apart.items():
         told = ", ".join(f"{name} {distance:.1e}" for name, distance in distances.items())
         steps = f"{LOSSES} steps of {SHORT} tokens"

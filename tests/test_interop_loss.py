@@ -13,6 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from accelerate.utils.operations import (  # type: ignore[import-untyped]
+    convert_to_fp32 as accelerate_outputs,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -200,10 +203,11 @@ def test_logits_are_the_models_when_they_are_read() -> None:
     lazy = accelerated(input_ids=IDS, labels=LABELS).logits
     assert isinstance(lazy, LazyLogits)
     assert (lazy.shape, lazy.dtype, lazy.device) == (expected.shape, expected.dtype, expected.device)
-    assert not lazy._read
+    assert not lazy.are_read
     assert torch.equal(lazy.detach(), expected)
     assert torch.equal(lazy[:, -1].argmax(-1), expected[:, -1].argmax(-1))
     assert torch.equal(torch.cat([lazy, lazy]), torch.cat([expected, expected]))
+    assert torch.equal(torch.mul(input=lazy, other=2), expected * 2)
     assert torch.equal(pickle.loads(pickle.dumps(lazy.detach())), expected)
     with torch._C.DisableTorchFunctionSubclass():
         assert torch.equal(lazy * 1, expected)
@@ -211,6 +215,32 @@ def test_logits_are_the_models_when_they_are_read() -> None:
         each.zero_grad()
         logits.float().logsumexp(-1).sum().backward()
     torch.testing.assert_close(accelerated.lm_head.weight.grad, model.lm_head.weight.grad)
+
+
+def test_logits_are_read_as_the_model_was_called() -> None:
+    model = made()
+    accelerated = chunked(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, lazy = (each(input_ids=IDS, labels=LABELS).logits for each in (model, accelerated))
+    assert lazy.dtype == expected.dtype == torch.bfloat16
+    assert torch.equal(lazy.detach(), expected)
+    with torch.no_grad():
+        values = accelerate_outputs(accelerated(input_ids=IDS, labels=LABELS))["logits"]
+    assert isinstance(values, LazyLogits)
+    assert not (values + 0).requires_grad
+
+
+def test_logits_are_not_read_of_a_head_that_has_learnt_since() -> None:
+    model = with_lora(made(), **HEADS["LoRA"])
+    accelerated = chunked(model)
+    out = accelerated(input_ids=IDS, labels=LABELS)
+    early = accelerated(input_ids=IDS, labels=LABELS).logits
+    read = early.detach()
+    out.loss.backward()
+    torch.optim.AdamW([p for p in accelerated.parameters() if p.requires_grad]).step()
+    with pytest.raises(RuntimeError, match="the head has changed since: read"):
+        out.logits.argmax(-1)
+    assert torch.equal(early.detach(), read)
 
 
 def test_labels_by_position_and_a_tuple() -> None:
@@ -233,9 +263,11 @@ def test_evaluation_and_generation_are_the_models() -> None:
         model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False) for model in (plain, accelerated)
     ]
     assert torch.equal(*tokens)
-    with torch.no_grad():
-        out = accelerated(input_ids=IDS, labels=LABELS)
-        torch.testing.assert_close(out.loss, plain(input_ids=IDS, labels=LABELS).loss, rtol=1e-6, atol=0)
+    for without_gradients in (torch.no_grad, torch.inference_mode):
+        with without_gradients():
+            found, expected = (model(input_ids=IDS, labels=LABELS) for model in (accelerated, plain))
+            torch.testing.assert_close(found.loss, expected.loss, rtol=1e-6, atol=0)
+            assert torch.equal(found.logits + 0, expected.logits)
 
 
 def test_a_failed_call_leaves_the_head_as_it_was() -> None:
@@ -327,7 +359,7 @@ def test_under_fsdp(head_apart: bool, caplog: pytest.LogCaptureFixture) -> None:
     _tell_computed.cache_clear()
     with caplog.at_level(logging.WARNING, "fastlora"):
         found = step(accelerated)
-    assert ("its head is sharded" in caplog.text) == head_apart
+    assert ("or is sharded" in caplog.text) == head_apart
     whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in found.items()}
     assert_equal_steps(step(plain), whole)
 
@@ -369,30 +401,60 @@ def test_what_it_does_not_know_is_refused(make: Any, reason: str) -> None:
 
 
 class Small(transformers.LlamaForCausalLM):  # type: ignore[no-untyped-call]
-    """Embeddings and a head; does something to logits that is not element by element, or not."""
+    """Embeddings and a head, and what it does to logits between it and the loss."""
 
-    centred = False
+    change = staticmethod(lambda logits: logits)
 
     def forward(self, input_ids: Any = None, labels: Any = None, **given: Any) -> Any:
         logits = self.lm_head(self.model.embed_tokens(input_ids))
-        logits = logits - logits.mean(-1, keepdim=True) if self.centred else logits
+        logits = self.change(logits)
         loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
         return transformers.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
 
 
+def _centred(logits: Tensor) -> Tensor:
+    return logits - logits.mean(-1, keepdim=True)
+
+
+def _in_place(logits: Tensor) -> Tensor:
+    logits.mul_(0.5)
+    return logits.float()
+
+
+def _half_in_place(logits: Tensor) -> Tensor:
+    logits *= 0.5
+    return logits
+
+
+def _by_a_tensor(logits: Tensor) -> Tensor:
+    return logits * torch.linspace(0.5, 1, CLASSES)
+
+
+@pytest.mark.parametrize("change", [_centred, _in_place, _half_in_place, _by_a_tensor])
 def test_a_model_that_reads_its_logits_first_keeps_its_loss_and_says_so(
-    caplog: pytest.LogCaptureFixture,
+    change: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    torch.manual_seed(0)
     model = Small(made().config)
-    model.centred = True
+    model.change = change
     accelerated = chunked(model)
+    _tell_computed.cache_clear()
     with caplog.at_level(logging.WARNING, "fastlora"):
         found = [step(accelerated), step(accelerated)]
     for each in found:
         assert_equal_steps(step(model), each)
     assert len(caplog.records) == 1
     assert "Small has its logits at once" in caplog.text
+
+
+def test_hooks_of_the_head_see_its_logits() -> None:
+    plain = with_lora(made(), **HEADS["LoRA"])
+    accelerated = chunked(plain)
+    for model in (plain, accelerated):
+        model.get_base_model().lm_head.lora_A["default"].register_forward_hook(
+            lambda part, given, out: 2 * out
+        )
+        model.get_base_model().lm_head.register_forward_hook(lambda head, given, out: out.softmax(-1))
+    assert_equal_steps(step(plain), step(accelerated))
 
 
 def test_in_a_compiled_graph_the_loss_is_the_models() -> None:

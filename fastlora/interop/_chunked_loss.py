@@ -59,22 +59,17 @@ class ChunkedLoss:
         following = (
             F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
         )
-        fits = logits.shape[-1] == vocab_size and following.numel() == logits.shape[:-1].numel()
-        if not isinstance(logits, LazyLogits) or not fits:
-            if not isinstance(logits, LazyLogits):
-                _tell_computed(self._plain)
-            options = {"ignore_index": ignore_index, "shift_labels": shift_labels}
-            return own(logits, labels, vocab_size, num_items_in_batch, **options, **kwargs)
-        loss = chunked_cross_entropy(
-            logits.hidden,
-            following.to(logits.device).reshape(logits.shape[:-1]),
-            logits.compute,
-            _trained(self.get_output_embeddings()),
-            ignore_index=ignore_index,
-            num_items=num_items_in_batch,
-        )
-        # of float64, too, as transformers does
-        return loss.float()
+        if not isinstance(logits, LazyLogits) or logits.are_read:
+            _tell_computed(self._plain)
+        elif logits.shape[-1] == vocab_size and following.numel() == logits.shape[:-1].numel():
+            targets = following.to(logits.device).reshape(logits.shape[:-1])
+            parameters = _trained(self.get_output_embeddings())
+            options: dict[str, Any] = {"ignore_index": ignore_index, "num_items": num_items_in_batch}
+            loss = chunked_cross_entropy(logits.hidden, targets, logits.compute, parameters, **options)
+            # of float64, too, as transformers does
+            return loss.float()
+        options = {"ignore_index": ignore_index, "shift_labels": shift_labels}
+        return own(logits, labels, vocab_size, num_items_in_batch, **options, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles by the model's own class, because this one stands in no module."""
@@ -90,7 +85,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return plain(self, *args, **kwargs)
     at, head = self._labels_at, self.get_output_embeddings()
     labels = args[at] if len(args) > at else kwargs.get("labels")
-    if labels is None or not _is_whole(head):
+    if labels is None or not _is_plain(head):
         return plain(self, *args, **kwargs)
     with made_lazily(head):
         return plain(self, *args, **kwargs)
@@ -178,9 +173,11 @@ def _causal_loss() -> Any:
     return vars(sys.modules.get("transformers.loss.loss_utils", torch)).get("ForCausalLMLoss")
 
 
-def _is_whole(head: nn.Module) -> bool:
-    """Whether the head can be called without what shards it."""
-    return not any(isinstance(parameter, DTensor) for parameter in head.parameters())
+def _is_plain(head: nn.Module) -> bool:
+    """Whether calling a head on some rows means its forward and nothing else; what shards it sets hooks."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    watched = any(vars(part)[name] for part in head.modules() for name in hooks)
+    return not watched and not any(isinstance(parameter, DTensor) for parameter in head.parameters())
 
 
 def _trained(head: nn.Module) -> list[Tensor]:
@@ -192,7 +189,7 @@ def _trained(head: nn.Module) -> list[Tensor]:
 @functools.cache
 def _tell_computed(kind: type[nn.Module]) -> None:
     logger.warning(
-        "%s has its logits at once, and its loss from these: they were read before the loss, or its head is "
-        "sharded",
+        "%s has its logits at once, and its loss from these: they were read before the loss, or its head has "
+        "hooks or is sharded",
         kind.__name__,
     )
