@@ -51,6 +51,9 @@ ADDED: dict[str, Callable[..., nn.Module]] = {
     "adapters": fastlora.apply_adapters,
     "prompts": fastlora.apply_prompts,
 }
+# what is added to a frozen model first: there models differ
+_STRATEGIES = sorted(STRATEGIES.values(), key=lambda strategy: not strategy.adds)
+_METHODS = {"pictures": [strategy.name for strategy in _STRATEGIES], "transformers": list(ADDED)}
 _PARTS = {"pictures": PICTURES, "transformers": tuple(HUGGING_FACE)}
 
 
@@ -60,7 +63,7 @@ def row(model: str) -> str:
     Args:
         model: One of ``PICTURES`` or ``HUGGING_FACE``.
     """
-    methods = list(STRATEGIES) if model in PICTURES else list(ADDED)
+    methods = _METHODS["pictures" if model in PICTURES else "transformers"]
     tried = (_of_pictures if model in PICTURES else _of_hugging_face)(model)
     return f"| `{model}` | {' | '.join('yes' if tried[method] else '–' for method in methods)} |"
 
@@ -71,7 +74,7 @@ def table(part: str) -> str:
     Args:
         part: ``"pictures"`` or ``"transformers"``.
     """
-    methods = list(STRATEGIES) if part == "pictures" else list(ADDED)
+    methods = _METHODS[part]
     lines = [f"| model | {' | '.join(methods)} |", "|---" * (len(methods) + 1) + "|"]
     return "\n".join([*lines, *(row(model) for model in _PARTS[part])])
 
