@@ -275,12 +275,17 @@ def test_rehearsed_end_to_end(tmp_path: Path, request: pytest.FixtureRequest) ->
     content = json.loads(path.read_text())
     assert content["failed"] == []
     assert content["late"] == []
-    assert [row["suite"] for row in content["rows"]] == ["eager", "graphs"] * 3 + ["steps"] * 4
-    profiled = ["a layer, p = 0", "a layer, p = 0.1", "LLaMA-8B q, o, NF4, p = 0.1"]
+    assert [row["suite"] for row in content["rows"]] == ["eager", "graphs"] * 4 + ["steps"] * 4
+    profiled = [
+        "a layer, p = 0",
+        "a layer, p = 0.1",
+        "LLaMA-8B q, o, NF4, p = 0.1",
+        "LLaMA-8B q, k, v, p = 0",
+    ]
     assert [each["case"] for each in content["profiles"]] == profiled
     cases = {re.split("[:,]", each["case"])[0] for each in content["exactness"]}
     lora = {"LoRA forward", "LoRA backward", "persistent kernels", "dropout masks", "strides", "beyond 2 GiB"}
     quantised = {"4 bits dense", "8 bits dense", "LoRA over 4 bits"}
-    others = {"DoRA", "adapter", "candidates", "replays and compiled graphs"}
+    others = {"DoRA", "adapter", "shared input", "candidates", "replays and compiled graphs"}
     assert cases == lora | quantised | others
     assert (path.with_suffix("") / "report.html").exists()

@@ -30,6 +30,7 @@ COLOURS = {
     "addmm": GREEN,
     "compiled": PINK,
     "adapterhub": BLACK,
+    "separate": SKY,
     "products": DARK,
     "frozen": DARK,
 }
@@ -43,6 +44,7 @@ LABELS = {
     "addmm": "matmul + addmm_",
     "compiled": "torch.compile of eager",
     "adapterhub": "AdapterHub",
+    "separate": "fastlora, layer by layer",
     "products": "bare products",
     "frozen": "frozen layer",
 }

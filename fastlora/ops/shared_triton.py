@@ -17,7 +17,7 @@ from fastlora.ops.lora_triton import add_low_rank
 from fastlora.ops.prepared import prepared
 from fastlora.ops.runtime import contiguous, row_major, unrecorded
 from fastlora_kernels import targets
-from fastlora_kernels.choose.shared import joined, joins_ranks, shared_plan
+from fastlora_kernels.choose.shared import SharedPath, joined, joins_ranks, shared_plan
 from fastlora_kernels.choose.tuned import Choice
 from fastlora_kernels.launch import Ready
 from fastlora_kernels.partials import sum_partials
@@ -55,18 +55,21 @@ class Layer(NamedTuple):
 
 # x comes after the last layer
 @prepared(*_LAID_OUT * MOST_LAYERS, row_major)
-def backward(*tensors: Tensor | None, layers: tuple[Layer, ...]) -> Callable[..., Gradients]:
+def backward(
+    *tensors: Tensor | None, layers: tuple[Layer, ...], path: SharedPath | None = None
+) -> Callable[..., Gradients]:
     """dX of two or three layers, and each layer's dA and dB.
 
     Tensors are dY, weight, lora_A, lora_B, S and the mask of each layer, then x, None where no A needs it.
+    ``path`` is chosen unless it is given. Where some layers alone have a mask, each is computed by itself.
     """
     given, x = _by_layer(tensors)
     shapes = tuple(_shape(each, x) for each in given)
     dropping = [each[-1] is not None for each in given]
     dy, target = given[0][0], targets.detect(given[0][0].device)
-    path = "separate"
-    if len({*dropping}) == 1:
-        path = kernel_paths.choose_shared(shapes, dy.dtype, dy.device, dropping=dropping[0])
+    if len({*dropping}) > 1:
+        path = "separate"
+    path = path or kernel_paths.choose_shared(shapes, dy.dtype, dy.device, dropping=dropping[0])
     if path == "separate":
         return _separate(layers)
     adapters = [each[2].dtype for each in given]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastlora.bench import checked, clocks
-from fastlora.bench.gpu_check import child, exactness, layers, other_ops, quantised, training
+from fastlora.bench.gpu_check import child, exactness, layers, other_ops, quantised, shared, training
 from fastlora.bench.gpu_check.__main__ import check
 from fastlora.bench.gpu_check.models import Sizes
 from fastlora.bench.gpu_check.run import STEPS, GpuCheck
@@ -53,6 +53,10 @@ def _shrink() -> None:
             "EIGHT_BITS": ((64, 96, 1, 96),),
             "CALLS": ((64, 128, 96, torch.bfloat16),),
             "GPU": {quantised.LAYER: (64, 128, 96)},
+        },
+        shared: {
+            "GROUPS": ((64, 128, ((96, 16), (32, 16)), "bfloat16", 0.1),),
+            "QKV": (64, 128, (96, 32, 32)),
         },
         layers: {"SHAPES": {"a layer": (64, 128, 96)}, "ROUNDS": 2},
         training: {

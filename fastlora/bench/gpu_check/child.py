@@ -29,14 +29,14 @@ def items_of(step: str, device: torch.device) -> Sequence[Item]:
     if step == "preflight":
         return preflight.items(device)
     # where Triton is missing these can't be imported, and the first step says so
-    from fastlora.bench.gpu_check import exactness, layers, quantised, training
+    from fastlora.bench.gpu_check import exactness, layers, quantised, shared, training
 
     if step == "exactness":
         # those that take longest first
         return [*layers.comparisons(device), *exactness.items(device), *quantised.items(device)]
     if step == "layers":
-        timed = [*layers.items(device), *quantised.timed_items(device)]
-        return [*timed, *layers.profiles(), *quantised.profiles(device)]
+        timed = [*layers.items(device), *quantised.timed_items(device), *shared.timed_items(device)]
+        return [*timed, *layers.profiles(), *quantised.profiles(device), *shared.profiles(device)]
     return training.items(device)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastlora import reference
 from fastlora._core.backend import use_backend
+from fastlora.bench.gpu_check import shared
 from fastlora.bench.gpu_check.comparing import eager_and_exact, equality, outcome, outputs_and_gradients
 from fastlora.bench.gpu_check.interpreted_mask import mask_by_interpreter
 from fastlora.bench.gpu_check.items import Found, Item, failure, refuse_lost_gpu
@@ -60,7 +61,7 @@ def items(device: torch.device) -> Sequence[Item]:
         for call in CALLS
         for part in PASSES
     ]
-    found += dora_items(device) + adapter_items(device)
+    found += dora_items(device) + adapter_items(device) + shared.items(device)
     found += [
         Item(f"replays and compiled graphs, p = {p:g}", partial(replays, p, device)) for p in (0.0, 0.1)
     ]

@@ -67,7 +67,7 @@ def shared_candidates(calls: Sequence[Call]) -> list[Candidate]:
         for path, make in makers.items()
     ]
     launches = [launch for each in alone for launch in paths.fastest(each).launches]
-    return [*found, Candidate("separate", "", [*launches, *_adds(calls)])]
+    return [*found, Candidate("separate", "", [*launches, *added(calls)])]
 
 
 def shared_plan(shapes: Sequence[Shape], dtype: torch.dtype, target: Target) -> Plan:
@@ -153,6 +153,10 @@ def _alone(call: Call) -> list[Launch]:
     return lora.backward("epilogue", call)
 
 
-def _adds(calls: Sequence[Call]) -> list[Launch]:
-    """The sums of each layer's own dX, as autograd has them."""
+def added(calls: Sequence[Call]) -> list[Launch]:
+    """The sums of each layer's own dX, as autograd has them.
+
+    Args:
+        calls: A call of each layer.
+    """
     return [stream("dX + dX", 3 * call.x_bytes, call.target, from_library=True) for call in calls[1:]]

@@ -1,0 +1,48 @@
+"""What ``python -m fastlora.bench.gpu_check`` compares of layers on one x: right passes, wrong is told."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the check is of the kernels")
+
+from fastlora.bench.gpu_check import shared
+from fastlora.bench.gpu_check.items import Item
+from fastlora.ops import shared_triton
+from fastlora_kernels.choose.shared import SHARED_PATHS
+from fastlora_kernels.shared.grad_x import shared_grad_x
+
+
+@pytest.fixture
+def items(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Sequence[Item]:
+    """All of them, of few numbers."""
+    sizes = ((48, 16), (32, 8), (16, 8))
+    groups = ((17, 64, sizes, "bfloat16", 0.0), (17, 64, sizes[:2], "float32", 0.3))
+    monkeypatch.setattr(shared, "GROUPS", groups)
+    return shared.items(kernel_device)
+
+
+def outcomes(items: Sequence[Item]) -> list[Any]:
+    return [each["outcome"] for item in items for each in item.work()]
+
+
+def test_what_is_right_passes(items: Sequence[Item]) -> None:
+    found = outcomes(items)
+    assert [each["what"] for each in found] == [*SHARED_PATHS] * len(items)
+    assert all(each["right"] for each in found)
+
+
+def test_another_mask_is_told(items: Sequence[Item], monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the first layer for the second one."""
+
+    def off(dx: Tensor, *tensors: Tensor | None, **settings: Any) -> Any:
+        changed = [*tensors]
+        changed[9] = changed[4]
+        return shared_grad_x(dx, *changed, **settings)
+
+    monkeypatch.setattr(shared_triton, "shared_grad_x", off)
+    wrong = [each for each in outcomes(items) if not each["right"]]
+    assert [(each["case"], each["what"]) for each in wrong] == [(items[1].name, "shared")]
