@@ -145,10 +145,9 @@ def test_gradients_laid_out_otherwise(launched: list[int], kernel_device: torch.
 
 
 def test_the_kernel_serves_whoever_asks_for_kernels_by_name(kernel_device: torch.device) -> None:
-    """A plan may leave calls like these to the layers alone, as of a GPU that it doesn't know."""
-    layers = make_layers(device=kernel_device)
-    shapes = tuple(Shape(m=10, n=layer.weight.shape[0], k=48, r=layer.lora_A.shape[0]) for layer in layers)
-    options: Any = (shapes, torch.float32, kernel_device)
-    assert kernel_paths.choose_shared(*options, dropping=False) != "shared"
+    """Also calls that no plan is for."""
+    shapes = tuple(Shape(m=10, n=n, k=50, r=5, aligned=False) for n in (30, 40))
+    call: Any = (shapes, torch.float32, kernel_device)
+    assert kernel_paths.choose_shared(*call, dropping=False) == "separate"
     with fastlora.use_backend("triton"):
-        assert kernel_paths.choose_shared(*options, dropping=False) == "shared"
+        assert kernel_paths.choose_shared(*call, dropping=False) == "shared"

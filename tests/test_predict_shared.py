@@ -34,10 +34,10 @@ def predicted_gain(of: Sequence[Call]) -> float:
     return (forward + found["separate"].microseconds) / (forward + chosen.microseconds)
 
 
-def test_query_key_and_value_gain_a_seventh_on_an_h100() -> None:
-    """Over three layers of ours and autograd's two adds. Predicted, not measured."""
-    assert predicted_gain(calls(QKV)) >= 1.15
-    assert predicted_gain(calls(QKV, dropping=True)) >= 1.05
+def test_query_key_and_value_gain_on_an_h100() -> None:
+    """Over three layers of ours and autograd's two adds, as ``kernels/README.md`` has it. Predicted."""
+    assert predicted_gain(calls(QKV)) == pytest.approx(1.18, abs=0.005)
+    assert predicted_gain(calls(QKV, dropping=True)) == pytest.approx(1.07, abs=0.005)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,9 @@ def choose(
 def choose_shared(
     shapes: tuple[Shape, ...], dtype: torch.dtype, device: torch.device, *, dropping: bool
 ) -> SharedPath:
-    """Path of the backward pass of layers that share their input; the kernel where it was asked for by name.
+    """Path of the backward pass of layers that share their input.
+
+    The kernel's where kernels were asked for by name and none is meant for such calls or for this GPU.
 
     Args:
         shapes: Sizes of each layer's call, the same rows and inputs in all.
@@ -91,8 +93,10 @@ def choose_shared(
         device: Where they are computed.
         dropping: Whether dropout is active, in each of them.
     """
-    path = choose_shared_path(shapes, dtype, targets.detect(device), dropping=dropping)
-    return "shared" if path == "separate" and not backend.is_automatic() else path
+    target = targets.detect(device)
+    if not (backend.is_automatic() or all(paths.has_kernels(shape, target) for shape in shapes)):
+        return "shared"
+    return choose_shared_path(shapes, dtype, target, dropping=dropping)
 
 
 def _measured(

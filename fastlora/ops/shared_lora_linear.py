@@ -197,7 +197,7 @@ def _are_summed_by_library(layers: Sequence[_Layer]) -> bool:
 
 def _are_summed_by_kernels(layers: Sequence[_Layer]) -> bool:
     """Whether kernels sum dX of dense layers, or choose to compute them one by one."""
-    if backend.is_watched() or any(
+    if torch.compiler.is_compiling() or backend.is_watched() or any(
         _backend(call) != "triton" or not needed[0] or not backend.are_plain(dy, *saved)
         # a quantised weight is dense for its own product alone
         or not isinstance(saved[1], Tensor)

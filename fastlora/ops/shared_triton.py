@@ -31,8 +31,8 @@ _Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 _LAID_OUT = (row_major, row_major, contiguous, contiguous, contiguous, contiguous)
 # gradients of x, of each A and of each B
 Gradients = tuple[Tensor, list[Tensor | None], list[Tensor | None]]
-# adds each layer's part to dX, given dX, the layers and their dS
-_FillX = Callable[[Tensor, Sequence[_Tensors], Sequence[Tensor]], None]
+# fills dX, given dX, the layers and their dS, and these side by side where they are joined
+_FillX = Callable[[Tensor, Sequence[_Tensors], Sequence[Tensor], Tensor | None], None]
 
 
 class Layer(NamedTuple):
@@ -81,15 +81,17 @@ def backward(
     ]
     fill_x = _one_launch(shapes, dy, target) if path == "shared" else _by_library(shapes, dy, target, join)
     all_a = _grads_a(dy, adapters[0], shapes, target) if join_a else None
+    side_by_side = join_a or (join and path == "epilogue")
 
     def run(*tensors: Tensor | None) -> Gradients:
         given, x = _by_layer(tensors)
         made = [part(dy, x, weight, *rest) for part, (dy, weight, *rest) in zip(parts, given, strict=True)]
         dss, das, dbs = ([*each] for each in zip(*made, strict=True))
         dx = given[0][0].new_empty(shapes[0].m, shapes[0].k)
-        fill_x(dx, given, dss)
-        if all_a is not None and x is not None:
-            das = all_a(x, dss)
+        ds = _cat(dss, 1) if side_by_side else None
+        fill_x(dx, given, dss, ds)
+        if all_a is not None:
+            das = all_a(x, ds)
         return dx, das, dbs
 
     return run
@@ -150,7 +152,7 @@ def _one_launch(shapes: Sequence[Shape], dy: Tensor, target: Target) -> _FillX:
     multiply = Ready(shared_grad_x, plan=shared_plan(shapes, dy.dtype, target))
     absent = [None] * TENSORS_PER_LAYER * (MOST_LAYERS - len(shapes))
 
-    def fill(dx: Tensor, given: Sequence[_Tensors], dss: Sequence[Tensor]) -> None:
+    def fill(dx: Tensor, given: Sequence[_Tensors], dss: Sequence[Tensor], _: Tensor | None) -> None:
         tensors = list[Tensor | None]()
         for (dy, weight, lora_A, _, _, mask), ds in zip(given, dss, strict=True):
             tensors += dy, weight, ds, lora_A, mask
@@ -167,13 +169,13 @@ def _by_library(shapes: Sequence[Shape], dy: Tensor, target: Target, join: bool)
         for shape in ([joined(shapes)] if join else shapes)
     ]
 
-    def fill(dx: Tensor, given: Sequence[_Tensors], dss: Sequence[Tensor]) -> None:
-        low_rank = [(ds, lora_A, mask) for (_, _, lora_A, *_, mask), ds in zip(given, dss, strict=True)]
+    def fill(dx: Tensor, given: Sequence[_Tensors], dss: Sequence[Tensor], joined: Tensor | None) -> None:
         with unrecorded(dx):
             for i, (dy, weight, *_) in enumerate(given):
                 torch.addmm(dx, dy, weight, beta=int(i > 0), out=dx)
-            if join:
-                low_rank = [(torch.cat([*dss], 1), torch.cat([a for _, a, _ in low_rank]), None)]
+        low_rank = [(ds, lora_A, mask) for (_, _, lora_A, *_, mask), ds in zip(given, dss, strict=True)]
+        if joined is not None:
+            low_rank = [(joined, _cat([lora_A for _, lora_A, _ in low_rank], 0), None)]
         for add, (ds, lora_A, mask) in zip(adds, low_rank, strict=True):
             add(ds, lora_A, mask, dx)
 
@@ -182,18 +184,21 @@ def _by_library(shapes: Sequence[Shape], dy: Tensor, target: Target, join: bool)
 
 def _grads_a(
     dy: Tensor, dtype: torch.dtype, shapes: Sequence[Shape], target: Target
-) -> Callable[[Tensor, Sequence[Tensor]], list[Tensor | None]]:
-    """What computes every layer's dA from x and every dS in one launch, which reads x once."""
+) -> Callable[..., list[Tensor | None]]:
+    """What computes every layer's dA from x and every dS side by side in one launch, which reads x once."""
     of_all: Callable[..., Any] = lora_triton_backward.grad_a(
         dy, dtype, joined(shapes), target, Choice("shared")
     )
     total, ranks = Ready(sum_partials), [shape.r for shape in shapes]
 
-    def run(x: Tensor, dss: Sequence[Tensor]) -> list[Tensor | None]:
-        with unrecorded(x):
-            ds = torch.cat([*dss], 1)
+    def run(x: Tensor, ds: Tensor) -> list[Tensor | None]:
         _, da, partial = of_all(ds, None, ds, None, None, x)
         total(partial, da)
         return [*da.split(ranks)]
 
     return run
+
+
+def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    with unrecorded(tensors[0]):
+        return torch.cat([*tensors], dim)

@@ -19,7 +19,7 @@ def _tiles(rank: int, dtype: torch.dtype, target: Target, aligned: bool) -> list
     # wider ones spill beneath several masks
     largest, *_, smallest = (tile for tile in large if tile.rows == tile.cols)
     if aligned and dtype != torch.float32:
-        # three stages leave room for two programs on a multiprocessor
+        # without dropout three stages leave room for two programs on a multiprocessor
         return [replace(largest, stages=min(largest.stages, 3))]
     # plans leave these to the library; a depth of 32 spills on sm_100
     return [replace(smallest, depth=16)]
