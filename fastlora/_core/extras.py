@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 
-def require(module: str, *, distribution: str, purpose: str, extra: str = "demo") -> Any:
+def require(
+    module: str, *, distribution: str, purpose: str, extra: str = "demo", command: str | None = None
+) -> Any:
     """Import an optional package.
 
     Args:
@@ -14,6 +16,7 @@ def require(module: str, *, distribution: str, purpose: str, extra: str = "demo"
         distribution: Name of the package on the package index.
         purpose: What needs it, in the words of the error.
         extra: The extra of ours that installs it.
+        command: What installs it where no extra alone does.
 
     Raises:
         ImportError: It isn't installed.
@@ -25,7 +28,7 @@ def require(module: str, *, distribution: str, purpose: str, extra: str = "demo"
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(_missing(distribution, purpose, extra)) from error
+        raise ImportError(_missing(distribution, purpose, extra, command)) from error
 
 
 def package_folder(
@@ -38,7 +41,7 @@ def package_folder(
         distribution: Name of the package on the package index.
         purpose: What needs it, in the words of the error.
         extra: The extra of ours that installs it.
-        command: What installs it where no extra does.
+        command: What installs it where no extra alone does.
 
     Raises:
         ImportError: It isn't installed.
