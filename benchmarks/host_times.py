@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastlora
-from fastlora.bench.turns import processor
+from fastlora._core.environment import processor
 from fastlora.tuning.calls import LayerCall
 from fastlora_kernels.choose.tuned import Choice
 from tests.launch.calls import measured

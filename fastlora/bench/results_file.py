@@ -11,10 +11,11 @@ from typing import Any, Protocol
 
 import torch
 
+from fastlora._core.environment import processor
 from fastlora._core.files import write_report
 from fastlora.bench.cases import Case
 from fastlora.bench.results import SCHEMA
-from fastlora.bench.turns import environment, processor
+from fastlora.bench.turns import environment
 
 _CLOCKS = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.limit,temperature.gpu"
 

@@ -6,13 +6,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
+from fastlora._core.environment import processor
+from fastlora._core.memory import HeldMemory
 from fastlora._version import __version__
 
 Step = Callable[[], tuple[Tensor, ...]]
@@ -75,26 +75,16 @@ def take_turns(
 
 def peak_bytes(step: Step) -> int:
     """The most that a step's tensors hold at once on the CPU, beside what was there before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+    with HeldMemory(torch.device("cpu")) as held:
         step()
-    assert measured.profiler is not None
-    assert measured.profiler.kineto_results is not None
-    events = [e for e in measured.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return held.bytes
 
 
 def gpu_peak_bytes(step: Step) -> int:
     """The most that a step's tensors hold at once on the current GPU, beside what was there before it."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    with HeldMemory(torch.device("cuda")) as held:
+        step()
+    return held.bytes
 
 
 def check_equal(name: str, got: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float) -> None:
@@ -123,16 +113,6 @@ def environment(*packages: str) -> dict[str, Any]:
         "fastlora": __version__,
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def processor() -> str:
-    """The CPU's name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str:
