@@ -79,6 +79,17 @@ def load_vector(ptr, indices, length):
 
 
 @triton.jit
+def add_s_b(acc, s_ptr, lora_b_ptr, offs_m, offs_n, M, N, R, BLOCK_R: tl.constexpr):
+    """acc + S·Bᵀ, BLOCK_R ranks at a time so that any rank fits."""
+    for r in tl.range(0, R, BLOCK_R, num_stages=1):
+        offs_r = r + tl.arange(0, BLOCK_R)
+        s_tile = load_tile(s_ptr, offs_m, offs_r, R, M, R)
+        b_tile = load_tile(lora_b_ptr, offs_n, offs_r, R, N, R).to(s_tile.dtype)
+        acc = tl.dot(s_tile, tl.trans(b_tile), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
 def random_words(seed, counter):
     """Four blocks of uniform uint32 from an int64 counter, the same as ``tl.randint4x`` draws.
 

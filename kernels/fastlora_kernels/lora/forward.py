@@ -7,6 +7,7 @@ from torch import Tensor
 from fastlora_kernels.launch import Launch, launch
 from fastlora_kernels.lora.kernels import LORA_FORWARD
 from fastlora_kernels.primitives import (
+    add_s_b,
     block_range,
     grouped_tile,
     load_tile,
@@ -14,17 +15,6 @@ from fastlora_kernels.primitives import (
     store_tile,
 )
 from fastlora_kernels.tile import Plan, cdiv
-
-
-@triton.jit
-def add_s_b(acc, s_ptr, lora_b_ptr, offs_m, offs_n, M, N, R, BLOCK_R: tl.constexpr):
-    """acc + S·Bᵀ, BLOCK_R ranks at a time so that any rank fits."""
-    for r in tl.range(0, R, BLOCK_R, num_stages=1):
-        offs_r = r + tl.arange(0, BLOCK_R)
-        s_tile = load_tile(s_ptr, offs_m, offs_r, R, M, R)
-        b_tile = load_tile(lora_b_ptr, offs_n, offs_r, R, N, R).to(s_tile.dtype)
-        acc = tl.dot(s_tile, tl.trans(b_tile), acc, input_precision="ieee")
-    return acc
 
 
 @triton.jit

@@ -14,10 +14,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastlora_kernels.kernel import Kernel
 from fastlora_kernels.launch import Launch, launch
 from fastlora_kernels.lora.backward import add_ds_a, grad_a_tile, start_grad_x
-from fastlora_kernels.lora.forward import add_s_b
 from fastlora_kernels.lora.grad_x_a import grad_a_position
 from fastlora_kernels.lora.kernels import LORA_FORWARD, LORA_GRAD_X_A, grad_a_part
-from fastlora_kernels.primitives import block_range, grouped_tile_at, load_vector
+from fastlora_kernels.primitives import add_s_b, block_range, grouped_tile_at, load_vector
 from fastlora_kernels.tile import Plan, Tile, cdiv
 
 
