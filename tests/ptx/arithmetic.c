@@ -146,6 +146,7 @@ static int convert(const Step *s) { /* from type a to type b */
   if (in->a == F32) CONVERT(uint32_t, uint32_t, to_f16(as_float(x[l])));
   if (in->a == BF16) CONVERT(uint32_t, uint32_t, x[l] << 16);
   if (in->a == F16) CONVERT(uint32_t, uint32_t, as_bits(from_f16(x[l])));
+  if (in->a == S8) CONVERT(uint32_t, uint32_t, (uint32_t)(int8_t)x[l]);
   if (in->b == F32 && in->a == S32) CONVERT(float, int32_t, (float)x[l]);
   if (in->b == F32) CONVERT(float, uint32_t, (float)x[l]);
   /* integers: what is wider is extended as the source's type says */

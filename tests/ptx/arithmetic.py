@@ -115,7 +115,7 @@ def _cvt(assembler: Assembler) -> None:
     if to in _PAIRS and (source, rounding) == ("f32", ["rn"]):
         half = assembler.type_of(to.removesuffix("x2"))
         return assembler.emit("CVTPACK", "convert", results, sources, a=half)
-    exact = (to == "f32" and source in _HALVES) or {*types} <= {*_INTEGERS}
+    exact = (to == "f32" and source in _HALVES) or {*types} <= {*_INTEGERS} or types == ("s32", "s8")
     rounded = (to in _HALVES and source == "f32") or (to == "f32" and source in ("u32", "s32"))
     if not (exact and not rounding) and not (rounded and rounding == ["rn"]):
         raise Unsupported(f"a conversion from {source} to {to}, rounding: {rounding}")

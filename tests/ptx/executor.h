@@ -41,7 +41,7 @@ enum {
   LAST_ARITHMETIC = FDIV
 };
 
-#define TYPES(X) X(U16) X(S16) X(U32) X(S32) X(U64) X(S64) X(F16) X(BF16) X(F32)
+#define TYPES(X) X(S8) X(U16) X(S16) X(U32) X(S32) X(U64) X(S64) X(F16) X(BF16) X(F32)
 enum {
 #define X(name) name,
   TYPES(X)

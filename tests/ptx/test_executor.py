@@ -117,6 +117,11 @@ RIGHT: dict[str, tuple[str, Callable[[int], int]]] = {
         # 10 twice; 30 above is more
         lambda i: int(i <= 10),
     ),
+    "a byte with a sign": (
+        "mad.lo.s32 %r5, %r1, 16, 1792; cvt.s32.s8 %r6, %r5; prmt.b32 %r7, %r5, 0, 0x8880; "
+        "add.s32 %r8, %r6, %r7; st.global.b32 [%rd2], %r8;",
+        lambda i: 2 * (i * 16 % 256 - (256 if i % 16 > 7 else 0)),
+    ),
     "a loop": (
         "mov.b32 %r5, 0; $again: add.s32 %r5, %r5, 1; setp.lt.s32 %p1, %r5, %r1; @%p1 bra $again; "
         "st.global.b32 [%rd2], %r5;",
