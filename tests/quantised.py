@@ -94,6 +94,15 @@ def assert_rows_are(
             assert torch.equal(weight.dense(dtype, slice(start, stop)), expected[start:stop]), (start, stop)
 
 
+def assert_scale_is_apart(weight: FrozenWeight, apart: bool) -> None:
+    """The factors of W's rows can multiply sums over what is stored, or the weight says that they can't."""
+    scale = weight.scale
+    assert (scale is not None) == weight.is_decodable == apart
+    if scale is not None:
+        assert scale.dtype == torch.float32
+        assert torch.equal(weight.tensors[0].float() * scale[:, None], weight.dense(torch.float32))
+
+
 def assert_as_exact_as_dense(weight: FrozenWeight, dtype: torch.dtype, dropout: float) -> None:
     """y and the gradients are the bits of a call over the dense weight, and no further off than eager."""
     n, k = weight.shape

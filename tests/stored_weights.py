@@ -64,6 +64,21 @@ def four_bits(n: int, k: int, blocksize: int, *, nested: bool) -> FourBits:
     return FourBits((n, k), [packed, absmax, codes, absmax_map, torch.rand(1) + 1, TABLE], blocksize)
 
 
+def eight_bits(n: int, k: int, *, is_float: bool, of_rows: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Random bytes ``[n, k]`` without NaN, factors ``[n]`` or ``[1]``, and what the bytes stand for.
+
+    Args:
+        n: Rows.
+        k: Columns.
+        is_float: Whether the bytes are e4m3fn numbers; else int8 ones.
+        of_rows: Whether each row has a factor; else there is one for all.
+    """
+    codes = torch.randint(0, 256, (n, k), dtype=torch.uint8)
+    codes = codes.where(codes & 0x7F != 0x7F, 0)
+    values = FLOAT8_VALUES[codes.int()] if is_float else codes.view(torch.int8).float()
+    return codes, (torch.rand(n if of_rows else 1) + 0.1) / 64, values
+
+
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are equal to the bit, signs of zeros included."""
     bits = {2: torch.int16, 4: torch.int32}[one.dtype.itemsize]

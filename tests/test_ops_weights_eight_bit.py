@@ -12,7 +12,15 @@ from transformers.integrations.compressed_tensors import CompressedTensorsFP8Lin
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, FP8Linear
 
 from fastlora.ops.weights.read import frozen_weight
-from tests.quantised import DTYPES, assert_as_exact_as_dense, assert_rows_are, compressed, llm_int8, read
+from tests.quantised import (
+    DTYPES,
+    assert_as_exact_as_dense,
+    assert_rows_are,
+    assert_scale_is_apart,
+    compressed,
+    llm_int8,
+    read,
+)
 
 
 def fp8(n: int, k: int, block: tuple[int, int] | None, scale_fmt: str = "float") -> Any:
@@ -42,6 +50,7 @@ def test_llm_int8_values_are_those_of_its_matmul(dtype: torch.dtype, called: boo
         return product.t()
 
     assert_rows_are(weight, theirs, dtype)
+    assert_scale_is_apart(weight, True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -65,6 +74,7 @@ def test_fp8_values_are_those_of_a_dequantised_checkpoint(
 
     weight = read(layer)
     assert_rows_are(weight, theirs, dtype)
+    assert_scale_is_apart(weight, block in (None, (6, 8)))
 
 
 @pytest.mark.parametrize("scale_fmt", ["float", "ue8m0"])
@@ -95,6 +105,8 @@ def test_compressed_fp8_of_transformers(dtype: torch.dtype) -> None:
     own = (layer.weight.detach().float() * layer.weight_scale.detach().view(-1, 1)).to(dtype)
     weight = read(layer)
     assert_rows_are(weight, lambda dtype: own.to(dtype), dtype)
+    assert_scale_is_apart(weight, True)
+    assert weight.storage == "fp8-rows"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -119,6 +131,8 @@ def test_compressed_values_are_compressed_tensors_own(
     assert own.dtype == of
     weight = read(layer)
     assert_rows_are(weight, lambda dtype: own.to(dtype), dtype)
+    # a factor in 16 bits rounds the products
+    assert_scale_is_apart(weight, arguments["strategy"] in ("tensor", "channel") and of == torch.float32)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -19,7 +19,15 @@ from torchao.quantization import (
 )
 
 from fastlora.ops.weights.read import frozen_weight
-from tests.quantised import DTYPES, assert_as_exact_as_dense, assert_rows_are, held, read, to_nf4
+from tests.quantised import (
+    DTYPES,
+    assert_as_exact_as_dense,
+    assert_rows_are,
+    assert_scale_is_apart,
+    held,
+    read,
+    to_nf4,
+)
 
 
 def quantised(config: Any, dtype: torch.dtype, n: int = 24, k: int = 64) -> nn.Linear:
@@ -49,6 +57,9 @@ def test_values_are_torchaos_own(kind: str, of: torch.dtype, dtype: torch.dtype)
     tensor = EACH[kind](torch.randn(24, 64, dtype=of))
     weight = read(held(tensor))
     assert_rows_are(weight, tensor.dequantize, dtype)
+    # neither have kernels e5m2, nor zeros at other codes than 0
+    others = ("groups", "blocks", "of the other kind", "zero point")
+    assert_scale_is_apart(weight, not kind.endswith(others))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="kernels need Triton; the other backends ar
 
 import fastlora
 from fastlora.ops import kernel_paths, lora_triton
-from fastlora.ops.decide import WITHOUT_PATHS
+from fastlora.ops.decide import WITHOUT_PATHS, Decision, Paths
 from fastlora.ops.keep_mask import keep_probability
 from fastlora.ops.lora_linear import LoRALinearFunction, lora_linear
 from fastlora.ops.weights import decode_triton, dense_triton
@@ -26,9 +26,13 @@ from fastlora_kernels.choose.lora import Path
 from fastlora_kernels.choose.tuned import Choice
 from fastlora_kernels.lora.epilogue import lora_add
 from fastlora_kernels.quant import kernels
+from fastlora_kernels.tile import Shape
 from tests.cases import cases
+from tests.exactness import assert_as_exact
 from tests.lora_yardstick import (
+    NAMES,
     assert_as_exact_as_eager,
+    eager,
     make_case,
     outputs_and_gradients,
     unpack_mask,
@@ -51,6 +55,19 @@ EIGHT_BIT: dict[str, Callable[[torch.device], ScaledWeight]] = {
     "FP8 in blocks": lambda device: eight_bit(
         device, torch.float8_e4m3fn, (2, 3), (128, 128), product=torch.float32
     ),
+}
+
+
+def _bytes(device: torch.device, codes: torch.dtype, rows: int, k: int = 112, **more: Any) -> ScaledWeight:
+    stored, scales = (torch.randn(48, k) * 30).to(codes), torch.rand(rows, 1) / 30
+    return ScaledWeight(stored.to(device), scales.to(device), (1 if rows > 1 else 48, k), **more)
+
+
+DECODED: dict[str, Callable[[torch.device], ScaledWeight]] = {
+    "LLM.int8": lambda device: _bytes(device, torch.int8, 48, unit=1 / 127),
+    "int8, one scale": lambda device: _bytes(device, torch.int8, 1),
+    "FP8": lambda device: _bytes(device, torch.float8_e4m3fn, 48, product=torch.float32),
+    "FP8, one scale": lambda device: _bytes(device, torch.float8_e4m3fn, 1, product=torch.float32),
 }
 
 
@@ -202,14 +219,21 @@ def test_what_traces_a_call_sees_an_operator(kernel_device: torch.device) -> Non
 def decoding(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of y that the kernel which decodes has filled, where all calls are told that it is fastest."""
     seen: list[tuple[int, ...]] = []
-    fill = decode_triton._forward
+    fills: dict[str, Any] = {name: getattr(decode_triton, name) for name in ("_four_bits", "_eight_bits")}
 
-    def watched(*tensors: Tensor, **settings: Any) -> None:
-        seen.append(tuple(tensors[-1].shape))
-        fill(*tensors, **settings)
+    def watch(name: str) -> Callable[..., Any]:
+        def watched(*tensors: Tensor, **settings: Any) -> Any:
+            seen.append(tuple(tensors[-1].shape))
+            return fills[name](*tensors, **settings)
 
-    monkeypatch.setattr(decode_triton, "_forward", watched)
-    monkeypatch.setattr(quantised, "decodes", lambda *_, dropping: not dropping)
+        return watched
+
+    for name in fills:
+        monkeypatch.setattr(decode_triton, name, watch(name))
+    # what this path refuses, a prediction does, too
+    monkeypatch.setattr(
+        quantised, "decodes", lambda *call, dropping: not dropping or call[-1] in ("int8", "fp8-rows")
+    )
     return seen
 
 
@@ -235,6 +259,85 @@ def test_a_call_that_decodes_errs_no_more_than_eager(
         assert (decoding, launches) == ([(33, n)], [(n, k)])
         case.weight = weight.dense(dtype)
     assert_as_exact_as_eager(got, case)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dropout"),
+    cases([("LLM.int8", 0.3), ("FP8, one scale", 0.0)], [("int8, one scale", 0.0), ("FP8", 0.3)]),
+)
+def test_a_call_over_bytes_that_decodes_errs_no_more_than_eager(
+    kind: str, dropout: float, dtype: torch.dtype, kernel_device: torch.device,
+    decoding: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Against float64 sums of the weight as it is stored, which eager rounds; backward makes it dense."""
+    weight, (n, k) = DECODED[kind](kernel_device), (48, 112)
+    filled: list[tuple[int, ...]] = []
+    dense = dense_triton._dequantise_8bit
+
+    def watched(*tensors: Tensor, **settings: Any) -> None:
+        filled.append(tuple(tensors[-1].shape))
+        dense(*tensors, **settings)
+
+    monkeypatch.setattr(dense_triton, "_dequantise_8bit", watched)
+    case = make_case(33, n, k, 8, dtype, device=kernel_device)
+    seed = torch.tensor([5], device=kernel_device) if dropout else None
+    paths = Paths(Shape(33, n, k, 8), Choice("decode"), Choice("split"))
+
+    def forward(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        settings = (case.scaling, dropout, Decision("triton", paths))
+        y: Tensor
+        y, _, mask = LoRALinearFunction.apply(x, weight, case.bias, a, b, seed, *settings)
+        case.keep = None if mask is None else unpack_mask(mask, k)
+        assert filled == []
+        return y
+
+    with fastlora.use_backend("triton"):
+        got = outputs_and_gradients(forward, case)
+    assert (decoding, filled) == ([(33, n)], [(n, k)])
+    case.keep_probability = keep_probability(dropout)
+    assert (case.keep is not None) == (dropout > 0)
+    codes, factors = weight.stored.to(dtype), weight.factors.mul(weight.unit)
+
+    def compute(tensors: list[Tensor]) -> list[Tensor]:
+        *others, codes, factors = tensors
+        rounded = (codes * factors).to(codes.dtype)
+        return eager(case.holding([others[0], rounded, *others[1:]]))
+
+    x, _, *others = case.tensors
+    assert_as_exact(NAMES, got, compute, [x, *others, codes, factors])
+
+
+def test_a_call_over_bytes_is_told_to_decode(
+    kernel_device: torch.device, decoding: list[tuple[int, ...]]
+) -> None:
+    """With dropout, too; not where blocks have scales, nor where a zero is not code 0, nor in odd rows."""
+
+    def call(weight: ScaledWeight, dropout: float = 0.0) -> Tensor:
+        n, k = weight.shape
+        x = torch.randn(3, k, device=kernel_device)
+        a, b = torch.ones(2, k, device=x.device), torch.ones(n, 2, device=x.device)
+        return lora_linear(x, weight, None, a, b, scaling=1.0, dropout=dropout)
+
+    made = _bytes(kernel_device, torch.int8, 48, 272)
+    codes, factors, (n, k) = made.stored, made.factors, made.shape
+    shifted = ScaledWeight(codes, factors, (1, k), zero_point=torch.ones_like(factors, dtype=torch.int8))
+    others = (
+        shifted,
+        # rounded by its library
+        ScaledWeight(codes, factors, (1, k), product=torch.bfloat16),
+        ScaledWeight(codes.to(torch.float8_e5m2), factors, (1, k)),
+        ScaledWeight(codes, factors.expand(n, 3).contiguous(), (1, 128)),
+        ScaledWeight(codes.to(torch.float8_e4m3fn), factors[:1].expand(1, 3).contiguous(), (128, 128)),
+    )
+    with fastlora.use_backend("triton"):
+        for each in others:
+            assert each.scale is None
+            call(each)
+        call(eight_bit(kernel_device, torch.int8, (132, 1), (1, 300)))
+        assert decoding == []
+        call(made, dropout=0.5)
+        call(ScaledWeight(codes, factors.bfloat16(), (1, k)))
+    assert decoding == [(3, n)] * 2
 
 
 @pytest.mark.parametrize("rows", [(), (5,), (2, 3), (0,)], ids=str)

@@ -6,17 +6,18 @@ from typing import Any, get_args
 import pytest
 import torch
 
+from fastlora_kernels.choose import plan as plans
 from fastlora_kernels.choose.explain import Explanation, explain
 from fastlora_kernels.choose.paths import Pass
 from fastlora_kernels.choose.quantised import Stored, decodes, stored_bytes
 from fastlora_kernels.predict.launches import Launch
-from fastlora_kernels.quant.kernels import DECODE
+from fastlora_kernels.quant.kernels import DECODE, LORA_FORWARD_8BIT
 from fastlora_kernels.targets import CARDS, DEFAULT, Target
 from fastlora_kernels.tile import Shape
 
 H100 = CARDS["H100"]
 LAYER = Shape(8192, 4096, 4096, 16)
-STORED: tuple[Stored, ...] = ("nf4", "int8", "fp8")
+STORED: tuple[Stored, ...] = ("nf4", "int8", "fp8", "fp8-rows")
 DENSE_BYTES = 4096 * 4096 * 2
 
 
@@ -52,6 +53,7 @@ def test_stored_bytes() -> None:
     elements = 4096 * 4096
     assert stored_bytes("nf4", 4096, 4096) == elements / 2 + elements / 64 * (1 + 4 / 256) + 1024 + 4 + 64
     assert stored_bytes("int8", 4096, 4096) == elements + 4 * 4096
+    assert stored_bytes("fp8-rows", 4096, 4096) == elements + 4 * 4096
     assert stored_bytes("fp8", 4000, 4100) == 4000 * 4100 + 4 * 32 * 33
     assert stored_bytes("nf4", 1, 3) == 2 + 1 + 4 + 1024 + 4 + 64
 
@@ -77,7 +79,8 @@ def test_few_rows_are_multiplied_by_what_is_decoded_on_the_way(card: str, rows: 
     """Forward, in one launch; backward makes the weight dense."""
     shape, target = replace(LAYER, m=rows), CARDS[card]
     found = explain("lora_linear", shape, torch.bfloat16, target, weight="nf4")
-    assert decodes(shape, torch.bfloat16, target, dropping=False) == (found.forward.path == DECODE) == decoded
+    path = found.forward.path
+    assert decodes(shape, torch.bfloat16, target, "nf4", dropping=False) == (path == DECODE) == decoded
     assert len(dequantised(found.backward.launches)) == 1
     (mine,) = (
         each
@@ -89,6 +92,48 @@ def test_few_rows_are_multiplied_by_what_is_decoded_on_the_way(card: str, rows: 
     # x may be read more than once; the weight is, as it is stored
     x, y = 2 * rows * 4096, 2 * rows * 4096
     assert stored_bytes("nf4", 4096, 4096) + x + y <= launch.bytes < DENSE_BYTES / 2
+
+
+@pytest.mark.parametrize("weight", ["int8", "fp8-rows"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("card", "rows", "decoded"),
+    [
+        # the guide says so
+        ("H100", 128, None), ("H100", 256, False), ("A100", 16, True), ("A100", 64, False),
+        ("RTX 4090", 512, True), ("RTX 4090", 1024, False), ("MI300X", 512, False),
+    ],
+)  # fmt: skip
+def test_bytes_are_decoded_while_that_takes_less_than_a_dense_copy(
+    card: str, rows: int, decoded: bool | None, dropout: float, weight: Stored
+) -> None:
+    """None: with dropout, where a dense copy takes a launch more than without."""
+    shape, target, decoded = replace(LAYER, m=rows), CARDS[card], dropout > 0 if decoded is None else decoded
+    found = explain("lora_linear", shape, torch.bfloat16, target, dropout=dropout, weight=weight)
+    path = found.forward.path
+    assert decodes(shape, torch.bfloat16, target, weight, dropping=dropout > 0) == (path == DECODE) == decoded
+    (mine,) = (each for each in [found.forward, *found.rejected["forward"]] if each.path == DECODE)
+    *before, product = mine.launches
+    assert (before[0].name, product.name) == ("lora_down", "lora_forward_8bit")
+    assert stored_bytes(weight, 4096, 4096) < product.bytes
+    if decoded:
+        assert found.tile == plans.choose(LORA_FORWARD_8BIT, shape, torch.bfloat16, target).tile
+
+
+@pytest.mark.parametrize(
+    ("weight", "dtype", "why"),
+    [
+        ("fp8", torch.bfloat16, "scales of 128 × 128 values multiply no whole sums"),
+        ("int8", torch.float32, "float32 products in IEEE precision have no matrix units"),
+    ],
+)
+def test_why_bytes_are_not_decoded(weight: Stored, dtype: torch.dtype, why: str) -> None:
+    found = explain("lora_linear", replace(LAYER, m=16), dtype, H100, weight=weight)
+    reasons = [
+        each.refused for part in get_args(Pass) for each in found.rejected[part] if each.path == DECODE
+    ]
+    assert reasons[0] == why
+    assert reasons[1]
 
 
 @pytest.mark.parametrize(
@@ -108,11 +153,12 @@ def test_why_a_call_does_not_decode(shape: Shape, dropout: float, why: str) -> N
         (mine,) = (each for each in found.rejected[part] if each.path == DECODE)
         assert mine.refused
         assert part == "backward" or why in mine.refused
-    assert not decodes(shape, torch.bfloat16, H100, dropping=dropout > 0)
+    assert not decodes(shape, torch.bfloat16, H100, "nf4", dropping=dropout > 0)
 
 
 def test_no_rows_are_not_decoded() -> None:
-    assert not decodes(replace(LAYER, m=0), torch.bfloat16, H100, dropping=False)
+    for weight in STORED:
+        assert not decodes(replace(LAYER, m=0), torch.bfloat16, H100, weight, dropping=False)
 
 
 def test_a_weight_beyond_the_workspace_comes_in_parts() -> None:
@@ -142,7 +188,7 @@ def test_every_call_gets_a_path(target: Target, shape: Shape, dtype: torch.dtype
 @pytest.mark.parametrize(
     ("op", "weight", "message"),
     [
-        ("lora_linear", "nf5", "expected a weight out of nf4, int8, fp8, got 'nf5'"),
+        ("lora_linear", "nf5", "expected a weight out of nf4, int8, fp8, fp8-rows, got 'nf5'"),
         ("dora_linear", "nf4", "expected the op lora_linear beside weight nf4, got 'dora_linear'"),
     ],
 )

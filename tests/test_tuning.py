@@ -85,9 +85,9 @@ def test_every_candidate_is_checked_and_timed(dropout: float) -> None:
 
 @pytest.mark.usefixtures("card")
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("weight", ["nf4", "int8", "fp8"])
+@pytest.mark.parametrize("weight", ["nf4", "int8", "fp8", "fp8-rows"])
 def test_quantised_layers_are_timed_as_they_run(weight: Any, dropout: float) -> None:
-    """By paths over dense rows and, of 4 bits without dropout, by decoding; eager would keep W dense."""
+    """By paths over dense rows and by decoding, of 4 bits without dropout; eager would keep W dense."""
     call = replace(CALL, inputs=64, dropout=dropout, weight=weight)
     told: list[str] = []
     with fastlora.use_backend("triton"):
@@ -96,9 +96,21 @@ def test_quantised_layers_are_timed_as_they_run(weight: Any, dropout: float) -> 
     assert found is not None
     assert (found.weight, "eager" in told, [*found.microseconds["step"]]) == (weight, False, ["fused"])
     decoding = [name for name in found.microseconds["forward"] if name.startswith("decode")]
-    assert len(decoding) == (2 if weight == "nf4" and not dropout else 0)
+    without = {"nf4": 2, "fp8": 0}.get(weight, 3)
+    assert len(decoding) == (0 if weight == "nf4" and dropout else without)
     assert not any(name.startswith("decode") for name in found.microseconds["backward"])
     assert tuned.fits(found, SMALL_CARD)
+
+
+@pytest.mark.parametrize("weight", ["int8", "fp8-rows"])
+def test_the_truth_is_of_bytes_as_they_are_stored(weight: Any) -> None:
+    """Dense in 16 bits they were rounded, which is eager's error and not the truth's."""
+    drawn = draw(replace(CALL, inputs=64, weight=weight), device())
+    assert drawn.stored is not None
+    exact = drawn.to(torch.float64).weight
+    assert torch.equal(exact, drawn.stored.dense(torch.float64))
+    assert torch.equal(drawn.to(drawn.x.dtype).weight, drawn.weight)
+    assert not torch.equal(exact, drawn.weight.double())
 
 
 @pytest.mark.usefixtures("card")
@@ -129,13 +141,13 @@ def test_a_quantised_layer_takes_what_was_measured_of_its_kind(monkeypatch: pyte
     predicted = taken(stored="other")
     assert taken(stored="nf4") == taken(stored="int8") == predicted != Choice("epilogue")
     launched: list[Any] = []
-    run = decode_triton._forward
+    run = decode_triton._four_bits
 
     def watched(*tensors: Tensor, **settings: Any) -> None:
         launched.append(settings["tile"])
         run(*tensors, **settings)
 
-    monkeypatch.setattr(decode_triton, "_forward", watched)
+    monkeypatch.setattr(decode_triton, "_four_bits", watched)
     with fastlora.use_backend("triton"):
         t = draw(call, device())
         assert t.stored is not None
@@ -367,7 +379,7 @@ def test_calls_say_how_weights_are_stored() -> None:
     noted: Any = {"rank": 4, "dropout": 0.0, "dtype": "float16"}
     assert [call.weight for call in calls_of_model(layer, batch, **noted, weight="fp8")] == ["fp8"]
     unknown: Any = "nf5"
-    with pytest.raises(ValueError, match="expected a weight out of nf4, int8, fp8, got 'nf5'"):
+    with pytest.raises(ValueError, match="expected a weight out of nf4, int8, fp8, fp8-rows, got 'nf5'"):
         replace(CALL, weight=unknown)
 
 

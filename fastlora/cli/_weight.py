@@ -10,3 +10,4 @@ class Weight(StrEnum):
     nf4 = "nf4"
     int8 = "int8"
     fp8 = "fp8"
+    fp8_rows = "fp8-rows"

@@ -55,7 +55,8 @@ def params(
         Weight,
         typer.Option(
             help="How the weights of frozen linear layers are stored: as the rest, NF4 with nested "
-            "statistics, int8 with a factor for every row, or FP8 with one for 128 x 128 values."
+            "statistics, int8 with a factor for every row, or FP8 with one for 128 x 128 values (fp8) or "
+            "for every row (fp8-rows)."
         ),
     ] = Weight.dense,
     details: Annotated[

@@ -48,7 +48,7 @@ def plan(
         Weight,
         typer.Option(
             help="How the frozen weight is stored: as the input is, NF4 with nested statistics, int8 with a "
-            "factor for every row, or FP8 with one for 128 x 128 values."
+            "factor for every row, or FP8 with one for 128 x 128 values (fp8) or for every row (fp8-rows)."
         ),
     ] = Weight.dense,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON on stdout.")] = False,

@@ -134,11 +134,11 @@ def _kernels(
     from fastlora_kernels import targets
     from fastlora_kernels.choose import plan as plans
     from fastlora_kernels.lora.kernels import KERNELS
-    from fastlora_kernels.quant.kernels import LORA_FORWARD_4BIT
+    from fastlora_kernels.quant.kernels import DECODING
 
     assert decision.paths is not None
     shape, target = decision.paths.shape, targets.detect(x.device)
-    chosen = [plans.choose(kernel, shape, dtype, target) for kernel in (*KERNELS, LORA_FORWARD_4BIT)]
+    chosen = [plans.choose(kernel, shape, dtype, target) for kernel in (*KERNELS, *DECODING.values())]
     tiles = tuple([(plan.tile, plan.splits > 1) for plan in chosen])
     # compiled apart by Triton
     alike = (shape.m == 1, shape.m % 16 == 0, x.data_ptr() % 16, *(stride % 16 for stride in x.stride()))

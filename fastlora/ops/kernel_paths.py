@@ -1,6 +1,6 @@
 """Which calls the kernels are for, their paths and tiles: what was measured on a GPU, else predicted."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -9,6 +9,7 @@ from fastlora.ops import tuned_file
 from fastlora_kernels import targets
 from fastlora_kernels.choose import paths, quantised, tuned
 from fastlora_kernels.choose.paths import Pass
+from fastlora_kernels.choose.quantised import Stored
 from fastlora_kernels.choose.shared import SharedPath, choose_shared_path
 from fastlora_kernels.choose.tuned import Choice, Winners
 from fastlora_kernels.quant.kernels import DECODE
@@ -72,8 +73,10 @@ def choose(
     unfit = (tuned.REFERENCE,) if decodable else (tuned.REFERENCE, DECODE)
     if choice is None or choice.path in unfit:
         target = targets.detect(device)
-        if decodable and part == "forward" and quantised.decodes(shape, dtype, target, dropping=dropping):
-            return Choice(DECODE)
+        if decodable and part == "forward":
+            kind = cast(Stored, stored)
+            if quantised.decodes(shape, dtype, target, kind, dropping=dropping):
+                return Choice(DECODE)
         choice = Choice(paths.choose_path(part, shape, dtype, target, dropping=dropping, dora=dora))
     if choice.path == "library" and (dropping or not backend.is_automatic()):
         return Choice("split")

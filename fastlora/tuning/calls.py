@@ -27,7 +27,7 @@ class LayerCall:
         rank: Rank of the update.
         dropout: Probability.
         dtype: ``bfloat16``, ``float16`` or ``float32``.
-        weight: How the frozen weight is stored: ``nf4``, ``int8`` or ``fp8``; None for a dense one.
+        weight: How the frozen weight is stored: ``nf4``, ``int8``, ``fp8`` or ``fp8-rows``; None: dense.
 
     Raises:
         ValueError: A size is below 1, or the dropout, dtype or weight is none of these.

@@ -13,13 +13,14 @@ from fastlora.ops.lora_passes import lora_linear_backward, lora_linear_forward
 from fastlora.ops.runtime import draw_seed
 from fastlora.ops.weights import in_parts
 from fastlora.ops.weights.frozen import FrozenWeight
+from fastlora.ops.weights.scaled import ScaledWeight
 from fastlora.tuning.calls import LayerCall
 from fastlora.tuning.weights import draw_weight
 from fastlora_kernels import targets
 from fastlora_kernels.choose import plan as plans
 from fastlora_kernels.choose import quantised
 from fastlora_kernels.choose.lora import Call
-from fastlora_kernels.choose.paths import LARGE_KERNELS, Pass
+from fastlora_kernels.choose.paths import Pass, large_kernel
 from fastlora_kernels.choose.tuned import Choice
 from fastlora_kernels.quant.kernels import DECODE, most_rows
 from fastlora_kernels.tile import MASK_WORD_BITS, Shape
@@ -49,7 +50,11 @@ class Tensors:
     def to(self, dtype: torch.dtype) -> "Tensors":
         """The same in another dtype, adapters too."""
         names = ("x", "weight", "bias", "lora_A", "lora_B", "dy")
-        return replace(self, **{name: getattr(self, name).to(dtype) for name in names})
+        cast = {name: getattr(self, name).to(dtype) for name in names}
+        if isinstance(self.stored, ScaledWeight):
+            # what became dense in 16 bits was rounded, which a kernel that decodes it does not do
+            cast["weight"] = self.stored.dense(dtype)
+        return replace(self, **cast)
 
 
 def draw(call: LayerCall, device: torch.device) -> Tensors:
@@ -90,7 +95,7 @@ def choices(part: Pass, call: LayerCall, device: torch.device) -> list[Choice]:
             # where no kernel is meant for the call; the library's mask has another form
             found.append(Choice("split"))
             continue
-        kernel = LARGE_KERNELS.get((part, candidate.path))
+        kernel = large_kernel(part, candidate.path, call.weight)
         tiles = (
             ()
             if kernel is None

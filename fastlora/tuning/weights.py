@@ -60,7 +60,7 @@ def draw_weight(stored: Stored, n: int, k: int, device: torch.device) -> FrozenW
     """A random weight ``[n, k]`` of a usual scale, as predictions have it stored.
 
     Args:
-        stored: How: ``nf4``, ``int8`` or ``fp8``.
+        stored: How: ``nf4``, ``int8``, ``fp8`` or ``fp8-rows``.
         n: Outputs.
         k: Inputs.
         device: Where it lies.
@@ -83,8 +83,14 @@ def _fp8(n: int, k: int, device: torch.device) -> FrozenWeight:
     return ScaledWeight(codes, scales * k**-0.5, (128, 128))
 
 
+def _fp8_rows(n: int, k: int, device: torch.device) -> FrozenWeight:
+    codes = torch.randn(n, k, device=device).to(torch.float8_e4m3fn)
+    return ScaledWeight(codes, (torch.rand(n, 1, device=device) + 1) * k**-0.5, (1, k))
+
+
 _DRAWN: dict[Stored, Callable[[int, int, torch.device], FrozenWeight]] = {
     "nf4": _nf4,
     "int8": _int8,
     "fp8": _fp8,
+    "fp8-rows": _fp8_rows,
 }

@@ -49,6 +49,8 @@ class Kernel:
         varies: Constexprs of a call, not of a tile, of which the compile gate tries every value.
         absent: Flags that are off; all others are on when compiled, the case that needs more registers.
         optional: Flags that are off in some calls, as where arguments are absent, in groups that go together.
+        decoding: Instructions of a thread for every value of the weight that its loop decodes, all else in it
+            included, by tile and GPU; 0 where nothing is decoded.
         fuses: Whether a product and a sum may become one operation, rounded once.
         has_parameters: Whether it reads A, B or an adapter's parameters, whose dtype may be another than x's.
         ranks: One for every tile that differs by it, and one that 16 does not divide: what the compile gate
@@ -68,6 +70,7 @@ class Kernel:
     varies: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     optional: tuple[tuple[str, ...], ...] = ()
+    decoding: Callable[[Tile, Target], float] = lambda *_: 0.0
     fuses: bool = True
     has_parameters: bool = True
     ranks: tuple[int, ...] = (8, 16, 32, 64)

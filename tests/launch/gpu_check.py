@@ -37,7 +37,7 @@ def as_child(target: str, cache: Path, arguments: Sequence[str]) -> int:
 def _shrink() -> None:
     small: dict[Any, dict[str, Any]] = {
         exactness: {
-            "CALLS": (LayerCall(64, 128, 96, 16, 0.1),),
+            "CALLS": (LayerCall(64, 128, 96, 16, 0.1), LayerCall(64, 128, 96, 16, 0.1, weight="int8")),
             "TWINS": (LayerCall(64, 128, 96, 16, 0.1),),
             "MASKS": (exactness.MASKS[0],),
             "HUGE": LayerCall(64, 128, 96, 16, 0.1),

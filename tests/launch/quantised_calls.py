@@ -9,6 +9,7 @@ from torch import Tensor
 from fastlora.ops.weights import dense_triton
 from fastlora.ops.weights.four_bit import FourBitWeight, Nested
 from fastlora.ops.weights.frozen import FrozenWeight
+from fastlora.ops.weights.scaled import ScaledWeight
 from tests.launch.calls import Case, Work, lora
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -28,6 +29,9 @@ def quantised() -> Iterator[Case]:
     for nested in (True, False):
         work = lora(4, 3456, 4096, weight=four_bit_weight(3456, 4096, nested=nested), bias=nested)
         yield Case(f"NF4, decoded, nested: {nested}", work, quick=nested)
+    for codes in (torch.int8, torch.float8_e4m3fn):
+        work = lora(16, 4096, 3456, p=0.1, weight=eight_bit_weight(4096, 3456, codes))
+        yield Case(f"{codes}, decoded", work, quick=codes == torch.int8)
     yield Case("NF4, ragged", layer(64, 35, 33, backend="triton"), quick=True)
     for dtype in (FP16, FP32):
         yield Case(f"NF4, {dtype}", layer(64, 768, 768, dtype=dtype, backend="triton"), quick=dtype == FP32)
@@ -62,6 +66,18 @@ def four_bit_weight(n: int, k: int, *, nested: bool = True, blocksize: int = 64)
             return table
 
     return Weight(torch.Size((n, k)), packed, absmax, more, blocksize, "nf4")
+
+
+def eight_bit_weight(n: int, k: int, codes_dtype: torch.dtype) -> FrozenWeight:
+    """A weight ``[n, k]`` of bytes with a scale for every row.
+
+    Args:
+        n: Features that come out.
+        k: Features that go in.
+        codes_dtype: int8 or float8_e4m3fn.
+    """
+    codes = torch.empty(n, k, dtype=torch.uint8).view(codes_dtype)
+    return ScaledWeight(codes, torch.empty(n, 1), (1, k))
 
 
 def eight_bit_rows(

@@ -30,10 +30,6 @@ _QUICK = (
 )  # fmt: skip
 
 
-# int8 codes: the executor converts no number to 8 bits
-NOT_EXECUTED = {"IS_FLOAT"}
-
-
 def specs_of(suite: str) -> list[Spec]:
     """What a suite executes: one tile of each kernel, dtype and variant, or a few of them.
 
@@ -49,13 +45,7 @@ def specs_of(suite: str) -> list[Spec]:
     target = suite.split()[0]
     chosen = [spec for dtype in DTYPES for spec in chosen_specs(target, dtype)]
     # adapters in 16 bits, what a call may leave out, and rank 8
-    others = [
-        variant
-        for spec in chosen
-        if _has_variants(spec)
-        for variant in variants(spec)
-        if not NOT_EXECUTED & {*variant.absent}
-    ]
+    others = [variant for spec in chosen if _has_variants(spec) for variant in variants(spec)]
     others += chosen_specs(target, "bf16", narrow=True)
     # fp16 differs from bf16 in an instruction's type
     return [spec for spec in chosen if spec.aligned or spec.dtype != "fp16"] + others

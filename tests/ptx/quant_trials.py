@@ -1,13 +1,17 @@
 """A launch of every kernel that reads quantised weights: dense ones are the bits of their definition."""
 
-import torch
-
 from fastlora_kernels.quant.dequantise import dequantise_4bit, dequantise_8bit
-from fastlora_kernels.quant.forward import lora_forward_4bit
-from fastlora_kernels.quant.kernels import DEQUANTISE_4BIT, DEQUANTISE_8BIT, LORA_FORWARD_4BIT, SPAN
+from fastlora_kernels.quant.forward import lora_forward_4bit, lora_forward_8bit
+from fastlora_kernels.quant.kernels import (
+    DEQUANTISE_4BIT,
+    DEQUANTISE_8BIT,
+    LORA_FORWARD_4BIT,
+    LORA_FORWARD_8BIT,
+    SPAN,
+)
 from tests.kernel_harness import assert_exact
 from tests.ptx.trial import Trial
-from tests.stored_weights import FLOAT8_VALUES, four_bits, same_bits
+from tests.stored_weights import eight_bits, four_bits, same_bits
 
 _BLOCK = 64
 
@@ -31,18 +35,15 @@ def _four_bits(t: Trial) -> None:
 
 
 def _eight_bits(t: Trial) -> None:
-    """Floats with a factor for every row."""
-    n, k = t.size["N"], t.size["K"]
-    codes = (
-        torch.randint(0, 0x7F, (n, k), dtype=torch.uint8)
-        | torch.randint(0, 2, (n, k), dtype=torch.uint8) << 7
-    )
-    scales, dense = torch.rand(n, 1) + 0.1, t.out("N", "K")
+    """A factor for every row."""
+    (n, k), is_float = (t.size["N"], t.size["K"]), t.has("IS_FLOAT")
+    codes, scales, values = eight_bits(n, k, is_float=is_float, of_rows=True)
+    dense = t.out("N", "K")
     dequantise_8bit(
-        t.harness.input(codes), t.harness.input(scales), dense,
-        first_row=0, scale_rows=1, scale_cols=k, is_float=True, plan=t.plan,
+        t.harness.input(codes), t.harness.input(scales[:, None]), dense,
+        first_row=0, scale_rows=1, scale_cols=k, is_float=is_float, plan=t.plan,
     )  # fmt: skip
-    assert same_bits(dense, (FLOAT8_VALUES[codes.int()] * scales).to(t.dtype))
+    assert same_bits(dense, (values * scales[:, None]).to(t.dtype))
 
 
 def _forward_four_bits(t: Trial) -> None:
@@ -68,8 +69,23 @@ def _forward_four_bits(t: Trial) -> None:
     assert_exact(y, lambda x, w, s, b, o: x @ w.t() + s @ b.t() + o, x, w, s, t.low(b), o)
 
 
+def _forward_eight_bits(t: Trial) -> None:
+    """Ragged, a scale for every row; else one for all."""
+    is_float = t.has("IS_FLOAT")
+    codes, scales, values = eight_bits(t.size["N"], t.size["K"], is_float=is_float, of_rows=t.ragged)
+    x, bias, s, b = t.layer("M", "K"), t.bias("N"), t.layer("M", "R", padded=False), t.trainable("N", "R")
+    y, given = t.out("M", "N"), t.harness.input(scales[None])[0]
+    lora_forward_8bit(x, t.harness.input(codes), given, bias, s, b, y, is_float=is_float, plan=t.plan)
+    assert_exact(
+        y,
+        lambda x, w, f, s, b, o: x @ (w * f[:, None]).to(x.dtype).t() + s @ b.t() + o,
+        *(x, values.to(t.dtype), scales, s, t.low(b), t.or_zeros(bias, "N")),
+    )
+
+
 QUANT_TRIALS = {
     DEQUANTISE_4BIT.name: _four_bits,
     DEQUANTISE_8BIT.name: _eight_bits,
     LORA_FORWARD_4BIT.name: _forward_four_bits,
+    LORA_FORWARD_8BIT.name: _forward_eight_bits,
 }

@@ -30,7 +30,7 @@ from fastlora_kernels.choose.tuned import Choice
 BF16, FP16, FP32 = "bfloat16", "float16", "float32"
 PASSES: tuple[Pass, Pass] = ("forward", "backward")
 # every path and tile of these: each dtype with and without dropout, ranks of one chunk and of several, sizes
-# that no tile and no wide word divides, few rows and what models have
+# that no tile and no wide word divides, few rows, what models have, and bytes that are decoded
 CALLS = (
     *(LayerCall(1029, 1024, 2048, 16, p, dtype) for dtype in (BF16, FP16, FP32) for p in (0.0, 0.1)),
     *(LayerCall(512, 1024, 1024, 64, p, BF16) for p in (0.0, 0.1)),
@@ -42,6 +42,8 @@ CALLS = (
     *(LayerCall(rows, 4096, 1024, 16, p, BF16) for rows in (1, 16) for p in (0.0, 0.1)),
     *(LayerCall(6304, 768, 768, 16, p, BF16) for p in (0.0, 0.1)),
     LayerCall(8192, 4096, 4096, 16, 0.1, BF16),
+    LayerCall(300, 1040, 768, 16, 0.1, BF16, "int8"),
+    LayerCall(300, 1040, 768, 48, 0.0, FP16, "fp8-rows"),
 )
 # persistent kernels and those that read through pointers
 TWINS = tuple(LayerCall(1029, 1024, 2048, 16, p, dtype) for dtype in (BF16, FP16) for p in (0.0, 0.1))
@@ -73,9 +75,10 @@ def items(device: torch.device) -> Sequence[Item]:
 
 
 def words(call: LayerCall) -> str:
-    """A call's sizes, rank, dtype and dropout."""
+    """A call's sizes, rank, dtype, dropout and how its weight is stored, unless that is dense."""
     sizes = f"{call.rows} × {call.inputs} × {call.outputs}"
-    return f"{sizes}, rank {call.rank}, {call.dtype}, p = {call.dropout:g}"
+    stored = "" if call.weight is None else f", {call.weight}"
+    return f"{sizes}, rank {call.rank}, {call.dtype}, p = {call.dropout:g}{stored}"
 
 
 def lora_paths(part: Pass, call: LayerCall, device: torch.device) -> Iterator[Found]:

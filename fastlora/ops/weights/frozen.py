@@ -30,13 +30,20 @@ class FrozenWeight:
 
     @property
     def storage(self) -> str:
-        """How it is stored, for what was measured: ``nf4``, ``int8`` or ``fp8``; ``other`` for the rest."""
+        """How it is stored, for what was measured: ``nf4``, ``int8``, ``fp8``, or ``fp8-rows`` where no row
+        has more than one scale; ``other`` for the rest.
+        """
         return "other"
 
     @property
     def is_decodable(self) -> bool:
         """Whether the forward pass's kernel can decode it in its loop."""
         return False
+
+    @property
+    def scale(self) -> Tensor | None:
+        """Factors of the rows ``[N]`` or of all ``[1]``, float32, where W is these times what is stored."""
+        return None
 
     def dense(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         """Rows of W ``[rows, K]`` in a new tensor: the same bits as its library's own in this dtype.

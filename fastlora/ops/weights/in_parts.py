@@ -18,7 +18,6 @@ from fastlora.ops import lora_torch
 from fastlora.ops.decide import Decision
 from fastlora.ops.lora_passes import lora_linear_backward, lora_linear_forward
 from fastlora.ops.runtime import in_dtype, rows_of, unrecorded
-from fastlora.ops.weights.four_bit import FourBitWeight
 from fastlora.ops.weights.frozen import FrozenWeight
 from fastlora.ops.weights.in_graphs import rows_for
 from fastlora_kernels.quant.kernels import DECODE
@@ -40,7 +39,7 @@ def forward(
     if decision.paths is not None and decision.paths.forward.path == DECODE:
         decoded = _decoded(x, weight, bias, lora_A, lora_B, *more)
         if decoded is not None:
-            return *decoded, None
+            return decoded
         # the paths over dense rows are chosen anew
         decision = Decision(decision.backend, known=decision.known)
         more = (*settings, decision)
@@ -72,16 +71,15 @@ def _decoded(
     scaling: float,
     dropout: float,
     decision: Decision,
-) -> tuple[Tensor, Tensor] | None:
-    """y and S of a weight that is decoded in the product; None where it can't be in this very call."""
-    if not isinstance(weight, FourBitWeight) or not _is_untraced(x, lora_A, lora_B):
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """As :func:`forward`, of a weight that is decoded in the product; None where it can't be in this call."""
+    if not weight.is_decodable or not _is_untraced(x, lora_A, lora_B):
         return None
-    # it was chosen without dropout
-    assert seed is None
     # imported late: Triton is not installed everywhere
     from fastlora.ops.weights import decode_triton
 
-    return decode_triton.forward(x, weight, bias, lora_A, lora_B, scaling=scaling, decision=decision)
+    settings: Any = {"scaling": scaling, "dropout": dropout, "decision": decision}
+    return decode_triton.forward(x, weight, bias, lora_A, lora_B, seed, **settings)
 
 
 def _fill(

@@ -45,8 +45,20 @@ class ScaledWeight(FrozenWeight):
 
     @property
     def storage(self) -> str:
-        """By the kind of its codes, whatever shares a factor."""
-        return "fp8" if self.stored.is_floating_point() else "int8"
+        """By the kind of its codes; of floats, whether a row has one factor."""
+        if not self.stored.is_floating_point():
+            return "int8"
+        return "fp8-rows" if self._has_factors_of_rows() else "fp8"
+
+    @property
+    def is_decodable(self) -> bool:
+        """Whether the sums of a row have one factor, with which W is not rounded on the way."""
+        return self._has_factors_of_rows() and self._fits_the_kernel()
+
+    @property
+    def scale(self) -> Tensor | None:
+        """The factors, in float32, of a weight that is decodable."""
+        return self._multiplied(self.factors).view(-1) if self.is_decodable else None
 
     def _codes(self, dtype: torch.dtype, start: int, stop: int) -> Tensor:
         """Rows of the codes ``[rows, K]`` less their zero point, exact in every dtype."""
@@ -84,6 +96,10 @@ class ScaledWeight(FrozenWeight):
         stored, factors, *more = tensors
         settings: Any = {"zero_point": more[0] if more else None, "unit": unit}
         return cls(stored, factors, (numbers[2], numbers[3]), product=_PRODUCTS[numbers[4]], **settings)
+
+    def _has_factors_of_rows(self) -> bool:
+        rows, columns = self.factors.shape
+        return columns == 1 and rows in (1, self.shape[0])
 
     def _fits_the_kernel(self) -> bool:
         if self.stored.dtype not in (torch.int8, torch.float8_e4m3fn) or self.zero_point is not None:

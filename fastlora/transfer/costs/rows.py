@@ -28,7 +28,8 @@ class CostSettings:
         rank: Rank of every LoRA update.
         adapter_size: Width of every adapter's bottleneck.
         prompts: Number of prompt tokens.
-        weight: How frozen weights of linear layers are stored: nf4, int8 or fp8; None: in the model's dtype.
+        weight: How frozen weights of linear layers are stored: nf4, int8, fp8 or fp8-rows; None: in the
+            model's dtype.
     """
 
     rank: int = 16

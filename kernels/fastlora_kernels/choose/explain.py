@@ -7,7 +7,7 @@ import torch
 
 from fastlora_kernels.choose import adapter, paths, plan, quantised
 from fastlora_kernels.choose.lora import Call
-from fastlora_kernels.choose.paths import LARGE_KERNELS, Candidate, Pass
+from fastlora_kernels.choose.paths import Candidate, Pass, large_kernel
 from fastlora_kernels.choose.quantised import Stored
 from fastlora_kernels.predict.launches import Launch, library_product, total_us
 from fastlora_kernels.targets import Target
@@ -87,8 +87,8 @@ def explain(
         dtype: The dtype of x: float32, float16 or bfloat16.
         target: The GPU.
         dropout: Probability in [0, 1); default 0.
-        weight: How the frozen weight of ``lora_linear`` is stored: ``nf4``, ``int8`` or ``fp8``; None for a
-            dense one in ``dtype``, which is the ceiling's in any case.
+        weight: How the frozen weight of ``lora_linear`` is stored: ``nf4``, ``int8``, ``fp8`` or
+            ``fp8-rows``; None for a dense one in ``dtype``, which is the ceiling's in any case.
 
     Raises:
         ValueError: A size is below 1, or the op, dtype, dropout or weight is none that the kernels serve.
@@ -108,7 +108,7 @@ def explain(
         both = {part: quantised.of_weight(part, call, weight) for part in get_args(Pass)}
         ceiling = frozen(shape, dtype.itemsize, target)
     chosen = {part: paths.fastest(found) for part, found in both.items()}
-    kernel = LARGE_KERNELS.get(("forward", chosen["forward"].path)) if op == "lora_linear" else None
+    kernel = large_kernel("forward", chosen["forward"].path, weight) if op == "lora_linear" else None
     return Explanation(
         **chosen,
         tile=None if kernel is None else plan.choose(kernel, shape, dtype, target).tile,

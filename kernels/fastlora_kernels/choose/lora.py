@@ -96,7 +96,8 @@ def backward(path: Path, call: Call) -> list[Launch]:
     return _BACKWARD[path](call)
 
 
-def _down(call: Call) -> list[Launch]:
+def down(call: Call) -> list[Launch]:
+    """The launches that compute S and, with dropout, the mask."""
     (m, k, r), plan = (call.shape.m, call.shape.k, call.shape.r), call.plan(kernels.LORA_DOWN)
     # a higher rank reads x once for every chunk of it
     reads = cdiv(r, plan.tile.rank)
@@ -115,10 +116,10 @@ def _down(call: Call) -> list[Launch]:
 
 def _split_forward(call: Call) -> list[Launch]:
     if not call.dora:
-        return [*_down(call), own_product(call, kernels.LORA_FORWARD)]
+        return [*down(call), own_product(call, kernels.LORA_FORWARD)]
     # what the factor multiplies is kept for backward
     product = own_product(call, kernels.DORA_FORWARD, extra_bytes=call.y_bytes)
-    return [_weight_norm(call), *_down(call), product]
+    return [_weight_norm(call), *down(call), product]
 
 
 def _single_forward(call: Call) -> list[Launch]:
@@ -132,7 +133,7 @@ def _single_forward(call: Call) -> list[Launch]:
 def _epilogue_forward(call: Call) -> list[Launch]:
     m, n, k = call.shape.m, call.shape.n, call.shape.k
     base = library_product("x·Wᵀ", m, n, k, call.itemsize, call.target)
-    return [*_down(call), base, _add(call, call.y_bytes, 0)]
+    return [*down(call), base, _add(call, call.y_bytes, 0)]
 
 
 def _library_forward(call: Call) -> list[Launch]:
@@ -258,6 +259,7 @@ def own_product(
         extra_bytes=extra_bytes + call.s_bytes + r * cols * 4,
         extra_flops=extra_flops,
         extra_tiles=extra_tiles,
+        decoding=kernel.decoding(plan.tile, call.target),
     )
 
 

@@ -14,7 +14,7 @@ from fastlora_kernels.choose.lora import Call, Path
 from fastlora_kernels.kernel import Kernel
 from fastlora_kernels.lora import kernels
 from fastlora_kernels.predict.launches import Launch, total_us
-from fastlora_kernels.quant.kernels import DECODE, LORA_FORWARD_4BIT
+from fastlora_kernels.quant.kernels import DECODE, DECODING
 from fastlora_kernels.targets import Target
 from fastlora_kernels.tile import Shape
 
@@ -22,11 +22,10 @@ Pass = Literal["forward", "backward"]
 
 PATHS: tuple[Path, ...] = get_args(Path)
 ADAPTER_PATHS: tuple[AdapterPath, ...] = get_args(AdapterPath)
-# whose large product a tile of ours computes; a measured choice names it
-LARGE_KERNELS: dict[tuple[Pass, str], Kernel] = {
+# over a dense weight
+_LARGE_KERNELS: dict[tuple[Pass, str], Kernel] = {
     ("forward", "split"): kernels.LORA_FORWARD,
     ("forward", "single"): kernels.LORA_FORWARD_SINGLE,
-    ("forward", DECODE): LORA_FORWARD_4BIT,
     ("backward", "split"): kernels.LORA_GRAD_X_A,
 }
 # the paths with any kernel of ours, with a large product of ours, and those that can't scale for DoRA
@@ -55,6 +54,17 @@ class Candidate:
     def microseconds(self) -> float:
         """Predicted time of all launches and the gaps between them."""
         return total_us(self.launches)
+
+
+def large_kernel(part: Pass, path: str, weight: str | None = None) -> Kernel | None:
+    """Whose large product a tile of ours computes, which a measured choice names; None where there is none.
+
+    Args:
+        part: Which pass.
+        path: Name of the path.
+        weight: How the frozen weight is stored; None for a dense one.
+    """
+    return DECODING.get(weight or "") if path == DECODE else _LARGE_KERNELS.get((part, path))
 
 
 @functools.lru_cache(maxsize=8192)

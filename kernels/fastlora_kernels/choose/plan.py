@@ -73,7 +73,7 @@ def _fastest(kernel: Kernel, shape: Shape, dtype: torch.dtype, target: Target) -
         sizes = (kernel.size(shape, "rows"), kernel.size(shape, "cols"), kernel.size(shape, "depth"))
         return kernel_product(
             kernel.name, *sizes, dtype.itemsize, tile, target,
-            group=TILES_PER_GROUP, at_once=at_once, low_rank=shape.r,
+            group=TILES_PER_GROUP, at_once=at_once, low_rank=shape.r, decoding=kernel.decoding(tile, target),
         ).microseconds  # fmt: skip
 
     fitting = [tile for tile in others if not _overflows(tile, shape, dtype)]

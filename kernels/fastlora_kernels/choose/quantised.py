@@ -8,32 +8,29 @@ from typing import Literal
 import torch
 
 from fastlora_kernels.choose import paths
-from fastlora_kernels.choose.lora import Call, own_product
+from fastlora_kernels.choose.lora import Call, down, own_product
 from fastlora_kernels.choose.paths import Candidate, Pass
 from fastlora_kernels.lora.kernels import LORA_DOWN
 from fastlora_kernels.predict.launches import Launch, stream
 from fastlora_kernels.quant.kernels import (
     DECODE,
     DECODED_COLUMNS,
+    DECODING,
     DEQUANTISE_4BIT,
     DEQUANTISE_8BIT,
-    LORA_FORWARD_4BIT,
     most_rows,
 )
 from fastlora_kernels.targets import Target
 from fastlora_kernels.tile import Shape, cdiv
 
 # NF4 in blocks of 64 whose factors are quantised in groups of 256, as bitsandbytes has it by default; int8
-# with a factor for every row; e4m3fn with one for 128 × 128 values
-Stored = Literal["nf4", "int8", "fp8"]
+# with a factor for every row; e4m3fn with one for 128 × 128 values, or for every row
+Stored = Literal["nf4", "int8", "fp8", "fp8-rows"]
 _BLOCK, _GROUP, _SQUARE = 64, 256, 128
 _AFTER_S = ("split", "epilogue")
 _OF_NESTED = 256 * 4 + 4 + 16 * 4
-# instructions of a thread for every value that it decodes, all else in the loop included, as counted in the
-# PTX for sm_80 and sm_90
-_DECODE = 16.0
-# rows up to which bitsandbytes' own kernels were measured to pay, by its authors: with memory of high
-# bandwidth a dense copy costs less, and most with AMD's
+# rows up to which bitsandbytes' own kernels over 4 bits were measured to pay, by its authors: with memory of
+# high bandwidth a dense copy costs less, and most with AMD's
 _MOST_ROWS, _MOST_ROWS_HBM, _MOST_ROWS_AMD = 256, 64, 4
 _HBM = ("sm_80", "sm_90", "sm_100", "sm_103")
 
@@ -53,7 +50,7 @@ def stored_bytes(weight: Stored, n: int, k: int) -> int:
     if weight == "nf4":
         blocks = cdiv(n * k, _BLOCK)
         return cdiv(n * k, 2) + blocks + cdiv(blocks, _GROUP) * 4 + _OF_NESTED
-    return n * k + 4 * (n if weight == "int8" else cdiv(n, _SQUARE) * cdiv(k, _SQUARE))
+    return n * k + 4 * (cdiv(n, _SQUARE) * cdiv(k, _SQUARE) if weight == "fp8" else n)
 
 
 def of_weight(part: Pass, call: Call, weight: Stored | None) -> list[Candidate]:
@@ -83,46 +80,57 @@ def candidates(part: Pass, call: Call, weight: Stored) -> list[Candidate]:
         _together(part, call, weight, list(zip(calls, same, strict=True)))
         for same in zip(*of_calls, strict=True)
     ]
-    return [*found, _decoded(part, call)] if weight == "nf4" else found
+    return [*found, _decoded(part, call, weight)]
 
 
 @functools.lru_cache(maxsize=8192)
-def decodes(shape: Shape, dtype: torch.dtype, target: Target, *, dropping: bool) -> bool:
-    """Whether decoding a 4-bit weight in the forward pass's loop is predicted to be the fastest.
+def decodes(shape: Shape, dtype: torch.dtype, target: Target, weight: Stored, *, dropping: bool) -> bool:
+    """Whether decoding a quantised weight in the forward pass's loop is predicted to be the fastest.
 
     Args:
         shape: Sizes of the call.
         dtype: The dtype of x.
         target: The GPU.
+        weight: How the weight is stored.
         dropping: Whether dropout is active.
     """
     if 0 in (shape.m, shape.n, shape.k):
         return False
-    found = candidates("forward", Call(shape, dtype, target, dropping), "nf4")
+    found = candidates("forward", Call(shape, dtype, target, dropping), weight)
     return paths.fastest(found).path == DECODE
 
 
-def _decoded(part: Pass, call: Call) -> Candidate:
-    """The whole weight and S in one launch, which decodes the weight once for every tile of rows."""
+def _decoded(part: Pass, call: Call, weight: Stored) -> Candidate:
+    """The whole weight, decoded once for every tile of rows: from 4 bits together with S, else after it."""
+    with_s = weight == "nf4"
     # what hinders that launch over a dense weight
-    (single,) = (each for each in paths.candidates(part, call) if each.path == "single")
-    why = single.refused
-    if not why and call.shape.k % DECODED_COLUMNS:
-        why = f"rows that are no multiple of {DECODED_COLUMNS} long end within a block"
-    if not why and call.shape.m > (most := _most_rows_decoded(call.target)):
-        why = f"above {most} rows it decodes the weight too often"
-    return Candidate(DECODE, why) if why else Candidate(DECODE, "", [_decoding_product(call)])
+    like = "single" if with_s else "split"
+    (alike,) = (each for each in paths.candidates(part, call) if each.path == like)
+    if why := alike.refused or _undecoded(part, call, weight):
+        return Candidate(DECODE, why)
+    return Candidate(DECODE, "", [*([] if with_s else down(call)), _decoding_product(call, weight)])
 
 
-def _decoding_product(call: Call) -> Launch:
-    (m, n, k, r), target = (call.shape.m, call.shape.n, call.shape.k, call.shape.r), call.target
-    tile, packed = call.plan(LORA_FORWARD_4BIT).tile, stored_bytes("nf4", n, k) - n * k * call.itemsize
-    moved, flops = packed + r * k * 4, 2.0 * m * r * k
-    product = own_product(call, LORA_FORWARD_4BIT, beside=r, extra_bytes=moved, extra_flops=flops)
-    # a multiprocessor issues as many instructions as it has float32 units; that nothing overlaps is assumed
-    per_program = tile.cols * k * _DECODE / (target.fp32_tflops / 2 * 1e6 / target.multiprocessors)
-    decoding = cdiv(cdiv(m, tile.rows) * cdiv(n, tile.cols), target.multiprocessors) * per_program
-    return replace(product, microseconds=product.microseconds + decoding, bound="integers")
+def _undecoded(part: Pass, call: Call, weight: Stored) -> str:
+    """What about the weight hinders that it is decoded in the loop."""
+    if part == "backward":
+        return "it is a forward pass"
+    if weight == "fp8":
+        return f"scales of {_SQUARE} × {_SQUARE} values multiply no whole sums"
+    if weight == "nf4" and call.shape.k % DECODED_COLUMNS:
+        return f"rows that are no multiple of {DECODED_COLUMNS} long end within a block"
+    if weight == "nf4" and call.shape.m > (most := _most_rows_decoded(call.target)):
+        return f"above {most} rows it decodes the weight too often"
+    return ""
+
+
+def _decoding_product(call: Call, weight: Stored) -> Launch:
+    m, n, k, r = call.shape.m, call.shape.n, call.shape.k, call.shape.r
+    moved = stored_bytes(weight, n, k) - n * k * call.itemsize
+    if weight != "nf4":
+        return own_product(call, DECODING[weight], extra_bytes=moved)
+    moved, flops = moved + r * k * 4, 2.0 * m * r * k
+    return own_product(call, DECODING[weight], beside=r, extra_bytes=moved, extra_flops=flops)
 
 
 def _most_rows_decoded(target: Target) -> int:

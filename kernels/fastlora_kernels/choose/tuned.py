@@ -12,7 +12,7 @@ import torch
 from fastlora_kernels.choose import plan as plans
 from fastlora_kernels.choose import quantised
 from fastlora_kernels.choose.lora import Call
-from fastlora_kernels.choose.paths import LARGE_KERNELS, Pass
+from fastlora_kernels.choose.paths import Pass, large_kernel
 from fastlora_kernels.choose.pinned import PINNED
 from fastlora_kernels.choose.quantised import Stored
 from fastlora_kernels.targets import Target
@@ -67,7 +67,7 @@ class Record:
         microseconds: Median of every candidate as a CUDA graph by pass and name, the winners' included.
         from_host: What won where the host launches every kernel, as in eager mode; None where that was not
             measured.
-        weight: How the frozen weight is stored: ``nf4``, ``int8`` or ``fp8``; None for a dense one.
+        weight: How the frozen weight is stored: ``nf4``, ``int8``, ``fp8`` or ``fp8-rows``; None: dense.
     """
 
     shape: Shape
@@ -136,7 +136,7 @@ def _offered(won: Winners, call: Call, weight: Stored | None) -> bool:
         return True
     for part, choice in choices.items():
         offered = [each.path for each in quantised.of_weight(part, call, weight) if not each.refused]
-        kernel = LARGE_KERNELS.get((part, choice.path))
+        kernel = large_kernel(part, choice.path, weight)
         tiles = () if kernel is None else tuple(plans.tiles(kernel, call.shape.r, call.dtype, call.target))
         if choice.path not in offered or not (choice.tile is None or choice.tile in tiles):
             return False

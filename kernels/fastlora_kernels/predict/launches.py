@@ -119,6 +119,7 @@ def kernel_product(
     extra_bytes: float = 0.0,
     extra_flops: float = 0.0,
     extra_tiles: Sequence[float] = (),
+    decoding: float = 0.0,
 ) -> Launch:
     """Our own ``[m, k]·[k, n]`` with a low-rank product in the same launch.
 
@@ -138,6 +139,7 @@ def kernel_product(
         extra_bytes: Read or written beside the operands and the output.
         extra_flops: Floating-point operations of other products in the same launch.
         extra_tiles: Microseconds of each program that the same launch runs after the product's tiles.
+        decoding: Instructions of a thread for every element of the right side that the loop decodes.
     """
     loop = (_DESCRIPTOR_LOOP if tile.persistent else _POINTER_LOOP).get(target.tiles, _OTHER_LOOP)
     rate = _peak(target, itemsize) * target.sustained * (loop if itemsize < 4 else _OTHER_LOOP)
@@ -155,7 +157,11 @@ def kernel_product(
     products += max(0.0, sum(extra_tiles) - idle) / places
     wave = grouped_wave(tile.rows, tile.cols, group, places)
     moved = product_bytes(m, n, k, itemsize, wave, target) + extra_bytes
-    return _product(name, products, moved, 2.0 * m * n * (k + low_rank) + extra_flops, target)
+    flops = 2.0 * m * n * (k + low_rank) + extra_flops
+    # a multiprocessor issues as many instructions as it has float32 units; that nothing overlaps is assumed
+    decoded = math.ceil(tiles / target.multiprocessors) * tile.cols * k * decoding
+    integers = decoded / (target.fp32_tflops / 2 * 1e6 / target.multiprocessors)
+    return _product(name, products, moved, flops, target, integers=integers)
 
 
 def library_product(
@@ -203,11 +209,13 @@ def extra_tile_us(moved: float, target: Target) -> float:
 
 
 def _product(
-    name: str, products: float, moved: float, flops: float, target: Target, *, from_library: bool = False
-) -> Launch:
+    name: str, products: float, moved: float, flops: float, target: Target, *, integers: float = 0.0,
+    from_library: bool = False,
+) -> Launch:  # fmt: skip
     memory = moved / (target.bandwidth * 1e3 * STREAM)
-    bound: Bound = "products" if products >= memory else "memory"
-    return Launch(name, max(products, memory) + RAMP, moved, flops, bound, from_library)
+    longest = max(products, memory)
+    bound: Bound = "integers" if integers > longest else "products" if products >= memory else "memory"
+    return Launch(name, longest + integers + RAMP, moved, flops, bound, from_library)
 
 
 def _peak(target: Target, itemsize: int) -> float:

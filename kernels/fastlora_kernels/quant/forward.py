@@ -1,13 +1,20 @@
-"""y = x·Wᵀ + bias + scale · (x·Aᵀ)·Bᵀ in one launch that decodes a 4-bit W in its loop: for few rows."""
+"""y = x·Wᵀ + bias + S·Bᵀ in a launch that decodes a quantised W in its loop; from 4 bits, S on the way."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastlora_kernels.launch import Launch, launch
-from fastlora_kernels.primitives import block_range, grouped_tile, load_tile, load_vector, store_tile
-from fastlora_kernels.quant.dequantise import load_absmax
-from fastlora_kernels.quant.kernels import LORA_FORWARD_4BIT
+from fastlora_kernels.primitives import (
+    add_s_b,
+    block_range,
+    grouped_tile,
+    load_tile,
+    load_vector,
+    store_tile,
+)
+from fastlora_kernels.quant.dequantise import code_values, load_absmax
+from fastlora_kernels.quant.kernels import LORA_FORWARD_4BIT, LORA_FORWARD_8BIT
 from fastlora_kernels.tile import Plan, cdiv
 
 
@@ -117,4 +124,78 @@ def lora_forward_4bit(
         M=m, N=n, K=k, R=r, stride_xm=x.stride(0), bytes_per_row=k // 2,
         blocks_per_row=k // blocksize, block_shift=blocksize.bit_length() - 1, scale=scale,
         HAS_NESTED=absmax_codes is not None, HAS_BIAS=bias is not None,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["stride_scales"])
+def _lora_forward_8bit_kernel(
+    x_ptr,  # (M, K)
+    codes_ptr,  # (N, K)
+    scales_ptr,  # (N,) or (1,)
+    bias_ptr,  # (N,)
+    s_ptr,  # (M, R)
+    lora_b_ptr,  # (N, R)
+    y_ptr,  # (M, N)
+    M,
+    N,
+    K,
+    R,
+    stride_xm,
+    stride_scales,
+    IS_FLOAT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """y = scales ⊙ (x·codesᵀ) + S·Bᵀ + bias, accumulated in fp32; S already carries alpha / r.
+
+    Codes are int8, with IS_FLOAT floats of 4 and 3 bits (e4m3fn): both are exact in x's dtype, so that W is
+    never rounded. Without a stride all rows of W have one scale. bias_ptr may be absent.
+    """
+    pid_m, pid_n = grouped_tile(M, N, BLOCK_M, BLOCK_N, GROUP)
+    offs_m = block_range(pid_m, BLOCK_M)
+    offs_n = block_range(pid_n, BLOCK_N)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        x_tile = load_tile(x_ptr, offs_m, offs_k, stride_xm, M, K)
+        codes = load_tile(codes_ptr, offs_n, offs_k, K, N, K)
+        code_tile = code_values(codes, IS_FLOAT).to(x_tile.dtype)
+        acc = tl.dot(x_tile, tl.trans(code_tile), acc, input_precision="ieee")
+
+    acc *= tl.load(scales_ptr + offs_n * stride_scales, mask=offs_n < N, other=0.0)[None, :]
+    acc = add_s_b(acc, s_ptr, lora_b_ptr, offs_m, offs_n, M, N, R, BLOCK_R)
+    if HAS_BIAS:
+        acc += load_vector(bias_ptr, offs_n, N)[None, :]
+    store_tile(y_ptr, acc, offs_m, offs_n, N, M, N)
+
+
+def lora_forward_8bit(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    s: Tensor,
+    lora_b: Tensor,
+    y: Tensor,
+    *,
+    is_float: bool,
+    plan: Plan,
+) -> Launch | None:
+    """Fill ``y [M, N]`` = scales ⊙ (x·codesᵀ) + S·Bᵀ + bias from x ``[M, K]``, S ``[M, R]`` and B ``[N, R]``.
+
+    ``codes [N, K]`` are the bytes (uint8) of int8 numbers or, with ``is_float``, of e4m3fn ones, contiguous;
+    ``scales`` (fp32) has one for each of their rows or one for all. The bias ``[N]`` may be None.
+    """
+    (m, k), (n, r) = x.shape, lora_b.shape
+    tile = plan.tile
+    programs = cdiv(m, tile.rows) * cdiv(n, tile.cols)
+    return launch(_lora_forward_8bit_kernel, LORA_FORWARD_8BIT, tile, (programs,))(
+        x_ptr=x, codes_ptr=codes, scales_ptr=scales, bias_ptr=bias, s_ptr=s, lora_b_ptr=lora_b, y_ptr=y,
+        M=m, N=n, K=k, R=r, stride_xm=x.stride(0), stride_scales=0 if scales.numel() == 1 else 1,
+        IS_FLOAT=is_float, HAS_BIAS=bias is not None,
     )  # fmt: skip

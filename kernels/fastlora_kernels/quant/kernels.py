@@ -1,4 +1,4 @@
-"""The records of the kernels that make quantised weights dense. Needs no Triton."""
+"""The records of the kernels that read quantised weights. Needs no Triton."""
 
 import math
 from collections.abc import Callable
@@ -17,7 +17,7 @@ SCALED_COLUMNS = 128
 
 # a kernel counts in 32 bits, to the end of its last tile
 MOST_ELEMENTS = 2**31 - 2**16
-# the path over a 4-bit weight alone, which the forward pass decodes in its loop
+# the path over a quantised weight alone, which the forward pass decodes in its loop
 DECODE = "decode"
 # columns that are decoded at a time: a block of a 4-bit weight that is decoded in a loop is whole steps long
 DECODED_COLUMNS = 64
@@ -76,6 +76,35 @@ def _whole_rank(rank: int, least: int) -> int:
     return min(max(1 << (rank - 1).bit_length(), least), MOST_RANKS_DECODING)
 
 
+def _of_bytes(rank: int, dtype: torch.dtype, target: Target, aligned: bool) -> list[Tile]:
+    """For any number of rows; the smallest where reading W takes the time, in programs enough for all cores.
+
+    With many rows in a tile a value is decoded seldom, unless products take W from registers: then every warp
+    of other rows decodes it anew.
+    """
+    if dtype == torch.float32:
+        return [Tile(32, 32, 16, 16, warps=4, stages=2)]
+    if not aligned or target.tiles == "default":
+        return [Tile(32, 32, 32, 16, warps=4, stages=2)]
+    # rows of S that are no multiple of 16 long can't be read in wide words
+    ranks = 16 if rank % 16 else min(1 << (rank - 1).bit_length(), 32)
+    sizes = [(128, 128, 64, 8), (64, 64, 64, 4), (16, 32, 128, 4)]
+    found = [Tile(rows, cols, depth, ranks, warps, stages=4) for rows, cols, depth, warps in sizes]
+    # elsewhere it spills
+    return [Tile(256, 128, 64, ranks, warps=8, stages=3), *found] if target.tiles == "sm_90" else found
+
+
+def _of_bytes_shared(tile: Tile, itemsize: int) -> tuple[int, int]:
+    """x and codes wait in the pipeline, one tile of values lies beside it."""
+    return (tile.rows * itemsize + tile.cols) * tile.depth, tile.cols * tile.depth * itemsize
+
+
+def _of_bytes_instructions(tile: Tile, target: Target) -> float:
+    """As counted in the machine code for sm_80 and sm_90 of e4m3fn; int8 takes two thirds."""
+    decoded_once = tile.rows == 16 or target.tiles in ("sm_90", "sm_100")
+    return 10.0 if decoded_once else 23.0
+
+
 def _decoded_shared(tile: Tile, itemsize: int) -> tuple[int, int]:
     """x, A and packed codes wait in the pipeline, one decoded tile lies beside it."""
     stage = (tile.rows * itemsize + tile.rank * 4) * tile.depth + tile.cols * tile.depth // 2
@@ -112,7 +141,21 @@ LORA_FORWARD_4BIT = Kernel(
     shared=_decoded_shared,
     grouped=True,
     optional=(("HAS_NESTED",), ("HAS_BIAS",)),
+    # as counted in the PTX for sm_80 and sm_90
+    decoding=lambda *_: 16.0,
     # the decoded weight is dequantise_4bit's to the bit
     fuses=False,
 )
-KERNELS = (DEQUANTISE_4BIT, DEQUANTISE_8BIT, LORA_FORWARD_4BIT)
+LORA_FORWARD_8BIT = Kernel(
+    name="lora_forward_8bit",
+    function=("quant.forward", "_lora_forward_8bit_kernel"),
+    axes={"rows": "M", "cols": "N", "depth": "K", "rank": "R"},
+    tiles=_of_bytes,
+    shared=_of_bytes_shared,
+    grouped=True,
+    optional=(("IS_FLOAT",), ("HAS_BIAS",)),
+    decoding=_of_bytes_instructions,
+)
+KERNELS = (DEQUANTISE_4BIT, DEQUANTISE_8BIT, LORA_FORWARD_4BIT, LORA_FORWARD_8BIT)
+# by how a weight is stored, what decodes it in its loop
+DECODING = {"nf4": LORA_FORWARD_4BIT, "int8": LORA_FORWARD_8BIT, "fp8-rows": LORA_FORWARD_8BIT}
