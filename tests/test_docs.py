@@ -64,8 +64,8 @@ def test_the_reference_has_every_public_name(module: str) -> None:
     assert lacking == []
 
 
-# what they do with a folder of pictures, notebooks/pictures.ipynb shows
-WITH_FOLDERS = {"finetune", "load_run", "export_run", "predict_files", "run_demo"}
+# what they do with a folder of pictures, notebooks/pictures.ipynb shows; the demos take minutes
+WITH_FOLDERS = {"finetune", "load_run", "export_run", "predict_files", "run_demo", "run_language_demo"}
 
 
 def test_every_public_function_has_an_example() -> None:
