@@ -201,7 +201,7 @@ EfficientNet-Lite0. On the solar cells differences are within the spread of the 
 there. Where three epochs are too few for a strategy's small rates (`lp_ft`, `fine_tuning`, `full` on
 digits) the probe is better and cheaper, and ten prompts learn nothing on the textiles, half of which are
 of one class; small defects vanish at 84 px. ELPV gains with size and time: at 112 px and six epochs
-`fastlora demo` measured 91.3 to 91.7 % for LoRA and 91.7 to 92.1 % for the probe.
+`fastlora demo --data elpv` measured 91.3 to 91.7 % for LoRA and 91.7 to 92.1 % for the probe.
 
 ![accuracy](accuracy.png)
 """
