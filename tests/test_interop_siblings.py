@@ -274,6 +274,20 @@ class WithABlock(Attention):
         return mixed
 
 
+class OfALoop(Attention):
+    """The variable is another one in the loop, and another one in its condition."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., 64]`` to the same."""
+        y, others = self.q(x), (x.tanh(), x.exp())
+        for x in others:
+            y = y + self.k(x)
+            if (x := x + 1) is not y:
+                y = y * self.v(x)
+        mixed: Tensor = self.o(y)
+        return mixed
+
+
 class OfOthers(Attention):
     """No two calls have one variable."""
 
@@ -285,7 +299,9 @@ class OfOthers(Attention):
         return mixed
 
 
-@pytest.mark.parametrize(("kind", "together"), [(OfTwo, [2]), (WithABlock, [2]), (OfOthers, [])])
+@pytest.mark.parametrize(
+    ("kind", "together"), [(OfTwo, [2]), (WithABlock, [2]), (OfALoop, []), (OfOthers, [])]
+)
 def test_siblings_are_what_is_called_with_one_variable(kind: type[Attention], together: list[int]) -> None:
     module = attention(kind())
     with apart():

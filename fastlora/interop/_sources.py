@@ -16,6 +16,8 @@ class Call(NamedTuple):
 
 
 Event = Call | str
+# line and column
+_Position = tuple[int, int]
 
 
 @functools.cache
@@ -29,23 +31,29 @@ def events_of(forward: Callable[..., Any]) -> tuple[Event, ...]:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))
     except (OSError, TypeError, SyntaxError):
         return ()
-    events: list[tuple[tuple[int, int], Event]] = []
+    events: list[tuple[_Position, Event]] = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.stmt) and not hasattr(node, "body"):
-            # assigned after what stands to the right is computed
-            end = (node.end_lineno or node.lineno, node.end_col_offset or 0)
-            events += [(end, name.id) for name in _assigned(node)]
-        elif isinstance(node, ast.For | ast.With | ast.AsyncFor | ast.AsyncWith):
-            events += [((name.lineno, name.col_offset), name.id) for name in _assigned(node)]
-        elif isinstance(node, ast.Call):
-            match node.func:
-                case ast.Attribute(value=ast.Name(id="self"), attr=name):
-                    events.append(((node.lineno, node.col_offset), Call(name, _argument(node))))
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="self"), attr=name)):
+                events.append((_start(node), Call(name, _argument(node))))
+            case ast.For(target=target) | ast.AsyncFor(target=target) | ast.withitem(optional_vars=target):
+                events += [(_start(name), name.id) for name in _assigned(target)]
+            case ast.stmt() | ast.NamedExpr() if not hasattr(node, "body"):
+                # assigned after what stands to the right is computed
+                events += [(_end(node), name.id) for name in _assigned(node)]
     return tuple(event for _, event in sorted(events, key=lambda each: each[0]))
 
 
-def _assigned(node: ast.AST) -> list[ast.Name]:
-    names = [each for each in ast.walk(node) if isinstance(each, ast.Name)]
+def _start(node: ast.expr) -> _Position:
+    return node.lineno, node.col_offset
+
+
+def _end(node: ast.stmt | ast.expr) -> _Position:
+    return node.end_lineno or node.lineno, node.end_col_offset or node.col_offset
+
+
+def _assigned(node: ast.AST | None) -> list[ast.Name]:
+    names = [each for each in ast.walk(node or ast.Pass()) if isinstance(each, ast.Name)]
     return [name for name in names if not isinstance(name.ctx, ast.Load)]
 
 
