@@ -72,7 +72,7 @@ def load_causal(
     Args:
         folder: What :func:`save_dense` has written.
         quantised: ``"nf4"`` for bitsandbytes' 4 bits with nested statistics, None for dense weights.
-        dtype: Of dense weights and of all activations.
+        dtype: What dense weights and all activations are in.
         device: Where the model is loaded to, as torch names it.
 
     Raises:

@@ -37,12 +37,12 @@ class Watch(TrainerCallback):
         device: Where the model is.
         reporter: Is told of every step.
         turns: Other trainings to take turns with; None for none.
-        number: Whose turn is this training's.
+        number: Which of the turns is this training's.
 
     Attributes:
         title: Name for readers.
-        losses: Of the steps so far, in nats.
-        seconds: Of the same steps, without what comes between them.
+        losses: The loss of each step so far, in nats.
+        seconds: How long each of these steps took, without what comes between them.
         held: What the tensors of a step held.
         measuring: Open while that is measured; left by whatever stops the training.
     """
@@ -191,7 +191,7 @@ def begin(
     Args:
         watch: Times the steps.
         model: A PEFT model of transformers.
-        tokenizer: Its tokenizer, with a chat template.
+        tokenizer: The model's tokenizer, with a chat template.
         parts: Training and test dialogues.
         recipe: How to train.
         folder: For what the trainer writes.

@@ -33,7 +33,7 @@ class Comparison:
         parts: Training and test dialogues.
         recipe: How to train.
         quantised: ``"nf4"`` for weights of 4 bits, None for dense ones.
-        dtype: Of dense weights and of all activations.
+        dtype: What dense weights and all activations are in.
         reporter: Is told about the progress.
     """
 

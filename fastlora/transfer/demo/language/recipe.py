@@ -11,8 +11,8 @@ class Recipe:
         steps: Optimiser steps.
         tokens: Length of a row, which dialogues are packed into; a step takes one row.
         rank: Rank of the LoRA updates.
-        alpha: Their scale, times rank.
-        learning_rate: Of AdamW, falling to zero in a line.
+        alpha: Scale of the LoRA update, times rank.
+        learning_rate: AdamW's first, which falls to zero in a line.
         test: How many dialogues are held out.
         asked: How many of these are asked before and after.
         seed: Seed of the split, the order and the first A.
