@@ -69,9 +69,10 @@ def choose(
     measured: Any = {"dropping": dropping, "in_graph": in_graph, "stored": stored}
     won = None if dora else _measured(shape, dtype, device, **measured)
     choice = None if won is None else (won.forward if part == "forward" else won.backward)
-    # blocks of another size may have been measured
-    unfit = (tuned.REFERENCE,) if decodable else (tuned.REFERENCE, DECODE)
-    if choice is None or choice.path in unfit:
+    if won is not None and won.forward.path == DECODE and part == "forward" and not decodable:
+        # blocks of another size were measured
+        choice = won.forward_but(DECODE)
+    if choice is None or choice.path == tuned.REFERENCE:
         target = targets.detect(device)
         if decodable and part == "forward":
             kind = cast(Stored, stored)

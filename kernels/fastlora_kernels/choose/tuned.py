@@ -12,7 +12,7 @@ import torch
 from fastlora_kernels.choose import plan as plans
 from fastlora_kernels.choose import quantised
 from fastlora_kernels.choose.lora import Call
-from fastlora_kernels.choose.paths import Pass, large_kernel
+from fastlora_kernels.choose.paths import PATHS, Pass, large_kernel
 from fastlora_kernels.choose.pinned import PINNED
 from fastlora_kernels.choose.quantised import Stored
 from fastlora_kernels.targets import Target
@@ -52,6 +52,18 @@ class Winners:
     forward: Choice
     backward: Choice
     microseconds: Microseconds = field(default_factory=dict, hash=False)
+
+    def forward_but(self, path: str) -> Choice | None:
+        """The fastest forward path but one, with the tile that is planned for it; None: no other was timed.
+
+        Args:
+            path: Name of the path that can't serve the call.
+        """
+        timed = self.microseconds.get("forward", {})
+        # a candidate's name begins with its path
+        others = {name: name.split()[0] for name in timed}
+        left = [name for name, other in others.items() if other in PATHS and other != path]
+        return Choice(others[min(left, key=lambda name: timed[name])]) if left else None
 
 
 @dataclass(frozen=True)
