@@ -102,15 +102,29 @@ def test_quantised_layers_are_timed_as_they_run(weight: Any, dropout: float) -> 
     assert tuned.fits(found, SMALL_CARD)
 
 
+@pytest.mark.usefixtures("card")
 @pytest.mark.parametrize("weight", ["int8", "fp8-rows"])
 def test_the_truth_is_of_bytes_as_they_are_stored(weight: Any) -> None:
-    """Dense in 16 bits they were rounded, which is eager's error and not the truth's."""
-    drawn = draw(replace(CALL, inputs=64, weight=weight), device())
+    """For a path that decodes them: dense in 16 bits, as others multiply them, they were rounded."""
+    call = replace(CALL, inputs=64, weight=weight)
+    drawn, truths = search._prepared(call, device())
     assert drawn.stored is not None
-    exact = drawn.to(torch.float64).weight
-    assert torch.equal(exact, drawn.stored.dense(torch.float64))
-    assert torch.equal(drawn.to(drawn.x.dtype).weight, drawn.weight)
-    assert not torch.equal(exact, drawn.weight.double())
+    stored, dense = (drawn.to(torch.float64, unrounded=unrounded) for unrounded in (True, False))
+    assert torch.equal(stored.weight, drawn.stored.dense(torch.float64))
+    assert torch.equal(dense.weight, drawn.weight.double())
+    for unrounded, tensors in ((True, stored), (False, dense)):
+        assert torch.equal(truths[unrounded].exact[0], run_eager(tensors)[0])
+    # eager's own error is then that of rounding W, too
+    assert truths[True].allowed[0] > truths[False].allowed[0]
+
+
+@pytest.mark.parametrize("weight", [None, "nf4", "int8", "fp8", "fp8-rows"])
+@pytest.mark.usefixtures("card")
+def test_which_paths_round_the_weight(weight: Any) -> None:
+    call = replace(CALL, inputs=64, weight=weight)
+    drawn = draw(call, device())
+    found = {choice.path for choice in choices("forward", call, device()) if drawn.unrounded_by(choice)}
+    assert found == ({"decode"} if weight in ("int8", "fp8-rows") else set())
 
 
 @pytest.mark.usefixtures("card")
@@ -140,6 +154,14 @@ def test_a_quantised_layer_takes_what_was_measured_of_its_kind(monkeypatch: pyte
     tuned.pin(GPU, [own, replace(dense, forward=Choice("epilogue"))])
     predicted = taken(stored="other")
     assert taken(stored="nf4") == taken(stored="int8") == predicted != Choice("epilogue")
+    # unless a path over dense rows was timed beside it
+    timed = {
+        "forward": {"decode 16×32×64, 32": 1.0, "split 64×64×32, 16": 3.0, "epilogue": 2.0, "other": 0.5}
+    }
+    tuned.pin(GPU, [replace(own, microseconds=timed)])
+    assert taken(stored="nf4") == Choice("epilogue")
+    assert taken(stored="nf4", decodable=True) == won
+    tuned.pin(GPU, [own])
     launched: list[Any] = []
     run = decode_triton._four_bits
 

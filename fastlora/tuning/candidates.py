@@ -13,7 +13,6 @@ from fastlora.ops.lora_passes import lora_linear_backward, lora_linear_forward
 from fastlora.ops.runtime import draw_seed
 from fastlora.ops.weights import in_parts
 from fastlora.ops.weights.frozen import FrozenWeight
-from fastlora.ops.weights.scaled import ScaledWeight
 from fastlora.tuning.calls import LayerCall
 from fastlora.tuning.weights import draw_weight
 from fastlora_kernels import targets
@@ -47,14 +46,22 @@ class Tensors:
     mask: Tensor | None = None
     stored: FrozenWeight | None = None
 
-    def to(self, dtype: torch.dtype) -> "Tensors":
-        """The same in another dtype, adapters too."""
+    def to(self, dtype: torch.dtype, *, unrounded: bool = False) -> "Tensors":
+        """The same in another dtype, adapters too.
+
+        Args:
+            dtype: For instance float64.
+            unrounded: Whether W has the values that are stored, which the dense one was rounded from.
+        """
         names = ("x", "weight", "bias", "lora_A", "lora_B", "dy")
         cast = {name: getattr(self, name).to(dtype) for name in names}
-        if isinstance(self.stored, ScaledWeight):
-            # what became dense in 16 bits was rounded, which a kernel that decodes it does not do
+        if unrounded and self.stored is not None:
             cast["weight"] = self.stored.dense(dtype)
         return replace(self, **cast)
+
+    def unrounded_by(self, choice: Choice) -> bool:
+        """Whether a path multiplies by W as it is stored, and by its scale at the end."""
+        return choice.path == DECODE and self.stored is not None and self.stored.scale is not None
 
 
 def draw(call: LayerCall, device: torch.device) -> Tensors:

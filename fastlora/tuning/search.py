@@ -112,10 +112,11 @@ def tune_call(
     prepared = attempt("everything", lambda: _prepared(call, device))
     if prepared is None:
         return None, attempt.left_out
-    tensors, truth = prepared
+    tensors, truths = prepared
     times: dict[Pass, dict[Choice, Times]] = {"forward": {}, "backward": {}}
     for part, found in times.items():
         for choice in choices(part, call, device):
+            truth = truths[tensors.unrounded_by(choice)]
             run = functools.partial(_checked_times, part, tensors, choice, truth, timer)
             taken = attempt(f"{part} {name_of(choice)}", run)
             if taken is not None:
@@ -140,11 +141,14 @@ def name_of(choice: Choice) -> str:
     return choice.path if choice.tile is None else f"{choice.path} {tile_text(choice.tile)}"
 
 
-def _prepared(call: LayerCall, device: torch.device) -> tuple[Tensors, Truth]:
+def _prepared(call: LayerCall, device: torch.device) -> tuple[Tensors, dict[bool, Truth]]:
+    """The call's tensors, and what paths that round W, and those that don't, are compared with."""
     tensors = draw(call, device)
     _, s, mask = run_forward(tensors, Choice("split"))
     keep = None if mask is None else unpacked(mask, call.inputs)
-    return replace(tensors, s=s, mask=mask), truth_of(tensors, keep)
+    kinds = {False, *(tensors.unrounded_by(choice) for choice in choices("forward", call, device))}
+    truths = {kind: truth_of(tensors, keep, unrounded=kind) for kind in kinds}
+    return replace(tensors, s=s, mask=mask), truths
 
 
 def _checked_times(part: Pass, tensors: Tensors, choice: Choice, truth: Truth, timer: Timer) -> Times:

@@ -54,17 +54,18 @@ class Truth:
                 raise WrongResult(f"errs by {error:.2e} where {allowed:.2e} is allowed")
 
 
-def truth_of(tensors: Tensors, keep: Tensor | None) -> Truth:
+def truth_of(tensors: Tensors, keep: Tensor | None, *, unrounded: bool = False) -> Truth:
     """What a call's results are compared with.
 
     Args:
         tensors: The call.
         keep: The dropout mask as bool ``[rows, inputs]``; None without dropout.
+        unrounded: Whether it is compared with paths that don't round a quantised W.
     """
     count = tensors.x.shape[0]
     spread = torch.linspace(0, count - 1, min(count, _ROWS), dtype=torch.float64, device=tensors.x.device)
     rows = spread.round().long()
-    some = replace(tensors, x=tensors.x[rows], dy=tensors.dy[rows]).to(torch.float64)
+    some = replace(tensors, x=tensors.x[rows], dy=tensors.dy[rows]).to(torch.float64, unrounded=unrounded)
     y, dx, _, _ = run_eager(some, keep=None if keep is None else keep[rows])
     del some
     exact = (y, dx, *_exact_sums(tensors, keep))

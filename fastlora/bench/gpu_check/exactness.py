@@ -89,13 +89,18 @@ def lora_paths(part: Pass, call: LayerCall, device: torch.device) -> Iterator[Fo
     tensors = replace(tensors, s=s, mask=mask)
     keep = None if mask is None else unpacked(mask, call.inputs)
     results = slice(0, 1) if part == "forward" else slice(1, 4)
-    exact = run_eager(tensors.to(torch.float64), keep=keep)[results]
+    found = choices(part, call, device)
+    exact = {
+        kind: run_eager(tensors.to(torch.float64, unrounded=kind), keep=keep)[results]
+        for kind in {tensors.unrounded_by(choice) for choice in found}
+    }
     eager = run_eager(tensors, keep=keep)[results]
-    for choice in choices(part, call, device):
+    for choice in found:
         try:
             got = run_forward(tensors, choice)[:1] if part == "forward" else run_backward(tensors, choice)
             terms = max(call.rows, call.inputs, call.outputs)
-            yield outcome(case, name_of(choice), got, eager, exact, terms)
+            truth = exact[tensors.unrounded_by(choice)]
+            yield outcome(case, name_of(choice), got, eager, truth, terms)
         # one tile that does not compile or fit leaves the others
         except Exception as error:
             yield failure(f"{case}: {name_of(choice)}", error)
