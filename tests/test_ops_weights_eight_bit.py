@@ -8,6 +8,7 @@ from bitsandbytes.autograd._functions import MatMul8bitFp
 from bitsandbytes.nn.modules import Linear8bitLt
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers.integrations.compressed_tensors import CompressedTensorsFP8Linear
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, FP8Linear
 
@@ -51,6 +52,31 @@ def test_llm_int8_values_are_those_of_its_matmul(dtype: torch.dtype, called: boo
 
     assert_rows_are(weight, theirs, dtype)
     assert_scale_is_apart(weight, True)
+
+
+def test_llm_int8_factors_are_computed_once_for_each_layer() -> None:
+    """Until they change, or are others; what traces a call computes them itself, and keeps nothing of it."""
+    layer = llm_int8(19, 40)
+    statistics = layer.weight.SCB
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(read(layer).scale, FakeTensor)
+    first = read(layer).scale
+    assert first is not None
+    assert torch.equal(first, statistics * (1 / 127))
+    again = read(layer).scale
+    assert again is not None
+    assert again.data_ptr() == first.data_ptr()
+    statistics.mul_(2)
+    changed = read(layer).scale
+    assert changed is not None
+    assert torch.equal(changed, statistics * (1 / 127))
+    statistics.data = statistics / 4
+    moved = read(layer)
+    assert torch.equal(moved.dense(torch.float32), layer.weight.CB * (statistics * (1 / 127))[:, None])
+    with torch.inference_mode():
+        layer = llm_int8(19, 40)
+        scale = layer.weight.SCB * (1 / 127)
+        assert torch.equal(read(layer).dense(torch.float32), layer.weight.CB * scale[:, None])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,9 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
+from fastlora._core import backend
 from fastlora.ops.weights.frozen import FrozenWeight
 from fastlora.ops.weights.scaled import ScaledWeight, unreadable
+
+_UNIT = 1.0 / 127.0
+# by LLM.int8's statistics
+_scales: Any = WeakIdKeyDictionary()
 
 
 def read_llm_int8(layer: nn.Module) -> FrozenWeight | str:
@@ -32,7 +38,27 @@ def read_llm_int8(layer: nn.Module) -> FrozenWeight | str:
         why = unreadable(codes, factors, (1, codes.shape[1]))
         if why is not None or codes.dtype != torch.int8 or factors.dtype != torch.float32:
             return f"Linear8bitLt {why or f'with {codes.dtype} times {factors.dtype}'}"
-        return ScaledWeight(codes.detach(), factors, (1, codes.shape[1]), unit=1.0 / 127.0)
+        known = _of_int8(statistics, factors)
+        return ScaledWeight(codes.detach(), factors, (1, codes.shape[1]), unit=_UNIT, multiplied=known)
+
+
+def _of_int8(statistics: Tensor, factors: Tensor) -> Tensor | None:
+    """SCB / 127, computed once for each tensor, so that no call launches it; None where it can't be kept."""
+    # what traces or transforms a call has to see it; changes of the other tensors can't be noticed
+    if torch.compiler.is_compiling() or backend.is_watched() or not backend.are_plain(statistics):
+        return None
+    if statistics.is_inference():
+        return None
+    version = (statistics._version, statistics.data_ptr())
+    known = _scales.get(statistics)
+    if known is None or known[0] != version:
+        # before it is replayed, a CUDA graph has computed nothing
+        if statistics.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        with torch.inference_mode(False):
+            known = _scales[statistics] = (version, factors * _UNIT)
+    scales: Tensor = known[1]
+    return scales
 
 
 def read_transformers_fp8(layer: nn.Module) -> FrozenWeight | str:

@@ -21,6 +21,7 @@ class ScaledWeight(FrozenWeight):
         block: Rows and columns that share a factor.
         zero_point: Subtracted from the codes, int8 in the shape of the factors; None: nothing is.
         unit: Multiplies the factors.
+        multiplied: The factors times their unit, float32, where they are remembered; else None.
         product: In which dtype its library multiplies, before it rounds to the wanted one; None: in that one,
             or float32 if that is narrower.
     """
@@ -33,12 +34,13 @@ class ScaledWeight(FrozenWeight):
         *,
         zero_point: Tensor | None = None,
         unit: float = 1.0,
+        multiplied: Tensor | None = None,
         product: torch.dtype | None = None,
     ) -> None:
         """Of tensors that :func:`unreadable` has checked."""
         self.shape, self.device = stored.shape, stored.device
         self.stored, self.factors, self.block, self.zero_point = stored, factors, block, zero_point
-        self.unit, self.product = unit, product
+        self.unit, self.multiplied, self.product = unit, multiplied, product
         self.row_step = block[0] if factors.shape[0] > 1 else 1
         self.tensors = (stored, factors) if zero_point is None else (stored, factors, zero_point)
         self.form = (block, unit, product)
@@ -58,7 +60,7 @@ class ScaledWeight(FrozenWeight):
     @property
     def scale(self) -> Tensor | None:
         """The factors, in float32, of a weight that is decodable."""
-        return self._multiplied(self.factors).view(-1) if self.is_decodable else None
+        return self._multiplied().view(-1) if self.is_decodable else None
 
     def _codes(self, dtype: torch.dtype, start: int, stop: int) -> Tensor:
         """Rows of the codes ``[rows, K]`` less their zero point, exact in every dtype."""
@@ -76,13 +78,13 @@ class ScaledWeight(FrozenWeight):
             from fastlora.ops.weights import dense_triton
 
             height, width = self._block_of_all()
-            factors, of = self._multiplied(self.factors), slice(start, stop)
+            factors, of = self._multiplied(), slice(start, stop)
             block: Any = {"scale_rows": height, "scale_cols": width}
             return dense_triton.eight_bit(self.stored, factors, rows=of, dtype=dtype, **block)
         # multiplied in place by wider factors, 16-bit codes become products that are rounded once
         in_place = self.product is None or (self.product == torch.float32 and dtype.itemsize < 4)
         dense = self._codes(dtype if in_place else self.product or dtype, start, stop)
-        factors = self._of_rows(self._multiplied(self.factors), start, stop)
+        factors = self._of_rows(self._multiplied(), start, stop)
         self._each(dense, factors, torch.Tensor.mul_)
         return dense.to(dtype)
 
@@ -120,8 +122,10 @@ class ScaledWeight(FrozenWeight):
         of_blocks = of_blocks[start // height : -(-stop // height)]
         return of_blocks.repeat_interleave(height, 0)[: stop - start] if height > 1 else of_blocks
 
-    def _multiplied(self, factors: Tensor) -> Tensor:
-        factors = factors.to(self.product or torch.float32)
+    def _multiplied(self) -> Tensor:
+        if self.multiplied is not None:
+            return self.multiplied
+        factors = self.factors.to(self.product or torch.float32)
         return factors if self.unit == 1 else factors.mul(self.unit)
 
     def _each(self, dense: Tensor, of_blocks: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> None:
