@@ -87,6 +87,8 @@ def candidates(part: Pass, call: Call, weight: Stored) -> list[Candidate]:
 def decodes(shape: Shape, dtype: torch.dtype, target: Target, weight: Stored, *, dropping: bool) -> bool:
     """Whether decoding a quantised weight in the forward pass's loop is predicted to be the fastest.
 
+    As where the host launches every kernel: a CUDA graph decodes what eager calls do.
+
     Args:
         shape: Sizes of the call.
         dtype: The dtype of x.

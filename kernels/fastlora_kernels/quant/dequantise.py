@@ -119,7 +119,7 @@ def code_values(codes, IS_FLOAT: tl.constexpr):
         # what would be 480 is NaN
         return tl.where(tl.abs(values) == 480.0, float("nan"), values)
     else:
-        # added to the bits of 1.5 · 2^23, whose last one stands for 1: conversions take four times as long
+        # added to the bits of 1.5 · 2^23, whose last one stands for 1: no conversion
         return (signed + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
 
 
