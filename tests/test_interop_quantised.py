@@ -11,6 +11,9 @@ import pytest
 import torch
 from compressed_tensors.compressors.base import decompress_module
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.lora.awq import AwqLoraLinear
+from peft.tuners.lora.gptq import GPTQLoraLinear
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.finegrained_fp8 import FP8Linear
@@ -234,6 +237,11 @@ def forward_of_its_own(layer: Any) -> None:
     base.forward = base.forward
 
 
+def of_class(kind: type) -> Callable[[Any], object]:
+    """Makes it the layer that PEFT has for another quantiser."""
+    return lambda layer: setattr(layer, "__class__", kind)
+
+
 REASONS: dict[str, tuple[str, dict[str, Any], Callable[[Any], object], str]] = {
     "dora": ("nf4", {"use_dora": True}, as_it_is, "with DoRA beside a quantised weight"),
     "a hook": (
@@ -248,6 +256,10 @@ REASONS: dict[str, tuple[str, dict[str, Any], Callable[[Any], object], str]] = {
         forward_of_its_own,
         "with a forward of its own in base_layer",
     ),
+    "gptq": ("nf4", {}, of_class(GPTQLoraLinear), ""),
+    "awq": ("nf4", {}, of_class(AwqLoraLinear), ""),
+    # PEFT defines it where the package hqq is installed
+    "hqq": ("nf4", {}, of_class(type("HqqLoraLinear", (nn.Module, LoraLayer), {})), ""),
 }
 
 
@@ -255,12 +267,11 @@ REASONS: dict[str, tuple[str, dict[str, Any], Callable[[Any], object], str]] = {
 def test_what_is_not_known_is_left_and_told(reason: str, caplog: pytest.LogCaptureFixture) -> None:
     base, settings, change, words = REASONS[reason]
     model = peft_model(base, torch.float32, **settings)
-    kind = type(lora_layer(model))
     change(lora_layer(model))
+    kind = type(lora_layer(model))
     fastlora.accelerate(model)
-    assert caplog.messages[-1:] == [
-        f"0 of 1 LoRA layers run fused; left to PEFT: 1 lora.{kind.__name__} {words}"
-    ]
+    told = f"0 of 1 LoRA layers run fused; left to PEFT: 1 lora.{kind.__name__} {words}"
+    assert caplog.messages[-1:] == [told.rstrip()]
     assert type(lora_layer(model)) is kind
 
 
