@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 import fastlora
 from fastlora.cli import app, doctor
 from fastlora.cli._console import make_console
+from fastlora.ops.weights.four_bit import FourBitWeight
 
 
 def run(*arguments: str) -> Result:
@@ -72,3 +73,23 @@ def test_where_there_is_a_gpu_its_check_is_named(capsys: pytest.CaptureFixture[s
     assert "python -m fastlora.bench.gpu_check" in capsys.readouterr().out
     doctor._show(found | {"devices": devices[:1]}, make_console())
     assert "gpu_check" not in capsys.readouterr().out
+
+
+def test_four_bits_that_are_decoded_wrongly_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes", reason="its values are compared")
+    cpu = torch.device("cpu")
+    assert doctor._four_bits(cpu) == {"nf4": "right"}
+    assert all(device["nf4"] == "right" for device in doctor.findings()["devices"])
+    dense = FourBitWeight.dense
+
+    def one_off(weight: FourBitWeight, dtype: torch.dtype) -> torch.Tensor:
+        values = dense(weight, dtype)
+        values[7, 63] += 1e-6
+        return values
+
+    monkeypatch.setattr(FourBitWeight, "dense", one_off)
+    assert doctor._four_bits(cpu) == {"nf4": "wrong by the backend torch"}
+    monkeypatch.setattr(FourBitWeight, "dense", None)
+    assert doctor._four_bits(cpu)["nf4"].startswith("fails: ")
+    monkeypatch.setattr(doctor, "_installed", lambda name: None)
+    assert doctor._four_bits(cpu) == {}

@@ -33,6 +33,8 @@ def doctor(
 ) -> None:
     """Show versions, devices, backends and measured choices, and which extras lack packages.
 
+    Where bitsandbytes is installed, every 4-bit code is decoded on every device and compared.
+
     Exit code 1 when the backend that is asked for can't run here. Put the output into bug reports.
 
     [bold]Example[/bold]: fastlora doctor
@@ -77,10 +79,42 @@ def _installed(name: str) -> str | None:
 def _devices() -> list[dict[str, Any]]:
     import torch
 
-    found: list[dict[str, Any]] = [{"device": "cpu", "auto": "torch", "threads": torch.get_num_threads()}]
+    cpu = torch.device("cpu")
+    found: list[dict[str, Any]] = [
+        {"device": "cpu", "auto": "torch", "threads": torch.get_num_threads()} | _four_bits(cpu)
+    ]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        found.append(_gpu(torch.device("cuda", index)))
+        device = torch.device("cuda", index)
+        found.append(_gpu(device) | _four_bits(device))
     return found
+
+
+def _four_bits(device: Any) -> dict[str, str]:
+    """Whether bitsandbytes, and on a GPU our kernel, decode each byte of NF4 as the table has it."""
+    if _installed("bitsandbytes") is None:
+        return {}
+    import torch
+
+    from fastlora._core import backend
+    from fastlora.ops.weights.four_bit import FourBitWeight
+
+    packed = torch.arange(256, dtype=torch.uint8)
+    factors = torch.arange(1.0, 9.0)
+    try:
+        from bitsandbytes.functional import get_4bit_type
+
+        codes = torch.stack((packed >> 4, packed & 15), 1).view(8, 64)
+        expected = get_4bit_type("nf4", device="cpu")[codes.int()] * factors[:, None]
+        stored = packed.to(device), factors.to(device)
+        weight = FourBitWeight(codes.shape, *stored, None, blocksize=64, quant_type="nf4")
+        for name in ("torch", "auto"):
+            with backend.use_backend(name):
+                if not torch.equal(weight.dense(torch.float32).cpu(), expected):
+                    return {"nf4": f"wrong by the backend {name}"}
+    # libraries and drivers raise what they like
+    except Exception as error:
+        return {"nf4": f"fails: {' '.join(str(error).split())[:200]}"}
+    return {"nf4": "right"}
 
 
 def _gpu(device: Any) -> dict[str, Any]:

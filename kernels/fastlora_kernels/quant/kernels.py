@@ -100,7 +100,7 @@ def _of_bytes_shared(tile: Tile, itemsize: int) -> tuple[int, int]:
 
 
 def _of_bytes_instructions(tile: Tile, target: Target) -> float:
-    """As counted in the machine code for sm_80 and sm_90 of e4m3fn; int8 takes fewer, and is charged as many."""
+    """As counted in the machine code for sm_80 and sm_90 of e4m3fn; int8, with fewer, is charged as many."""
     decoded_once = tile.rows == 16 or target.tiles in ("sm_90", "sm_100")
     return 10.0 if decoded_once else 23.0
 
