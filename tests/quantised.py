@@ -1,8 +1,10 @@
 """Layers of other libraries with quantised weights, and what is asked of every one of them."""
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from compressed_tensors.compressors.base import compress_module
@@ -129,3 +131,19 @@ def assert_as_exact_as_dense(weight: FrozenWeight, dtype: torch.dtype, dropout: 
     assert all(map(torch.equal, got, trained(dense)))
     if not dropout:
         assert_as_exact(("y", "dX", "dA", "dB"), got, eager, [*operands, dense])
+
+
+def shapes_filled(monkeypatch: pytest.MonkeyPatch, module: ModuleType, *names: str) -> list[tuple[int, ...]]:
+    """Shapes of what these functions, which fill the last tensor that they are given, fill from now on."""
+    seen: list[tuple[int, ...]] = []
+
+    def watched(fill: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*tensors: Tensor, **settings: Any) -> Any:
+            seen.append(tuple(tensors[-1].shape))
+            return fill(*tensors, **settings)
+
+        return run
+
+    for name in names:
+        monkeypatch.setattr(module, name, watched(getattr(module, name)))
+    return seen
