@@ -47,14 +47,12 @@ def _of_int8(statistics: Tensor, factors: Tensor) -> Tensor | None:
     # what traces or transforms a call has to see it; changes of the other tensors can't be noticed
     if torch.compiler.is_compiling() or backend.is_watched() or not backend.are_plain(statistics):
         return None
-    if statistics.is_inference():
+    # nor can a CUDA graph notice them: it computes its own
+    if statistics.is_inference() or (statistics.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
     version = (statistics._version, statistics.data_ptr())
     known = _scales.get(statistics)
     if known is None or known[0] != version:
-        # before it is replayed, a CUDA graph has computed nothing
-        if statistics.is_cuda and torch.cuda.is_current_stream_capturing():
-            return None
         with torch.inference_mode(False):
             known = _scales[statistics] = (version, factors * _UNIT)
     scales: Tensor = known[1]
