@@ -1,7 +1,8 @@
 """A LoRA training step of SmolLM2-135M on the CPU: PEFT, and the same PEFT model accelerated by fastlora.
 
-r = 16 on all linear layers but the head, AdamW, one text of 512 tokens, the model's own loss. The frozen
-weights are dense, or NF4 by bitsandbytes with nested statistics. All candidates take turns in one process.
+r = 16 on all linear layers but the head, AdamW, one text (of 512 tokens by default), the model's own loss
+and, with ``--loss chunked``, also one that is taken some rows at a time. The frozen weights are dense, or NF4
+by bitsandbytes with nested statistics. All candidates take turns in one process.
 "Frozen" is the model without LoRA whose backward passes on dX alone: nothing that trains through it can be
 faster. Beside the times: what forward keeps for backward, the most that a step's tensors hold, and how far
 the losses of 50 steps are, without dropout, from those of PEFT in float32 over the same weights.
@@ -27,6 +28,7 @@ from fastlora._core.files import write_file, write_report
 from fastlora.bench.turns import environment, peak_bytes, take_turns
 from fastlora.transfer.models.smollm2 import load_causal, save_dense
 
+# of the text whose step is timed, by default
 TOKENS = 512
 # of the comparison of losses
 LOSSES, SHORT = 50, 128
@@ -91,18 +93,15 @@ def measure(base: Any, dropout: float, rounds: int, loss: str, tokens: int) -> d
     return row
 
 
-def compare_losses(folder: Path, weights: str) -> dict[str, float]:
-    """How far bf16's losses are at most from those in float32, of PEFT and accelerated."""
-    found = {}
+def compare_losses(folder: Path, weights: str, loss: str) -> dict[str, float]:
+    """How far the losses of each candidate are at most from those of PEFT in float32."""
+    found: dict[str, list[float]] = {}
     for name, dtype in DTYPES.items():
-        models = candidates(load(folder, weights, dtype), 0.0)
-        found[name] = {each: losses(models[each]) for each in ("peft", "fastlora")}
-    exact = found["fp32"]["peft"]
-    return {
-        "fp32: fastlora": _furthest(found["fp32"]["fastlora"], exact),
-        "bf16: peft": _furthest(found["bf16"]["peft"], exact),
-        "bf16: fastlora": _furthest(found["bf16"]["fastlora"], exact),
-    }
+        models = candidates(load(folder, weights, dtype), 0.0, loss)
+        del models["frozen"]
+        found |= {f"{name}: {each}": losses(model) for each, model in models.items()}
+    exact = found.pop("fp32: peft")
+    return {each: _furthest(values, exact) for each, values in found.items()}
 
 
 def main() -> None:
@@ -110,7 +109,7 @@ def main() -> None:
     parser = page_parser(__doc__, "docs/results/language_models")
     parser.add_argument("--weights", choices=WEIGHTS, nargs="+", default=list(WEIGHTS))
     parser.add_argument("--loss", choices=("model", "chunked"), default="model", help="Add a chunked loss.")
-    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="Of the text whose step is timed.")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-losses", action="store_true", help="Leave the comparison of 50 steps out.")
@@ -134,7 +133,7 @@ def main() -> None:
                     rows.append(row)
                     print(json.dumps(row), flush=True)
             if not arguments.no_losses:
-                apart[weights] = compare_losses(folder, weights)
+                apart[weights] = compare_losses(folder, weights, arguments.loss)
                 print(json.dumps(apart[weights]), flush=True)
     arguments.output.mkdir(parents=True, exist_ok=True)
     machine = environment("peft", "transformers", "bitsandbytes")
@@ -148,7 +147,7 @@ INTRODUCTION = """# A language model, accelerated
 
 One training step (forward, the model's own loss, backward, AdamW) of SmolLM2-135M on 1 × {tokens} tokens,
 LoRA r = {rank} on all linear layers but the head, PEFT's own defaults. `fastlora` is the same PEFT model
-after `fastlora.accelerate(model)`, `chunked` after `accelerate(model, loss="chunked")`. Times as multiples of
+after `fastlora.accelerate(model)`{chunked}. Times as multiples of
 the frozen model's, whose backward passes on dX alone; medians of {rounds} turns that alternate between the
 candidates. Kept is what forward leaves for backward, peak the most that a step's tensors hold, in MiB, in the
 candidates' order. `python -m benchmarks.language_models` regenerates the page.
@@ -169,10 +168,9 @@ def page(rows: list[dict[str, Any]], apart: dict[str, dict[str, float]], machine
         for memory in (row["kept_bytes"], row["peak_bytes"]):
             cells.append(", ".join(f"{memory[name] / 2**20:.0f}" for name in names))
         lines.append(cells)
-    text = [
-        INTRODUCTION.format(tokens=machine["tokens"], rank=RANK, rounds=machine["rounds"]),
-        *table(heads, lines),
-    ]
+    told = ', `chunked` after `accelerate(model, loss="chunked")`' if "chunked" in names else ""
+    options = {name: machine[name] for name in ("tokens", "rounds")}
+    text = [INTRODUCTION.format(**options, rank=RANK, chunked=told), *table(heads, lines)]
     for weights, distances in apart.items():
         told = ", ".join(f"{name} {distance:.1e}" for name, distance in distances.items())
         steps = f"{LOSSES} steps of {SHORT} tokens"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fastlora import reference, use_backend
 from fastlora.bench.turns import peak_bytes
@@ -135,6 +136,54 @@ def test_half_precision_keeps_gradients_of_many_items() -> None:
     (scaled,) = torch.autograd.grad(loss * items, [hidden])
     exact = step(eager, _linear, [each.double() for each in operands], num_items=1)
     assert (scaled - 4 * exact[1]).norm() < 2e-3 * (4 * exact[1]).norm()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_does_not_overflow_where_all_at_once_does_not(autocast: bool) -> None:
+    """A sum over 8,192 rows is too large for float16, as is that over a chunk; their mean is not."""
+    rows = torch.full((8192, 1), 100.0)
+    wanted = torch.zeros(8192, dtype=torch.int64)
+    weight = torch.zeros(16, 1, dtype=torch.float32 if autocast else torch.float16, requires_grad=True)
+    hidden = rows.to(weight.dtype).requires_grad_()
+
+    def head(rows: Tensor) -> Tensor:
+        return F.linear(rows, weight)
+
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        loss = chunked_cross_entropy(hidden, wanted, head, [weight])
+    found = torch.autograd.grad(loss, [hidden, weight], retain_graph=True)
+    expected = torch.full((16, 1), 6.25)
+    expected[0] = -93.75
+    torch.testing.assert_close(found[1].float(), expected, rtol=1e-3, atol=0)
+    assert found[1].dtype == weight.dtype
+    # as a scaler of gradients does
+    (scaled,) = torch.autograd.grad(loss * 2.0**9, [weight])
+    torch.testing.assert_close(scaled.float(), expected * 2.0**9, rtol=1e-3, atol=0)
+
+
+def test_half_precision_keeps_small_probabilities() -> None:
+    """Of a class that one row in 100,000 has; divided by the rows, these would be nothing in float16."""
+    weight = torch.zeros(100_000, 1, dtype=torch.float16, requires_grad=True)
+    hidden, wanted = torch.ones(16, 1, dtype=torch.float16), torch.zeros(16, dtype=torch.int64)
+    loss = chunked_cross_entropy(hidden, wanted, lambda rows: F.linear(rows, weight), [weight])
+    (found,) = torch.autograd.grad(loss * 1024, [weight])
+    torch.testing.assert_close(found[1:].float(), torch.full((99_999, 1), 1024e-5), rtol=1e-2, atol=0)
+
+
+def test_hooks_of_the_caller_on_saved_tensors_see_what_is_kept_alone() -> None:
+    """A checkpoint that is computed again counts them."""
+    hidden, weight = (operand.requires_grad_() for operand in numbers("linear", torch.float32))
+
+    def loss(hidden: Tensor) -> Tensor:
+        return chunked_cross_entropy(hidden, labels(), lambda rows: F.linear(rows, weight), [weight])
+
+    again: Any = checkpoint(loss, hidden, use_reentrant=False)
+    for value, expected in zip(
+        torch.autograd.grad(again, [hidden, weight]),
+        torch.autograd.grad(loss(hidden), [hidden, weight]),
+        strict=True,
+    ):
+        assert torch.equal(value, expected)
 
 
 def test_gradients_by_finite_differences() -> None:
@@ -284,6 +333,11 @@ def test_bad_input() -> None:
 
     with pytest.raises(ValueError, match=r"parameters to name every tensor .* one of shape \(50,\)"):
         chunked_cross_entropy(hidden, wanted, head)
+    hook = bias.register_hook(lambda gradient: gradient * 2)
+    with pytest.raises(ValueError, match=r"without hooks, got one of shape \(50,\)"):
+        chunked_cross_entropy(hidden, wanted, head, [bias])
+    hook.remove()
+    chunked_cross_entropy(hidden, wanted, head, [bias])
     with pytest.raises(ValueError, match="a label for each row"):
         chunked_cross_entropy(hidden, wanted[:, 1:], head)
     with pytest.raises(TypeError, match="int64"):

@@ -1,7 +1,7 @@
 """Causal language models of transformers whose loss is computed some rows at a time.
 
-Their forward stays their own: within it the head returns logits that are computed when they are read, and
-transformers' loss of causal models, which alone reads them, takes them chunk by chunk.
+Their forward stays their own: while it runs with labels and gradients are recorded, the head returns logits
+that are computed when they are read, and transformers' loss of causal models takes them chunk by chunk.
 """
 
 import functools
@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from fastlora._core.log import logger
 from fastlora.functional import chunked_cross_entropy
-from fastlora.interop._lazy_logits import LazyLogits, made_lazily
+from fastlora.interop._lazy_logits import LazyLogits, made_lazily, settled
 
 
 class ChunkedLoss:
@@ -29,19 +30,20 @@ class ChunkedLoss:
     # for the type checker
     _plain: Any
     _labels_at: int
+    _own_loss: Any
     forward: Any
     get_output_embeddings: Any
 
     @property
     def loss_function(self) -> Any:
         """The model's; it takes logits that are not computed yet, too."""
-        own = self._plain.loss_function.fget(self)
+        own = self._own_loss
         chunked = own is _causal_loss() and not torch.compiler.is_compiling()
         return functools.partial(self._loss, own) if chunked else own
 
     @loss_function.setter
     def loss_function(self, value: Any) -> None:
-        self._plain.loss_function.fset(self, value)
+        self._own_loss = value
 
     def _loss(
         self,
@@ -59,13 +61,17 @@ class ChunkedLoss:
         following = (
             F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
         )
-        if not isinstance(logits, LazyLogits) or logits.are_read:
-            _tell_computed(self._plain)
-        elif logits.shape[-1] == vocab_size and following.numel() == logits.shape[:-1].numel():
-            targets = following.to(logits.device).reshape(logits.shape[:-1])
+        if (
+            isinstance(logits, LazyLogits)
+            and logits.can_be_taken
+            and logits.shape[-1] == vocab_size
+            and following.numel() == logits.shape[:-1].numel()
+        ):
+            hidden, compute = logits.by_rows()
+            targets = following.to(hidden.device).reshape(hidden.shape[:-1])
             parameters = _trained(self.get_output_embeddings())
             options: dict[str, Any] = {"ignore_index": ignore_index, "num_items": num_items_in_batch}
-            loss = chunked_cross_entropy(logits.hidden, targets, logits.compute, parameters, **options)
+            loss = chunked_cross_entropy(hidden, targets, compute, parameters, **options)
             # of float64, too, as transformers does
             return loss.float()
         options = {"ignore_index": ignore_index, "shift_labels": shift_labels}
@@ -81,14 +87,20 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(self, ChunkedLoss):
         return type(self).forward(self, *args, **kwargs)
     plain: Any = self._plain.forward
-    if torch.compiler.is_compiling():
-        return plain(self, *args, **kwargs)
-    at, head = self._labels_at, self.get_output_embeddings()
+    at = self._labels_at
     labels = args[at] if len(args) > at else kwargs.get("labels")
-    if labels is None or not _is_plain(head):
+    if torch.compiler.is_compiling() or labels is None or not torch.is_grad_enabled():
         return plain(self, *args, **kwargs)
-    with made_lazily(head):
+    head = self.get_output_embeddings()
+    reason = _why_at_once(self, head)
+    if reason is not None:
+        _tell_at_once(self._plain, reason)
         return plain(self, *args, **kwargs)
+    with made_lazily(head) as calls:
+        outputs = settled(plain(self, *args, **kwargs))
+    if not any(call.taken for call in calls):
+        _tell_at_once(self._plain, "something reads them before the loss, or moves them")
+    return outputs
 
 
 def why_not(model: Any) -> str | None:
@@ -152,6 +164,8 @@ def _chunked_class(plain: Any) -> Any:
     own |= {
         "_plain": plain,
         "_labels_at": _labels_at(plain),
+        # transformers' property, or whatever the class has in its place
+        "_own_loss": inspect.getattr_static(plain, "loss_function"),
         "forward": functools.wraps(plain.forward)(forward),
     }
     return type(plain.__name__, (ChunkedLoss, plain), own)
@@ -173,11 +187,20 @@ def _causal_loss() -> Any:
     return vars(sys.modules.get("transformers.loss.loss_utils", torch)).get("ForCausalLMLoss")
 
 
-def _is_plain(head: nn.Module) -> bool:
-    """Whether calling a head on some rows means its forward and nothing else; what shards it sets hooks."""
+def _why_at_once(model: Any, head: nn.Module) -> str | None:
+    """Why not to take the loss by rows; None if calling the head means its forward and nothing else."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    watched = any(vars(part)[name] for part in head.modules() for name in hooks)
-    return not watched and not any(isinstance(parameter, DTensor) for parameter in head.parameters())
+    parts = list(head.modules())
+    if any(isinstance(part, FullyShardedDataParallel | DTensor) for part in (*parts, *head.parameters())):
+        return "its head is sharded"
+    # of parameters, too: they see a gradient once, and may change it
+    if any(vars(part)[name] for part in parts for name in hooks) or any(
+        t._backward_hooks for t in _trained(head)
+    ):
+        return "its head has hooks"
+    if getattr(model, "_is_replica", False):
+        return "DataParallel gathers them"
+    return None
 
 
 def _trained(head: nn.Module) -> list[Tensor]:
@@ -187,9 +210,5 @@ def _trained(head: nn.Module) -> list[Tensor]:
 
 
 @functools.cache
-def _tell_computed(kind: type[nn.Module]) -> None:
-    logger.warning(
-        "%s has its logits at once, and its loss from these: they were read before the loss, or its head has "
-        "hooks or is sharded",
-        kind.__name__,
-    )
+def _tell_at_once(kind: type[nn.Module], reason: str) -> None:
+    logger.warning("%s has its logits at once, and its loss from these: %s", kind.__name__, reason)

@@ -1,4 +1,4 @@
-"""Logits that a head computes when somebody reads them, and the loss takes without ever having them whole."""
+"""Logits that a head computes when the model's forward reads them, and the loss takes without having them."""
 
 import contextlib
 import functools
@@ -28,6 +28,11 @@ _ELEMENTWISE = {
     Tensor.div,
     Tensor.__truediv__,
 }
+# what trainers do to all outputs of a model, whether they are read or not
+_HANDED_ON = {
+    *(Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double),
+    *(Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.contiguous, Tensor.clone, Tensor.detach),
+}
 # answered without the values; who asks for these is often only looking for what takes part in backward
 _KNOWN = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout")),
@@ -36,92 +41,108 @@ _KNOWN = {
 }
 
 
-class Moment:
-    """When a head was to compute its logits: nothing later may make them others.
+class HeadCall:
+    """A call of a head within a model's forward, during which its logits may be computed.
 
     Args:
-        hidden: What the head was given.
-        head: It.
+        forward: The head's.
+        hidden: ``[..., hidden_size]``, what it is called with.
+
+    Attributes:
+        hidden: What it is called with; None once the model's forward is over.
+        taken: Whether a loss has taken the logits by rows.
     """
 
-    def __init__(self, hidden: Tensor, head: nn.Module) -> None:
+    def __init__(self, forward: Rows, hidden: Tensor) -> None:
         """See the class."""
-        self._tensors = [hidden, *head.parameters()]
-        self._versions = [_version(tensor) for tensor in self._tensors]
-        self._recorded, self._autocast = torch.is_grad_enabled(), autocast_dtype(hidden)
+        self.hidden: Tensor | None = hidden
+        self.taken = False
+        self._forward: Rows | None = forward
+        self._autocast = autocast_dtype(hidden)
 
-    @contextlib.contextmanager
-    def again(self) -> Iterator[None]:
-        """A context that computes as then.
+    def logits(self, rows: Tensor) -> Tensor:
+        """Those of some rows, under the autocast of the call."""
+        assert self._forward is not None
+        dtype = self._autocast
+        with without_autocast(rows) if dtype is None else torch.autocast(rows.device.type, dtype):
+            return self._forward(rows)
 
-        Raises:
-            RuntimeError: A parameter of the head has changed since.
-        """
-        if [_version(tensor) for tensor in self._tensors] != self._versions:
-            raise RuntimeError(
-                'logits of a model with loss="chunked" are computed when they are read, and the head has '
-                "changed since: read outputs.logits before the optimiser's step"
-            )
-        hidden, dtype = self._tensors[0], self._autocast
-        as_then = without_autocast(hidden) if dtype is None else torch.autocast(hidden.device.type, dtype)
-        with torch.set_grad_enabled(self._recorded), as_then:
-            yield
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+    def end(self) -> None:
+        """Let go of everything: what comes now would see another head, another mode or other weights."""
+        self.hidden = self._forward = None
 
 
 class LazyLogits(Tensor):
-    """head(hidden) of ``[..., hidden_size]``, not computed until it is read.
+    """head(hidden) of ``[..., hidden_size]``, not computed until the model's forward reads it.
 
     A tensor of the logits' shape, dtype and device. Anything but its layout is asked of the logits, which are
-    computed then, once; multiplying or dividing by a number, tanh and another dtype only add a step.
+    computed then, once; multiplying or dividing by a number, tanh and another dtype only add a step. When the
+    model's forward is over, logits that were not computed are spent: they can be handed on, not read.
 
     Args:
-        hidden: ``[..., hidden_size]``.
+        call: The head's.
         compute: Makes logits of any of hidden's rows.
         none: The logits of no rows, in the dtype and on the device of all.
-        moment: As which they are computed.
     """
 
-    hidden: Tensor
-    compute: Rows
-
-    def __new__(cls, hidden: Tensor, compute: Rows, none: Tensor, moment: Moment) -> "LazyLogits":
+    def __new__(cls, call: HeadCall, compute: Rows, none: Tensor, rows: torch.Size) -> "LazyLogits":
         """See the class."""
-        shape = (*hidden.shape[:-1], none.shape[-1])
+        shape = (*rows, none.shape[-1])
         made: Any = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=none.dtype, device=none.device, requires_grad=False
         )
         return made  # type: ignore[no-any-return]
 
-    def __init__(self, hidden: Tensor, compute: Rows, none: Tensor, moment: Moment) -> None:
+    def __init__(self, call: HeadCall, compute: Rows, none: Tensor, rows: torch.Size) -> None:
         """See the class."""
-        self.hidden, self.compute, self._none, self._moment = hidden, compute, none, moment
+        self._call, self._compute, self._none = call, compute, none
         self._computed: Tensor | None = None
 
     @property
-    def are_read(self) -> bool:
-        """Whether there are logits, which may have been written to since."""
-        return self._computed is not None
+    def can_be_taken(self) -> bool:
+        """Whether the loss can do without them: not if they are there, and perhaps written to, or moved."""
+        hidden = self._call.hidden
+        return self._computed is None and hidden is not None and hidden.device == self.device
+
+    def by_rows(self) -> tuple[Tensor, Rows]:
+        """hidden and what makes logits of its rows, for the loss."""
+        assert self._call.hidden is not None
+        self._call.taken = True
+        return self._call.hidden, self._compute
 
     def read(self) -> Tensor:
-        """The logits; with their graph, if the model was called so."""
+        """The logits, with their graph.
+
+        Raises:
+            RuntimeError: The model's forward is over.
+        """
         if self._computed is None:
-            with self._moment.again():
-                self._computed = self.compute(self.hidden)
+            if self._call.hidden is None:
+                raise RuntimeError(
+                    'a model with loss="chunked" never has all the logits of a call with labels; for '
+                    "outputs.logits call it under torch.no_grad() or without labels, or train with "
+                    'fastlora.accelerate(model, loss="model")'
+                )
+            # whoever looks without gradients leaves the loss its own
+            with torch.inference_mode(False), torch.enable_grad():
+                self._computed = self._compute(self._call.hidden)
         return self._computed
+
+    def settled(self) -> Tensor:
+        """What a model's forward returns for these: logits, unless nothing but the loss wanted them."""
+        return self if self._computed is None and self._call.taken else self.read()
 
     def then(self, func: Any, args: Any, kwargs: Any) -> "LazyLogits":
         """A function of each element on these."""
-        compute = self.compute
+        compute = self._compute
+        none = func(self._none, *args, **kwargs)
         return LazyLogits(
-            self.hidden,
-            lambda rows: func(compute(rows), *args, **kwargs),
-            func(self._none, *args, **kwargs),
-            self._moment,
+            self._call, lambda rows: func(compute(rows), *args, **kwargs), none, self.shape[:-1]
         )
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """Without reading them."""
+        return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -132,8 +153,10 @@ class LazyLogits(Tensor):
             return known(func, types, args, kwargs)
         first, *others = args or [None]
         numbers = not any(isinstance(other, Tensor) for other in (*others, *kwargs.values()))
-        if func in _ELEMENTWISE and numbers and isinstance(first, cls) and not first.are_read:
-            return first.then(func, others, kwargs)
+        if numbers and isinstance(first, cls) and first._computed is None:
+            spent = first._call.hidden is None
+            if func in (_HANDED_ON if spent else _ELEMENTWISE):
+                return first.then(func, others, kwargs)
         return func(*tree_map_only(cls, cls.read, args), **tree_map_only(cls, cls.read, kwargs))
 
     @classmethod
@@ -146,22 +169,35 @@ class LazyLogits(Tensor):
 
 
 @contextlib.contextmanager
-def made_lazily(head: nn.Module) -> Iterator[None]:
-    """A context in which a head's forward returns :class:`LazyLogits`."""
+def made_lazily(head: nn.Module) -> Iterator[list[HeadCall]]:
+    """A context in which a head's forward returns :class:`LazyLogits`; gives the calls of it."""
     own = vars(head).get("forward")
-    head.forward = functools.partial(_lazily, head, head.forward)
+    calls: list[HeadCall] = []
+    head.forward = functools.partial(_lazily, calls, head.forward)
     try:
-        yield
+        yield calls
     finally:
+        for call in calls:
+            call.end()
         if own is None:
             del head.forward
         else:
             head.forward = own
 
 
-def _lazily(head: nn.Module, forward: Rows, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-    if args or kwargs or type(hidden) is not Tensor:
+def settled(outputs: Any) -> Any:
+    """A model's outputs with logits in them wherever more than the loss wanted them."""
+
+    def is_leaf(part: Any) -> bool:
+        return not isinstance(part, tuple | list | dict)
+
+    return tree_map_only(LazyLogits, LazyLogits.settled, outputs, is_leaf=is_leaf)
+
+
+def _lazily(calls: list[HeadCall], forward: Rows, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if args or kwargs or type(hidden) is not Tensor or not torch.is_grad_enabled():
         return forward(hidden, *args, **kwargs)
-    # in the caller's grad mode: autocast keeps the weights that it casts here
+    calls.append(HeadCall(forward, hidden))
+    # recorded: autocast keeps the weights that it casts here
     none = forward(hidden[..., :0, :]).detach()
-    return LazyLogits(hidden, forward, none, Moment(hidden, head))
+    return LazyLogits(calls[-1], calls[-1].logits, none, hidden.shape[:-1])

@@ -43,12 +43,12 @@ def accelerate(model: Model, *, loss: Literal["model", "chunked"] = "model") -> 
     own: it quantises the merged weight anew, and warns. Where bitsandbytes rewrites 4-bit weights in an
     evaluation pass (CPUs with AVX512-BF16), after which they give no gradient, that is switched off.
 
-    With ``loss="chunked"`` a causal language model of transformers that is called with labels takes its loss
-    from an eighth of the logits at a time, and the gradients with it; equal up to the order of sums. Heads
-    may be tied, quantised, with LoRA or trained whole; scaled and capped logits count, and so does
-    ``num_items_in_batch``. ``outputs.logits`` is then a tensor whose numbers are computed, once, when
-    something reads them (if there is dropout in the head, with a mask of their own). Without labels, and in
-    graphs of ``torch.compile``, all is the model's own. LoRA need not be PEFT's then, nor there at all.
+    With ``loss="chunked"`` a causal language model of transformers that is called with labels while
+    gradients are recorded takes its loss from an eighth of the logits at a time, and the gradients with it;
+    equal up to the order of sums. Heads may be tied, quantised, with LoRA or trained whole; scaled and capped
+    logits count, and so does ``num_items_in_batch``. ``outputs.logits`` of such a call has a shape and no
+    numbers: reading it raises a RuntimeError. Under ``torch.no_grad()``, without labels, and in graphs of
+    ``torch.compile``, all is the model's own. LoRA need not be PEFT's then, nor there at all.
 
     Args:
         model: With PEFT's LoRA layers anywhere inside.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.nn import functional as F
 
 from fastlora._core import backend
@@ -51,8 +51,8 @@ def chunked_cross_entropy(
 
     Raises:
         TypeError: ``hidden`` is no floating-point tensor, or ``labels`` no int64 tensor.
-        ValueError: Shapes or devices do not fit, or the head uses a tensor that wants a gradient and is not
-            among ``parameters``.
+        ValueError: Shapes or devices do not fit, the head uses a tensor that wants a gradient and is not
+            among ``parameters``, or one of these has a hook, which would see the gradient of each chunk.
 
     Example:
         >>> import torch
@@ -68,6 +68,7 @@ def chunked_cross_entropy(
     hidden, labels = rows_of(hidden), labels.flatten()
     if torch.compiler.is_compiling() or backend.selected() == "reference":
         return _at_once(hidden, labels, head, ignore_index, num_items)
+    _refuse_hooks(parameters)
     counted = labels.ne(ignore_index).nonzero().squeeze(1)
     items = torch.as_tensor(counted.numel() if num_items is None else num_items, device=hidden.device)
     # of hidden's graph without its rows, for whoever differentiates the gradients
@@ -106,23 +107,31 @@ class ChunkedCrossEntropyFunction(torch.autograd.Function):
         share = (items if counted.numel() else torch.ones_like(items)).to(_at_least_float32(hidden.dtype))
         share = share.reciprocal()
         # divided last, half precision loses no gradient, and others save a pass; bfloat16 would round twice
-        early = torch.bfloat16 in (hidden.dtype, autocast_dtype(hidden))
-        rows = _Rows(hidden, labels, head, wanted, need_hidden, share if early else None)
+        dtypes = (hidden.dtype, autocast_dtype(hidden))
+        early = share if torch.bfloat16 in dtypes else None
+        rows = _Rows(hidden, labels, head, wanted, need_hidden, early)
         if recorded and (need_hidden or wanted):
             total, gradients = _sum_and_gradients(rows, counted)
+            if torch.float16 in dtypes and not _are_finite(gradients):
+                # it holds no sum over that many rows, but their mean
+                early = share.clamp(min=1 / _rows_at_most(hidden))
+                total, gradients = _sum_and_gradients(rows._replace(factor=early), counted)
         else:
             total, gradients = _sum(rows, counted), []
         loss: Tensor = total / items
-        ctx.save_for_backward(origin, None if early else share, *wanted, *gradients)
+        late = share if early is None else share / early
+        ctx.save_for_backward(origin, late, *wanted, *gradients)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of hidden and the parameters, those that are wanted."""
         (grad,) = grads
-        _, share, *kept = ctx.saved_tensors
-        factor = grad if share is None else grad * share
-        found = iter([g if g is None else (g * factor).to(g.dtype) for g in kept[sum(ctx.needed) :]])
+        origin, late, *kept = ctx.saved_tensors
+        factor, wanted = grad * late, sum(ctx.needed)
+        dtypes = [t.dtype for t in (origin, *kept[:wanted])]
+        pairs = zip(kept[wanted:], dtypes, strict=True)
+        found = iter([g if g is None else (_wide(g) * factor).to(dtype) for g, dtype in pairs])
         every = (next(found), *(None,) * 6, *(next(found) if need else None for need in ctx.needed))
         return refuse_second_derivative("chunked_cross_entropy", ctx, grads, every)
 
@@ -163,14 +172,31 @@ def _sum_and_gradients(call: _Rows, counted: Tensor) -> tuple[Tensor, list[Tenso
         if of_hidden is not None and of_rows is not None:
             of_hidden.index_copy_(0, rows, of_rows)
         sums = [_added(*pair) for pair in zip(sums, gradients, strict=True)]
-    rounded = [s if s is None else s.to(p.dtype) for s, p in zip(sums, call.parameters, strict=True)]
-    return torch.stack(losses).sum(), [of_hidden, *rounded]
+    pairs = zip(sums, call.parameters, strict=True)
+    # float16 may not hold what is divided later
+    kept = [s if s is None or p.dtype == torch.float16 else s.to(p.dtype) for s, p in pairs]
+    return torch.stack(losses).sum(), [of_hidden, *kept]
+
+
+def _are_finite(gradients: list[Tensor | None]) -> bool:
+    finite = [g.isfinite().all() for g in gradients if g is not None]
+    return bool(torch.stack(finite).all()) if finite else True
+
+
+def _wide(gradient: Tensor) -> Tensor:
+    """In float32 instead of float16, which would round the factor, too."""
+    return gradient.float() if gradient.dtype == torch.float16 else gradient
 
 
 def _chunks(counted: Tensor, call: _Rows) -> tuple[Tensor, ...]:
     """The rows that count, as many at a time as may be; no rows at all are one chunk."""
-    chunks: tuple[Tensor, ...] = counted.split(max(1, min(len(call.hidden) // _PARTS, _MOST_ROWS)))
+    chunks: tuple[Tensor, ...] = counted.split(_rows_at_most(call.hidden))
     return chunks
+
+
+def _rows_at_most(hidden: Tensor) -> int:
+    """Of a chunk."""
+    return max(1, min(len(hidden) // _PARTS, _MOST_ROWS))
 
 
 def _added(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
@@ -188,7 +214,8 @@ def _evaluated(call: _Rows, rows: Tensor) -> Tensor:
 
 def _differentiated(call: _Rows, rows: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
     """The loss of some rows; gradients of these and the parameters: softmax − one-hot, through the head."""
-    with torch.enable_grad():
+    # what is saved here is no business of the caller's checkpoint, which computes all this again
+    with torch.enable_grad(), saved_tensors_hooks(_as_is, _as_is):
         some = call.hidden[rows].detach().requires_grad_(call.need_hidden)
         logits = call.head(some)
     _refuse_others(logits, [some, *call.parameters])
@@ -201,9 +228,13 @@ def _differentiated(call: _Rows, rows: Tensor) -> tuple[Tensor, Sequence[Tensor 
     if call.factor is not None:
         gradient.mul_(call.factor)
     sources = [some, *call.parameters] if call.need_hidden else call.parameters
-    with without_autocast(some):
+    with without_autocast(some), saved_tensors_hooks(_as_is, _as_is):
         found = torch.autograd.grad(logits, sources, gradient.to(logits.dtype), allow_unused=True)
     return loss, found if call.need_hidden else (None, *found)
+
+
+def _as_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
@@ -213,6 +244,17 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
+
+
+def _refuse_hooks(parameters: Sequence[Tensor]) -> None:
+    """Refuse parameters with hooks on their gradient: they would run for each chunk and again for the sum."""
+    for parameter in parameters:
+        if parameter._backward_hooks:
+            raise ValueError(
+                "expected parameters without hooks, got one of shape "
+                f"{tuple(parameter.shape)} with a hook on its gradient; take "
+                "Tensor.register_post_accumulate_grad_hook, or fastlora.use_backend('reference')"
+            )
 
 
 def _refuse_others(logits: Tensor, known: list[Tensor]) -> None:
