@@ -558,7 +558,9 @@ def test_a_class_that_names_its_loss() -> None:
     assert_its_own_step(model, step(accelerated))
     assert isinstance(accelerated(input_ids=IDS, labels=LABELS).logits, LazyLogits)
     accelerated.loss_function = lambda **given: torch.zeros(())
-    assert accelerated(input_ids=IDS, labels=LABELS).loss == 0
+    out = accelerated(input_ids=IDS, labels=LABELS)
+    assert out.loss == 0
+    assert type(out.logits) is Tensor
 
 
 def test_within_a_checkpoint_of_the_caller() -> None:

@@ -193,13 +193,17 @@ def _why_at_once(model: Any, head: nn.Module) -> str | None:
     parts = list(head.modules())
     if any(isinstance(part, FullyShardedDataParallel | DTensor) for part in (*parts, *head.parameters())):
         return "its head is sharded"
-    # of parameters, too: they see a gradient once, and may change it
-    if any(vars(part)[name] for part in parts for name in hooks) or any(
-        t._backward_hooks for t in _trained(head)
-    ):
+    # those of parameters, too, are to see one gradient, which they may change
+    found = (
+        *(vars(part)[name] for part in parts for name in hooks),
+        *(t._backward_hooks for t in _trained(head)),
+    )
+    if any(found):
         return "its head has hooks"
     if getattr(model, "_is_replica", False):
         return "DataParallel gathers them"
+    if model._own_loss is not _causal_loss():
+        return "somebody has given it another loss"
     return None
 
 
