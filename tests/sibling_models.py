@@ -87,7 +87,7 @@ def family(name: str, **settings: Any) -> tuple[Any, dict[str, Tensor]]:
 def apart() -> Iterator[None]:
     """Every layer computes alone."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(_peft_siblings, "_gains", lambda x: False)
+        patched.setattr(_peft_siblings, "_parts", lambda layers, x: None)
         yield
 
 

@@ -1,6 +1,7 @@
 """Layers of accelerated PEFT models that share x, computed together: the same numbers, whatever happens."""
 
 import copy
+import gc
 import pickle
 import threading
 import weakref
@@ -14,11 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.multiprocessing.spawn import spawn
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora.interop import _peft_siblings
+from fastlora.interop import _call_state, _peft_siblings
 from fastlora.interop.peft import restore
 from tests.cases import cases
 from tests.quantised import four_bit
@@ -51,6 +54,8 @@ TOGETHER = {
     "T5": [2, 2, 2, 2],
     "ViT": [3],
 }
+# with dropout masks are drawn at once, wherever a gradient is wanted
+FIRST = {name: [3] for name in TOGETHER} | {"GPT-2": [], "T5": [2, 2]}
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -63,8 +68,8 @@ def test_a_step_is_that_of_layers_apart(name: str, dropout: float) -> None:
         expected = step(model, batch)
     with groups() as seen:
         assert_as_apart(step(model, batch), expected)
-    assert seen == TOGETHER[name]
-    assert _peft_siblings._thread.ahead is None
+    assert seen == (FIRST[name] if dropout else []) + TOGETHER[name]
+    assert _peft_siblings._thread.group is None
 
 
 def test_ranks_factors_dropout_and_what_trains_may_differ() -> None:
@@ -108,6 +113,11 @@ def _scaling(module: Any, x: Tensor) -> Tensor:
 
 def _other_weights(module: Any, x: Tensor) -> Tensor:
     module.v.lora_A["default"].weight = nn.Parameter(module.v.lora_A["default"].weight.detach() * 2)
+    return x
+
+
+def _same_memory(module: Any, x: Tensor) -> Tensor:
+    module.v.lora_B["default"].weight = nn.Parameter(module.v.lora_B["default"].weight.detach())
     return x
 
 
@@ -167,7 +177,7 @@ def _called_twice(module: Any, x: Tensor) -> Tensor:
 
 
 CHANGES = [
-    _x_by_its_data, _other_x, _scaling, _other_weights, _disabled, _merged, _frozen, _pre_hook,
+    _x_by_its_data, _other_x, _scaling, _other_weights, _same_memory, _disabled, _merged, _frozen, _pre_hook,
     _inner_hook, _own_forward, _backend, _no_grad, _autocast, _called_twice,
 ]  # fmt: skip
 
@@ -299,9 +309,92 @@ class OfOthers(Attention):
         return mixed
 
 
-@pytest.mark.parametrize(
-    ("kind", "together"), [(OfTwo, [2]), (WithABlock, [2]), (OfALoop, []), (OfOthers, [])]
-)
+class AfterItsArguments(Attention):
+    """The output's call begins before those of its arguments."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., 64]`` to the same."""
+        q = self.q(x)
+        mixed: Tensor = self.o(q * self.k(x) + self.v(x))
+        return mixed
+
+
+class OfBranches(Attention):
+    """Never more than one is called, by a condition."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., 64]`` to the same."""
+        if self.training:
+            mixed: Tensor = self.q(x)
+        else:
+            mixed = self.k(x)
+        return mixed
+
+
+class OfAnEarlyReturn(Attention):
+    """Never more than one is called, because the first call is returned."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., 64]`` to the same."""
+        if self.training:
+            return torch.Tensor.tanh(self.q(x))
+        mixed: Tensor = self.k(x)
+        return mixed
+
+
+class OfAnExpression(Attention):
+    """Never more than one is called, by an expression's condition."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., 64]`` to the same."""
+        mixed: Tensor = self.q(x) if self.training else self.k(x)
+        return mixed
+
+
+class OfCases(Attention):
+    """Never more than one is called, by a pattern."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., 64]`` to the same."""
+        match self.training:
+            case True:
+                mixed: Tensor = self.q(x)
+            case _:
+                mixed = self.k(x)
+        return mixed
+
+
+class OfHandlers(Attention):
+    """The second is called where the first one failed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., 64]`` to the same."""
+        try:
+            mixed: Tensor = self.q(x)
+        except ValueError:
+            mixed = self.k(x)
+        return mixed
+
+
+class AfterABranch(Attention):
+    """A branch without calls excludes none."""
+
+    def forward(self, x: Tensor, factor: float = 2.0) -> Tensor:
+        """``[..., 64]`` to the same."""
+        q = self.q(x)
+        q = q * factor if self.training else q
+        mixed: Tensor = self.o(q * self.k(x) + self.v(x))
+        return mixed
+
+
+KINDS: list[tuple[type[Attention], list[int]]] = [
+    (OfTwo, [2]), (WithABlock, [2]), (OfALoop, []), (OfOthers, []), (AfterItsArguments, [3]),
+    (OfBranches, []), (OfAnEarlyReturn, []), (OfAnExpression, []), (OfCases, []),
+    (OfHandlers, []), (AfterABranch, [3]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "together"), KINDS)
 def test_siblings_are_what_is_called_with_one_variable(kind: type[Attention], together: list[int]) -> None:
     module = attention(kind())
     with apart():
@@ -335,7 +428,7 @@ def test_an_exception_leaves_nothing_that_is_taken_later() -> None:
     interrupt(module, _raise)
     with pytest.raises(KeyError):
         module(x)
-    assert _peft_siblings._thread.ahead is not None
+    assert _peft_siblings._thread.group is not None
     del module.forward
     torch.manual_seed(5)
     assert torch.equal(module(x), expected)
@@ -353,9 +446,20 @@ def test_what_was_computed_ahead_in_vain_goes_with_the_next_call() -> None:
         interrupt(module, _raise)
         with pytest.raises(KeyError):
             module(an_input() * 1)
-        assert _peft_siblings._thread.ahead is not None
+        assert _peft_siblings._thread.group is not None
         call(module)
-        assert _peft_siblings._thread.ahead is None
+        assert _peft_siblings._thread.group is None
+
+
+def test_what_was_computed_ahead_in_vain_goes_with_the_model() -> None:
+    module = attention()
+    interrupt(module, _raise)
+    with pytest.raises(KeyError):
+        module(an_input() * 1)
+    alive = weakref.ref(module.k.base_layer.weight)
+    del module
+    gc.collect()
+    assert alive() is None
 
 
 def test_a_call_after_the_backward_pass_of_the_first_has_a_graph_of_its_own() -> None:
@@ -412,6 +516,53 @@ def test_checkpoints_repeat_what_was_computed(options: dict[str, Any]) -> None:
     assert set(seen) == {3}
 
 
+class WithDropoutBetween(Attention):
+    """Draws random numbers between the calls."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., 64]`` to the same."""
+        q = nn.functional.dropout(self.q(x), 0.5)
+        mixed: Tensor = self.o(q * self.k(x) + self.v(x))
+        return mixed
+
+
+@pytest.mark.parametrize("first", [0.0, 0.2])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_repeat_what_is_drawn_between_calls(reentrant: bool, first: float) -> None:
+    module = attention(WithDropoutBetween(), lora_dropout=0.2)
+    module.q.lora_dropout["default"] = nn.Dropout(first)
+    expected = run(module)
+    found = run(Checkpointed(module, use_reentrant=reentrant))
+    assert_as_apart({name.removeprefix("module."): each for name, each in found.items()}, expected)
+
+
+def test_masks_are_drawn_at_once_whatever_wants_a_gradient() -> None:
+    module, x, found = attention(WithDropoutBetween(), lora_dropout=0.2), an_input(), list[Tensor]()
+    for enabled, given in ((True, x), (True, x.detach()), (False, x)):
+        torch.manual_seed(1)
+        with torch.set_grad_enabled(enabled):
+            found.append(module(given * 1))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_an_inference_tensor_that_changes_counts() -> None:
+    module = attention(lora_dropout=0.5)
+    with torch.inference_mode(), groups() as seen:
+        module(an_input() * 1)
+    assert not seen
+
+
+def test_another_stream_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in: Any = type("OnAGpu", (), {"is_cuda": True, "device": torch.device("cuda", 0)})()
+    monkeypatch.setattr(_call_state, "_state", lambda tensor: None)
+    monkeypatch.setattr(_call_state, "autocast_dtype", lambda x: None)
+    streams = iter(["one", "one", "other"])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: next(streams))
+    first, same, other = (_call_state.of_call(stand_in) for _ in range(3))
+    assert first == same != other
+
+
 def test_a_checkpoint_of_every_layer_repeats_what_was_computed() -> None:
     module = attention(lora_dropout=0.2)
     with apart():
@@ -454,7 +605,7 @@ def test_a_checkpointed_model_takes_the_steps_of_one_apart(reentrant: bool) -> N
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     with groups() as seen:
         assert_as_apart(step(model, batch), expected)
-    assert seen.count(3) == (2 if reentrant else 4)
+    assert seen.count(3) == 4
 
 
 def test_it_generates_the_same_words() -> None:
@@ -549,7 +700,7 @@ def test_restoring_leaves_no_trace() -> None:
     layers = [layer for layer in model.modules() if "_siblings" in vars(layer)]
     assert len(layers) == 3
     restore(model)
-    assert not any("_siblings" in vars(module) for module in model.modules())
+    assert not any("sibling" in name for module in model.modules() for name in vars(module))
     fastlora.accelerate(model)
     assert [layer for layer in model.modules() if "_siblings" in vars(layer)] == layers
 
@@ -573,9 +724,30 @@ def test_another_adapter_and_a_deleted_one() -> None:
     assert_as_apart(run(module), expected)
 
 
-def test_adapters_switched_off_on_one_sibling() -> None:
-    module = attention()
+def _hooked(module: Any) -> None:
+    module.q.register_forward_pre_hook(lambda layer, inputs: (inputs[0] * 2,))
+
+
+def _wrapped(module: Any) -> None:
+    module.q = nn.Sequential(module.q)
+
+
+def _wrapped_sibling(module: Any) -> None:
+    module.v = nn.Sequential(module.v)
+
+
+def _switched_off(module: Any) -> None:
     module.k.enable_adapters(False)
+
+
+def _exchanged(module: Any) -> None:
+    module.q, module.k = module.k, module.q
+
+
+@pytest.mark.parametrize("change", [_hooked, _wrapped, _wrapped_sibling, _switched_off, _exchanged])
+def test_nothing_is_shared_by_layers_that_are_no_longer_called_alike(change: Callable[[Any], None]) -> None:
+    module = attention()
+    change(module)
     with apart():
         expected = run(module)
     with groups() as seen:
@@ -625,7 +797,7 @@ def one_process(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize("how", ["ddp", "fsdp2", "fsdp2 of layers"])
+@pytest.mark.parametrize("how", ["ddp", "fsdp1", "fsdp1 of layers", "fsdp2", "fsdp2 of layers"])
 def test_sharded_and_replicated_models(how: str) -> None:
     module = attention()
     with apart():
@@ -633,6 +805,8 @@ def test_sharded_and_replicated_models(how: str) -> None:
     called: Any = module
     if how == "ddp":
         called = nn.parallel.DistributedDataParallel(module)
+    elif how.startswith("fsdp1"):
+        called = fsdp1(module, of_layers=how == "fsdp1 of layers", use_orig_params=True)
     else:
         mesh = init_device_mesh("cpu", (1,))
         for layer in (module.q, module.k, module.v) if how == "fsdp2 of layers" else ():
@@ -642,7 +816,39 @@ def test_sharded_and_replicated_models(how: str) -> None:
         with groups() as seen:
             found = run(called)
         plain = {
-            name.removeprefix("module."): getattr(each, "_local_tensor", each) for name, each in found.items()
+            name.removeprefix("module.").replace("_fsdp_wrapped_module.", ""): each
+            for name, each in found.items()
+        }
+        plain = {
+            name: getattr(each, "_local_tensor", each).view_as(expected[name]) for name, each in plain.items()
         }
         assert_as_apart(plain, expected)
-    assert seen == ([] if how == "fsdp2 of layers" else [3])
+    assert seen == ([] if how.endswith("of layers") else [3])
+
+
+def fsdp1(module: Any, *, of_layers: bool, use_orig_params: bool) -> Any:
+    """The module in FSDP's first version, and each layer, too."""
+    policy = ModuleWrapPolicy({type(module.q)}) if of_layers else None
+    return FullyShardedDataParallel(
+        module, auto_wrap_policy=policy, use_orig_params=use_orig_params, device_id=torch.device("cpu")
+    )
+
+
+def one_of_two(rank: int, folder: Path, use_orig_params: bool) -> None:
+    """A rank whose layers' weights are there only while each is called."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    module = attention().requires_grad_()
+    with apart():
+        expected = run(module)
+    called = fsdp1(module, of_layers=True, use_orig_params=use_orig_params)
+    found = run(called)
+    assert_as_apart(
+        {name: found[name] for name in ("output", "x")}, {n: expected[n] for n in ("output", "x")}
+    )
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("use_orig_params", cases([], [False, True]))
+def test_layers_that_are_sharded_each_by_itself(tmp_path: Path, use_orig_params: bool) -> None:
+    spawn(one_of_two, (tmp_path, use_orig_params), 2)

@@ -57,12 +57,6 @@ class Fused:
             return dora(x, parts, first, first.magnitude)
         return siblings.compute(self, x, parts)
 
-    def __setstate__(self, state: Any) -> None:
-        """As PEFT's; siblings that are copied together stay so."""
-        peft: Any = super()
-        peft.__setstate__(state)
-        siblings.join_again(self)
-
     def forward_gated(self, gate: Tensor, up: Tensor, activation: Gate) -> Tensor | None:
         """:meth:`forward` of act(gate)·up, which is not kept; None where the fused op serves no such call."""
         plain = gate.shape == up.shape and gate.dtype is up.dtype and type(up) in PLAIN

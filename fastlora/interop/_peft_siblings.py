@@ -2,9 +2,10 @@
 
 Siblings are fused layers that their module's forward calls with one variable, by its source. What is computed
 for a layer ahead of its call is taken only if nothing has changed by then: x is the same tensor with the same
-values, the layer's parts are what they were, and so are autograd's and autocast's settings. Else, and where
-no gradient of x is wanted, a layer computes alone. Nothing is learned from calls, so that the first step, a
-resumed one and one that a checkpoint repeats compute alike.
+values, the layer's parts are what they were, and so are the stream and autograd's and autocast's settings.
+Else, and where neither a gradient of x nor a dropout mask is wanted, a layer computes alone. Nothing is
+learned from calls, so that the first step, a resumed one and one that a checkpoint repeats compute alike.
+A change that autograd's counter of versions misses (``tensor.data.mul_(2)``) is not seen.
 """
 
 import functools
@@ -18,41 +19,38 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 from fastlora._core import backend
+from fastlora.interop._call_state import of_call, of_layer
 from fastlora.interop._peft_compute import completed, has_masks_apart, lora, lora_of_several
 from fastlora.interop._peft_parts import Parts, is_called_plainly
 from fastlora.interop._sources import Call, events_of
-from fastlora.ops.runtime import autocast_dtype
-from fastlora.ops.weights.frozen import FrozenWeight
 
-_NAME = "_siblings"
+# where a layer has its place, and a module its groups
+_PLACE, _GROUPS = "_siblings", "_sibling_groups"
 
 
 class Group:
-    """Siblings, in the order of their calls; the layers hold it, not it the layers."""
+    """Siblings, in the order of their calls: children of a module, by their names."""
 
-    def __init__(self, size: int) -> None:
-        """With so many places, all free."""
-        self._layers: list[weakref.ref[Any] | None] = [None] * size
+    def __init__(self, names: tuple[str, ...]) -> None:
+        """Of these children, of a module that :class:`_Groups` tells."""
+        self.names = names
+        self.parent: weakref.ref[nn.Module] | None = None
+        self.kept = _Kept()
 
     def __reduce__(self) -> Any:
-        """Of a copied layer's siblings those are its own that are copied with it: each joins again."""
-        return Group, (len(self._layers),)
-
-    def join(self, number: int, layer: Any) -> None:
-        """Give a layer its place, unless that is another one's."""
-        if self.layer(number) is None:
-            self._layers[number] = weakref.ref(layer)
+        """A copied layer brings its siblings only if their module is copied."""
+        return Group, (self.names,)
 
     def layer(self, number: int) -> Any:
-        """Who has a place; None where it is free."""
-        layer = self._layers[number]
-        return None if layer is None else layer()
+        """Whom the module calls in a place; None if there is nobody, or no module."""
+        parent = None if self.parent is None else self.parent()
+        return None if parent is None else parent._modules.get(self.names[number])
 
-    def after_the_first(self) -> list[Any] | None:
-        """All layers but the first; None if one is gone, or in another group by now."""
-        layers = [self.layer(number) for number in range(1, len(self._layers))]
-        places = [None if layer is None else layer.__dict__.get(_NAME) for layer in layers]
-        return layers if all(place is not None and place.group is self for place in places) else None
+    def layers(self) -> list[Any] | None:
+        """All siblings; None if the module calls a wrapper or another layer in place of one."""
+        layers = [self.layer(number) for number in range(len(self.names))]
+        places = [None if layer is None else layer.__dict__.get(_PLACE) for layer in layers]
+        return layers if places == [Place(self, number) for number in range(len(layers))] else None
 
 
 class Place(NamedTuple):
@@ -62,28 +60,59 @@ class Place(NamedTuple):
     number: int
 
 
+class _Groups:
+    """What a module has of groups, which its copies have of their own."""
+
+    def __init__(self, parent: nn.Module | None, groups: list[Group]) -> None:
+        """Make these groups the module's."""
+        self.parent, self.groups = None if parent is None else weakref.ref(parent), groups
+        for group in groups:
+            group.parent = self.parent
+
+    def __reduce__(self) -> Any:
+        """With the module itself, so that a copied one is that of the copied groups."""
+        return _Groups, (None if self.parent is None else self.parent(), self.groups)
+
+
 class _Ahead(NamedTuple):
     """What was computed ahead of calls.
 
     Attributes:
-        group: What the layers that it was computed for belong to.
         x: The input of all, which this does not keep.
-        state: What :func:`_state_of_call` was.
+        state: What :func:`of_call` was.
         has_run: Not empty once the backward pass of what was computed has run.
         outputs: For each layer's number what its output was computed from, and the output.
     """
 
-    group: Group
     x: TensorWeakRef
     state: Any
     has_run: list[bool]
     outputs: dict[int, tuple[Any, Tensor]]
 
 
-class _Thread(threading.local):
-    """What a thread has computed ahead, of all groups: at most one group's outputs are kept in vain."""
+class _Kept(threading.local):
+    """What each thread has computed ahead for a group; it goes with the group, and so with the model."""
 
     ahead: _Ahead | None = None
+
+
+class _Thread(threading.local):
+    """The group for which a thread has computed ahead: at most one's outputs are kept in vain."""
+
+    group: weakref.ref[Group] | None = None
+
+    def keep(self, group: Group, ahead: _Ahead) -> None:
+        """Leave what was computed to the next call."""
+        group.kept.ahead, self.group = ahead, weakref.ref(group)
+
+    def take(self) -> tuple[Group | None, _Ahead | None]:
+        """What was left, and for whom; it is left no longer."""
+        group = None if self.group is None else self.group()
+        self.group = None
+        if group is None:
+            return None, None
+        ahead, group.kept.ahead = group.kept.ahead, None
+        return group, ahead
 
 
 _thread = _Thread()
@@ -95,54 +124,56 @@ def find(model: nn.Module, kind: type) -> None:
         if isinstance(module, kind):
             forget(module)
     for module in model.modules():
-        for layers in _sharing(module, kind) if "forward" not in vars(module) else ():
-            group = Group(len(layers))
-            for number, layer in enumerate(layers):
-                layer.__dict__[_NAME] = Place(group, number)
-                group.join(number, layer)
+        sharing = _sharing(module, kind) if "forward" not in vars(module) else []
+        groups = [Group(tuple(names)) for names in sharing]
+        for group in groups:
+            for number, name in enumerate(group.names):
+                module._modules[name].__dict__[_PLACE] = Place(group, number)
+        if groups:
+            module.__dict__[_GROUPS] = _Groups(module, groups)
 
 
-def _sharing(module: nn.Module, kind: type) -> list[list[Any]]:
-    """Layers of a module, without a place yet, that its forward calls with one variable."""
+def _sharing(module: nn.Module, kind: type) -> list[list[str]]:
+    """Names of a module's layers, without a place yet, that its forward calls with one variable."""
     children = dict(module.named_children())
     with_layers = {
         name for name, each in children.items() if any(isinstance(m, kind) for m in each.modules())
     }
-    runs, current = list[list[Any]](), dict[str, list[Any]]()
+    runs, current = list[list[str]](), dict[str, list[str]]()
     for event in events_of(type(module).forward) if len(with_layers) > 1 else ():
-        if not isinstance(event, Call):
+        if event is None:
+            # what was called in another one is not called in this
+            current.clear()
+        elif not isinstance(event, Call):
             # the variable is another value from here on
             current.pop(event, None)
         elif event.module in with_layers:
-            layer = children[event.module]
+            name, layer = event.module, children[event.module]
             run = current.get(event.argument or "")
-            if not isinstance(layer, kind) or _NAME in layer.__dict__ or event.argument is None:
+            if not isinstance(layer, kind) or _PLACE in layer.__dict__ or event.argument is None:
                 current.clear()
-            elif run is None or layer in run or layer.in_features != run[0].in_features:
+            elif run is None or name in run or layer.in_features != children[run[0]].in_features:
                 # what is called between two siblings' calls would drop what was computed ahead
-                current = {event.argument: [layer]}
+                current = {event.argument: [name]}
                 runs.append(current[event.argument])
             else:
                 current = {event.argument: run}
-                run.append(layer)
-    found = list[list[Any]]()
+                run.append(name)
+    found = list[list[str]]()
     for run in runs:
-        if len(run) > 1 and not any(layer in other for other in found for layer in run):
+        if len(run) > 1 and not any(name in other for other in found for name in run):
             found.append(run)
     return found
 
 
 def forget(layer: Any) -> None:
     """Take a layer out of its group; what was computed ahead of calls is dropped."""
-    if layer.__dict__.pop(_NAME, None) is not None:
-        _thread.ahead = None
-
-
-def join_again(layer: Any) -> None:
-    """Give a copied layer its place among those that are copied with it."""
-    place = layer.__dict__.get(_NAME)
+    place = layer.__dict__.pop(_PLACE, None)
     if place is not None:
-        place.group.join(place.number, layer)
+        parent = None if place.group.parent is None else place.group.parent()
+        if parent is not None:
+            parent.__dict__.pop(_GROUPS, None)
+        _thread.take()
 
 
 def compute(layer: Any, x: Tensor, parts: Parts) -> Tensor:
@@ -155,8 +186,8 @@ def compute(layer: Any, x: Tensor, parts: Parts) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return completed(lora(x, parts), x, parts)
-    place = layer.__dict__.get(_NAME)
-    # a replica of data parallel's has the place of another
+    place = layer.__dict__.get(_PLACE)
+    # a replica of data parallel's has the place of another, and a wrapper is called in place of what it wraps
     if place is not None and (backend.is_watched() or place.group.layer(place.number) is not layer):
         place = None
     y = _taken(place, x, parts)
@@ -169,7 +200,7 @@ def together(layers: Sequence[Any], x: Tensor) -> list[Tensor] | None:
     """Each fused layer's output for one x; None where that gains nothing, or PEFT has to compute one."""
     if torch.compiler.is_compiling() or backend.is_watched():
         return None
-    parts = _parts(layers, x)
+    parts = _parts(layers, x) if _gains(x) else None
     if parts is None:
         return None
     return [completed(y, x, of_y) for y, of_y in zip(lora_of_several(x, parts), parts, strict=True)]
@@ -177,8 +208,13 @@ def together(layers: Sequence[Any], x: Tensor) -> list[Tensor] | None:
 
 def _with_siblings(group: Group, x: Tensor, parts: Parts) -> Tensor | None:
     """The first one's output, if its siblings' are computed, too; they are left for their calls."""
-    siblings = group.after_the_first()
-    found = None if siblings is None or not _can_share(parts, x) else _parts(siblings, x)
+    layers = group.layers()
+    if layers is None or not (_gains(x) or _draw_masks(layers, x)):
+        return None
+    first, *siblings = layers
+    # a hook on the first alone, or whatever else calls it, may give it another x
+    plainly = is_called_plainly(first) and _can_share(parts, x)
+    found = _parts(siblings, x) if plainly else None
     if found is None:
         return None
     y, *others = lora_of_several(x, [parts, *found])
@@ -186,9 +222,9 @@ def _with_siblings(group: Group, x: Tensor, parts: Parts) -> Tensor | None:
     if y.grad_fn is not None:
         y.grad_fn.register_hook(functools.partial(_note, has_run))
     outputs = {
-        number: (_what(p), y) for number, (p, y) in enumerate(zip(found, others, strict=True), start=1)
+        number: (of_layer(p), y) for number, (p, y) in enumerate(zip(found, others, strict=True), start=1)
     }
-    _thread.ahead = _Ahead(group, TensorWeakRef(x), _state_of_call(x), has_run, outputs)
+    _thread.keep(group, _Ahead(TensorWeakRef(x), of_call(x), has_run, outputs))
     return y
 
 
@@ -198,23 +234,21 @@ def _note(has_run: list[bool], *gradients: Any) -> None:
 
 def _taken(place: Place | None, x: Tensor, parts: Parts) -> Tensor | None:
     """What was computed ahead of this very call; anything else that was is dropped."""
-    ahead, _thread.ahead = _thread.ahead, None
-    if ahead is None or place is None or ahead.group is not place.group or ahead.has_run:
+    group, ahead = _thread.take()
+    if group is None or ahead is None or place is None or place.group is not group or ahead.has_run:
         return None
-    if ahead.x() is not x or ahead.state != _state_of_call(x):
+    if ahead.x() is not x or ahead.state != of_call(x):
         return None
     what, y = ahead.outputs.pop(place.number, (None, None))
-    if what is None or what != _what(parts):
+    if what is None or what != of_layer(parts):
         return None
     if ahead.outputs:
-        _thread.ahead = ahead
+        _thread.keep(group, ahead)
     return y
 
 
 def _parts(layers: Sequence[Any], x: Tensor) -> list[Parts] | None:
     """What the layers' calls would be computed from; None if one is PEFT's, or would be noticed by a hook."""
-    if not _gains(x):
-        return None
     found = list[Parts]()
     for layer in layers:
         parts = layer.fused_parts(x) if is_called_plainly(layer) else None
@@ -229,30 +263,18 @@ def _gains(x: Tensor) -> bool:
     return x.requires_grad and torch.is_grad_enabled()
 
 
+def _draw_masks(layers: Sequence[Any], x: Tensor) -> bool:
+    """Whether a layer has dropout. Then masks are always drawn at once, because a reentrant checkpoint
+    first runs without gradients what it repeats with them, and may draw other numbers between two calls.
+    """
+    # of an inference tensor nothing tells that it has changed, and no checkpoint repeats it
+    return not x.is_inference() and any(
+        type(dropout) is nn.Dropout and dropout.training and dropout.p
+        for layer in layers
+        for dropout in layer._modules["lora_dropout"]._modules.values()
+    )
+
+
 def _can_share(parts: Parts, x: Tensor) -> bool:
     dora = any(adapter.magnitude is not None for adapter in parts.adapters)
     return not dora and parts.weight.device == x.device and not has_masks_apart(parts)
-
-
-def _what(parts: Parts) -> Any:
-    """All that an output depends on, of a layer, to be compared."""
-    weight = parts.weight
-    stored = weight.tensors if isinstance(weight, FrozenWeight) else (weight,)
-    adapters = [(*map(_state, adapter[:3]), *adapter[3:5]) for adapter in parts.adapters]
-    return [*map(_state, (*stored, parts.bias)), *adapters]
-
-
-def _state_of_call(x: Tensor) -> Any:
-    """All that an output depends on beside the layer."""
-    autograd: Any = torch._C._autograd
-    # of a checkpoint, or of whoever moves what is kept elsewhere
-    hooks = autograd._top_saved_tensors_default_hooks(True)
-    return _state(x), torch.is_grad_enabled(), autocast_dtype(x), backend.selected(), hooks
-
-
-def _state(tensor: Tensor | None) -> Any:
-    """What tells whether a tensor's values, or its part in autograd, have changed."""
-    if tensor is None:
-        return None
-    version = None if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad

@@ -4,7 +4,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 
@@ -15,14 +15,18 @@ class Call(NamedTuple):
     argument: str | None
 
 
-Event = Call | str
-# line and column
-_Position = tuple[int, int]
+# None: what stands above may not have run
+Event = Call | str | None
+# line, column, and who comes first of those that end there
+_Position = tuple[int, int, int]
+_CALL, _NAME, _LEFT = range(3)
+_Placed = ast.expr | ast.stmt | ast.ExceptHandler | ast.pattern
 
 
 @functools.cache
 def events_of(forward: Callable[..., Any]) -> tuple[Event, ...]:
-    """Calls of ``self``'s attributes in the text's order, and names of variables where they are assigned.
+    """Calls of ``self``'s attributes in the order in which they run, and names of variables where they are
+    assigned; None where another branch begins, or this one is left.
 
     Args:
         forward: A method; one whose source is not found has none.
@@ -31,25 +35,45 @@ def events_of(forward: Callable[..., Any]) -> tuple[Event, ...]:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))
     except (OSError, TypeError, SyntaxError):
         return ()
-    events: list[tuple[_Position, Event]] = []
-    for node in ast.walk(tree):
-        match node:
-            case ast.Call(func=ast.Attribute(value=ast.Name(id="self"), attr=name)):
-                events.append((_start(node), Call(name, _argument(node))))
-            case ast.For(target=target) | ast.AsyncFor(target=target) | ast.withitem(optional_vars=target):
-                events += [(_start(name), name.id) for name in _assigned(target)]
-            case ast.stmt() | ast.NamedExpr() if not hasattr(node, "body"):
-                # assigned after what stands to the right is computed
-                events += [(_end(node), name.id) for name in _assigned(node)]
+    events = [event for node in ast.walk(tree) for event in (*_of_node(node), *_of_branches(node))]
     return tuple(event for _, event in sorted(events, key=lambda each: each[0]))
 
 
-def _start(node: ast.expr) -> _Position:
-    return node.lineno, node.col_offset
+def _of_node(node: ast.AST) -> Iterator[tuple[_Position, Event]]:
+    """A call, or assigned names: each after what stands to the right, or within, is computed."""
+    match node:
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="self"), attr=name)):
+            yield _end(node, _CALL), Call(name, _argument(node))
+        case ast.For(target=target, iter=last) | ast.AsyncFor(target=target, iter=last):
+            yield from ((_end(last, _NAME), name.id) for name in _assigned(target))
+        case ast.withitem(context_expr=last, optional_vars=target):
+            yield from ((_end(last, _NAME), name.id) for name in _assigned(target))
+        case ast.stmt() | ast.NamedExpr() if not hasattr(node, "body"):
+            yield from ((_end(node, _NAME), name.id) for name in _assigned(node))
 
 
-def _end(node: ast.stmt | ast.expr) -> _Position:
-    return node.end_lineno or node.lineno, node.end_col_offset or node.col_offset
+def _of_branches(node: ast.AST) -> Iterator[tuple[_Position, Event]]:
+    """Where a branch begins that excludes another, or what follows is another one."""
+    match node:
+        case ast.Return() | ast.Continue() | ast.Break():
+            yield _end(node, _LEFT), None
+        case ast.ExceptHandler() | ast.pattern():
+            yield _start(node), None
+    others = getattr(node, "orelse", None) or []
+    others = others if isinstance(others, list) else [others]
+    # one without calls changes nothing
+    if any(
+        isinstance(event, Call) for other in others for each in ast.walk(other) for _, event in _of_node(each)
+    ):
+        yield _start(others[0]), None
+
+
+def _start(node: _Placed) -> _Position:
+    return node.lineno, node.col_offset, _CALL
+
+
+def _end(node: _Placed, who: int) -> _Position:
+    return node.end_lineno or node.lineno, node.end_col_offset or node.col_offset, who
 
 
 def _assigned(node: ast.AST | None) -> list[ast.Name]:
