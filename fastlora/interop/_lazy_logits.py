@@ -123,8 +123,8 @@ class LazyLogits(Tensor):
                     "outputs.logits call it under torch.no_grad() or without labels, or train with "
                     'fastlora.accelerate(model, loss="model")'
                 )
-            # whoever looks without gradients leaves the loss its own
-            with torch.inference_mode(False), torch.enable_grad():
+            # records also where somebody looks without gradients: the loss wants them
+            with torch.inference_mode(False):
                 self._computed = self._compute(self._call.hidden)
         return self._computed
 

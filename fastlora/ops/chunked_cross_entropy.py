@@ -167,7 +167,9 @@ def _sum_and_gradients(call: _Rows, counted: Tensor) -> tuple[Tensor, list[Tenso
     sums: list[Tensor | None] = [None] * len(call.parameters)
     losses = []
     for rows in _chunks(counted, call):
-        loss, (of_rows, *gradients) = _differentiated(call, rows)
+        # what a chunk saves is no business of the caller's checkpoint, which computes all this again
+        with saved_tensors_hooks(_as_is, _as_is):
+            loss, (of_rows, *gradients) = _differentiated(call, rows)
         losses.append(loss)
         if of_hidden is not None and of_rows is not None:
             of_hidden.index_copy_(0, rows, of_rows)
@@ -214,8 +216,7 @@ def _evaluated(call: _Rows, rows: Tensor) -> Tensor:
 
 def _differentiated(call: _Rows, rows: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
     """The loss of some rows; gradients of these and the parameters: softmax − one-hot, through the head."""
-    # what is saved here is no business of the caller's checkpoint, which computes all this again
-    with torch.enable_grad(), saved_tensors_hooks(_as_is, _as_is):
+    with torch.enable_grad():
         some = call.hidden[rows].detach().requires_grad_(call.need_hidden)
         logits = call.head(some)
     _refuse_others(logits, [some, *call.parameters])
@@ -228,7 +229,7 @@ def _differentiated(call: _Rows, rows: Tensor) -> tuple[Tensor, Sequence[Tensor 
     if call.factor is not None:
         gradient.mul_(call.factor)
     sources = [some, *call.parameters] if call.need_hidden else call.parameters
-    with without_autocast(some), saved_tensors_hooks(_as_is, _as_is):
+    with without_autocast(some):
         found = torch.autograd.grad(logits, sources, gradient.to(logits.dtype), allow_unused=True)
     return loss, found if call.need_hidden else (None, *found)
 
