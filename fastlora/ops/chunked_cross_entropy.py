@@ -186,8 +186,8 @@ def _are_finite(gradients: list[Tensor | None]) -> bool:
 
 
 def _wide(gradient: Tensor) -> Tensor:
-    """In float32 instead of float16, which would round the factor, too."""
-    return gradient.float() if gradient.dtype == torch.float16 else gradient
+    """In float32 instead of 16 bits, which would round the factor, too, where it lies on a GPU."""
+    return gradient.to(_at_least_float32(gradient.dtype))
 
 
 def _chunks(counted: Tensor, call: _Rows) -> tuple[Tensor, ...]:
