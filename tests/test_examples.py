@@ -49,13 +49,22 @@ def test_an_example_runs(name: str) -> None:
 def test_the_example_of_trl_runs_and_both_learn_alike(tmp_path: Path) -> None:
     save_tiny(tmp_path)
     printed = _run("chat_with_trl.py", "--model", str(tmp_path))
-    line = r"^(.+): [\d.]+ s a step, ([\d.]+) MiB at most, loss ([\d.]+) → ([\d.]+)$"
-    (name, memory, first, last), ours = re.findall(line, printed, re.M)
+    line = r"^(.+): [\d.]+ s a step, ([\d.]+) MiB at most, loss ([\d.]+) → ([\d.]+), (\d+) layers fused$"
+    (name, memory, first, last, fused), ours = re.findall(line, printed, re.M)
     assert (name, ours[0]) == ("PEFT", "PEFT, accelerated")
+    # seven layers of each of two blocks
+    assert (fused, ours[4]) == ("0", "14")
     # a row's activations of one layer, at least
     assert min(float(memory), float(ours[1])) > 256 * (64 + 128 + 128) * 4 / 2**20
     assert float(last) < float(first)
-    assert [float(loss) for loss in ours[2:]] == pytest.approx([float(first), float(last)], abs=0.002)
+    assert [float(loss) for loss in ours[2:4]] == pytest.approx([float(first), float(last)], abs=0.002)
+
+
+def test_too_few_steps_are_refused() -> None:
+    command = [sys.executable, str(ROOT / "examples" / "chat_with_trl.py"), "--steps", "3"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "expected --steps of at least 4, got 3" in done.stderr
 
 
 def _run(name: str, *arguments: str) -> str:
