@@ -42,6 +42,8 @@ from tests.demo_runs import handlers
 
 STEPS = 3
 WIDE = {"COLUMNS": "200"}
+# of the real model, which is patched away below
+_SAVE_DENSE = smollm2.save_dense
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -82,6 +84,8 @@ class LanguageRun:
 @pytest.fixture(scope="module", params=cases([None], ["nf4"]))
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LanguageRun:
     folder = tmp_path_factory.mktemp("language") / "new" / "folder"
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter" / "of_before.bin").write_bytes(b"of an earlier run")
     told: list[tuple[str, int, int]] = []
 
     def advance(
@@ -117,6 +121,7 @@ def test_files_and_nothing_else(run: LanguageRun) -> None:
     }
     saved = {path.name for path in (run.folder / "adapter").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= saved
+    assert "of_before.bin" not in saved
     with Image.open(run.folder / "losses.png") as picture:
         assert picture.width > 1000
         assert len(picture.convert("RGB").resize((64, 64)).getcolors(4096) or ()) > 50
@@ -197,6 +202,8 @@ def test_the_page_shows_it_all(run: LanguageRun) -> None:
     assert "data:image/png;base64," in page
     assert "http" not in page
     assert f"<b>{report['peft_over_accelerated']:.2f}×</b>" in page
+    assert ('quantised="nf4"' in page) == (run.quantised == "nf4")
+    assert "first two steps are left out" in page
     for number in (report["perplexity_before"], *(m["perplexity"] for m in report["methods"])):
         assert f"<td>{number:.2f}</td>" in page
 
@@ -223,8 +230,10 @@ def test_what_is_printed_and_told(run: LanguageRun) -> None:
     ):
         assert text in run.stdout
     assert run.stderr == ""
-    for title in ("PEFT", "PEFT, accelerated"):
-        assert [done for task, done, total in run.told if (task, total) == (title, STEPS)] == [1, 2, 3]
+    # a training logs its step before the other's begins
+    titles = ("PEFT", "PEFT, accelerated")
+    steps = [(task, done, total) for task, done, total in run.told if task in titles]
+    assert steps == [(title, step, STEPS) for step in (1, 2, 3) for title in titles]
     tasks = list(dict.fromkeys(task for task, _, _ in run.told))
     assert tasks == [
         "PEFT, accelerated: test before",
@@ -236,6 +245,28 @@ def test_what_is_printed_and_told(run: LanguageRun) -> None:
         "PEFT: answers after",
         "PEFT, accelerated: answers after",
     ]
+
+
+def test_two_steps_in_bfloat16(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The dtype of most machines; too few steps for a ratio of their seconds."""
+    monkeypatch.setattr(smollm2, "check_installed", lambda: None)
+    monkeypatch.setattr(language_run, "native_precision", lambda: "bf16")
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["demo", "--max-steps", "2"], env=WIDE)
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "demo-output" / "dialogues"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["precision"] == "bf16"
+    own, ours = report["methods"]
+    # a value near 1 rounds to bfloat16 by 2⁻⁹ at most; the two round at other places
+    assert ours["losses"] == pytest.approx(own["losses"], abs=2**-9)
+    assert ours["perplexity"] == pytest.approx(own["perplexity"], rel=2**-9)
+    assert ours["perplexity"] < report["perplexity_before"] * (1 - 2**-7)
+    assert report["peft_over_accelerated"] is None
+    page = (folder / "report.html").read_text()
+    assert "over ours" not in page
+    assert "compare nothing" in page
+    assert "PEFT takes" not in result.stdout
 
 
 def test_trainings_take_a_step_each_in_turns() -> None:
@@ -252,19 +283,20 @@ def test_trainings_take_a_step_each_in_turns() -> None:
     assert steps == [0, 1, 2] * 4
 
 
-@pytest.mark.parametrize("who", [0, 1])
-def test_a_training_that_fails_stops_the_others(who: int) -> None:
-    turns = Turns(2)
+@pytest.mark.parametrize("error", [FloatingPointError, RuntimeError])
+@pytest.mark.parametrize("who", [0, 1, 2])
+def test_a_training_that_fails_stops_the_others(who: int, error: type[Exception]) -> None:
+    turns = Turns(3)
 
     def training(number: int) -> None:
         for step in range(3):
             turns.take(number)
             if (number, step) == (who, 1):
-                raise FloatingPointError("loss is not finite")
+                raise error("loss is not finite")
             turns.give()
 
-    with pytest.raises(FloatingPointError, match="not finite"):
-        train_in_turns(turns, [partial(training, number) for number in range(2)])
+    with pytest.raises(error, match="not finite"):
+        train_in_turns(turns, [partial(training, number) for number in range(3)])
 
 
 def test_parts_share_no_question_and_no_answer() -> None:
@@ -378,9 +410,8 @@ def test_an_interrupted_demo_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 @pytest.mark.full
-def test_the_packaged_model_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    importlib.reload(smollm2).save_dense(tmp_path)
+def test_the_packaged_model_answers(tmp_path: Path) -> None:
+    _SAVE_DENSE(tmp_path)
     model, tokenizer = smollm2.load_causal(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     asked: Any = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],

@@ -44,6 +44,13 @@ def aside(final: Path) -> Iterator[Path]:
             path.unlink(missing_ok=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, if there is one; a crash in between leaves no half of it under its name."""
+    if folder.exists():
+        with aside(folder) as unseen:
+            folder.replace(unseen)
+
+
 def write_through(path: Path, content: bytes | memoryview) -> None:
     """Write a file that isn't there yet, and see it on the disk.
 

@@ -14,11 +14,13 @@ def show_language(console: Console, report: dict[str, Any], output: Path) -> Non
     console.print(f"Asked: {entry['question']}")
     console.print(f"Before: {entry['before']}")
     console.print(f"After: {entry[ours['title']]}")
-    console.print(
-        f"PEFT takes {own['median_step_seconds']:.3f} s a step, accelerated "
-        f"{ours['median_step_seconds']:.3f} s: {report['peft_over_accelerated']:.2f}x, medians of steps in "
-        f"turns. Their losses differ by at most {report['largest_loss_difference']:.1g}."
-    )
+    ratio = report["peft_over_accelerated"]
+    if ratio is not None:
+        console.print(
+            f"PEFT takes {own['median_step_seconds']:.3f} s a step, accelerated "
+            f"{ours['median_step_seconds']:.3f} s: {ratio:.2f}x, medians of steps in turns."
+        )
+    console.print(f"Their losses differ by at most {report['largest_loss_difference']:.1g}.")
     written = f"report.html, report.json, losses.png, {report['adapter_folder']}/"
     console.print(f"Wrote {written} to {output} after {report['total_seconds']:.0f} s in all.")
 
@@ -28,8 +30,8 @@ def _table(report: dict[str, Any]) -> Table:
     caption = (
         f"{dialogues['train']} training and {dialogues['test']} test dialogues, "
         f"{report['methods'][0]['steps']} steps of {recipe['tokens']} tokens, "
-        f"LoRA r = {recipe['rank']} on all linear layers, seed "
-        f"{recipe['seed']}, {report['device_name']} in {report['precision']}."
+        f"LoRA r = {recipe['rank']} on all linear layers but the head, "
+        f"seed {recipe['seed']}, {report['device_name']} in {report['precision']}."
     )
     table = Table(title=report["model"], caption=caption)
     table.add_column("")

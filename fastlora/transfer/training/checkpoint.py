@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastlora._core.files import aside, read_json, room_wanted, settle, write_through
+from fastlora._core.files import aside, read_json, remove_folder, room_wanted, settle, write_through
 from fastlora._core.interruption import Interrupted
 from fastlora._core.log import logger
 
@@ -53,7 +53,7 @@ class Checkpoints:
                 new.mkdir(parents=True)
                 write_through(new / _STATE, content)
                 write_through(new / _MANIFEST, json.dumps(manifest).encode())
-                _remove(target)
+                remove_folder(target)
                 new.replace(target)
             settle(self.folder)
         except OSError as error:
@@ -96,7 +96,7 @@ class Checkpoints:
 
     def _tidy(self) -> None:
         for old in self._found()[:-_KEPT]:
-            _remove(old)
+            remove_folder(old)
         # what a killed process left
         for left in self.folder.glob(f".{PREFIX}*.tmp"):
             shutil.rmtree(left, ignore_errors=True)
@@ -124,10 +124,3 @@ def _read(folder: Path) -> tuple[int, dict[str, Any]]:
     if not isinstance(state, dict):
         raise ValueError(f"expected a state with names, got {type(state).__name__}")
     return step, state
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        # out of sight first: a half-removed folder must not look like a torn checkpoint
-        with aside(folder) as unseen:
-            folder.replace(unseen)

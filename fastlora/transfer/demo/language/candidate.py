@@ -25,7 +25,7 @@ IGNORED = -100
 # of an answer; the dialogues' own are shorter
 _ANSWER_TOKENS = 40
 # the first step makes the optimiser's state, the profiler slows the second
-_MEASURED_STEP, _WARM_UP_STEPS = 2, 2
+_MEASURED_STEP, WARM_UP_STEPS = 2, 2
 
 
 class Watch(TrainerCallback):
@@ -78,15 +78,15 @@ class Watch(TrainerCallback):
         self.seconds.append(self._now() - self._began)
         if state.global_step == self._measured:
             self.measuring.close()
-        if self._turns is not None:
-            self._turns.give()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Keep the step's loss, and tell of it."""
+        """Keep the step's loss, tell of it, and leave the turn: every step is logged, after its end."""
         if "loss" in (logs or {}):
             self.losses.append(float(logs["loss"]))
             memory = self.held.bytes or None
             self._reporter.advance(self.title, state.global_step, self._steps, self.losses[-1], memory)
+            if self._turns is not None:
+                self._turns.give()
 
     def _now(self) -> float:
         if self._device.type != "cpu":
@@ -171,7 +171,7 @@ class Candidate:
             "steps": len(seconds),
             "losses": self.watch.losses,
             "step_seconds": seconds,
-            "median_step_seconds": statistics.median(seconds[_WARM_UP_STEPS:] or seconds),
+            "median_step_seconds": statistics.median(seconds[WARM_UP_STEPS:] or seconds),
             "seconds": sum(seconds),
             "peak_memory_bytes": self.watch.held.bytes,
         }

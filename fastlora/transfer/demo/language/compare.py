@@ -10,10 +10,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
+from fastlora._core.files import aside, remove_folder, settle
 from fastlora._core.progress import Reporter
 from fastlora.interop.peft import accelerate
 from fastlora.parameters import parameter_report
-from fastlora.transfer.demo.language.candidate import Candidate, Watch, begin
+from fastlora.transfer.demo.language.candidate import WARM_UP_STEPS, Candidate, Watch, begin
 from fastlora.transfer.demo.language.dialogues import Dialogue
 from fastlora.transfer.demo.language.recipe import Recipe
 from fastlora.transfer.demo.language.turns import Turns, train_in_turns
@@ -116,16 +117,22 @@ def _ask(candidate: Candidate, answers: list[dict[str, str]], when: str, *, key:
         entry[key] = text
 
 
-def _compared(own: dict[str, Any], ours: dict[str, Any]) -> dict[str, float]:
+def _compared(own: dict[str, Any], ours: dict[str, Any]) -> dict[str, float | None]:
     apart = [abs(one - other) for one, other in zip(own["losses"], ours["losses"], strict=True)]
+    # what such steps take is not what a step takes
+    warm = ours["steps"] > WARM_UP_STEPS
     return {
-        "peft_over_accelerated": own["median_step_seconds"] / ours["median_step_seconds"],
+        "peft_over_accelerated": own["median_step_seconds"] / ours["median_step_seconds"] if warm else None,
         "largest_loss_difference": max(apart),
     }
 
 
 def _save(candidate: Candidate, folder: Path) -> dict[str, Any]:
-    # PEFT would ask the hub whether the embeddings are still the base's
-    candidate.trainer.model.save_pretrained(folder, save_embedding_layers=False)
+    with aside(folder) as new:
+        # PEFT would ask the hub whether the embeddings are still the base's
+        candidate.trainer.model.save_pretrained(new, save_embedding_layers=False)
+        remove_folder(folder)
+        new.replace(folder)
+    settle(folder.parent)
     size = (folder / "adapter_model.safetensors").stat().st_size
     return {"adapter_folder": folder.name, "adapter_bytes": size}

@@ -13,13 +13,14 @@ _TEMPLATE = "transfer/demo/language/report.html.jinja"
 _WIDTHS, _DASHES = (5.0, 1.5), ("-", "--")
 
 
-def render(report: Mapping[str, Any]) -> str:
+def render(report: Mapping[str, Any], losses: bytes) -> str:
     """The page.
 
     Args:
         report: What ``report.json`` holds.
+        losses: What :func:`draw_losses` has drawn of it.
     """
-    return page(_TEMPLATE, report=report, losses=draw_losses(report))
+    return page(_TEMPLATE, report=report, losses=losses)
 
 
 def draw_losses(report: Mapping[str, Any]) -> bytes:

@@ -90,8 +90,9 @@ def run_language_demo(
     }
     with reporting(output):
         write_report(output / "report.json", report)
-        write_file(output / "losses.png", draw_losses(report))
-        write_file(output / "report.html", render(report).encode())
+        losses = draw_losses(report)
+        write_file(output / "losses.png", losses)
+        write_file(output / "report.html", render(report, losses).encode())
     return report
 
 

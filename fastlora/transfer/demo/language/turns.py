@@ -6,6 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 
+class _Stopped(RuntimeError):
+    """Another training has stopped before its end."""
+
+
 class Turns:
     """Whose step is next.
 
@@ -27,7 +31,7 @@ class Turns:
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or self._whose == number)
             if self._stopped:
-                raise RuntimeError("another training has stopped before its end")
+                raise _Stopped("another training has stopped before its end")
 
     def give(self) -> None:
         """Leave the turn to the next training."""
@@ -59,11 +63,9 @@ def train_in_turns(turns: Turns, trainings: Sequence[Callable[[], Any]]) -> list
 
     with ThreadPoolExecutor(len(trainings)) as pool:
         others = [pool.submit(run, training) for training in trainings[1:]]
-        # the error that stopped the rest is the one to tell
         try:
-            results = [run(trainings[0])]
-        except RuntimeError:
-            for other in others:
-                other.result()
-            raise
-        return results + [other.result() for other in others]
+            return [run(trainings[0]), *(other.result() for other in others)]
+        except _Stopped as stopped:
+            # the error that stopped the rest is the one to tell
+            errors = [error for other in others if (error := other.exception()) is not None]
+            raise next((error for error in errors if not isinstance(error, _Stopped)), stopped) from None
