@@ -15,7 +15,7 @@ from fastlora_kernels.choose.explain import explain
 from fastlora_kernels.targets import find_card
 from fastlora_kernels.tile import Shape
 from tests.cases import cases
-from tests.code_blocks import blocks, run
+from tests.code_blocks import blocks, run, stand_in
 from tests.hf_models import llama
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -94,7 +94,7 @@ def test_a_pages_examples_run(
     page: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One after another, as a reader goes down the page."""
-    monkeypatch.chdir(tmp_path)
+    stand_in(tmp_path, monkeypatch)
     torch.manual_seed(0)
     # what a reader has: a path that all processes see, a folder with a model
     names = {"store": tmp_path / "store", "path": tmp_path / "model"}

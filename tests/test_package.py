@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.code_blocks import blocks, run
+from tests.code_blocks import blocks, run, stand_in
 
 ROOT = Path(__file__).parents[1]
 WITHOUT_TRITON = """
@@ -144,7 +144,7 @@ EXAMPLES = blocks(ROOT / "README.md")
 def test_readme_example_runs(
     example: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    stand_in(tmp_path, monkeypatch)
     run(example, "README.md", {}, capsys)
 
 
