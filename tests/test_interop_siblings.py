@@ -21,7 +21,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora.interop import _call_state, _peft_siblings
+from fastlora.interop import _peft_siblings, _peft_state
 from fastlora.interop.peft import restore
 from tests.cases import cases
 from tests.quantised import four_bit
@@ -555,11 +555,11 @@ def test_an_inference_tensor_that_changes_counts() -> None:
 
 def test_another_stream_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in: Any = type("OnAGpu", (), {"is_cuda": True, "device": torch.device("cuda", 0)})()
-    monkeypatch.setattr(_call_state, "_state", lambda tensor: None)
-    monkeypatch.setattr(_call_state, "autocast_dtype", lambda x: None)
+    monkeypatch.setattr(_peft_state, "_state", lambda tensor: None)
+    monkeypatch.setattr(_peft_state, "autocast_dtype", lambda x: None)
     streams = iter(["one", "one", "other"])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: next(streams))
-    first, same, other = (_call_state.of_call(stand_in) for _ in range(3))
+    first, same, other = (_peft_state.of_call(stand_in) for _ in range(3))
     assert first == same != other
 
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 from fastlora._core import backend
-from fastlora.interop._call_state import of_call, of_layer
 from fastlora.interop._peft_compute import completed, has_masks_apart, lora, lora_of_several
 from fastlora.interop._peft_parts import Parts, is_called_plainly
+from fastlora.interop._peft_state import of_call, of_layer
 from fastlora.interop._sources import Call, events_of
 
 # where a layer has its place, and a module its groups
