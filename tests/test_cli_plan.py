@@ -47,6 +47,30 @@ def test_a_quantised_weight() -> None:
     assert dense["predicted_us"] < record["predicted_us"]
 
 
+def test_layers_that_share_their_input() -> None:
+    """Beside the same layers one by one: each as its own plan has it, and two sums of dX."""
+    group = ("--gpu", "H100", "--shape", "8192x4096x4096", "--sharing", "1024,512")
+    record = json.loads(run(*group, "--json").stdout)
+    assert (record["sharing"], record["weight_bytes"]) == ([1024, 512], 2 * 4096 * (4096 + 1024 + 512))
+    alone = [
+        json.loads(run("--gpu", "H100", "--shape", f"8192x4096x{n}", "--json").stdout)
+        for n in (4096, 1024, 512)
+    ]
+    assert record["forward"] == [launch for each in alone for launch in each["forward"]]
+    launches = [launch["name"] for launch in record["backward"]]
+    assert launches.count("shared_grad_x") == 1
+    assert "dX + dX" not in launches
+    apart = record["apart"]
+    *of_layers, first, second = apart["backward"]
+    assert of_layers == [launch for each in alone for launch in each["backward"]]
+    assert first["name"] == second["name"] == "dX + dX"
+    assert apart["predicted_us"] > record["predicted_us"] > record["ceiling_us"]
+    assert {each["path"] for each in record["rejected"]} == {"epilogue", "separate"}
+    words = " ".join(run(*group).stdout.split())
+    for part in ("4096 + 1024 + 512", "backward, shared", "one by one, and autograd's sums", "Not separate"):
+        assert part in words
+
+
 def test_an_adapter_needs_two_sizes() -> None:
     result = run("--gpu", "A100", "--shape", "4096x768", "--op", "adapter", "--rank", "64", "--json")
     assert result.exit_code == 0, result.output
@@ -65,8 +89,14 @@ def test_an_adapter_needs_two_sizes() -> None:
             ("--gpu", "H100", "--shape", "8x8", "--op", "adapter", "--weight", "nf4"),
             "the op lora_linear beside",
         ),
+        (("--gpu", "H100", "--shape", "8x8x8", "--sharing", "8,0"), "as in 1024,1024, at least 1, got '8,0'"),
+        (("--gpu", "H100", "--shape", "8x8x8", "--sharing", "8x8"), "as in 1024,1024, at least 1, got '8x8'"),
+        (
+            ("--gpu", "H100", "--shape", "8x8x8", "--sharing", "8", "--weight", "nf4"),
+            "a dense weight beside --sharing, got lora_linear and nf4",
+        ),
     ],
-    ids=["gpu", "sizes", "zero", "adapter", "dropout", "weight"],
+    ids=["gpu", "sizes", "zero", "adapter", "dropout", "weight", "no outputs", "no list", "nf4"],
 )
 def test_bad_input(arguments: tuple[str, ...], message: str) -> None:
     result = run(*arguments)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastlora_kernels import targets
-from fastlora_kernels.choose import paths
+from fastlora_kernels.choose.explain import explain_shared
 from fastlora_kernels.choose.lora import Call
 from fastlora_kernels.choose.shared import choose_shared_path, joins_ranks, shared_candidates
 from fastlora_kernels.lora.kernels import LORA_ADD, LORA_GRAD_A
@@ -26,18 +26,25 @@ def calls(outputs: Sequence[int], *, card: str = "H100", dropping: bool = False,
     return [Call(shape, torch.bfloat16, target, dropping) for shape in shapes(outputs, m=m)]
 
 
-def predicted_gain(of: Sequence[Call]) -> float:
+def predicted_gain(*, dropout: float = 0.0) -> float:
     """Both passes of layers that are computed one by one, and their dX added, over what is chosen here."""
-    forward = sum(paths.fastest(paths.candidates("forward", call)).microseconds for call in of)
-    found = {each.path: each for each in shared_candidates(of)}
-    chosen = paths.fastest([*found.values()])
-    return (forward + found["separate"].microseconds) / (forward + chosen.microseconds)
+    found = explain_shared(shapes(QKV), torch.bfloat16, H100, dropout=dropout)
+    assert found.apart is not None
+    return found.apart.predicted_us / found.predicted_us
 
 
 def test_query_key_and_value_gain_on_an_h100() -> None:
     """Over three layers of ours and autograd's two adds, as ``kernels/README.md`` has it. Predicted."""
-    assert predicted_gain(calls(QKV)) == pytest.approx(1.18, abs=0.005)
-    assert predicted_gain(calls(QKV, dropping=True)) == pytest.approx(1.07, abs=0.005)
+    assert predicted_gain() == pytest.approx(1.18, abs=0.005)
+    assert predicted_gain(dropout=0.1) == pytest.approx(1.07, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    "layers", [shapes((64,)), (*shapes((64,)), *shapes((64,), m=100)), (*shapes((64,)), *shapes((64,), k=64))]
+)
+def test_only_layers_on_one_input_are_explained(layers: tuple[Shape, ...]) -> None:
+    with pytest.raises(ValueError, match="at least two layers of the same rows and inputs, got"):
+        explain_shared(layers, torch.bfloat16, H100)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,13 @@ def plan(
             "factor for every row, or FP8 with one for 128 x 128 values (fp8) or for every row (fp8-rows)."
         ),
     ] = Weight.dense,
+    sharing: Annotated[
+        str,
+        typer.Option(
+            help="Outputs of further layers on the same input, as in 1024,1024 for key and value beside a "
+            "query: the input's gradient is computed of all together."
+        ),
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON on stdout.")] = False,
 ) -> None:
     """Show which path a layer call takes on a GPU, what it is predicted to cost, and what was rejected.
@@ -59,33 +66,39 @@ def plan(
     launches. The ceiling is the frozen, dense layer alone, forward and the gradient of its input; for an
     adapter, every large tensor moved once. [bold]fastlora tune[/bold] measures instead, on a GPU.
 
+    With --sharing the plan is of several layers on one input (query, key and value; gate and up), which
+    fastlora.accelerate computes together: launches stand in the order of the layers, and beside the plan is
+    what the same layers take one by one, with autograd's sums of their gradients. The ceiling is a frozen
+    layer with the outputs of all.
+
     [bold]Example[/bold]: fastlora plan --gpu H100 --shape 8192x4096x4096 --rank 16 --dropout 0.1
+
+    [bold]Example[/bold]: fastlora plan --gpu H100 --shape 8192x4096x4096 --sharing 1024,1024
     """
     # torch takes a second to import
     import torch
 
-    from fastlora_kernels.choose.explain import explain
-    from fastlora_kernels.choose.quantised import stored_bytes
+    from fastlora_kernels.choose.explain import explain, explain_shared
     from fastlora_kernels.targets import find_card
     from fastlora_kernels.tile import Shape
 
-    rows, inputs, outputs = parse_shape(shape, adapter=op is Op.adapter)
-    target = find_card(gpu)
-    sizes = Shape(rows, outputs, inputs, rank, aligned=inputs % 16 == 0 and outputs % 16 == 0)
-    given = getattr(torch, dtype.value)
+    rows, inputs, *outputs = parse_shape(shape, adapter=op is Op.adapter)
+    outputs += parse_sharing(sharing)
+    _check_sharing(sharing, op, weight)
+    target, given = find_card(gpu), getattr(torch, dtype.value)
+    sizes = [Shape(rows, n, inputs, rank, aligned=inputs % 16 == 0 and n % 16 == 0) for n in outputs]
     stored: Any = None if weight is Weight.dense else weight.value
-    found = explain(op.value, sizes, given, target, dropout=dropout, weight=stored)
-    asked: dict[str, Any] = {
-        "op": op.value,
-        "gpu": target.card,
-        "rows": rows,
-        "inputs": inputs,
-        "outputs": outputs,
-    }
-    asked |= {"rank": rank, "dropout": dropout, "dtype": dtype.value, "weight": weight.value}
+    if sharing:
+        found = explain_shared(sizes, given, target, dropout=dropout)
+    else:
+        found = explain(op.value, sizes[0], given, target, dropout=dropout, weight=stored)
+    asked: dict[str, Any] = {"op": op.value, "gpu": target.card, "rows": rows, "inputs": inputs}
+    asked |= {"outputs": outputs[0], "rank": rank, "dropout": dropout, "dtype": dtype.value}
+    asked["weight"] = weight.value
+    if sharing:
+        asked["sharing"] = outputs[1:]
     if op is Op.lora_linear:
-        dense = outputs * inputs * given.itemsize
-        asked["weight_bytes"] = dense if stored is None else stored_bytes(stored, outputs, inputs)
+        asked["weight_bytes"] = _weight_bytes(outputs, inputs, given.itemsize, stored)
     if as_json:
         typer.echo(json.dumps(asked | _record(found), indent=1))
     else:
@@ -113,8 +126,37 @@ def parse_shape(text: str, *, adapter: bool = False) -> tuple[int, int, int]:
     return sizes[0], sizes[1], sizes[2]
 
 
+def parse_sharing(text: str) -> list[int]:
+    """Outputs of further layers, of ``1024,1024``; none of an empty text.
+
+    Raises:
+        ValueError: The text is something else, or a size is 0.
+    """
+    sizes = [int(size) for size in text.split(",")] if re.fullmatch(r"\d+(,\d+)*", text) else []
+    if text and (not sizes or 0 in sizes):
+        raise ValueError(
+            f"expected --sharing outputs of each further layer, as in 1024,1024, at least 1, got {text!r}"
+        )
+    return sizes
+
+
+def _check_sharing(sharing: str, op: Op, weight: Weight) -> None:
+    if sharing and (op is not Op.lora_linear or weight is not Weight.dense):
+        raise ValueError(
+            f"expected the op lora_linear and a dense weight beside --sharing, got {op.value} and "
+            f"{weight.value}; such layers are computed one by one, as the plan of each shows"
+        )
+
+
+def _weight_bytes(outputs: list[int], inputs: int, itemsize: int, stored: Any) -> int:
+    """Bytes of the frozen weights of all layers."""
+    from fastlora_kernels.choose.quantised import stored_bytes
+
+    return sum(n * inputs * itemsize if stored is None else stored_bytes(stored, n, inputs) for n in outputs)
+
+
 def _record(found: "Explanation") -> dict[str, Any]:
-    return {
+    record: dict[str, Any] = {
         "path": found.path,
         "tile": None if found.tile is None else asdict(found.tile),
         "predicted_us": found.predicted_us,
@@ -131,10 +173,16 @@ def _record(found: "Explanation") -> dict[str, Any]:
             for each in candidates
         ],
     }
+    if found.apart is not None:
+        apart = found.apart
+        record["apart"] = {"predicted_us": apart.predicted_us, "bytes": apart.bytes, "flops": apart.flops}
+        record["apart"]["backward"] = [asdict(launch) for launch in apart.backward.launches]
+    return record
 
 
 def _show(found: "Explanation", asked: dict[str, Any], console: Console) -> None:
-    sizes = f"{asked['rows']} × {asked['inputs']} × {asked['outputs']}"
+    outputs = " + ".join(map(str, [asked["outputs"], *asked.get("sharing", ())]))
+    sizes = f"{asked['rows']} × {asked['inputs']} × {outputs}"
     dropout = f", dropout {asked['dropout']:g}" if asked["dropout"] else ""
     if asked["weight"] != Weight.dense:
         dropout += f", over a weight in {asked['weight']} ({asked['weight_bytes'] / 2**20:,.1f} MiB)"
@@ -147,6 +195,11 @@ def _show(found: "Explanation", asked: dict[str, Any], console: Console) -> None
         f"Predicted {found.predicted_us:,.0f} µs a step, forward and backward; the ceiling is "
         f"{found.ceiling_us:,.0f} µs: {found.overhead:.2f}×."
     )
+    if found.apart is not None:
+        console.print(
+            f"The same layers one by one, and autograd's sums: {found.apart.predicted_us:,.0f} µs, "
+            f"{found.apart.predicted_us / found.predicted_us:.2f}× as long."
+        )
     if found.tile is not None:
         tile = found.tile
         console.print(
@@ -174,10 +227,12 @@ def _launch_table(found: "Explanation") -> Table:
             amounts = (launch.microseconds, launch.bytes / 2**20, launch.flops / 1e9)
             table.add_row(title, name, *(f"{value:,.1f}" for value in amounts), launch.bound)
     table.add_section()
-    table.add_row(
-        "both", "", f"{found.predicted_us:,.1f}", f"{found.bytes / 2**20:,.1f}", f"{found.flops / 1e9:,.1f}",
-        "launches and gaps included",
-    )  # fmt: skip
+    for title, each in (("both", found), ("both, one by one", found.apart)):
+        if each is not None:
+            count = f"{sum(launch.count for launch in each.launches)} launches"
+            amounts = (each.predicted_us, each.bytes / 2**20, each.flops / 1e9)
+            formatted = (f"{value:,.1f}" for value in amounts)
+            table.add_row(title, count, *formatted, "launches and gaps included")
     return table
 
 

@@ -22,10 +22,9 @@ from fastlora.ops.shared_lora_linear import Projection, shared_lora_linear
 from fastlora.tuning.calls import LayerCall
 from fastlora.tuning.candidates import SCALING, Tensors, draw, run_eager, run_forward, unpacked
 from fastlora_kernels import targets
-from fastlora_kernels.choose import paths
-from fastlora_kernels.choose.explain import frozen
+from fastlora_kernels.choose.explain import explain_shared, frozen
 from fastlora_kernels.choose.lora import Call
-from fastlora_kernels.choose.shared import SHARED_PATHS, added, shared_candidates
+from fastlora_kernels.choose.shared import SHARED_PATHS, added
 from fastlora_kernels.choose.tuned import Choice
 from fastlora_kernels.predict.launches import total_us
 from fastlora_kernels.tile import Shape
@@ -152,9 +151,8 @@ def _predicted_ms(device: torch.device) -> dict[str, float]:
     (m, k, outputs), target, dtype = QKV, targets.detect(device), DTYPES[_case().dtype]
     calls = [Call(Shape(m, n, k, _case().rank), dtype, target, dropping=False) for n in outputs]
     bare = [launch for call in calls for launch in frozen(call.shape, dtype.itemsize, target)]
-    forward = sum(paths.fastest(paths.candidates("forward", call)).microseconds for call in calls)
-    found = {each.path: each for each in shared_candidates(calls)}
-    backward = {"separate": found["separate"], OURS: paths.fastest([*found.values()])}
-    microseconds = {name: forward + each.microseconds for name, each in backward.items()}
+    found = explain_shared([call.shape for call in calls], dtype, target)
+    assert found.apart is not None
+    microseconds = {"separate": found.apart.predicted_us, OURS: found.predicted_us}
     microseconds["frozen"] = total_us([*bare, *added(calls)])
     return {name: each / 1e3 for name, each in microseconds.items()}

@@ -1,11 +1,12 @@
 """Why a call takes the path it takes: what every path is predicted to cost, and what nothing can beat."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 
-from fastlora_kernels.choose import adapter, paths, plan, quantised
+from fastlora_kernels.choose import adapter, paths, plan, quantised, shared
 from fastlora_kernels.choose.lora import Call
 from fastlora_kernels.choose.paths import Candidate, Pass, large_kernel
 from fastlora_kernels.choose.quantised import Stored
@@ -25,11 +26,14 @@ class Explanation:
     Attributes:
         forward: What the forward pass takes.
         backward: What the backward pass takes.
-        tile: Tile of the large product forward; None where a library chooses.
-        ceiling_us: Microseconds of what nothing can beat: the frozen layer alone, forward and dX; for an
-            adapter, every large tensor moved once.
-        rejected: The other paths of both passes: slower ones with their prediction, impossible ones with the
-            reason.
+        tile: Tile of the large product forward, of dX where layers share their input; None where a library
+            chooses.
+        ceiling_us: Microseconds of what nothing can beat: the frozen layer alone, forward and dX, as one with
+            all outputs where several share their input; for an adapter, every large tensor moved once.
+        rejected: The other paths of both passes, of backward alone where layers share their input: slower
+            ones with their prediction, impossible ones with the reason.
+        apart: The same layers where each is computed by itself and autograd adds up dX; None for a single
+            one.
     """
 
     forward: Candidate
@@ -37,6 +41,7 @@ class Explanation:
     tile: Tile | None
     ceiling_us: float
     rejected: dict[Pass, list[Candidate]]
+    apart: "Explanation | None" = None
 
     @property
     def path(self) -> str:
@@ -110,11 +115,63 @@ def explain(
     chosen = {part: paths.fastest(found) for part, found in both.items()}
     kernel = large_kernel("forward", chosen["forward"].path, weight) if op == "lora_linear" else None
     return Explanation(
-        **chosen,
+        chosen["forward"],
+        chosen["backward"],
         tile=None if kernel is None else plan.choose(kernel, shape, dtype, target).tile,
         # the passes are two streams of launches, as they are for the candidates
         ceiling_us=sum(total_us([launch]) for launch in ceiling),
         rejected={part: [each for each in found if each is not chosen[part]] for part, found in both.items()},
+    )
+
+
+def explain_shared(
+    shapes: Sequence[Shape], dtype: torch.dtype, target: Target, *, dropout: float = 0.0
+) -> Explanation:
+    """Predict a call of ``shared_lora_linear``: LoRA layers with dense weights on one x.
+
+    Forward, every layer takes the path that it takes alone.
+
+    Args:
+        shapes: Sizes of each layer's call, two at least, the same rows and inputs in all.
+        dtype: The dtype of x: float32, float16 or bfloat16.
+        target: The GPU.
+        dropout: Probability in [0, 1), the same in all; default 0.
+
+    Raises:
+        ValueError: There are fewer than two layers, rows or inputs differ, a size is below 1, or the dtype or
+            dropout is none that the kernels serve.
+
+    Example:
+        >>> from fastlora_kernels.targets import find_card
+        >>> layers = [Shape(8192, outputs, 4096, 16) for outputs in (4096, 1024, 1024)]
+        >>> explain_shared(layers, torch.bfloat16, find_card("H100"), dropout=0.1).path
+        'split, then shared'
+    """
+    if len(shapes) < 2 or len({(shape.m, shape.k) for shape in shapes}) > 1:
+        raise ValueError(f"expected at least two layers of the same rows and inputs, got {[*shapes]}")
+    for shape in shapes:
+        _check("lora_linear", shape, dtype, dropout, None)
+    calls = [Call(shape, dtype, target, dropout > 0) for shape in shapes]
+    forward = [paths.fastest(paths.candidates("forward", call)) for call in calls]
+    backward = shared.shared_candidates(calls)
+    chosen = paths.fastest(backward)
+    ceiling = frozen(shared.joined(shapes), dtype.itemsize, target)
+    apart = Explanation(
+        forward=Candidate(
+            " + ".join(dict.fromkeys(each.path for each in forward)),
+            launches=[launch for each in forward for launch in each.launches],
+        ),
+        backward=next(each for each in backward if each.path == "separate"),
+        tile=None,
+        ceiling_us=sum(total_us([launch]) for launch in ceiling),
+        rejected={},
+    )
+    return replace(
+        apart,
+        backward=chosen,
+        tile=shared.shared_plan(shapes, dtype, target).tile if chosen.path == "shared" else None,
+        rejected={"backward": [each for each in backward if each is not chosen]},
+        apart=apart,
     )
 
 
