@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from docs.tools import figures, matrix, notebooks, traffic
+from docs.tools import figures, matrix, notebooks, steps, traffic
 from fastlora_kernels.choose.explain import explain
 from fastlora_kernels.targets import find_card
 from fastlora_kernels.tile import Shape
@@ -122,6 +122,11 @@ def test_what_troubleshooting_quotes_is_what_the_code_says() -> None:
     said = [text for path in (DOCS.parent / "fastlora").rglob("*.py") for text in sentences(path)]
     assert len(quoted) > 20
     assert [text for text in quoted if not any(text in one for one in said)] == []
+
+
+def test_readme_has_the_measured_steps() -> None:
+    """After a new measurement: ``python -m docs.tools.steps`` prints the table."""
+    assert steps.table() in (DOCS.parent / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", figures.NAMES)

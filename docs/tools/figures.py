@@ -3,7 +3,7 @@
 from html import escape
 from pathlib import Path
 
-from docs.tools import diagram
+from docs.tools import diagram, steps
 from docs.tools.traffic import Tensor, formula, tensors
 
 FOLDER = Path(__file__).parents[1] / "concepts" / "figures"
@@ -17,7 +17,8 @@ FIGURES = {
     "shared": ("shared", ("shared_grad_x",)),
     "adapter": ("adapter", ("adapter_forward", "adapter_grad_z", "adapter_grad_h_weights")),
 }
-NAMES = ("layer", *FIGURES)
+_OTHERS = {"layer": diagram.draw, "steps": steps.draw}
+NAMES = (*_OTHERS, *FIGURES)
 _WIDTH, _ROW, _BAR = 420, 19, 120
 _STYLE = """
 text { font: 13px system-ui, sans-serif; fill: #1b2a2f; }
@@ -38,13 +39,13 @@ def main() -> None:
 
 
 def draw(name: str) -> str:
-    """A figure as SVG: the layer, or for each launch what it reads and writes, bars as long as the bytes.
+    """A figure as SVG: the layer, measured steps, or what launches read and write, bars as long as the bytes.
 
     Args:
         name: One of ``NAMES``.
     """
-    if name == "layer":
-        return diagram.draw()
+    if name in _OTHERS:
+        return _OTHERS[name]()
     folder, kernels = FIGURES[name]
     parts, top = [], 0
     for kernel in kernels:
