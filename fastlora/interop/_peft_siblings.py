@@ -22,7 +22,7 @@ from fastlora._core import backend
 from fastlora.interop._peft_compute import completed, has_masks_apart, lora, lora_of_several
 from fastlora.interop._peft_parts import Parts, is_called_plainly
 from fastlora.interop._peft_state import of_call, of_layer
-from fastlora.interop._sources import Call, events_of
+from fastlora.interop._sources import sharing
 
 # where a layer has its place, and a module its groups
 _PLACE, _GROUPS = "_siblings", "_sibling_groups"
@@ -124,46 +124,14 @@ def find(model: nn.Module, kind: type) -> None:
         if isinstance(module, kind):
             forget(module)
     for module in model.modules():
-        sharing = _sharing(module, kind) if "forward" not in vars(module) else []
-        groups = [Group(tuple(names)) for names in sharing]
+        # one that has a place is called in another module, too
+        found = sharing(module, kind, lambda layer: _PLACE not in layer.__dict__)
+        groups = [Group(tuple(names)) for names in found]
         for group in groups:
             for number, name in enumerate(group.names):
                 module._modules[name].__dict__[_PLACE] = Place(group, number)
         if groups:
             module.__dict__[_GROUPS] = _Groups(module, groups)
-
-
-def _sharing(module: nn.Module, kind: type) -> list[list[str]]:
-    """Names of a module's layers, without a place yet, that its forward calls with one variable."""
-    children = dict(module.named_children())
-    with_layers = {
-        name for name, each in children.items() if any(isinstance(m, kind) for m in each.modules())
-    }
-    runs, current = list[list[str]](), dict[str, list[str]]()
-    for event in events_of(type(module).forward) if len(with_layers) > 1 else ():
-        if event is None:
-            # what was called in another one is not called in this
-            current.clear()
-        elif not isinstance(event, Call):
-            # the variable is another value from here on
-            current.pop(event, None)
-        elif event.module in with_layers:
-            name, layer = event.module, children[event.module]
-            run = current.get(event.argument or "")
-            if not isinstance(layer, kind) or _PLACE in layer.__dict__ or event.argument is None:
-                current.clear()
-            elif run is None or name in run or layer.in_features != children[run[0]].in_features:
-                # what is called between two siblings' calls would drop what was computed ahead
-                current = {event.argument: [name]}
-                runs.append(current[event.argument])
-            else:
-                current = {event.argument: run}
-                run.append(name)
-    found = list[list[str]]()
-    for run in runs:
-        if len(run) > 1 and not any(name in other for other in found for name in run):
-            found.append(run)
-    return found
 
 
 def forget(layer: Any) -> None:

@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from torch import nn
+
 
 class Call(NamedTuple):
     """``self.module(argument)``; the argument is None if it is no variable, or not the only one."""
@@ -21,6 +23,49 @@ Event = Call | str | None
 _Position = tuple[int, int, int]
 _CALL, _NAME, _LEFT = range(3)
 _Placed = ast.expr | ast.stmt | ast.ExceptHandler | ast.pattern
+
+
+def sharing(
+    module: nn.Module, kind: type, free: Callable[[nn.Module], bool] = lambda layer: True
+) -> list[list[str]]:
+    """Names of a module's layers that its forward calls with one variable, two at least in each list.
+
+    Args:
+        module: The module; one whose forward was replaced has none.
+        kind: Class of the layers, which have ``in_features``.
+        free: Whether a layer may be among them.
+    """
+    if "forward" in vars(module):
+        return []
+    children = dict(module.named_children())
+    with_layers = {
+        name for name, each in children.items() if any(isinstance(m, kind) for m in each.modules())
+    }
+    runs, current = list[list[str]](), dict[str, list[str]]()
+    for event in events_of(type(module).forward) if len(with_layers) > 1 else ():
+        if event is None:
+            # what was called in another one is not called in this
+            current.clear()
+        elif not isinstance(event, Call):
+            # the variable is another value from here on
+            current.pop(event, None)
+        elif event.module in with_layers:
+            name, layer = event.module, children[event.module]
+            run = current.get(event.argument or "")
+            if not isinstance(layer, kind) or not free(layer) or event.argument is None:
+                current.clear()
+            elif run is None or name in run or layer.in_features != children[run[0]].in_features:
+                # what is called between two siblings' calls would drop what was computed ahead
+                current = {event.argument: [name]}
+                runs.append(current[event.argument])
+            else:
+                current = {event.argument: run}
+                run.append(name)
+    found = list[list[str]]()
+    for run in runs:
+        if len(run) > 1 and not any(name in other for other in found for name in run):
+            found.append(run)
+    return found
 
 
 @functools.cache
