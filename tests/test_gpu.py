@@ -44,6 +44,24 @@ def test_every_candidate_of_tune_is_right(dropout: float) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_every_candidate_of_layers_that_share_their_input_is_right(dropout: float) -> None:
+    from fastlora.tuning.calls import LayerCall, SharedCall
+    from fastlora.tuning.search import name_of
+    from fastlora.tuning.shared import choices_of, tune_shared
+    from fastlora.tuning.timing import gpu_timer
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    layers = tuple(LayerCall(1029, 1024, outputs, dropout=dropout) for outputs in (2048, 512, 512))
+    call = SharedCall(layers)
+    found, left_out = tune_shared(call, device, gpu_timer(device), lambda what: None)
+    assert left_out == []
+    assert found is not None
+    for taken in found.microseconds.values():
+        assert [*taken] == [name_of(choice) for choice in choices_of(call, device)]
+        assert min(taken.values()) > 0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_a_cuda_graph_repeats_a_training_step(dora: bool, dropout: float) -> None:
     """No launch waits for the host; the replayed mask is a new one each time."""

@@ -31,7 +31,8 @@ def outcomes(items: Sequence[Item]) -> list[Any]:
 
 def test_what_is_right_passes(items: Sequence[Item]) -> None:
     found = outcomes(items)
-    assert [each["what"] for each in found] == [*SHARED_PATHS] * len(items)
+    # a path, or one and a tile
+    assert [each["what"].split()[0] for each in found] == [*SHARED_PATHS] * len(items)
     assert all(each["right"] for each in found)
 
 
@@ -45,4 +46,4 @@ def test_another_mask_is_told(items: Sequence[Item], monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(shared_triton, "shared_grad_x", off)
     wrong = [each for each in outcomes(items) if not each["right"]]
-    assert [(each["case"], each["what"]) for each in wrong] == [(items[1].name, "shared")]
+    assert [(each["case"], each["what"].split()[0]) for each in wrong] == [(items[1].name, "shared")]

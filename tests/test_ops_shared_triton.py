@@ -13,6 +13,7 @@ import fastlora
 from fastlora.functional import Projection, shared_lora_linear
 from fastlora.ops import kernel_paths, shared_triton
 from fastlora_kernels.choose.shared import SharedPath
+from fastlora_kernels.choose.tuned import Choice
 from fastlora_kernels.shared.grad_x import shared_grad_x
 from fastlora_kernels.tile import Shape
 from tests.cases import cases
@@ -39,7 +40,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
 
     monkeypatch.setattr(shared_triton, "shared_grad_x", launch)
     path = getattr(request, "param", "shared")
-    monkeypatch.setattr(kernel_paths, "choose_shared", lambda *_, **__: path)
+    monkeypatch.setattr(kernel_paths, "choose_shared", lambda *_, **__: Choice(path))
     return of_layers
 
 
@@ -148,6 +149,6 @@ def test_the_kernel_serves_whoever_asks_for_kernels_by_name(kernel_device: torch
     """Also calls that no plan is for."""
     shapes = tuple(Shape(m=10, n=n, k=50, r=5, aligned=False) for n in (30, 40))
     call: Any = (shapes, torch.float32, kernel_device)
-    assert kernel_paths.choose_shared(*call, dropping=False) == "separate"
+    assert kernel_paths.choose_shared(*call, dropping=False) == Choice("separate")
     with fastlora.use_backend("triton"):
-        assert kernel_paths.choose_shared(*call, dropping=False) == "shared"
+        assert kernel_paths.choose_shared(*call, dropping=False) == Choice("shared")

@@ -386,20 +386,23 @@ def test_calls_of_a_model_include_its_attention() -> None:
     model = build(spec)
     calls = calls_of_model(model, sample_input(spec, model), rank=8, dropout=0.1, dtype="bfloat16")
     rows = 2 * 197
-    sizes = {(call.rows, call.inputs, call.outputs) for call in calls}
+    alone = [call for call in calls if isinstance(call, LayerCall)]
+    assert alone == calls
+    sizes = {(call.rows, call.inputs, call.outputs) for call in alone}
     assert sizes == {
         (rows, 768, 2304),
         (rows, 768, 768),
         (rows, 768, 3072),
         (rows, 3072, 768),
     }
-    assert {(call.rank, call.dropout, call.dtype) for call in calls} == {(8, 0.1, "bfloat16")}
+    assert {(call.rank, call.dropout, call.dtype) for call in alone} == {(8, 0.1, "bfloat16")}
 
 
 def test_calls_say_how_weights_are_stored() -> None:
     layer, batch = torch.nn.Sequential(torch.nn.Linear(32, 48)), torch.zeros(5, 32)
     noted: Any = {"rank": 4, "dropout": 0.0, "dtype": "float16"}
-    assert [call.weight for call in calls_of_model(layer, batch, **noted, weight="fp8")] == ["fp8"]
+    calls = calls_of_model(layer, batch, **noted, weight="fp8")
+    assert calls == [LayerCall(5, 32, 48, 4, 0.0, "float16", "fp8")]
     unknown: Any = "nf5"
     with pytest.raises(ValueError, match="expected a weight out of nf4, int8, fp8, fp8-rows, got 'nf5'"):
         replace(CALL, weight=unknown)

@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from fastlora.ops import tuned_file
-from fastlora.tuning.calls import LayerCall
+from fastlora.tuning.calls import LayerCall, SharedCall
 from fastlora_kernels import targets
 from fastlora_kernels.choose import tuned
-from fastlora_kernels.choose.tuned import Choice, Record, Winners
+from fastlora_kernels.choose.tuned import Choice, Record, SharedRecord, Winners
 from fastlora_kernels.tile import Tile
 
 GPU = "a-card-7"
 CALL = LayerCall(rows=40, inputs=32, outputs=48, rank=16, dtype="float16")
+SHARED = SharedCall((CALL, replace(CALL, outputs=16), replace(CALL, outputs=32)))
 # few large tiles, so that the interpreter is done soon
 SMALL_CARD = replace(targets.TARGETS["sm_80"], multiprocessors=2)
 
@@ -25,6 +26,14 @@ def record(
     took, second = {"step": {"eager": 2.0}}, Choice("split")
     host = None if from_host is None else Winners(Choice(from_host), second, took)
     return Record(call.shape, call.dtype, call.dropout > 0, Choice(path, tile), second, took, host)
+
+
+def shared_record(
+    in_graph: Choice, from_host: Choice, call: SharedCall = SHARED, *, dropping: bool = False
+) -> SharedRecord:
+    """A record of layers that share their input."""
+    took = {run: {"separate": 2.0} for run in ("graph", "host")}
+    return SharedRecord(call.shapes, CALL.dtype, dropping, in_graph, from_host, took)
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, target: targets.Target = SMALL_CARD) -> None:

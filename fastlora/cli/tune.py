@@ -1,6 +1,7 @@
 """``fastlora tune``: measure every candidate on this GPU, and keep the fastest for every later run."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,16 +19,18 @@ from fastlora.cli.plan import Dtype
 if TYPE_CHECKING:
     import torch
 
-    from fastlora.tuning.calls import LayerCall
+    from fastlora.tuning.calls import Call
     from fastlora.tuning.search import LeftOut
-    from fastlora_kernels.choose.tuned import Record, Winners
+    from fastlora_kernels.choose.tuned import AnyRecord, Record, SharedRecord, Winners
+    from fastlora_kernels.tile import Shape
 
 
 def tune(
     shapes: Annotated[
         Path | None,
         typer.Option(
-            help='JSON list of calls: [{"rows": 8192, "inputs": 4096, "outputs": 4096, "rank": 16}].'
+            help='JSON list of calls: [{"rows": 8192, "inputs": 4096, "outputs": 4096, "rank": 16}]; '
+            'with "sharing": [1024, 1024] further layers on the same input, as in fastlora plan.'
         ),
     ] = None,
     model: Annotated[
@@ -57,6 +60,9 @@ def tune(
     version; from then on calls of these layers, with up to twice or half the rows, take it: in eager mode the
     one, in CUDA graphs and compiled ones the other. What was kept for other layers stays.
 
+    Of layers that share their input the backward pass is timed, too: together, and one by one with what won
+    for each. A model's are those that fastlora.accelerate would find, with dense weights.
+
     [bold]Example[/bold]: fastlora tune --model vit_b_16 --batch-size 64 --dropout 0.1
     """
     # slow to import
@@ -79,7 +85,7 @@ def tune(
         raise typer.Exit(1)
 
 
-def _kept(gpu: str) -> "list[Record]":
+def _kept(gpu: str) -> "list[AnyRecord]":
     from fastlora.ops import tuned_file
 
     path = tuned_file.path_of(gpu)
@@ -111,7 +117,7 @@ def _calls(
     weight: Weight,
     batch_size: int,
     sequence_length: int,
-) -> "list[LayerCall]":
+) -> "list[Call]":
     from fastlora.transfer.models.weightless import ModelSpec, build, sample_input
     from fastlora.tuning.calls import calls_of_model, read_calls
 
@@ -128,16 +134,23 @@ def _calls(
     return calls_of_model(built, sample_input(spec, built), **noted)
 
 
-def _with_kernels(calls: "list[LayerCall]", device: "torch.device", console: Console) -> "list[LayerCall]":
+def _with_kernels(calls: "list[Call]", device: "torch.device", console: Console) -> "list[Call]":
+    from fastlora.tuning.calls import SharedCall
+    from fastlora.tuning.shared import choices_of
     from fastlora_kernels import targets
     from fastlora_kernels.choose import paths
 
     target = targets.detect(device)
-    kept = [call for call in calls if paths.has_kernels(call.shape, target)]
+    kept: list[Call] = []
     for call in calls:
-        if call not in kept:
-            why = "always takes library products"
-            console.print(f"{_sizes(call)}, rank {call.rank}: {why}, not tuned")
+        if isinstance(call, SharedCall):
+            serves, why = len(choices_of(call, device)) > 1, "always computed one by one"
+        else:
+            serves, why = paths.has_kernels(call.shape, target), "always takes library products"
+        if serves:
+            kept.append(call)
+        else:
+            console.print(f"{_sizes(call.shapes)}, rank {_ranks(call.shapes)}: {why}, not tuned")
     if not kept:
         raise ValueError(
             f"expected a call that the kernels serve on this GPU ({target.name}), got none of {len(calls)}; "
@@ -146,27 +159,41 @@ def _with_kernels(calls: "list[LayerCall]", device: "torch.device", console: Con
     return kept
 
 
-def _sizes(call: "LayerCall") -> str:
-    return f"{call.rows} × {call.inputs} × {call.outputs}"
+def _sizes(shapes: "Sequence[Shape]") -> str:
+    """Rows, inputs and the outputs of each layer."""
+    return f"{shapes[0].m} × {shapes[0].k} × {' + '.join(str(shape.n) for shape in shapes)}"
+
+
+def _ranks(shapes: "Sequence[Shape]") -> str:
+    """One for all, or each layer's."""
+    ranks = [str(shape.r) for shape in shapes]
+    return " + ".join(ranks) if len({*ranks}) > 1 else ranks[0]
 
 
 def _tune(
-    calls: "list[LayerCall]", device: "torch.device", gpu: str, console: Console
-) -> "tuple[list[Record], list[tuple[str, LeftOut]]]":
+    calls: "list[Call]", device: "torch.device", gpu: str, console: Console
+) -> "tuple[list[AnyRecord], list[tuple[str, LeftOut]]]":
     from fastlora.ops.tuned_file import keep
+    from fastlora.tuning.calls import SharedCall
     from fastlora.tuning.search import tune_call
+    from fastlora.tuning.shared import tune_shared
     from fastlora.tuning.timing import gpu_timer
 
-    timer, records = gpu_timer(device), []
+    timer = gpu_timer(device)
+    records: list[AnyRecord] = []
     left_out: list[tuple[str, LeftOut]] = []
     with LiveReporter(console) as reporter:
         for done, call in enumerate(calls):
-            where = _sizes(call)
+            where = _sizes(call.shapes)
 
             def tell(what: str, done: int = done, where: str = where) -> None:
                 reporter.show("tuning", done, len(calls), f"{where}: {what}")
 
-            record, problems = tune_call(call, device, timer, tell)
+            record: AnyRecord | None
+            if isinstance(call, SharedCall):
+                record, problems = tune_shared(call, device, timer, tell)
+            else:
+                record, problems = tune_call(call, device, timer, tell)
             left_out += [(where, each) for each in problems]
             if record is not None:
                 # at once, so that a crash later loses nothing
@@ -176,10 +203,20 @@ def _tune(
     return records, left_out
 
 
-def _print(records: "list[Record]", as_json: bool) -> None:
+def _print(records: "list[AnyRecord]", as_json: bool) -> None:
+    from fastlora_kernels.choose.tuned import Record, SharedRecord
+
     if as_json:
         typer.echo(json.dumps([asdict(record) for record in records], indent=1))
         return
+    console = make_console()
+    console.print(_table([record for record in records if isinstance(record, Record)]))
+    shared = [record for record in records if isinstance(record, SharedRecord)]
+    if shared:
+        console.print(_shared_table(shared))
+
+
+def _table(records: "list[Record]") -> Table:
     table = Table(
         caption="Medians: graph, of CUDA graphs with a cold cache; host, where Python launches every kernel. "
         "Shape: rows × inputs × outputs."
@@ -192,7 +229,27 @@ def _print(records: "list[Record]", as_json: bool) -> None:
         for run, won in (("graph", record.in_graph), ("host", record.from_host)):
             if won is not None:
                 table.add_row(*_cells(record, run, won))
-    make_console().print(table)
+    return table
+
+
+def _shared_table(records: "list[SharedRecord]") -> Table:
+    from fastlora.tuning.search import name_of
+
+    table = Table(
+        caption="Layers that share their input, backward. One by one: each as it is alone, and their sums."
+    )
+    for heading in ("Shape", "Rank", "Dtype", "Dropout", "Run", "Backward"):
+        table.add_column(heading)
+    for heading in ("µs", "One by one", "Gain"):
+        table.add_column(heading, justify="right")
+    for record in records:
+        named = (_sizes(record.shapes), _ranks(record.shapes), record.dtype, "yes" if record.dropping else "")
+        for run, won in (("graph", record.in_graph), ("host", record.from_host)):
+            us = record.microseconds[run]
+            best, apart = us[name_of(won)], us.get("separate")
+            gain = ("", "") if apart is None else (f"{apart:,.0f}", f"{apart / best:.2f}×")
+            table.add_row(*named, run, name_of(won), f"{best:,.0f}", *gain)
+    return table
 
 
 def _cells(record: "Record", run: str, won: "Winners") -> list[str]:
@@ -201,7 +258,7 @@ def _cells(record: "Record", run: str, won: "Winners") -> list[str]:
     shape, step = record.shape, won.microseconds["step"]
     best, eager = min(step.values()), step.get("eager")
     return [
-        f"{shape.m} × {shape.k} × {shape.n}",
+        _sizes([shape]),
         str(shape.r),
         record.dtype,
         record.weight or "dense",

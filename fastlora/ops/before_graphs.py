@@ -5,7 +5,7 @@ runs before a graph is made.
 """
 
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,10 @@ from fastlora.ops.prepared import Memory, layouts
 from fastlora.ops.runtime import in_dtype
 from fastlora.ops.weights import in_parts
 from fastlora.ops.weights.frozen import FrozenWeight
+
+if TYPE_CHECKING:
+    from fastlora_kernels.targets import Target
+    from fastlora_kernels.tile import Shape
 
 # by pass, and all that says which kernels it launches
 _loaded = Memory[bool]()
@@ -63,18 +67,26 @@ def load(
     settings = (scaling, dropout)
     if forward:
         given: tuple[Any, ...] = (x, dtype, weight, bias, lora_A, lora_B, *settings, in_graph)
-        _once(("forward", paths.forward, kernels), _run_forward, *given)
+        once(("forward", paths.forward, kernels), _run_forward, *given)
     if backward:
         given = (x, dtype, weight, lora_A, lora_B, *settings, *wanted, in_graph)
-        _once(("backward", paths.backward, wanted, kernels), _run_backward, *given)
+        once(("backward", paths.backward, wanted, kernels), _run_backward, *given)
 
 
-def _once(key: Hashable, run: Callable[..., None], *arguments: Any) -> None:
+def once(key: Hashable, run: Callable[..., Any], *arguments: Any, **settings: Any) -> None:
+    """Run what a graph would, for its kernels' sake, unless it was done before or takes too much memory.
+
+    Args:
+        key: All that says which kernels it launches.
+        run: What launches them.
+        *arguments: What it is called with.
+        **settings: What it is called with by name.
+    """
     if key in _loaded:
         return
     try:
         with torch.no_grad():
-            run(*arguments)
+            run(*arguments, **settings)
     except torch.OutOfMemoryError:
         # the call itself may fit; one of fewer rows tries again
         return
@@ -132,16 +144,37 @@ def _kernels(
     """
     # imported late: most calls have no kernels to choose from
     from fastlora_kernels import targets
+
+    assert decision.paths is not None
+    tiles = tiles_of(decision.paths.shape, dtype, targets.detect(x.device))
+    form = weight.form if isinstance(weight, FrozenWeight) else None
+    outline = weight.outline(dtype) if isinstance(weight, FrozenWeight) else weight
+    alike = compiled_apart_by(x)
+    return tiles, alike, dtype, form, layouts(outline, bias, lora_A, lora_B), dropout > 0
+
+
+def tiles_of(shape: "Shape", dtype: torch.dtype, target: "Target") -> Hashable:
+    """Every kernel's tile for a call, and whether its sums are split.
+
+    Args:
+        shape: Sizes of the call.
+        dtype: What products compute in.
+        target: The GPU.
+    """
+    # imported late: most calls have no kernels to choose from
     from fastlora_kernels.choose import plan as plans
     from fastlora_kernels.lora.kernels import KERNELS
     from fastlora_kernels.quant.kernels import DECODING
 
-    assert decision.paths is not None
-    shape, target = decision.paths.shape, targets.detect(x.device)
     chosen = [plans.choose(kernel, shape, dtype, target) for kernel in (*KERNELS, *DECODING.values())]
-    tiles = tuple([(plan.tile, plan.splits > 1) for plan in chosen])
-    # compiled apart by Triton
-    alike = (shape.m == 1, shape.m % 16 == 0, x.data_ptr() % 16, *(stride % 16 for stride in x.stride()))
-    form = weight.form if isinstance(weight, FrozenWeight) else None
-    outline = weight.outline(dtype) if isinstance(weight, FrozenWeight) else weight
-    return tiles, alike, dtype, form, layouts(outline, bias, lora_A, lora_B), dropout > 0
+    return tuple([(plan.tile, plan.splits > 1) for plan in chosen])
+
+
+def compiled_apart_by(rows: Tensor) -> Hashable:
+    """What Triton compiles a kernel anew for, of a tensor whose number of rows changes from call to call.
+
+    Args:
+        rows: ``[..., features]``.
+    """
+    m = rows.shape[:-1].numel()
+    return m == 1, m % 16 == 0, rows.data_ptr() % 16, *(stride % 16 for stride in rows.stride())

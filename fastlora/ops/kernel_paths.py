@@ -10,7 +10,7 @@ from fastlora_kernels import targets
 from fastlora_kernels.choose import paths, quantised, tuned
 from fastlora_kernels.choose.paths import Pass
 from fastlora_kernels.choose.quantised import Stored
-from fastlora_kernels.choose.shared import SharedPath, choose_shared_path
+from fastlora_kernels.choose.shared import choose_shared_path
 from fastlora_kernels.choose.tuned import Choice, Winners
 from fastlora_kernels.quant.kernels import DECODE
 from fastlora_kernels.tile import Shape
@@ -85,9 +85,14 @@ def choose(
 
 
 def choose_shared(
-    shapes: tuple[Shape, ...], dtype: torch.dtype, device: torch.device, *, dropping: bool
-) -> SharedPath:
-    """Path of the backward pass of layers that share their input.
+    shapes: tuple[Shape, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    dropping: bool,
+    in_graph: bool = False,
+) -> Choice:
+    """Path and tile of the backward pass of layers that share their input.
 
     The kernel's where kernels were asked for by name and none is meant for such calls or for this GPU.
 
@@ -96,11 +101,15 @@ def choose_shared(
         dtype: The dtype of x.
         device: Where they are computed.
         dropping: Whether dropout is active, in each of them.
+        in_graph: Whether to choose as for a CUDA graph; one that is being made is noticed here.
     """
+    record = tuned.find_shared(tuned_file.gpu_of(device), shapes, dtype, dropping=dropping)
+    if record is not None:
+        return record.in_graph if in_graph or _is_capturing(device) else record.from_host
     target = targets.detect(device)
     if not (backend.is_automatic() or all(paths.has_kernels(shape, target) for shape in shapes)):
-        return "shared"
-    return choose_shared_path(shapes, dtype, target, dropping=dropping)
+        return Choice("shared")
+    return Choice(choose_shared_path(shapes, dtype, target, dropping=dropping))
 
 
 def _measured(

@@ -4,27 +4,28 @@ Tensors are 2-D: dY ``[M, N]``, x ``[M, K]``, weight ``[N, K]``, lora_A ``[R, K]
 ``[M, R]``; outputs and ranks differ by layer.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastlora.ops import kernel_paths, lora_triton_backward
+from fastlora.ops import before_graphs, kernel_paths, lora_triton_backward
 from fastlora.ops.decide import Paths, in_wide_words, is_aligned
 from fastlora.ops.keep_mask import keep_probability
 from fastlora.ops.lora_triton import add_low_rank
-from fastlora.ops.prepared import prepared
+from fastlora.ops.prepared import layouts, prepared
 from fastlora.ops.runtime import contiguous, row_major, unrecorded
 from fastlora_kernels import targets
-from fastlora_kernels.choose.shared import SharedPath, joined, joins_ranks, shared_plan
+from fastlora_kernels.choose.shared import joined, joins_ranks, shared_plan
 from fastlora_kernels.choose.tuned import Choice
 from fastlora_kernels.launch import Ready
 from fastlora_kernels.partials import sum_partials
 from fastlora_kernels.shared.grad_x import TENSORS_PER_LAYER, shared_grad_x
 from fastlora_kernels.shared.kernels import MOST_LAYERS
 from fastlora_kernels.targets import Target
-from fastlora_kernels.tile import Shape
+from fastlora_kernels.tile import Shape, Tile
 
 # what is read of a layer
 _Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
@@ -56,21 +57,27 @@ class Layer(NamedTuple):
 # x comes after the last layer
 @prepared(*_LAID_OUT * MOST_LAYERS, row_major)
 def backward(
-    *tensors: Tensor | None, layers: tuple[Layer, ...], path: SharedPath | None = None
+    *tensors: Tensor | None, layers: tuple[Layer, ...], choice: Choice | None = None
 ) -> Callable[..., Gradients]:
     """dX of two or three layers, and each layer's dA and dB.
 
     Tensors are dY, weight, lora_A, lora_B, S and the mask of each layer, then x, None where no A needs it.
-    ``path`` is chosen unless it is given. Where some layers alone have a mask, each is computed by itself.
+    Path and tile are chosen unless they are given. Where some layers alone have a mask, each is computed by
+    itself.
     """
     given, x = _by_layer(tensors)
     shapes = tuple(_shape(each, x) for each in given)
     dropping = [each[-1] is not None for each in given]
     dy, target = given[0][0], targets.detect(given[0][0].device)
     if len({*dropping}) > 1:
-        path = "separate"
-    path = path or kernel_paths.choose_shared(shapes, dy.dtype, dy.device, dropping=dropping[0])
-    if path == "separate":
+        choice = Choice("separate")
+    if choice is None:
+        choose = functools.partial(
+            kernel_paths.choose_shared, shapes, dy.dtype, dy.device, dropping=dropping[0]
+        )
+        choice = choose()
+        _load_for_graphs(tensors, shapes, layers, choice, choose(in_graph=True))
+    if choice.path == "separate":
         return _separate(layers)
     adapters = [each[2].dtype for each in given]
     join = joins_ranks(shapes, dropping=dropping[0]) and len({*adapters}) == 1
@@ -79,9 +86,13 @@ def backward(
         _but_x(each, shape, target, layer, need_A=layer.need_A and not join_a)
         for each, shape, layer in zip(given, shapes, layers, strict=True)
     ]
-    fill_x = _one_launch(shapes, dy, target) if path == "shared" else _by_library(shapes, dy, target, join)
+    by_library = choice.path == "epilogue"
+    if by_library:
+        fill_x = _by_library(shapes, dy, target, join)
+    else:
+        fill_x = _one_launch(shapes, dy, target, choice.tile)
     all_a = _grads_a(dy, adapters[0], shapes, target) if join_a else None
-    side_by_side = join_a or (join and path == "epilogue")
+    side_by_side = join_a or (join and by_library)
 
     def run(*tensors: Tensor | None) -> Gradients:
         given, x = _by_layer(tensors)
@@ -95,6 +106,27 @@ def backward(
         return dx, das, dbs
 
     return run
+
+
+def _load_for_graphs(
+    tensors: Sequence[Tensor | None],
+    shapes: Sequence[Shape],
+    layers: Sequence[Layer],
+    now: Choice,
+    in_graph: Choice,
+) -> None:
+    """Run what a CUDA graph would launch, where ``fastlora tune`` found another winner for graphs."""
+    if now == in_graph:
+        return
+    given, x = _by_layer(tensors)
+    dy, target = given[0][0], targets.detect(given[0][0].device)
+    tiles = [before_graphs.tiles_of(shape, dy.dtype, target) for shape in (*shapes, joined(shapes))]
+    rows = [before_graphs.compiled_apart_by(t) for t in (*(each[0] for each in given), x) if t is not None]
+    frozen = [layouts(*each[1:4]) for each in given]
+    # without its own paths a layer takes those of a graph
+    as_there = tuple(layer._replace(paths=None) for layer in layers)
+    kernels = (in_graph, as_there, given[0][-1] is not None, *tiles, *rows, *frozen)
+    before_graphs.once(kernels, backward, *tensors, layers=as_there, choice=in_graph)
 
 
 def _by_layer(tensors: Sequence[Tensor | None]) -> tuple[list[_Tensors], Tensor | None]:
@@ -147,9 +179,9 @@ def _but_x(
     return lora_triton_backward.both(s_and_b, ds_and_a, need_B=layer.need_B)
 
 
-def _one_launch(shapes: Sequence[Shape], dy: Tensor, target: Target) -> _FillX:
+def _one_launch(shapes: Sequence[Shape], dy: Tensor, target: Target, tile: Tile | None) -> _FillX:
     """dX of all layers by one launch."""
-    multiply = Ready(shared_grad_x, plan=shared_plan(shapes, dy.dtype, target))
+    multiply = Ready(shared_grad_x, plan=shared_plan(shapes, dy.dtype, target, tile=tile))
     absent = [None] * TENSORS_PER_LAYER * (MOST_LAYERS - len(shapes))
 
     def fill(dx: Tensor, given: Sequence[_Tensors], dss: Sequence[Tensor], _: Tensor | None) -> None:

@@ -17,7 +17,7 @@ from fastlora._version import __version__
 from fastlora_kernels import targets
 from fastlora_kernels.choose import tuned
 from fastlora_kernels.choose.quantised import Stored
-from fastlora_kernels.choose.tuned import Choice, Record, Winners
+from fastlora_kernels.choose.tuned import AnyRecord, Choice, Record, SharedRecord, Winners
 from fastlora_kernels.targets import Target
 from fastlora_kernels.tile import Shape, Tile
 
@@ -52,18 +52,21 @@ def path_of(gpu: str) -> Path:
     return backend.cache_folder() / f"tuned-{gpu}.json"
 
 
-def write(path: Path, gpu: str, records: Iterable[Record]) -> None:
+def write(path: Path, gpu: str, records: Iterable[AnyRecord]) -> None:
     """Replace the file in one step.
 
     Raises:
         OSError: The folder can't be made or written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_report(path, _made_by(gpu) | {"records": [asdict(record) for record in records]})
+    content: dict[str, Any] = {"records": [], "shared": []}
+    for record in records:
+        content["shared" if isinstance(record, SharedRecord) else "records"].append(asdict(record))
+    write_report(path, _made_by(gpu) | content)
 
 
-def read(path: Path, gpu: str) -> list[Record]:
-    """The records of a file.
+def read(path: Path, gpu: str) -> list[AnyRecord]:
+    """The records of a file, those of layers that share their input last.
 
     Raises:
         FileNotFoundError: There is none.
@@ -74,7 +77,9 @@ def read(path: Path, gpu: str) -> list[Record]:
         for name, value in _made_by(gpu).items():
             if content[name] != value:
                 raise _Unfit(f"expected {name} {value} in {path}, got {content[name]}; {_ADVICE}")
-        return [_record(values) for values in content["records"]]
+        # absent from files of before they were measured
+        together = content.get("shared", ())
+        return [*map(_record, content["records"]), *map(_shared_record, together)]
     except _Unfit:
         raise
     except (ValueError, KeyError, TypeError) as error:
@@ -83,7 +88,7 @@ def read(path: Path, gpu: str) -> list[Record]:
         ) from error
 
 
-def read_or_warn(gpu: str, target: Target) -> list[Record]:
+def read_or_warn(gpu: str, target: Target) -> list[AnyRecord]:
     """The records for a GPU; with a warning, without those that can't be used."""
     path = path_of(gpu)
     try:
@@ -103,7 +108,7 @@ def read_or_warn(gpu: str, target: Target) -> list[Record]:
         return []
 
 
-def keep(record: Record, gpu: str) -> None:
+def keep(record: AnyRecord, gpu: str) -> None:
     """Put a record into this GPU's file, in the place of an earlier one of the same call, and use it.
 
     Args:
@@ -122,7 +127,9 @@ def keep(record: Record, gpu: str) -> None:
     tuned.pin(gpu, records)
 
 
-def _call(record: Record) -> tuple[object, ...]:
+def _call(record: AnyRecord) -> tuple[object, ...]:
+    if isinstance(record, SharedRecord):
+        return record.shapes, record.dtype, record.dropping
     return record.shape, record.dtype, record.dropping, record.weight
 
 
@@ -149,13 +156,23 @@ def _record(values: Mapping[str, Any]) -> Record:
     )
 
 
-def _won(values: Mapping[str, Any]) -> dict[str, Any]:
-    def choice(part: str) -> Choice:
-        tile = values[part]["tile"]
-        return Choice(values[part]["path"], None if tile is None else Tile(**tile))
+def _shared_record(values: Mapping[str, Any]) -> SharedRecord:
+    return SharedRecord(
+        shapes=tuple(Shape(**shape) for shape in values["shapes"]),
+        in_graph=_choice(values["in_graph"]),
+        from_host=_choice(values["from_host"]),
+        **{name: values[name] for name in ("dtype", "dropping", "microseconds")},
+    )
 
+
+def _won(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "forward": choice("forward"),
-        "backward": choice("backward"),
+        "forward": _choice(values["forward"]),
+        "backward": _choice(values["backward"]),
         "microseconds": values["microseconds"],
     }
+
+
+def _choice(values: Mapping[str, Any]) -> Choice:
+    tile = values["tile"]
+    return Choice(values["path"], None if tile is None else Tile(**tile))

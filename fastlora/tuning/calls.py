@@ -1,8 +1,8 @@
 """Which layer calls to tune: named in a JSON file, or those that a model makes."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -61,14 +61,54 @@ class LayerCall:
         return Shape(self.rows, self.outputs, self.inputs, self.rank, aligned=aligned)
 
     @property
+    def shapes(self) -> tuple[Shape]:
+        """The same, as of several layers."""
+        return (self.shape,)
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """The layer's dtype."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
 
-def read_calls(path: Path) -> list[LayerCall]:
+@dataclass(frozen=True)
+class SharedCall:
+    """One call of LoRA linear layers that share their input.
+
+    Attributes:
+        layers: A call of each, with dense weights and the same rows, inputs, dropout and dtype.
+
+    Raises:
+        ValueError: There are fewer than two layers, or they differ in one of these.
+    """
+
+    layers: tuple[LayerCall, ...]
+
+    def __post_init__(self) -> None:
+        """Check every layer."""
+        # all but what may differ
+        alike = {replace(layer, outputs=1, rank=1) for layer in self.layers}
+        if len(self.layers) < 2 or len(alike) > 1 or self.layers[0].weight is not None:
+            raise ValueError(
+                "expected at least two layers with dense weights and the same rows, inputs, dropout and "
+                f"dtype, got {self.layers!r}"
+            )
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """As the kernels' plans have them."""
+        return tuple([layer.shape for layer in self.layers])
+
+
+Call = LayerCall | SharedCall
+
+
+def read_calls(path: Path) -> list[Call]:
     """The calls of a JSON file: a list of objects with the fields of :class:`LayerCall`.
+
+    An object may also have ``sharing``, a list of outputs of further layers on the same input: it stands for
+    each of these layers alone, and for all of them together. Those that share come last.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -83,7 +123,10 @@ def read_calls(path: Path) -> list[LayerCall]:
         raise ValueError(f"{expected}; {error}") from error
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{expected} in {path}, got {type(entries).__name__}")
-    return [_call(entry, f"entry {number} of {path}") for number, entry in enumerate(entries, 1)]
+    calls = [
+        call for number, entry in enumerate(entries, 1) for call in _calls(entry, f"entry {number} of {path}")
+    ]
+    return _in_order(calls)
 
 
 def calls_of_model(
@@ -94,8 +137,10 @@ def calls_of_model(
     dropout: float,
     dtype: str,
     weight: Stored | None = None,
-) -> list[LayerCall]:
+) -> list[Call]:
     """The different calls of a model's LoRA layers, ``all-linear``, on one batch.
+
+    With dense weights also those that share their input as :func:`fastlora.accelerate` finds them, last.
 
     Args:
         model: Module that takes LoRA here; weights may be on the meta device.
@@ -111,32 +156,60 @@ def calls_of_model(
     from fastlora.nn import LoRAModule
 
     model = apply_lora(model, rank=rank)
-    seen: dict[LayerCall, None] = {}
+    made: dict[nn.Module, list[LayerCall]] = {}
 
-    def note(op: Callable[..., Tensor], x: Tensor, frozen: Tensor, *rest: Any) -> Tensor:
-        rows = x.shape[:-1].numel()
-        seen[LayerCall(rows, frozen.shape[1], frozen.shape[0], rank, dropout, dtype, weight)] = None
+    def note(module: nn.Module, op: Callable[..., Tensor], x: Tensor, frozen: Tensor, *rest: Any) -> Tensor:
+        sizes = (x.shape[:-1].numel(), frozen.shape[1], frozen.shape[0])
+        made.setdefault(module, []).append(LayerCall(*sizes, rank, dropout, dtype, weight))
         return op(x, frozen, *rest)
 
     for module in model.modules():
         if isinstance(module, LoRAModule):
             # all linear layers and attentions go through it
-            vars(module)["_lora_linear"] = functools.partial(note, module._lora_linear)
+            vars(module)["_lora_linear"] = functools.partial(note, module, module._lora_linear)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model(**batch) if isinstance(batch, Mapping) else model(batch)
-    return sorted(seen, key=lambda call: (call.rows, call.inputs, call.outputs))
+    alone = sorted(
+        {call for calls in made.values() for call in calls},
+        key=lambda call: (call.rows, call.inputs, call.outputs),
+    )
+    return _in_order([*alone, *(_sharing(model, made) if weight is None else ())])
 
 
-def _call(entry: Any, where: str) -> LayerCall:
+def _sharing(model: nn.Module, made: Mapping[nn.Module, Sequence[LayerCall]]) -> list[SharedCall]:
+    """Calls of the layers that their module's forward calls with one variable."""
+    from fastlora.interop._sources import sharing
+    from fastlora.nn import LoRALinear
+
+    return [
+        SharedCall(layers)
+        for module in model.modules()
+        for names in sharing(module, LoRALinear)
+        # as often as each of them was called
+        for layers in zip(*(made.get(module.get_submodule(name), ()) for name in names), strict=False)
+    ]
+
+
+def _in_order(calls: Iterable[Call]) -> list[Call]:
+    """Each once, and those that share last: layers by themselves are among their candidates."""
+    return sorted(dict.fromkeys(calls), key=lambda call: isinstance(call, SharedCall))
+
+
+def _calls(entry: Any, where: str) -> list[Call]:
     if not isinstance(entry, Mapping):
         raise ValueError(f"expected an object as {where}, got {entry!r}")
-    fields = LayerCall.__dataclass_fields__
-    _refuse_unknown(entry, fields, where)
+    _refuse_unknown(entry, [*LayerCall.__dataclass_fields__, "sharing"], where)
     missing = [name for name in ("rows", "inputs", "outputs") if name not in entry]
     if missing:
         raise ValueError(f"expected {', '.join(missing)} in {where}, got {dict(entry)!r}")
+    own, further = dict(entry), entry.get("sharing", [])
+    own.pop("sharing", None)
+    if not isinstance(further, list):
+        raise ValueError(f"expected a list of outputs as sharing in {where}, got {further!r}")
     try:
-        return LayerCall(**entry)
+        first = LayerCall(**own)
+        layers = [first, *(replace(first, outputs=outputs) for outputs in further)]
+        return [*layers, *([SharedCall(tuple(layers))] if further else [])]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 

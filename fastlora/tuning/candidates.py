@@ -142,7 +142,7 @@ def run_step(tensors: Tensors, forward: Choice, backward: Choice) -> list[Tensor
     inputs = [each.detach().requires_grad_() for each in (t.x, t.lora_A, t.lora_B)]
     x, lora_A, lora_B = inputs
     seed = None if t.seed is None else draw_seed(t.x.device, None)
-    decision = Decision("triton", Paths(_shape(t), forward, backward))
+    decision = Decision("triton", Paths(shape_of(t), forward, backward))
     frozen = t.weight if t.stored is None else t.stored
     layer = (x, frozen, t.bias, lora_A, lora_B, seed)
     y = LoRALinearFunction.apply(*layer, SCALING, t.dropout, decision)[0]
@@ -150,10 +150,11 @@ def run_step(tensors: Tensors, forward: Choice, backward: Choice) -> list[Tensor
 
 
 def _taking(choice: Choice, t: Tensors) -> Decision:
-    return Decision("triton", Paths(_shape(t), choice, choice))
+    return Decision("triton", Paths(shape_of(t), choice, choice))
 
 
-def _shape(t: Tensors) -> Shape:
+def shape_of(t: Tensors) -> Shape:
+    """Sizes of the call as they lie."""
     (n, k), m, r = t.weight.shape, t.x.shape[0], t.lora_A.shape[0]
     return Shape(m=m, n=n, k=k, r=r, aligned=is_aligned(t.x, t.weight, t.dy))
 

@@ -52,7 +52,7 @@ class GpuLostError(OSError):
 
 
 @dataclass(frozen=True)
-class _Attempts:
+class Attempts:
     """Runs what may fail, and notes what did."""
 
     device: torch.device
@@ -60,6 +60,15 @@ class _Attempts:
     left_out: list[LeftOut] = field(default_factory=list)
 
     def __call__(self, candidate: str, work: Callable[[], _Made]) -> _Made | None:
+        """What work makes; None where it fails.
+
+        Args:
+            candidate: Pass, path and tile.
+            work: What is tried.
+
+        Raises:
+            GpuLostError: The GPU does not answer after it has failed.
+        """
         self.progress(candidate)
         try:
             return work()
@@ -108,7 +117,7 @@ def tune_call(
     Raises:
         GpuLostError: The GPU does not answer after a candidate has failed.
     """
-    attempt = _Attempts(device, progress)
+    attempt = Attempts(device, progress)
     prepared = attempt("everything", lambda: _prepared(call, device))
     if prepared is None:
         return None, attempt.left_out

@@ -71,11 +71,29 @@ def truth_of(tensors: Tensors, keep: Tensor | None, *, unrounded: bool = False) 
     exact = (y, dx, *_exact_sums(tensors, keep))
     eager = run_eager(tensors, keep=keep)
     allowed = (
-        _FACTOR * _error(_compared(value, index, rows), truth)
-        + torch.finfo(value.dtype).eps / 2 * float(truth.norm())
+        _allowed(_compared(value, index, rows), truth)
         for index, (value, truth) in enumerate(zip(eager, exact, strict=True))
     )
     return Truth(rows, exact, tuple(allowed))  # type: ignore[arg-type]
+
+
+def truths_of_sum(layers: Sequence[Tensors], keeps: Sequence[Tensor | None]) -> list[Truth]:
+    """What the gradients of layers on one x are compared with: of the first dX is the sum over all.
+
+    Args:
+        layers: The call of each.
+        keeps: The dropout mask of each as bool ``[rows, inputs]``; None without dropout.
+    """
+    truths = [truth_of(layer, keep) for layer, keep in zip(layers, keeps, strict=True)]
+    first, *others = truths
+    dx = run_eager(layers[0], keep=keeps[0])[1]
+    for layer, keep in zip(layers[1:], keeps[1:], strict=True):
+        dx = dx + run_eager(layer, keep=keep)[1]
+    y, own, da, db = first.exact
+    exact = own + sum(each.exact[1] for each in others)
+    of_y, _, of_a, of_b = first.allowed
+    allowed = (of_y, _allowed(dx[first.rows], exact), of_a, of_b)
+    return [replace(first, exact=(y, exact, da, db), allowed=allowed), *others]
 
 
 def _exact_sums(tensors: Tensors, keep: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -96,6 +114,10 @@ def _exact_sums(tensors: Tensors, keep: Tensor | None) -> tuple[Tensor, Tensor]:
 def _compared(value: Tensor, index: int, rows: Tensor) -> Tensor:
     # dA and dB have no rows of their own
     return value[rows] if index < 2 else value
+
+
+def _allowed(eager: Tensor, exact: Tensor) -> float:
+    return _FACTOR * _error(eager, exact) + torch.finfo(eager.dtype).eps / 2 * float(exact.norm())
 
 
 def _error(value: Tensor, exact: Tensor) -> float:

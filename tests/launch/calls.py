@@ -111,7 +111,7 @@ def shared(
     p: float = 0.0,
     wanted: str = "xab",
     backend: str = "auto",
-    path: str | None = None,
+    choice: Choice | None = None,
 ) -> Work:
     """A call of layers that share their input.
 
@@ -123,7 +123,7 @@ def shared(
         p: Dropout's probability.
         wanted: Whose gradients: letters out of ``x``, ``a`` and ``b``.
         backend: Name of a backend, see :func:`fastlora.use_backend`.
-        path: Path of the backward pass; None for the one that is planned.
+        choice: Path and tile of the backward pass; None for what is planned.
     """
 
     def forward() -> Backward | None:
@@ -139,7 +139,7 @@ def shared(
 
         def planned() -> None:
             assert backward is not None
-            choose: Any = kernel_paths.choose_shared if path is None else lambda *_, **__: path
+            choose: Any = kernel_paths.choose_shared if choice is None else lambda *_, **__: choice
             with mock.patch.object(kernel_paths, "choose_shared", choose):
                 backward()
 

@@ -15,8 +15,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora.tuning.calls import LayerCall
+from fastlora.tuning.calls import LayerCall, SharedCall
 from fastlora.tuning.candidates import choices
+from fastlora.tuning.search import name_of
+from fastlora.tuning.shared import choices_of as shared_choices
 from fastlora_kernels.choose.paths import Pass
 from fastlora_kernels.choose.shared import SharedPath
 from fastlora_kernels.choose.tuned import Choice
@@ -153,14 +155,16 @@ def dora() -> Iterator[Case]:
 
 
 def sharing() -> Iterator[Case]:
-    """Layers that share their input: each path, two of them and three."""
+    """Layers that share their input: each path, and each that ``fastlora tune`` would time, two and three."""
     qkv, two = ((4096, 16), (1024, 16), (1024, 16)), ((768, 16), (256, 64))
     for p, m in product((0.0, 0.1), (8192, 64)):
         yield Case(f"LLaMA q, k, v, {m} rows, p = {p}", shared(m, 4096, qkv, p=p), quick=m == 8192)
-    for (i, path), p in product(enumerate(get_args(SharedPath)), (0.0, 0.1)):
+    call = SharedCall(tuple(LayerCall(1024, 768, n, r) for n, r in two))
+    chosen = [*(Choice(path) for path in get_args(SharedPath)), *shared_choices(call, DEVICE)]
+    for (i, choice), p in product(enumerate(chosen), (0.0, 0.1)):
         # what is prepared for a path may not serve another
-        work = shared(1024 + i, 768, two, p=p, backend="triton", path=path)
-        yield Case(f"two layers, {path}, p = {p}", work, quick=p == 0)
+        work = shared(1024 + i, 768, two, p=p, backend="triton", choice=choice)
+        yield Case(f"two layers, {name_of(choice)}, p = {p}, {i}", work, quick=p == 0)
     for wanted in ("x", "xa", "xb", "ab"):
         yield Case(f"q, k, v, gradients: {wanted}", shared(512, 2048, qkv, wanted=wanted, backend="triton"))
     for dtype in (FP16, FP32):

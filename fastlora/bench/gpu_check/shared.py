@@ -1,7 +1,6 @@
 """Layers that share their input on the card: every path backward against float64, and times of q, k and v."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,15 +15,16 @@ from fastlora.bench.gpu_check.layers import timed_rows
 from fastlora.bench.gpu_check.profiled import profile_item
 from fastlora.bench.results import EAGER_MODE, OURS
 from fastlora.bench.turns import Step
-from fastlora.ops import shared_triton
 from fastlora.ops.lora_linear import lora_linear
 from fastlora.ops.shared_lora_linear import Projection, shared_lora_linear
 from fastlora.tuning.calls import LayerCall
-from fastlora.tuning.candidates import SCALING, Tensors, draw, run_eager, run_forward, unpacked
+from fastlora.tuning.candidates import run_eager
+from fastlora.tuning.search import name_of
+from fastlora.tuning.shared import draw_shared, keeps_of, work_of
 from fastlora_kernels import targets
 from fastlora_kernels.choose.explain import explain_shared, frozen
 from fastlora_kernels.choose.lora import Call
-from fastlora_kernels.choose.shared import SHARED_PATHS, added
+from fastlora_kernels.choose.shared import SHARED_PATHS, added, shared_tiles
 from fastlora_kernels.choose.tuned import Choice
 from fastlora_kernels.predict.launches import total_us
 from fastlora_kernels.tile import Shape
@@ -53,41 +53,33 @@ def items(device: torch.device) -> list[Item]:
 
 
 def every_path(case: str, calls: Sequence[LayerCall], device: torch.device) -> Iterator[Found]:
-    """dX, and each layer's dA and dB, by every path of the backward pass."""
-    layers = [_drawn(call, number, device) for number, call in enumerate(calls)]
-    x = layers[0].x
-    layers = [_with_forward(replace(layer, x=x)) for layer in layers]
-    keeps = [None if layer.mask is None else unpacked(layer.mask, x.shape[1]) for layer in layers]
+    """dX, and each layer's dA and dB, by every path of the backward pass and every tile of ours."""
+    layers = draw_shared(calls, device)
+    keeps = keeps_of(layers)
     wide = [layer.to(torch.float64) for layer in layers]
     eager, exact = (
         _gradients([run_eager(layer, keep=keep) for layer, keep in zip(each, keeps, strict=True)])
         for each in (layers, wide)
     )
-    given = [
-        t for each in layers for t in (each.dy, each.weight, each.lora_A, each.lora_B, each.s, each.mask)
-    ]
-    settings = tuple(shared_triton.Layer(SCALING, each.dropout, True, True, None) for each in layers)
-    for path in SHARED_PATHS:
+    terms = max(layers[0].x.shape[0], sum(call.outputs for call in calls))
+    for choice in _choices(calls, device):
+        name = name_of(choice)
         try:
-            dx, das, dbs = shared_triton.backward(*given, x, layers=settings, path=path)
-            got = [dx, *(each for pair in zip(das, dbs, strict=True) for each in pair if each is not None)]
-            terms = max(x.shape[0], sum(call.outputs for call in calls))
-            yield outcome(case, path, got, eager, exact, terms)
-        # one path that does not compile or fit leaves the others
+            dx, others = work_of(layers, choice)()
+            got = [dx, *(gradient for pair in others for gradient in pair)]
+            yield outcome(case, name, got, eager, exact, terms)
+        # one that does not compile or fit leaves the others
         except Exception as error:
-            yield failure(f"{case}: {path}", error)
-            refuse_lost_gpu(path)
+            yield failure(f"{case}: {name}", error)
+            refuse_lost_gpu(name)
 
 
-def _drawn(call: LayerCall, number: int, device: torch.device) -> Tensors:
-    """A layer's tensors, with a seed of its own."""
-    drawn = draw(call, device)
-    return drawn if drawn.seed is None else replace(drawn, seed=drawn.seed + number)
-
-
-def _with_forward(layer: Tensors) -> Tensors:
-    _, s, mask = run_forward(layer, Choice("split"))
-    return replace(layer, s=s, mask=mask)
+def _choices(calls: Sequence[LayerCall], device: torch.device) -> list[Choice]:
+    """Also paths that no plan has for such calls: whoever asks for kernels by name gets them."""
+    shapes, dtype = [call.shape for call in calls], calls[0].torch_dtype
+    tiles = shared_tiles(shapes, dtype, targets.detect(device))
+    paths = [Choice(path) for path in SHARED_PATHS if path != "shared"]
+    return [*(Choice("shared", tile) for tile in tiles), *paths]
 
 
 def _gradients(of_layers: Sequence[Sequence[Tensor]]) -> list[Tensor]:

@@ -17,7 +17,7 @@ from fastlora_kernels.predict.launches import Launch, kernel_product, library_pr
 from fastlora_kernels.predict.occupancy import programs_at_once
 from fastlora_kernels.shared.kernels import MOST_LAYERS, SHARED_GRAD_X
 from fastlora_kernels.targets import Target
-from fastlora_kernels.tile import TILES_PER_GROUP, Plan, Shape, cdiv
+from fastlora_kernels.tile import TILES_PER_GROUP, Plan, Shape, Tile, cdiv
 
 # one launch of ours; library products into the same dX, the low-rank ones added to it by a kernel; or each
 # layer as it is planned alone, and its dX added
@@ -70,17 +70,30 @@ def shared_candidates(calls: Sequence[Call]) -> list[Candidate]:
     return [*found, Candidate("separate", "", [*launches, *added(calls)])]
 
 
-def shared_plan(shapes: Sequence[Shape], dtype: torch.dtype, target: Target) -> Plan:
+def shared_plan(
+    shapes: Sequence[Shape], dtype: torch.dtype, target: Target, *, tile: Tile | None = None
+) -> Plan:
     """The plan of the launch that computes dX of all layers.
 
     Args:
         shapes: Sizes of each layer's call.
         dtype: The dtype of x.
         target: The GPU.
+        tile: One that was measured to be the fastest; without it, the one predicted to be.
     """
-    # a rank that can't be read in wide words settles how many are read at a time
-    rank = next((shape.r for shape in shapes if shape.r % 16), max(shape.r for shape in shapes))
-    return plans.choose(SHARED_GRAD_X, replace(joined(shapes), r=rank), dtype, target)
+    return plans.choose(SHARED_GRAD_X, replace(joined(shapes), r=_rank(shapes)), dtype, target, tile=tile)
+
+
+def shared_tiles(shapes: Sequence[Shape], dtype: torch.dtype, target: Target) -> list[Tile]:
+    """Every tile of that launch.
+
+    Args:
+        shapes: Sizes of each layer's call.
+        dtype: The dtype of x.
+        target: The GPU.
+    """
+    aligned = joined(shapes).aligned
+    return list(dict.fromkeys(plans.tiles(SHARED_GRAD_X, _rank(shapes), dtype, target, aligned=aligned)))
 
 
 def joins_ranks(shapes: Sequence[Shape], *, dropping: bool) -> bool:
@@ -98,6 +111,11 @@ def joined(shapes: Sequence[Shape]) -> Shape:
     outputs, ranks = sum(shape.n for shape in shapes), sum(shape.r for shape in shapes)
     aligned = all(shape.aligned for shape in shapes)
     return Shape(m=shapes[0].m, n=outputs, k=shapes[0].k, r=ranks, aligned=aligned)
+
+
+def _rank(shapes: Sequence[Shape]) -> int:
+    # a rank that can't be read in wide words settles how many are read at a time
+    return next((shape.r for shape in shapes if shape.r % 16), max(shape.r for shape in shapes))
 
 
 def _shared(calls: Sequence[Call]) -> list[Launch]:

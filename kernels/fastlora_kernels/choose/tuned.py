@@ -1,11 +1,13 @@
 """Choices of LoRA calls that were measured on a GPU here: they stand in for the predicted ones.
 
-A record belongs to one GPU and one layer shape with so many rows; a call with another number of rows takes
-the nearest record within a factor of two. Records are handed in from outside; nothing is read or timed here.
+A record belongs to one GPU and one layer shape, or those of layers that share their input, with so many rows;
+a call with another number of rows takes the nearest record within a factor of two. Records are handed in from
+outside; nothing is read or timed here.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -15,6 +17,7 @@ from fastlora_kernels.choose.lora import Call
 from fastlora_kernels.choose.paths import PATHS, Pass, large_kernel
 from fastlora_kernels.choose.pinned import PINNED
 from fastlora_kernels.choose.quantised import Stored
+from fastlora_kernels.choose.shared import shared_candidates, shared_tiles
 from fastlora_kernels.targets import Target
 from fastlora_kernels.tile import Shape, Tile
 
@@ -97,23 +100,46 @@ class Record:
         return Winners(self.forward, self.backward, self.microseconds)
 
 
-_Layer = tuple[int, int, int, str, bool, str | None]
-_pinned: dict[str, dict[_Layer, list[Record]]] = {}
+@dataclass(frozen=True)
+class SharedRecord:
+    """What was measured for the backward pass of layers that share their input.
+
+    Attributes:
+        shapes: Sizes of each layer's call.
+        dtype: The dtype of x: ``bfloat16``, ``float16`` or ``float32``.
+        dropping: Whether dropout was active, in each of them.
+        in_graph: What won as a CUDA graph, where the host's time does not count.
+        from_host: What won where the host launches every kernel, as in eager mode.
+        microseconds: Medians of every candidate by name, under ``graph`` and ``host``.
+    """
+
+    shapes: tuple[Shape, ...]
+    dtype: str
+    dropping: bool
+    in_graph: Choice
+    from_host: Choice
+    microseconds: Microseconds = field(default_factory=dict, hash=False)
 
 
-def pin(gpu: str, records: Iterable[Record]) -> None:
+AnyRecord = Record | SharedRecord
+# by all of a call but its rows
+_pinned: dict[str, dict[Hashable, list[Any]]] = {}
+
+
+def pin(gpu: str, records: Iterable[AnyRecord]) -> None:
     """Use these records for calls on a GPU, by its name, from now on, and no others."""
     _pinned[gpu] = {}
     for record in records:
         # unaligned calls have tiles of their own, too many to tell apart
-        if record.shape.aligned:
-            layer = _layer(record.shape, record.dtype, record.dropping, record.weight)
-            _pinned[gpu].setdefault(layer, []).append(record)
+        if all(shape.aligned for shape in _shapes(record)):
+            weight = record.weight if isinstance(record, Record) else None
+            key = _key(_shapes(record), record.dtype, record.dropping, weight)
+            _pinned[gpu].setdefault(key, []).append(record)
     PINNED.changes += 1
     PINNED.tell_hosts_apart = any(record.from_host for name in _pinned for record in pinned(name))
 
 
-def pinned(gpu: str) -> list[Record]:
+def pinned(gpu: str) -> list[AnyRecord]:
     """The records in use for a GPU."""
     return [record for records in _pinned.get(gpu, {}).values() for record in records]
 
@@ -127,19 +153,55 @@ def find(
     gpu: str, shape: Shape, dtype: torch.dtype, *, dropping: bool, weight: str | None = None
 ) -> Record | None:
     """The record for a call on a GPU, by its name, if one is near enough and its weight is stored alike."""
-    if gpu not in _pinned or not shape.aligned:
-        return None
-    records = _pinned[gpu].get(_layer(shape, str(dtype).removeprefix("torch."), dropping, weight), ())
-    nearest = min(records, key=lambda record: _apart(record.shape.m, shape.m), default=None)
-    return nearest if nearest is not None and _apart(nearest.shape.m, shape.m) <= _FARTHEST else None
+    found: Record | None = _nearest(gpu, (shape,), dtype, dropping, weight)
+    return found
 
 
-def fits(record: Record, target: Target) -> bool:
+def find_shared(
+    gpu: str, shapes: Sequence[Shape], dtype: torch.dtype, *, dropping: bool
+) -> SharedRecord | None:
+    """The record for layers that share their input, in this order, if one is near enough.
+
+    Args:
+        gpu: Name of the GPU.
+        shapes: Sizes of each layer's call, two at least.
+        dtype: The dtype of x.
+        dropping: Whether dropout is active, in each of them.
+    """
+    found: SharedRecord | None = _nearest(gpu, shapes, dtype, dropping, None)
+    return found
+
+
+def fits(record: AnyRecord, target: Target) -> bool:
     """Whether a GPU's plans still offer what a record chose: tables of tiles change."""
-    call = Call(record.shape, getattr(torch, record.dtype), target, record.dropping)
+    dtype = getattr(torch, record.dtype)
+    if isinstance(record, SharedRecord):
+        offered = shared_choices(record.shapes, dtype, target, dropping=record.dropping)
+        return len(record.shapes) > 1 and record.in_graph in offered and record.from_host in offered
+    call = Call(record.shape, dtype, target, record.dropping)
     return all(
         _offered(won, call, record.weight) for won in (record.in_graph, record.from_host) if won is not None
     )
+
+
+def shared_choices(
+    shapes: Sequence[Shape], dtype: torch.dtype, target: Target, *, dropping: bool
+) -> list[Choice]:
+    """Every path that can serve the backward pass of layers that share their input, with every tile.
+
+    Args:
+        shapes: Sizes of each layer's call, the same rows and inputs in all.
+        dtype: The dtype of x.
+        target: The GPU.
+        dropping: Whether dropout is active, in each of them.
+    """
+    found = shared_candidates([Call(shape, dtype, target, dropping) for shape in shapes])
+    return [
+        Choice(each.path, tile)
+        for each in found
+        if not each.refused
+        for tile in (shared_tiles(shapes, dtype, target) if each.path == "shared" else (None,))
+    ]
 
 
 def _offered(won: Winners, call: Call, weight: Stored | None) -> bool:
@@ -155,8 +217,27 @@ def _offered(won: Winners, call: Call, weight: Stored | None) -> bool:
     return True
 
 
-def _layer(shape: Shape, dtype: str, dropping: bool, weight: str | None) -> _Layer:
-    return shape.n, shape.k, shape.r, dtype, dropping, weight
+def _shapes(record: AnyRecord) -> Sequence[Shape]:
+    return record.shapes if isinstance(record, SharedRecord) else (record.shape,)
+
+
+def _key(shapes: Sequence[Shape], dtype: str, dropping: bool, weight: str | None) -> Hashable:
+    return tuple([(shape.n, shape.k, shape.r) for shape in shapes]), dtype, dropping, weight
+
+
+def _nearest(
+    gpu: str, shapes: Sequence[Shape], dtype: torch.dtype, dropping: bool, weight: str | None
+) -> Any:
+    """The record of the nearest number of rows, if it is near enough."""
+    if gpu not in _pinned or not all(shape.aligned for shape in shapes):
+        return None
+    key = _key(shapes, str(dtype).removeprefix("torch."), dropping, weight)
+
+    def apart(record: AnyRecord) -> float:
+        return _apart(_shapes(record)[0].m, shapes[0].m)
+
+    nearest = min(_pinned[gpu].get(key, ()), key=apart, default=None)
+    return nearest if nearest is not None and apart(nearest) <= _FARTHEST else None
 
 
 def _apart(one: int, other: int) -> float:
