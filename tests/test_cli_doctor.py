@@ -28,6 +28,19 @@ def test_json() -> None:
     assert found["problem"] == ""
 
 
+def test_a_torchvision_of_another_torch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(name: str) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr("fastlora.cli.doctor.importlib.import_module", fails)
+    result = run()
+    assert result.exit_code == 0, result.output
+    told = (
+        f"torchvision {metadata.version('torchvision')} was built for another torch than {torch.__version__}"
+    )
+    assert told in result.stdout
+
+
 def test_words_name_what_an_extra_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = metadata.version
 

@@ -6,6 +6,7 @@ import shlex
 import signal
 from collections.abc import Mapping
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import typer
@@ -68,6 +69,8 @@ class CommandGroup(TyperGroup):
             text = ValueError(f"expected numbers that a computer can count to, got a larger one ({error})")
             raise self._told(ctx, text, BAD_INPUT) from error
         except RuntimeError as error:
+            if (told_of := of_another_torch(error)) is not None:
+                raise self._told(ctx, ImportError(told_of), FAILURE) from error
             if not _out_of_memory(error):
                 raise
             # an accelerator may be full of other things; a host refuses only what it can never hold
@@ -141,6 +144,23 @@ def _out_of_memory(error: RuntimeError) -> bool:
     # torch has an error of its own for accelerators alone
     words = ("out of memory", "can't allocate memory", "not enough memory", "calculation overflowed")
     return type(error).__name__ == "OutOfMemoryError" or any(each in str(error) for each in words)
+
+
+def of_another_torch(error: Exception) -> str | None:
+    """What to do about a torchvision that can't be imported beside the torch that is here; None for others.
+
+    Args:
+        error: What importing torchvision raised.
+    """
+    if not re.search(r"operator torchvision::|undefined symbol|Couldn't load custom C\+\+ ops", str(error)):
+        return None
+    # torchvision has imported it by now
+    import torch
+
+    return (
+        f"torchvision {version('torchvision')} was built for another torch than {torch.__version__}, and "
+        "can't be imported; install the two together from one index, as https://pytorch.org/get-started says"
+    )
 
 
 def _first_line(error: Exception) -> str:

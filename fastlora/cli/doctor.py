@@ -1,5 +1,6 @@
 """``fastlora doctor``: what is installed and usable here, what is missing, and how to get it."""
 
+import importlib
 import json
 import platform
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -13,6 +14,7 @@ from rich.text import Text
 from fastlora._core.words import visible
 from fastlora._version import __version__
 from fastlora.cli._console import make_console
+from fastlora.cli._errors import of_another_torch
 
 _DISTRIBUTION = "fastlora-triton"
 _CORE = (
@@ -61,6 +63,7 @@ def findings() -> dict[str, Any]:
         "backend": backend.selected(),
         "problem": _problem(),
         "cache": str(backend.cache_folder()),
+        "broken": _broken(),
         "missing": _missing(),
     }
 
@@ -153,6 +156,17 @@ def _problem() -> str:
     return ""
 
 
+def _broken() -> dict[str, str]:
+    """Packages that are installed and can't be imported, with the reason."""
+    if _installed("torchvision") is None:
+        return {}
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError, OSError) as error:
+        return {"torchvision": of_another_torch(error) or str(error)}
+    return {}
+
+
 def _missing() -> dict[str, list[str]]:
     """For each extra that lacks something, the requirements that are not met."""
     from packaging.requirements import Requirement
@@ -197,6 +211,8 @@ def _show(found: dict[str, Any], console: Console) -> None:
         table.add_row("check", "python -m fastlora.bench.gpu_check holds every kernel against float64 there")
     table.add_row("cache", found["cache"])
     console.print(table)
+    for reason in found["broken"].values():
+        console.print(reason, soft_wrap=True)
     for extra, requirements in found["missing"].items():
         console.print(
             f'extra {extra} lacks {", ".join(requirements)}: pip install "{_DISTRIBUTION}[{extra}]"'
