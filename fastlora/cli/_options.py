@@ -13,6 +13,19 @@ import typer
 
 from fastlora._core.words import did_you_mean
 
+# under which heading of --help a field stands; the others are the run's own
+_HEADINGS = {
+    "Pictures": """data source target validation validation_share test image_column label_column on_corrupt
+        image_size flip""",
+    "Model and what trains": """model weights strategy rank alpha dropout adapter_size num_tokens num_stages
+        train_batch_norm hidden cache_features""",
+    "Adaptation": "method strength gamma weighting select separate_batch_norm",
+    "Training": """lr head_factor epochs batch_size optimizer weight_decay layer_decay lora_plus_ratio
+        schedule warmup accumulation clip_norm precision label_smoothing mixup class_weights ema patience
+        monitor restore_best max_steps""",
+}
+_HEADING = {name: heading for heading, names in _HEADINGS.items() for name in names.split()}
+
 
 def with_options(
     command: Callable[..., None],
@@ -39,11 +52,14 @@ def with_options(
             if field.name in made or field.name in leave_out:
                 continue
             info: Any = typer.Argument if field.name in arguments else typer.Option
+            heading = None if field.name in arguments else _HEADING.get(field.name)
             made[field.name] = inspect.Parameter(
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=inspect.Parameter.empty if field.default is MISSING else field.default,
-                annotation=Annotated[hints[field.name], info(help=helps[field.name])],
+                annotation=Annotated[
+                    hints[field.name], info(help=helps[field.name], rich_help_panel=heading)
+                ],
             )
 
     @functools.wraps(command)
@@ -103,6 +119,22 @@ ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Go on with the run in the output folder, to the bit on a CPU.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")]
+
+
+def paragraphs(command: Callable[..., None]) -> str:
+    """A command's docstring, a line for each paragraph: a terminal wraps them at its own width.
+
+    Example:
+        >>> def command():
+        ...     '''Do this
+        ...     and that.
+        ...
+        ...     Example: do
+        ...     '''
+        >>> paragraphs(command)
+        'Do this and that.\\n\\nExample: do'
+    """
+    return "\n\n".join(" ".join(each.split()) for each in (inspect.getdoc(command) or "").split("\n\n"))
 
 
 def attribute_help(kind: type) -> Mapping[str, str]:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from fastlora.cli._console import make_console
+from fastlora.cli._options import paragraphs
 
 app = typer.Typer(
     name="bench",
@@ -19,7 +20,6 @@ def bench() -> None:
     """Show what `make bench`, `make bench-gpu` and `make gpu-check` measured."""
 
 
-@app.command()
 def report(
     results: Annotated[
         Path, typer.Argument(help="Results file (JSON) of make bench, make bench-gpu or make gpu-check.")
@@ -47,3 +47,6 @@ def report(
 
     page, *pictures = write_report(results, output, gpu)
     make_console().print(f"Wrote {page} and {len(pictures)} figures beside it.", soft_wrap=True)
+
+
+app.command(help=paragraphs(report))(report)

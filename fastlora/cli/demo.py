@@ -62,7 +62,11 @@ def demo(
     ] = None,
     epochs: Annotated[
         int | None,
-        typer.Option(min=1, help="Of pictures: passes over the training pictures, of all but the probe."),
+        typer.Option(
+            min=1,
+            help="Of pictures: passes over the training pictures, of all but the probe; without it "
+            "6 of elpv, 3 of mnist5k.",
+        ),
     ] = None,
     max_steps: Annotated[
         int | None, typer.Option(min=1, help="Optimiser steps of each method at most, for a quick try.")

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 def kernels(
     gpu: Annotated[
         list[str] | None,
-        typer.Option(help="GPU to compile for, for instance sm_90; repeat it for several. Default: four."),
+        typer.Option(
+            help="GPU to compile for, for instance sm_90; repeat it for several. Without it sm_80, sm_90, "
+            "sm_100 and gfx942."
+        ),
     ] = None,
     # as it was called before plan and bench had --gpu
     target: Annotated[list[str] | None, typer.Option(hidden=True)] = None,

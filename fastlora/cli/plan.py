@@ -38,10 +38,14 @@ def plan(
         str, typer.Option(help="A card such as H100 or RTX 4090, or an architecture such as sm_90.")
     ],
     shape: Annotated[
-        str, typer.Option(help="rows x inputs x outputs of the layer; rows x hidden size for an adapter.")
+        str,
+        typer.Option(
+            help="rows x inputs x outputs of the layer, such as 8192x4096x4096; for an adapter rows x "
+            "hidden size."
+        ),
     ],
     rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA update; bottleneck of an adapter.")] = 16,
-    dropout: Annotated[float, typer.Option(help="Probability in [0, 1).")] = 0.0,
+    dropout: Annotated[float, typer.Option(help="Probability of dropout, from 0 to below 1.")] = 0.0,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the layer's input.")] = Dtype.bfloat16,
     op: Annotated[Op, typer.Option(help="What is computed.")] = Op.lora_linear,
     weight: Annotated[

@@ -37,7 +37,9 @@ def tune(
         str | None, typer.Option(help="Instead, any model of fastlora finetune, or llama-7b.")
     ] = None,
     rank: Annotated[int, typer.Option(min=1, help="Rank of a model's updates.")] = 16,
-    dropout: Annotated[float, typer.Option(min=0, max=0.99, help="Dropout of a model's updates.")] = 0.0,
+    dropout: Annotated[
+        float, typer.Option(min=0, max=0.99, help="Probability of dropout in a model's updates.")
+    ] = 0.0,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of a model's layers.")] = Dtype.bfloat16,
     weight: Annotated[
         Weight,

@@ -1,6 +1,7 @@
 """Help and mistyped paths answer without torch; one thing has one name in every command."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,25 @@ def test_no_help_and_no_mistyped_path_waits_for_torch(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == ["0"] * len(HELP) + ["2"] * len(MISTYPED), done.stderr
     # not even the folder that the run would have been written to
     assert not list(tmp_path.iterdir())
+
+
+def test_version() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"fastlora {fastlora.__version__}\n")
+
+
+@pytest.mark.parametrize("line", [line for line in HELP if line not in ("--help", "bench --help")])
+def test_every_help_has_an_example(line: str) -> None:
+    shown = CliRunner().invoke(app, line.split(), env={"COLUMNS": "120"}).stdout
+    assert re.search(rf"Examples?: fastlora {line.removesuffix(' --help')}", shown)
+
+
+def test_long_help_has_headings() -> None:
+    for command in ("finetune", "adapt"):
+        shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "120"}).stdout
+        found = re.findall(r"╭─ (.+?) ─", shown)
+        assert {"Options", "Pictures", "Model and what trains", "Training"} <= set(found)
+        assert len(found) == len(set(found))
 
 
 def test_a_picture_that_is_not_there_is_told_first(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ class DomainSettings:
         hidden: Width of the layer between the model's features and the classifier: what becomes alike is what
             it gives.
         strength: What λ goes towards: the strength of the reversal, or the weight of other terms.
-        gamma: How early λ rises.
+        gamma: How early λ rises: it is strength · tanh(gamma · progress / 2), with progress from 0 to 1.
         weighting: Weigh the source's pictures: by importance (density ratio of their features), or by the
             class shares that the target seems to have (label_shift).
         select: What chooses the epoch to keep; none of them looks at the target's labels.

@@ -29,7 +29,7 @@ class FinetuneSettings:
         output: Folder for the model, the report, checkpoints and logs.
         validation: Pictures to watch and to choose the best epoch with; without it the val folder in data, or
             a share of data.
-        validation_share: How large that share is; each class gives its part.
+        validation_share: How large that share is, between 0 and 1; each class gives its part.
         test: Pictures to judge the result with, seen only at the end.
         image_column: Column of paths in a .csv file, if it has no usual name.
         label_column: Column of classes in a .csv file, if it has no usual name.
@@ -40,18 +40,18 @@ class FinetuneSettings:
             without it what recommend_strategy advises, or feature_extraction with cache_features.
         rank: Rank of lora's updates (16).
         alpha: Strength of lora; its updates are scaled by alpha / rank (32).
-        dropout: Dropout of lora or adapter (0).
+        dropout: Probability, from 0 to below 1, of dropout in lora or adapter (0).
         adapter_size: Width of adapter's bottlenecks (64).
         num_tokens: How many tokens prompt adds (10).
         num_stages: How many of the last stages fine_tuning trains (1).
         train_batch_norm: Train BatchNorm in frozen stages too.
         hidden: Width of a hidden layer between features and classifier; without it the classifier is linear.
-        image_size: Height and width of the pictures the model sees; without it the model's own.
+        image_size: Height and width in pixels of what the model sees; without it the model's own.
         flip: Mirror half of the training pictures; wrong for digits and text.
         cache_features: Compute the frozen features once and train the head on them: feature_extraction in
             seconds, without augmentation.
         lr: Highest learning rate; without it the strategy's.
-        head_factor: The head learns so much faster; without it the strategy's.
+        head_factor: Learning rate of the head as a multiple of ``lr``; without it the strategy's.
     """
 
     data: str

@@ -38,9 +38,10 @@ class TrainSettings:
         lr: Highest learning rate.
         optimizer: AdamW, or SGD with Nesterov momentum 0.9.
         weight_decay: Decay of matrices and convolutions.
-        layer_decay: Factor in (0, 1]; a stage nearer to the input learns so much slower than the next.
-        head_factor: The head learns so much faster.
-        lora_plus_ratio: LoRA's B learns so much faster than A.
+        layer_decay: Learning rate of a stage as a multiple of the next one's, nearer to the head; above 0, at
+            most 1, where all learn alike.
+        head_factor: Learning rate of the head as a multiple of ``lr``.
+        lora_plus_ratio: Learning rate of LoRA's B as a multiple of A's (LoRA+).
         schedule: Course of the rate after a linear warm-up; ``"one_cycle"`` is torch's ``OneCycleLR``.
         warmup: Share of the steps in which the rate rises, 0 to 1.
         accumulation: Parts in which a batch is computed, to save memory; the result is the whole batch's.
@@ -50,12 +51,13 @@ class TrainSettings:
         mixup: Alpha of mixup's Beta distribution (https://arxiv.org/abs/1710.09412); 0 switches it off.
         class_weights: Count every class alike, however many examples it has.
         ema: Decay of an exponential moving average of the weights, 0.999 say; it is what is validated and
-            kept. None for none.
-        patience: Stop after so many epochs without a better ``monitor``; None never stops early.
+            kept. Without it there is none.
+        patience: Stop after so many epochs without a better ``monitor``; without it never before the last.
         monitor: What makes an epoch the best one; among equals the lower validation loss does.
         restore_best: End with the weights of the best epoch instead of the last one's.
-        max_steps: Stop after so many optimiser steps, however many epochs that is.
-        checkpoint_every: Optimiser steps between checkpoints; None writes one an epoch.
+        max_steps: Stop after so many optimiser steps, however many epochs that is; without it
+            ``epochs`` decides.
+        checkpoint_every: Optimiser steps between checkpoints; without it one is written after each epoch.
         workers: Processes that load pictures; 0 loads them in this one.
         sharding: What each of several processes holds: a whole copy, or parameters in pieces.
         seed: Seed of order, augmentation, mixup and dropout.
