@@ -32,8 +32,8 @@ class Explanation:
             all outputs where several share their input; for an adapter, every large tensor moved once.
         rejected: The other paths of both passes, of backward alone where layers share their input: slower
             ones with their prediction, impossible ones with the reason.
-        apart: The same layers where each is computed by itself and autograd adds up dX; None for a single
-            one.
+        apart: How these layers run where each is computed by itself and autograd adds up dX; None for one
+            layer.
     """
 
     forward: Candidate
