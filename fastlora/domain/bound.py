@@ -18,7 +18,7 @@ from fastlora.domain._features import (
 from fastlora.domain.divergence import ADistance, proxy_a_distance
 
 CAVEATS = (
-    "The proxy A-distance is that of linear classifiers, a lower estimate of d_HΔH; the sum is no guarantee.",
+    "The proxy A-distance is a lower estimate of d_HΔH, by linear classifiers; the sum is no guarantee.",
     "A low distance alone is no virtue: features that tell nothing apart have none.",
     "A high distance alone is no harm: domains can differ where the classes do not.",
 )
