@@ -17,7 +17,7 @@ FIGURES = {
     "shared": ("shared", ("shared_grad_x",)),
     "adapter": ("adapter", ("adapter_forward", "adapter_grad_z", "adapter_grad_h_weights")),
 }
-_OTHERS = {"layer": diagram.draw, "steps": steps.draw}
+_OTHERS = {"layer": diagram.layer, "cut": diagram.cut, "steps": steps.draw}
 NAMES = (*_OTHERS, *FIGURES)
 _WIDTH, _ROW, _BAR = 420, 19, 120
 _STYLE = """
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def draw(name: str) -> str:
-    """A figure as SVG: the layer, measured steps, or what launches read and write, bars as long as the bytes.
+    """A figure as SVG: a diagram, measured steps, or what launches read and write, bars as long as the bytes.
 
     Args:
         name: One of ``NAMES``.
