@@ -50,7 +50,7 @@ def curves(epochs: Sequence[dict[str, Any]], kept: int) -> Figure:
     heading(accuracies, "Accuracy")
     accuracies.set(ylabel="Pictures labelled right (%)")
     _draw(domains, epochs, {"domain classifier right": "domain_accuracy", "λ": "strength"})
-    heading(domains, "Reversal")
+    heading(domains, "Alignment")
     domains.set(ylabel="Share of 1")
     _draw(distance, epochs, {"proxy A-distance": "a_distance"})
     heading(distance, "How far apart the features are")
