@@ -129,6 +129,24 @@ def test_readme_has_the_measured_steps() -> None:
     assert steps.table() in (DOCS.parent / "README.md").read_text()
 
 
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: str(page.relative_to(DOCS)))
+def test_code_is_no_wider_than_a_page(page: Path) -> None:
+    code = re.findall(r"^```.*?\n(.*?)^```", page.read_text(), re.S | re.M)
+    assert [line for block in code for line in block.splitlines() if len(line) > 98] == []
+
+
+def test_pictures_of_reports_are_small_and_shown() -> None:
+    """After a change of the reports: ``python -m docs.tools.screenshots``."""
+    shown = {
+        page
+        for path in DOCS.rglob("*.md")
+        for page in re.findall(r"\(reports/(\w+)\.png\)", path.read_text())
+    }
+    there = {path.name: path.stat().st_size for path in (DOCS / "guides" / "reports").iterdir()}
+    assert there.keys() == {f"{name}{dark}.png" for name in shown for dark in ("", "-dark")}
+    assert max(there.values()) < 150_000
+
+
 @pytest.mark.parametrize("name", figures.NAMES)
 def test_figures_are_those_of_the_kernels(name: str) -> None:
     """After a change of kernels: ``python -m docs.tools.figures``."""
