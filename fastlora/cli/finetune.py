@@ -23,7 +23,7 @@ _NAMED = 12
 def finetune(
     config: ConfigOption = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan, memory and advice, and train nothing.")
+        bool, typer.Option("--dry-run", help="Show what would train, memory and advice; train nothing.")
     ] = False,
     resume: ResumeOption = False,
     as_json: JsonOption = False,
