@@ -358,3 +358,43 @@ def test_bad_input_is_refused() -> None:
         shared_lora_linear(x, [layers[0], layers[1]._replace(weight=torch.zeros(16, 7))])
     with pytest.raises(ValueError, match="dropout"):
         shared_lora_linear(x, [layers[0]._replace(dropout=2.0)])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "lora_A", "lora_B"])
+def test_other_dtypes_are_refused(name: str, dtype: torch.dtype) -> None:
+    x, (first, second, third) = make_x().detach(), make_layers()
+    if name == "x":
+        x = x.to(dtype)
+    else:
+        third = third._replace(**{name: getattr(third, name).detach().to(dtype)})
+    message = f"expected {name} in float64, float32, float16 or bfloat16, got {dtype}"
+    with pytest.raises(TypeError, match=message):
+        shared_lora_linear(x, [first, second, third])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_frozen_layers_of_several_dtypes_are_refused(name: str, dtype: torch.dtype) -> None:
+    x, (first, second, third) = make_x(), make_layers()
+    third = third._replace(**{name: getattr(third, name).to(dtype)})
+    message = f"expected {name} in x's dtype torch.float32, got {dtype}; .* torch.autocast"
+    with pytest.raises(ValueError, match=message):
+        shared_lora_linear(x, [first, second, third])
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ([(1, 2)], "a list with a tuple in it"),
+        ((torch.nn.Linear(K, 2),), "a tuple with a Linear in it"),
+        (make_layers()[0], "a Projection with a Tensor in it"),
+        (iter(make_layers()), "list_iterator"),
+        (None, "NoneType"),
+    ],
+    ids=["tuples", "modules", "one alone", "an iterator", "nothing"],
+)
+def test_whatever_is_no_list_of_projections_is_refused(given: Any, told: str) -> None:
+    expected = "expected layers of shared_lora_linear as a list of fastlora.functional.Projection"
+    with pytest.raises(TypeError, match=f"{expected}, got {told}"):
+        shared_lora_linear(make_x(), given)

@@ -71,7 +71,7 @@ def shared_lora_linear(
         ``[..., out_features]`` of every layer, in x's dtype, or autocast's.
 
     Raises:
-        TypeError: An argument is no floating-point tensor.
+        TypeError: A layer is no :class:`Projection`, or a tensor isn't of floating point.
         ValueError: There is no layer, or shapes, dtypes, devices or scalars do not fit, or the selected
             backend can't serve them.
 
@@ -83,8 +83,7 @@ def shared_lora_linear(
         >>> shared_lora_linear(torch.ones(1, 3), [key, key._replace(scaling=2.0)])
         (tensor([[1.5000, 1.5000]]), tensor([[6., 6.]]))
     """
-    if not layers:
-        raise ValueError("expected at least one layer in shared_lora_linear, got none")
+    _check_layers(layers)
     calls = [decided(x, *layer, training) for layer in layers]
     watched = torch.compiler.is_compiling() or backend.is_watched()
     if watched or {_backend(call) for call in calls} not in ({"torch"}, {"triton"}):
@@ -95,6 +94,20 @@ def shared_lora_linear(
         in_dtype(x, calls[0].dtype), calls, seeds, *tensors
     )
     return ys
+
+
+def _check_layers(layers: Sequence[Projection]) -> None:
+    expected = "expected layers of shared_lora_linear as a list of fastlora.functional.Projection"
+    if not isinstance(layers, Sequence):
+        raise TypeError(f"{expected}, got {type(layers).__name__}")
+    if not layers:
+        raise ValueError("expected at least one layer in shared_lora_linear, got none")
+    for layer in layers:
+        if not isinstance(layer, Projection):
+            raise TypeError(
+                f"{expected}, got a {type(layers).__name__} with a {type(layer).__name__} in it; write "
+                "Projection(weight, bias, lora_A, lora_B, scaling), and put a single one into a list, too"
+            )
 
 
 def _backend(call: Call) -> str:
