@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import fastlora
 from fastlora.functional import shared_lora_linear
 from fastlora.interop import _peft_compute, _peft_siblings
+from fastlora.ops.gated_lora_linear import GatedLoRALinearFunction
 
 WIDTH = 64
 _TEXT: dict[str, Any] = {
@@ -105,6 +106,21 @@ def groups() -> Iterator[list[int]]:
         yield seen
 
 
+@contextlib.contextmanager
+def gated() -> Iterator[list[str]]:
+    """The activation of each gated MLP whose product is not kept."""
+    seen: list[str] = []
+    forward = GatedLoRALinearFunction.forward
+
+    def spy(ctx: Any, gate: Tensor, up: Tensor, *call: Any) -> Any:
+        seen.append(next(each for each in call if isinstance(each, str)))
+        return forward(ctx, gate, up, *call)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(GatedLoRALinearFunction, "forward", spy)
+        yield seen
+
+
 class Attention(nn.Module):
     """Query, key and value of one x, and an output."""
 
@@ -145,9 +161,9 @@ def an_input() -> Tensor:
     return torch.randn(3, 5, WIDTH, generator=torch.Generator().manual_seed(3)).requires_grad_()
 
 
-def run(module: Any, *, seed: int = 1) -> dict[str, Tensor]:
-    """Output and every gradient, x's too."""
-    leaf = an_input()
+def run(module: Any, x: Tensor | None = None, *, seed: int = 1) -> dict[str, Tensor]:
+    """Output and every gradient, x's too; of :func:`an_input` without another."""
+    leaf = an_input() if x is None else x.detach().requires_grad_()
     module.zero_grad()
     torch.manual_seed(seed)
     # no leaf, so that it may change in place
