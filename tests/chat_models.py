@@ -30,13 +30,13 @@ def tokenizer() -> Any:
     )
 
 
-def save_tiny(folder: Path) -> None:
+def save_tiny(folder: Path, intermediate_size: int = 128) -> None:
     """Write a Llama of two layers, 64 wide, and its tokenizer."""
     words = tokenizer()
     config = LlamaConfig(
         vocab_size=len(words),
         hidden_size=64,
-        intermediate_size=128,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
