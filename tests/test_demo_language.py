@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 from fastlora.cli import app
 from fastlora.cli._progress import LiveReporter
 from fastlora.transfer.demo.language import run as language_run
-from fastlora.transfer.demo.language.candidate import Candidate
+from fastlora.transfer.demo.language.candidate import IGNORED, Candidate
 from fastlora.transfer.demo.language.dialogues import (
     Dialogue,
     corpus_folder,
@@ -66,14 +66,14 @@ def _packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass(frozen=True)
 class LanguageRun:
-    """What a run wrote and printed, the tasks that it told of, and how many fused layers each model had."""
+    """What a run wrote and printed, the tasks that it told of, and TRL's trainers, PEFT's own model first."""
 
     quantised: str | None
     folder: Path
     stdout: str
     stderr: str
     told: list[tuple[str, int, int]]
-    fused: list[int]
+    trainers: list[Any]
 
     @property
     def report(self) -> dict[str, Any]:
@@ -93,12 +93,11 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     ) -> None:
         told.append((task, done, total))
 
-    fused: list[int] = []
+    trainers: list[Any] = []
     train = Candidate.train
 
     def trained(self: Candidate) -> dict[str, Any]:
-        modules = self.trainer.model.modules()
-        fused.append(sum(type(layer).__name__.startswith("FusedLinear") for layer in modules))
+        trainers.append(self.trainer)
         return train(self)
 
     options = [] if request.param is None else ["--quantised", request.param]
@@ -109,7 +108,12 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         patch.setattr(Candidate, "train", trained)
         result = CliRunner().invoke(app, command, env=WIDE)
     assert result.exit_code == 0, result.output
-    return LanguageRun(request.param, folder, result.stdout, result.stderr, told, sorted(fused))
+    trainers.sort(key=fused_layers)
+    return LanguageRun(request.param, folder, result.stdout, result.stderr, told, trainers)
+
+
+def fused_layers(trainer: Any) -> int:
+    return sum(type(layer).__name__.startswith("FusedLinear") for layer in trainer.model.modules())
 
 
 def test_files_and_nothing_else(run: LanguageRun) -> None:
@@ -160,7 +164,23 @@ def test_both_curves_are_the_same_and_training_changes_the_model(run: LanguageRu
 
 
 def test_the_second_alone_is_accelerated(run: LanguageRun) -> None:
-    assert run.fused == [0, 2 * 7]
+    assert list(map(fused_layers, run.trainers)) == [0, 2 * 7]
+
+
+def test_a_dialogue_of_a_training_row_is_as_it_is_alone(run: LanguageRun) -> None:
+    # of weights of 4 bits TRL keeps A and B in bfloat16
+    tolerance = 1e-4 if run.quantised is None else 2e-3
+    for trainer in run.trainers:
+        model = trainer.model.train()
+        row = next(row for row in trainer.train_dataset if len(row["seq_lengths"]) > 2)
+        batch = trainer.data_collator([row])
+        labels, logits = batch.pop("labels")[0], model(**batch).logits[0]
+        pieces = [words.split(row["seq_lengths"]) for words in (batch["input_ids"][0], labels, logits)]
+        for words, label, packed in zip(*pieces, strict=True):
+            alone = model(input_ids=words[None]).logits[0]
+            torch.testing.assert_close(packed, alone, rtol=0, atol=tolerance)
+            # the dialogue before foretells no word of it
+            assert label[0] == IGNORED
 
 
 def test_the_adapter_is_what_was_measured(run: LanguageRun, tmp_path: Path) -> None:
