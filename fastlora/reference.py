@@ -1,5 +1,6 @@
 """The eager definition of every op in plain PyTorch, for any floating dtype and device: the specification."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -12,12 +13,25 @@ Activation = Literal["gelu", "relu", "silu"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
-# of gated MLPs: Llama's, Qwen's, Mistral's; Gemma's is gelu_tanh
-Gate = Literal["silu", "gelu", "gelu_tanh"]
+
+def _gelu_new(x: Tensor) -> Tensor:
+    """gelu_tanh, rounded after each of its steps, as GPT-2 and Phi compute it."""
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    """x·sigmoid(1.702·x), CLIP's."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+# of MLPs, gated or not: Llama's, Qwen's, Mistral's is silu, BERT's and ViT's gelu, Gemma's gelu_tanh
+Gate = Literal["silu", "gelu", "gelu_tanh", "gelu_new", "quick_gelu"]
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu_new": _gelu_new,
+    "quick_gelu": _quick_gelu,
 }
 
 
@@ -61,7 +75,7 @@ def lora_linear(
 
 def gated_lora_linear(
     gate: Tensor,
-    up: Tensor,
+    up: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     lora_A: Tensor,
@@ -77,14 +91,15 @@ def gated_lora_linear(
 
     Args:
         gate: ``[..., in_features]``, what the activation is applied to.
-        up: ``[..., in_features]``, what it is multiplied with.
-        activation: silu, gelu (the exact one) or gelu_tanh.
+        up: ``[..., in_features]``, what it is multiplied with; without it x = act(gate).
+        activation: silu, gelu (the exact one), gelu_tanh, gelu_new or quick_gelu.
 
     The other arguments are those of :func:`lora_linear`.
     """
     layer = (weight, bias, lora_A, lora_B)
     options: dict[str, Any] = {"dropout": dropout, "training": training, "generator": generator}
-    return lora_linear(GATES[activation](gate) * up, *layer, scaling=scaling, **options)
+    x = GATES[activation](gate)
+    return lora_linear(x if up is None else x * up, *layer, scaling=scaling, **options)
 
 
 def lora_linear_with_mask(

@@ -39,23 +39,25 @@ def check_lora_linear(
         raise ValueError(f"expected a finite scaling, got {scaling!r}; it is usually alpha / rank")
 
 
-def check_gated(gate: Tensor, up: Tensor, activation: str) -> None:
+def check_gated(gate: Tensor, up: Tensor | None, activation: str) -> None:
     """Refuse a gate that :func:`fastlora.functional.gated_lora_linear` can't serve.
 
     Raises:
         TypeError: No floating-point tensor.
         ValueError: Shapes, dtypes, devices or the activation do not fit.
     """
-    for name, tensor in (("gate", gate), ("up", up)):
-        check_floating(name, tensor)
+    if activation not in GATES:
+        raise ValueError(f"expected an activation out of {', '.join(GATES)}, got {activation!r}")
+    check_floating("gate", gate)
+    if up is None:
+        return
+    check_floating("up", up)
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(
             f"expected gate and up of one shape and dtype, got {tuple(gate.shape)} in {gate.dtype} and "
             f"{tuple(up.shape)} in {up.dtype}"
         )
     check_same_device({"gate": gate, "up": up})
-    if activation not in GATES:
-        raise ValueError(f"expected an activation out of {', '.join(GATES)}, got {activation!r}")
 
 
 def check_labels(hidden: Tensor, labels: Tensor) -> None:

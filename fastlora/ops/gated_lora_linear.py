@@ -1,9 +1,11 @@
-"""LoRA's linear op on a gated activation, act(gate)·up, which backward computes again instead of keeping it.
+"""LoRA's linear op on an activation, act(gate)·up or act(gate), which backward computes again.
 
 Between the layers of a gated MLP (Shazeer 2020, https://arxiv.org/abs/2002.05202) autograd keeps gate,
-act(gate), up and their product. Two of these say it all.
+act(gate), up and their product; of one without a gate, what the activation is applied to, its value, and what
+a formula in Python has in between. Gate and up say it all.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,22 +17,31 @@ from fastlora._core.checks import check_gated
 from fastlora.ops.lora_linear import decided, layer_gradients
 from fastlora.ops.lora_passes import lora_linear_forward
 from fastlora.ops.lora_torch import row_blocks
-from fastlora.ops.runtime import draw_seed, in_dtype, refuse_second_derivative, rows_of
+from fastlora.ops.runtime import autocast_dtype, draw_seed, in_dtype, refuse_second_derivative, rows_of
 from fastlora.ops.weights import in_parts
 from fastlora.ops.weights.frozen import FrozenWeight, Unchanged
 from fastlora.reference import GATES, Gate
+
+
+def _gelu_tanh_backward(grad: Tensor, gate: Tensor) -> Tensor:
+    dgate: Tensor = torch.ops.aten.gelu_backward(grad, gate, approximate="tanh")
+    return dgate
+
 
 # given the gradient of act(gate) and the gate
 _BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "silu": torch.ops.aten.silu_backward,
     "gelu": torch.ops.aten.gelu_backward,
-    "gelu_tanh": lambda grad, gate: torch.ops.aten.gelu_backward(grad, gate, approximate="tanh"),
+    "gelu_tanh": _gelu_tanh_backward,
+    "gelu_new": _gelu_tanh_backward,
+    # it is silu(1.702·gate) / 1.702
+    "quick_gelu": lambda grad, gate: torch.ops.aten.silu_backward(grad, 1.702 * gate),
 }
 
 
 def gated_lora_linear(
     gate: Tensor,
-    up: Tensor,
+    up: Tensor | None,
     weight: Tensor | FrozenWeight,
     bias: Tensor | None,
     lora_A: Tensor,
@@ -42,19 +53,23 @@ def gated_lora_linear(
     training: bool = True,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """:func:`lora_linear` of x = act(gate)·up, the last layer of a gated MLP with LoRA.
+    """:func:`lora_linear` of x = act(gate)·up, the last layer of an MLP with LoRA, gated or not.
 
-    Equal to it, gradients too, on a CPU to the bit. Backward keeps gate and up, which the layers before have
-    computed anyway, instead of gate, act(gate), up and x: half of what an MLP's activations take.
+    Equal to it, gradients too, on a CPU to the bit; of gelu_new and quick_gelu, which are formulas of several
+    steps, the gradient is computed in one. Backward keeps gate and up, which the layers before have computed
+    anyway, instead of gate, act(gate), up and x: half of what a gated MLP's activations take, and half to a
+    fifth of another's.
 
     Args:
         gate: ``[..., in_features]``, what the activation is applied to.
-        up: ``[..., in_features]``, what it is multiplied with; gate's shape and dtype.
+        up: ``[..., in_features]``, what it is multiplied with, of gate's shape and dtype; None in an MLP
+            without a gate, where x = act(gate).
         weight: ``[out_features, in_features]``, dense or quantised, as for :func:`lora_linear`.
         bias: ``[out_features]``, or None.
         lora_A: ``[rank, in_features]``.
         lora_B: ``[out_features, rank]``.
-        activation: silu, gelu (the exact one) or gelu_tanh.
+        activation: silu, gelu (the exact one), gelu_tanh, gelu_new (the same as GPT-2 and Phi round it) or
+            quick_gelu (CLIP's).
         scaling: Factor of the low-rank path, usually alpha / rank.
         dropout: Probability of zeroing an element of the low-rank path's input x.
         training: Without it dropout does nothing.
@@ -87,8 +102,7 @@ def gated_lora_linear(
             gate, up, dense, bias, lora_A, lora_B, activation=activation, **options, generator=generator
         )
     seed = draw_seed(gate.device, generator) if call.dropout else None
-    gate, up = in_dtype(gate, call.dtype), in_dtype(up, call.dtype)
-    y: Tensor = GatedLoRALinearFunction.apply(gate, up, *layer, seed, activation, *call[1:])[0]
+    y: Tensor = GatedLoRALinearFunction.apply(gate, up, *layer, seed, activation, *call)[0]
     return y
 
 
@@ -96,13 +110,16 @@ class GatedLoRALinearFunction(torch.autograd.Function):
     """Autograd of :func:`gated_lora_linear`. Saves gate, up, S, the mask and the weights."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor | None, *call: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """y, S and the dropout mask; keeps what the wanted gradients need."""
-        weight, bias, lora_A, lora_B, seed, ctx.activation, ctx.scaling, ctx.dropout, ctx.decision = call
+        weight, bias, lora_A, lora_B, seed, ctx.activation, ctx.dtype, *settings = call
+        ctx.scaling, ctx.dropout, ctx.decision = settings
+        ctx.autocast = autocast_dtype(gate)
         quantised = isinstance(weight, FrozenWeight)
         run: Any = in_parts.forward if quantised else lora_linear_forward
-        settings = (ctx.scaling, ctx.dropout, ctx.decision)
-        x = _product(gate, up, ctx.activation)
+        x = _product(gate, up, ctx)
         y, s, mask = run(x, weight, bias, lora_A, lora_B, seed, *settings)
         ctx.mark_non_differentiable(*((s,) if mask is None else (s, mask)))
         ctx.set_materialize_grads(False)
@@ -116,34 +133,49 @@ class GatedLoRALinearFunction(torch.autograd.Function):
         """Gradients of gate, up, weight, bias, lora_A and lora_B, those that are wanted."""
         dy = grads[0]
         if dy is None:
-            return (None,) * 11
+            return (None,) * 12
         with torch.no_grad():
             wanted = _gradients(ctx, dy)
-        return (*refuse_second_derivative("gated_lora_linear", ctx, (dy,), wanted), *(None,) * 5)
+        return (*refuse_second_derivative("gated_lora_linear", ctx, (dy,), wanted), *(None,) * 6)
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     need_gate, need_up, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
     gate, up, weight, *kept = ctx.saved_tensors
     weight = weight if ctx.quantised is None else ctx.quantised.weight()
-    x = _product(gate, up, ctx.activation) if need_A or need_weight else None
+    x = _product(gate, up, ctx) if need_A or need_weight else None
     needed = (need_gate or need_up, need_weight, need_bias, need_A, need_B)
     dx, *of_layer = layer_gradients(ctx, needed, dy, dy, (x, weight, *kept))
     # its memory serves what follows
     del x
     if dx is None:
         return None, None, *of_layer
-    dgate, dup = _split_gradient(dx, gate, up, ctx.activation)
+    dgate, dup = _split_gradient(in_dtype(dx, gate.dtype), gate, up, ctx.activation)
     return dgate if need_gate else None, dup if need_up else None, *of_layer
 
 
-def _product(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """act(gate)·up."""
-    return GATES[activation](gate).mul_(up)
+def _product(gate: Tensor, up: Tensor | None, call: Any) -> Tensor:
+    """act(gate)·up, in the call's dtype, as its forward pass has computed it."""
+    with _autocast(gate, call.autocast):
+        x = GATES[call.activation](gate)
+        return in_dtype(x if up is None else x.mul_(up), call.dtype)
 
 
-def _split_gradient(dx: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up, given that of act(gate)·up, whose memory up's takes."""
+def _autocast(tensor: Tensor, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """A context in which powers, too, are computed as under autocast in this dtype, or without it."""
+    if autocast_dtype(tensor) == dtype:
+        return contextlib.nullcontext()
+    return torch.autocast(tensor.device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def _split_gradient(
+    dx: Tensor, gate: Tensor, up: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of gate and up, given that of act(gate)·up, whose memory the last of them takes."""
+    if up is None:
+        for dx_rows, gate_rows in _blocks(dx, gate):
+            dx_rows.copy_(_BACKWARD[activation](dx_rows, gate_rows))
+        return dx, None
     dgate = torch.empty_like(dx)
     for dx_rows, gate_rows, up_rows, dgate_rows in _blocks(dx, gate, up, dgate):
         dgate_rows.copy_(_BACKWARD[activation](dx_rows * up_rows, gate_rows))
