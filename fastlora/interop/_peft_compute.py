@@ -36,8 +36,8 @@ def lora_of_several(x: Tensor, layers: list[Parts]) -> tuple[Tensor, ...]:
     return shared_lora_linear(x, [_projection(parts) for parts in layers])
 
 
-def gated_lora(gate: Tensor, up: Tensor, parts: Parts, activation: Gate) -> Tensor:
-    """The output for act(gate)·up of a layer with one adapter."""
+def gated_lora(gate: Tensor, up: Tensor | None, parts: Parts, activation: Gate) -> Tensor:
+    """The output for act(gate)·up, or act(gate), of a layer with one adapter."""
     weight, bias, lora_A, lora_B, scaling, dropout = _projection(parts)
     options: dict[str, Any] = {"activation": activation, "scaling": scaling, "dropout": dropout}
     return completed(gated_lora_linear(gate, up, weight, bias, lora_A, lora_B, **options), gate, parts)

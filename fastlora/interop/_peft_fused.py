@@ -57,9 +57,11 @@ class Fused:
             return dora(x, parts, first, first.magnitude)
         return siblings.compute(self, x, parts)
 
-    def forward_gated(self, gate: Tensor, up: Tensor, activation: Gate) -> Tensor | None:
-        """:meth:`forward` of act(gate)·up, which is not kept; None where the fused op serves no such call."""
-        plain = gate.shape == up.shape and gate.dtype is up.dtype and type(up) in PLAIN
+    def forward_gated(self, gate: Tensor, up: Tensor | None, activation: Gate) -> Tensor | None:
+        """:meth:`forward` of act(gate)·up, or of act(gate), which is not kept; None where the fused op serves
+        no such call.
+        """
+        plain = up is None or (gate.shape == up.shape and gate.dtype is up.dtype and type(up) in PLAIN)
         parts = self.fused_parts(gate) if plain else None
         if parts is None or len(parts.adapters) > 1 or parts.adapters[0].magnitude is not None:
             return None

@@ -169,6 +169,13 @@ def is_called_plainly(module: nn.Module) -> bool:
     return "forward" not in own and not any(own[name] for name in _HOOKS)
 
 
+def passes_on(module: Any) -> bool:
+    """Whether a call of a module gives back what it is given, and nobody would notice that there is none."""
+    if not isinstance(module, nn.Identity | nn.Dropout) or _changed("dropout", module, _DROPOUT) is not None:
+        return False
+    return not (isinstance(module, nn.Dropout) and module.training and module.p > 0)
+
+
 def _changed(part: str, module: nn.Module, kinds: _Kinds, *, own_forward: bool = False) -> str | None:
     """What would notice that a module is not called; ``own_forward``: its own one is its quantiser's."""
     kind, own = type(module), module.__dict__

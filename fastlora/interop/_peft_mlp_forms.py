@@ -1,0 +1,158 @@
+"""How the forward of an MLP is known, whoever wrote it: by its bytecode, and its activation by its class."""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fastlora.reference import Gate
+
+
+class Form(NamedTuple):
+    """Names of an MLP's modules.
+
+    Attributes:
+        down: The last projection.
+        activation: The gate's; in an MLP without one, what stands between the projections.
+        projections: gate and up, or the one that both are halves of, or what the activation is applied to.
+        is_gated: Whether the activation is multiplied with up.
+        between: What is called between the activation and ``down``.
+        after: What is called after ``down``.
+    """
+
+    down: str
+    activation: str
+    projections: tuple[str, ...]
+    is_gated: bool = True
+    between: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+
+# Llama's, Mistral's, Qwen's, Gemma's
+def _separate(self: Any, x: Any) -> Any:
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return down_proj
+
+
+def _separate_at_once(self: Any, x: Any) -> Any:
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+# Phi-3's
+def _joint(self: Any, x: Any) -> Any:
+    up = self.gate_up_proj(x)
+
+    gate, up = up.chunk(2, dim=-1)
+    up = up * self.activation_fn(gate)
+
+    return self.down_proj(up)
+
+
+# ViT's, CLIP's, Phi's, GPT-NeoX's
+def _in_turn(self: Any, x: Any) -> Any:
+    x = self.fc1(x)
+    x = self.act(x)
+    x = self.fc2(x)
+    return x
+
+
+# Nemotron's, DINOv3's
+def _at_once(self: Any, x: Any) -> Any:
+    return self.fc2(self.act(self.fc1(x)))
+
+
+# GPT-J's
+def _with_dropout(self: Any, x: Any) -> Any:
+    x = self.fc1(x)
+    x = self.act(x)
+    x = self.fc2(x)
+    x = self.drop2(x)
+    return x
+
+
+# wav2vec 2.0's
+def _with_dropouts(self: Any, x: Any) -> Any:
+    x = self.fc1(x)
+    x = self.act(x)
+    x = self.drop1(x)
+    x = self.fc2(x)
+    x = self.drop2(x)
+    return x
+
+
+# timm's
+def _with_norm(self: Any, x: Any) -> Any:
+    x = self.fc1(x)
+    x = self.act(x)
+    x = self.drop1(x)
+    x = self.norm(x)
+    x = self.fc2(x)
+    x = self.drop2(x)
+    return x
+
+
+_GATED = Form("down_proj", "act_fn", ("gate_proj", "up_proj"))
+_PLAIN = Form("fc2", "act", ("fc1",), is_gated=False)
+_FORMS: dict[Callable[..., Any], Form] = {
+    _separate: _GATED,
+    _separate_at_once: _GATED,
+    _joint: Form("down_proj", "activation_fn", ("gate_up_proj",)),
+    _in_turn: _PLAIN,
+    _at_once: _PLAIN,
+    _with_dropout: _PLAIN._replace(after=("drop2",)),
+    _with_dropouts: _PLAIN._replace(between=("drop1",), after=("drop2",)),
+    _with_norm: _PLAIN._replace(between=("drop1", "norm"), after=("drop2",)),
+}
+
+
+def form_of(kind: type[nn.Module]) -> Form | None:
+    """The form of a class's forward; None if it is none of these."""
+    for template, form in _FORMS.items():
+        names = names_like(template, kind.forward)
+        # a tensor's method is none of the module's
+        if names is not None and names.get("chunk", "chunk") == "chunk":
+            return _renamed(form, names)
+    return None
+
+
+def names_like(template: Any, function: Any) -> dict[str, str] | None:
+    """A function's attribute for each that a template names; None if it does anything else."""
+    code, known = getattr(function, "__code__", None), template.__code__
+    if code is None or code.co_code != known.co_code or code.co_consts[1:] != known.co_consts[1:]:
+        return None
+    if code.co_argcount != known.co_argcount or code.co_freevars or len(code.co_names) != len(known.co_names):
+        return None
+    return dict(zip(known.co_names, code.co_names, strict=True))
+
+
+def _renamed(form: Form, names: dict[str, str]) -> Form:
+    projections, between, after = (
+        tuple(names[name] for name in each) for each in (form.projections, form.between, form.after)
+    )
+    return Form(names[form.down], names[form.activation], projections, form.is_gated, between, after)
+
+
+def gate_of(activation: Any) -> Gate | None:
+    """The op's name of an activation; None if it is none that the op knows."""
+    kind = type(activation)
+    if kind is nn.GELU:
+        return "gelu" if activation.approximate == "none" else "gelu_tanh"
+    named = vars(sys.modules.get("transformers.activations", torch))
+    if kind in (nn.SiLU, named.get("SiLUActivation")):
+        return "silu"
+    if kind is named.get("NewGELUActivation"):
+        return "gelu_new"
+    if kind is named.get("QuickGELUActivation"):
+        return "quick_gelu"
+    # both have a slower formula in Python, too
+    act: Any = vars(activation).get("act") if isinstance(activation, nn.Module) else None
+    if kind is named.get("GELUActivation") and act is F.gelu:
+        return "gelu"
+    if kind in (named.get("GELUTanh"), named.get("PytorchGELUTanh")):
+        tanh = isinstance(act, functools.partial) and act.func is F.gelu
+        return "gelu_tanh" if tanh and act.keywords == {"approximate": "tanh"} else None
+    return None
