@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from docs.tools import figures, matrix, notebooks, steps, traffic
+from docs.tools import figures, matrix, notebooks, pages, steps, traffic
 from fastlora_kernels.choose.explain import explain
 from fastlora_kernels.targets import find_card
 from fastlora_kernels.tile import Shape
@@ -145,6 +145,20 @@ def test_pictures_of_reports_are_small_and_shown() -> None:
     there = {path.name: path.stat().st_size for path in (DOCS / "guides" / "reports").iterdir()}
     assert there.keys() == {f"{name}{dark}.png" for name in shown for dark in ("", "-dark")}
     assert max(there.values()) < 150_000
+
+
+def test_a_picture_is_shown_dark_where_there_is_a_dark_one(tmp_path: Path) -> None:
+    (tmp_path / "a-dark.png").touch()
+    shown = pages.with_dark_pictures("![A](a.png) ![B](b.png)", tmp_path)
+    assert shown == "![A](a.png#only-light) ![A](a-dark.png#only-dark) ![B](b.png)"
+
+
+def test_numbers_and_names_in_tables_break_where_a_reader_would() -> None:
+    numbers = pages.with_whole_numbers("| 1.8 ± 0.2 | 12 % of 3 |\n1.8 ± 0.2")
+    assert numbers == "| 1.8\xa0±\xa00.2 | 12\xa0% of 3 |\n1.8 ± 0.2"
+    name = "<code>fastlora.apply_lora</code>"
+    broken = "<td><code>fastlora.<wbr>apply_<wbr>lora</code></td>"
+    assert pages.with_breaks(f"<p>{name}</p><td>{name}</td>") == f"<p>{name}</p>{broken}"
 
 
 @pytest.mark.parametrize("name", figures.NAMES)

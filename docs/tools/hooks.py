@@ -10,6 +10,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from docs.tools.notebooks import NAMES, as_page
+from docs.tools.pages import with_breaks, with_dark_pictures, with_whole_numbers
 
 ROOT = Path(__file__).parents[2]
 # where a file of the repository stands on the site
@@ -20,10 +21,6 @@ _PAGES = {
     "kernels/README.md": "contributing/kernels.md",
 }
 _MEASURED = "benchmarks/results/"
-_IMAGE = re.compile(r"(!\[[^\]]*\]\(([^)\s]+))\.png\)")
-# what a line may end in or begin with in a table's cell, but should not: 1.8 ± 0.2, 796 → 439, 12 %
-_NUMBERS = re.compile(r"(?<=\d) (?=[±→×%]|[KMG]iB|ms\b)|(?<=[±→×]) (?=\d)")
-_NAMES = re.compile(r"(<t[dh]\b[^>]*>.*?</t[dh]>|<span class=\"doc doc-object-name[^>]*>.*?</span>)", re.S)
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
@@ -71,32 +68,18 @@ def on_page_markdown(markdown: str, page: Page, **kwargs: Any) -> str:
         relative = posixpath.relpath(target, posixpath.dirname(page.file.src_uri) or ".")
         return f"{image}[{text}]({relative}{anchor})"
 
-    def both(image: re.Match[str]) -> str:
-        shown, path = image.groups()
-        if not (ROOT / posixpath.dirname(here) / f"{path}-dark.png").exists():
-            return image[0]
-        return f"{shown}.png#only-light) {shown}-dark.png#only-dark)"
-
-    lines = (_NUMBERS.sub("\N{NO-BREAK SPACE}", s) if s.startswith("|") else s for s in markdown.split("\n"))
-    return _LINK.sub(led, _IMAGE.sub(both, "\n".join(lines)))
+    text = with_dark_pictures(markdown, (ROOT / here).parent)
+    return _LINK.sub(led, with_whole_numbers(text))
 
 
 def on_page_content(html: str, **kwargs: Any) -> str:
-    """Let long names in tables and headings break after a dot, a slash, an underscore, a comma or a bracket.
+    """Let long names break in tables and headings.
 
     Args:
         html: A page's content.
         **kwargs: What else MkDocs tells its hooks.
     """
-    return _NAMES.sub(lambda cell: _breakable(cell[0]), html)
-
-
-def _breakable(cell: str) -> str:
-    def broken(text: re.Match[str]) -> str:
-        return re.sub(r"(?<=[A-Za-z][./_(,=:])(?=\w)", "<wbr>", text[0])
-
-    # between tags, and long enough to be worth it
-    return re.sub(r"(?<=>)[^<>]{13,}(?=<)", broken, cell)
+    return with_breaks(html)
 
 
 def _outside() -> dict[str, str]:
