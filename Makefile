@@ -48,7 +48,7 @@ docs: $(VENV)/.installed-docs
 # what is uploaded, into dist/: checked as a package index does, and run without a compiler and without Triton
 dist: $(VENV)/.installed-release
 	rm -rf dist
-	$(RUN) build
+	$(RUN) build --quiet
 	$(RUN) twine check --strict dist/*
 	$(VENV)/bin/python .ci/check_dist.py
 
