@@ -20,6 +20,23 @@ from fastlora_kernels.tile import Plan, cdiv
 _WORD_BITS = tl.constexpr(MASK_WORD_BITS)
 
 
+@triton.jit
+def add_x_a(
+    acc, x_tile, lora_a_ptr, mask_ptr, seed, low_keep, drop_threshold, k, offs_m, offs_r, M, K, R,
+    HAS_DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc + (mask ⊙ x)·Aᵀ over BLOCK_K columns from k on; programs of the first ranks store the mask."""
+    if HAS_DROPOUT:
+        words_per_row = tl.cdiv(K, _WORD_BITS)
+        words = k // _WORD_BITS + tl.arange(0, BLOCK_K // _WORD_BITS)
+        packed = draw_keep_words(seed, offs_m, words, words_per_row, low_keep, drop_threshold)
+        if tl.program_id(2) == 0:
+            store_tile(mask_ptr, packed, offs_m, words, words_per_row, M, words_per_row)
+        x_tile = zero_dropped(x_tile, packed, BLOCK_M, BLOCK_K)
+    a_tile = load_tile(lora_a_ptr, offs_r, k + tl.arange(0, BLOCK_K), K, R, K).to(x_tile.dtype)
+    return tl.dot(x_tile, tl.trans(a_tile), acc, input_precision="ieee")
+
+
 # a threshold of 1 would arrive as a constant, which has no type to shift
 @triton.jit(do_not_specialize=["drop_threshold"])
 def _lora_down_kernel(
@@ -50,22 +67,18 @@ def _lora_down_kernel(
     offs_r = block_range(tl.program_id(2), BLOCK_R)
     k_end = min(K, (split + 1) * k_per_split)
     words_per_row = tl.cdiv(K, _WORD_BITS)
+    seed, low_keep = 0, 0
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
         low_keep = draw_low_keep(seed, offs_m, words_per_row, drop_threshold)
 
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     for k in range(split * k_per_split, k_end, BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K)
-        x_tile = load_tile(x_ptr, offs_m, offs_k, stride_xm, M, K)
-        if HAS_DROPOUT:
-            words = k // _WORD_BITS + tl.arange(0, BLOCK_K // _WORD_BITS)
-            packed = draw_keep_words(seed, offs_m, words, words_per_row, low_keep, drop_threshold)
-            if tl.program_id(2) == 0:
-                store_tile(mask_ptr, packed, offs_m, words, words_per_row, M, words_per_row)
-            x_tile = zero_dropped(x_tile, packed, BLOCK_M, BLOCK_K)
-        a_tile = load_tile(lora_a_ptr, offs_r, offs_k, K, R, K).to(x_tile.dtype)
-        acc = tl.dot(x_tile, tl.trans(a_tile), acc, input_precision="ieee")
+        x_tile = load_tile(x_ptr, offs_m, k + tl.arange(0, BLOCK_K), stride_xm, M, K)
+        acc = add_x_a(
+            acc, x_tile, lora_a_ptr, mask_ptr, seed, low_keep, drop_threshold, k, offs_m, offs_r,
+            M, K, R, HAS_DROPOUT, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
 
     s_ptr = s_partial_ptr + split.to(tl.int64) * M * R
     store_tile(s_ptr, acc * scale, offs_m, offs_r, R, M, R)
