@@ -5,7 +5,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from fastlora_kernels.compile.specs import PARAMETERS, Spec, jit_function, plain
 from fastlora_kernels.compiled import Row, tile_text
 from fastlora_kernels.lora import kernels
 from fastlora_kernels.quant import kernels as quant
+from fastlora_kernels.shared.kernels import SHARED_DOWN
 
 # DoRA's norm is a float32 product of float32 matrices; the others are no products at all
 _NO_UNITS = {
@@ -37,9 +38,12 @@ MATRIX_INSTRUCTION = {
     "sm_90": "wgmma",
     "gfx942": "mfma",
 }
-# Hopper's products of a masked x and a 16-bit A wait for each other where 16 does not divide the rank, which
-# no tile mends
-SERIALIZED = {(kernels.LORA_DOWN.name, "sm_90", "bf16", "bf16", True, False)}
+# on Hopper products of a masked x and a 16-bit A wait for each other where 16 doesn't divide the rank, and
+# those of several layers always, which no tile mends
+SERIALIZED = {
+    (name, "sm_90", "bf16", "bf16", True, rank_aligned)
+    for name, rank_aligned in ((kernels.LORA_DOWN.name, False), *product([SHARED_DOWN.name], (False, True)))
+}
 
 
 def _serialized(rows: Sequence[Row]) -> set[tuple[object, ...]]:
@@ -123,7 +127,7 @@ def test_sixteen_bit_products_use_the_matrix_units(rows: list[Row]) -> None:
 
 
 def test_the_large_products_keep_their_pipeline(rows: list[Row]) -> None:
-    """None but the one named above has its wgmma serialised, which waits for each product before the next."""
+    """None but those named above has its wgmma serialised, which waits for each product before the next."""
     assert _serialized(rows) <= SERIALIZED
 
 

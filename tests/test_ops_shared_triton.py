@@ -1,6 +1,7 @@
-"""The backward pass of layers that share x by kernels: every path gives what the layers give one by one."""
+"""Layers that share x by kernels: every path gives what the layers give one by one."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -11,12 +12,15 @@ pytest.importorskip("triton", reason="kernels need Triton; the other backends ar
 
 import fastlora
 from fastlora.functional import Projection, shared_lora_linear
-from fastlora.ops import kernel_paths, shared_triton
+from fastlora.ops import kernel_paths, shared_triton, shared_triton_forward
 from fastlora_kernels.choose.shared import SharedPath
+from fastlora_kernels.choose.shared_forward import shared_down_plan
 from fastlora_kernels.choose.tuned import Choice
+from fastlora_kernels.shared.down import shared_down
 from fastlora_kernels.shared.grad_x import shared_grad_x
-from fastlora_kernels.tile import Shape
+from fastlora_kernels.tile import Plan, Shape
 from tests.cases import cases
+from tests.quantised import four_bit, read
 from tests.test_ops_shared import (
     DROPOUTS,
     apart,
@@ -44,11 +48,26 @@ def launched(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
     return of_layers
 
 
+@pytest.fixture
+def read_x(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of how many layers each launch computed S, wherever one can."""
+    of_layers = list[int]()
+
+    def launch(x: Tensor, s: Tensor, *tensors: Tensor | None, **settings: Any) -> Any:
+        of_layers.append(sum(lora_A is not None for lora_A in tensors[::3]))
+        return shared_down(x, s, *tensors, **settings)
+
+    monkeypatch.setattr(shared_triton_forward, "shared_down", launch)
+    monkeypatch.setattr(kernel_paths, "choose_shared_forward", lambda *_, **__: "shared")
+    return of_layers
+
+
 def assert_as_apart(x: Tensor, layers: Sequence[Projection], **options: Any) -> None:
     with fastlora.use_backend("triton"):
         ys, got = both_passes(shared_lora_linear, x, layers, **options)
         expected_ys, expected = both_passes(apart, x, layers, **options)
-    assert all(map(torch.equal, ys, expected_ys))
+    # on a GPU alone another path may be the fastest
+    assert_same_gradients([y.detach() for y in ys], [y.detach() for y in expected_ys])
     assert_same_gradients(got, expected)
 
 
@@ -79,6 +98,81 @@ def of_ranks(layers: Sequence[Projection], ranks: Sequence[int]) -> list[Project
         a, b = (torch.randn(shape).to(layer.lora_A).requires_grad_() for shape in shapes)
         found.append(layer._replace(lora_A=a, lora_B=b))
     return found
+
+
+@pytest.mark.parametrize(
+    ("dropouts", "ranks", "count"),
+    cases(
+        [("none", (4, 3, 8), 3), ("all", (16, 8, 40), 3)], [("all", (4, 3, 8), 2), ("none", (16, 8, 40), 2)]
+    ),
+)
+@pytest.mark.parametrize("splits", cases([1], [3]))
+def test_x_is_read_once_for_every_s(
+    read_x: list[int],
+    dropouts: str,
+    ranks: tuple[int, ...],
+    count: int,
+    splits: int,
+    kernel_device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twice, the second time as prepared; a second call has masks of its own."""
+
+    def plan(*call: Any) -> Plan:
+        return replace(shared_down_plan(*call), splits=splits)
+
+    monkeypatch.setattr(shared_triton_forward, "shared_down_plan", plan)
+    layers = of_ranks(make_layers(dropouts=DROPOUTS[dropouts], device=kernel_device), ranks)[:count]
+    used = range(count)
+    for x in (make_x(device=kernel_device), make_x(device=kernel_device) + 1):
+        assert_as_apart(x.detach().requires_grad_(), layers, used=used)
+    assert read_x == [count, count]
+
+
+@pytest.mark.parametrize(
+    "case", ["one layer", "four layers", "dropout in some", "a quantised weight", "faster apart"]
+)
+def test_what_no_launch_serves_reads_x_for_each_layer(
+    read_x: list[int], case: str, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropouts = DROPOUTS["some" if case == "dropout in some" else "all"]
+    layers = make_layers(dropouts=dropouts, device=kernel_device)
+    if case == "one layer":
+        layers = layers[:1]
+    elif case == "four layers":
+        layers.append(layers[0])
+    elif case == "a quantised weight":
+        layers[1] = layers[1]._replace(weight=read(four_bit(*dense(layers[1]).shape)))
+    elif case == "faster apart":
+        monkeypatch.setattr(kernel_paths, "choose_shared_forward", lambda *_, **__: "separate")
+    x = make_x(device=kernel_device)
+    with fastlora.use_backend("triton"):
+        torch.manual_seed(0)
+        ys = shared_lora_linear(x, layers)
+        torch.manual_seed(0)
+        expected = apart(x, layers)
+    assert all(map(torch.equal, ys, expected))
+    assert read_x == []
+
+
+def dense(layer: Projection) -> Tensor:
+    """The weight of a layer that has one."""
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight
+
+
+def test_inputs_and_weights_laid_out_otherwise(read_x: list[int], kernel_device: torch.device) -> None:
+    """x in columns of a wider tensor, a transposed weight, an A in 16 bits and one of every second row."""
+    x, layers = make_x(device=kernel_device).detach(), make_layers(device=kernel_device)
+    margin = torch.full_like(x, float("nan"))
+    x = torch.cat([x, margin], -1)[..., : x.shape[-1]].requires_grad_()
+    first, second, third = layers
+    first = first._replace(weight=dense(first).t().contiguous().t())
+    second = second._replace(lora_A=second.lora_A.detach().bfloat16().requires_grad_())
+    wider = third.lora_A.detach().repeat_interleave(2, 0)
+    third = third._replace(lora_A=wider[::2].requires_grad_())
+    assert_as_apart(x, [first, second, third])
+    assert read_x == [3]
 
 
 @pytest.mark.parametrize("used", [(0, 2), (1,)], ids=str)

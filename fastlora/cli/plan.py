@@ -59,7 +59,7 @@ def plan(
         str,
         typer.Option(
             help="Outputs of further layers on the same input, as in 1024,1024 for key and value beside a "
-            "query: the input's gradient is computed of all together."
+            "query: the input is read once for all of them, and its gradient computed of all together."
         ),
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON on stdout.")] = False,
@@ -180,7 +180,8 @@ def _record(found: "Explanation") -> dict[str, Any]:
     if found.apart is not None:
         apart = found.apart
         record["apart"] = {"predicted_us": apart.predicted_us, "bytes": apart.bytes, "flops": apart.flops}
-        record["apart"]["backward"] = [asdict(launch) for launch in apart.backward.launches]
+        for part in ("forward", "backward"):
+            record["apart"][part] = [asdict(launch) for launch in getattr(apart, part).launches]
     return record
 
 

@@ -11,6 +11,7 @@ from fastlora_kernels.choose import paths, quantised, tuned
 from fastlora_kernels.choose.paths import Pass
 from fastlora_kernels.choose.quantised import Stored
 from fastlora_kernels.choose.shared import choose_shared_path
+from fastlora_kernels.choose.shared_forward import SharedForwardPath, choose_shared_forward_path
 from fastlora_kernels.choose.tuned import Choice, Winners
 from fastlora_kernels.quant.kernels import DECODE
 from fastlora_kernels.tile import Shape
@@ -110,6 +111,25 @@ def choose_shared(
     if not (backend.is_automatic() or all(paths.has_kernels(shape, target) for shape in shapes)):
         return Choice("shared")
     return Choice(choose_shared_path(shapes, dtype, target, dropping=dropping))
+
+
+def choose_shared_forward(
+    shapes: tuple[Shape, ...], dtype: torch.dtype, device: torch.device, *, dropping: bool
+) -> SharedForwardPath:
+    """Path of the forward pass of layers that share their input.
+
+    The kernel's where kernels were asked for by name and none is meant for such calls or for this GPU.
+
+    Args:
+        shapes: Sizes of each layer's call, the same rows and inputs in all.
+        dtype: The dtype of x.
+        device: Where they are computed.
+        dropping: Whether dropout is active, in each of them.
+    """
+    target = targets.detect(device)
+    if not (backend.is_automatic() or all(paths.has_kernels(shape, target) for shape in shapes)):
+        return "shared"
+    return choose_shared_forward_path(shapes, dtype, target, dropping=dropping)
 
 
 def _measured(

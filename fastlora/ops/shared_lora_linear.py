@@ -58,6 +58,10 @@ def shared_lora_linear(
     it lies. Where gradients are taken of one y after the other, all but the last time need
     ``retain_graph=True``.
 
+    With kernels one launch reads x for S of two or three layers, and one writes their dX, where that is
+    predicted to be faster; of layers with dense weights, all with dropout or none. Of others, and on a CPU,
+    each layer's S reads x, and each dX is added to the same memory.
+
     Compiled graphs, the eager formula (float64, backend ``reference``) and whatever watches single operations
     (``torch.func``, tracers) compute layer by layer.
 
@@ -135,13 +139,11 @@ class SharedLoRALinearFunction(torch.autograd.Function):
         """Every layer's y; keeps what the wanted gradients need."""
         ys, kept, kept_x = [], list[Tensor | None](), None
         ctx.calls, ctx.quantised = calls, list[Unchanged | None]()
-        for call, seed, layer, needed in zip(
-            calls, seeds, _by_layer(tensors, _GIVEN), _needed(ctx), strict=True
-        ):
+        layers = [*_by_layer(tensors, _GIVEN)]
+        made = _forward(x, calls, seeds, layers)
+        for (y, s, mask), layer, needed in zip(made, layers, _needed(ctx), strict=True):
             weight, _, lora_A, lora_B = layer
             quantised = isinstance(weight, FrozenWeight)
-            run: Any = in_parts.forward if quantised else lora_linear_forward
-            y, s, mask = run(x, *layer, seed, *call[1:])
             ctx.quantised.append(Unchanged(weight) if quantised and needed[0] else None)
             of_x, *of_layer = needed_of(needed, x, None if quantised else weight, lora_A, lora_B, s, mask)
             kept_x = kept_x if of_x is None else of_x
@@ -158,6 +160,39 @@ class SharedLoRALinearFunction(torch.autograd.Function):
             dx, of_layers = _gradients(ctx, dys)
         wanted = (dx, None, None, *(gradient for layer in of_layers for gradient in layer))
         return refuse_second_derivative("shared_lora_linear", ctx, dys, wanted)
+
+
+def _forward(
+    x: Tensor, calls: Sequence[Call], seeds: Sequence[Tensor | None], layers: Sequence[Sequence[Any]]
+) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """y, S and mask of every layer."""
+    if _share_a_launch(x, calls, seeds, layers):
+        # imported late: Triton is not installed everywhere
+        from fastlora.ops import shared_triton_forward
+
+        scalings, dropouts = tuple(call.scaling for call in calls), tuple(call.dropout for call in calls)
+        made = shared_triton_forward.forward(x, layers, seeds, scalings=scalings, dropouts=dropouts)
+        if made is not None:
+            return made
+    found = []
+    for call, seed, layer in zip(calls, seeds, layers, strict=True):
+        run: Any = in_parts.forward if isinstance(layer[0], FrozenWeight) else lora_linear_forward
+        found.append(run(x, *layer, seed, *call[1:]))
+    return found
+
+
+def _share_a_launch(
+    x: Tensor, calls: Sequence[Call], seeds: Sequence[Tensor | None], layers: Sequence[Sequence[Any]]
+) -> bool:
+    """Whether a kernel can compute S of all: of dense layers, all with dropout or none."""
+    if _backend(calls[0]) != "triton" or len({seed is None for seed in seeds}) > 1:
+        return False
+    if not all(isinstance(layer[0], Tensor) and backend.are_plain(x, *layer) for layer in layers):
+        return False
+    # imported late: a CPU needs no kernels' records
+    from fastlora_kernels.shared.kernels import MOST_LAYERS
+
+    return 2 <= len(layers) <= MOST_LAYERS
 
 
 class _Layer(NamedTuple):

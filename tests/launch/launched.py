@@ -158,7 +158,7 @@ def sharing() -> Iterator[Case]:
     """Layers that share their input: each path, and each that ``fastlora tune`` would time, two and three."""
     qkv, two = ((4096, 16), (1024, 16), (1024, 16)), ((768, 16), (256, 64))
     for p, m in product((0.0, 0.1), (8192, 64)):
-        yield Case(f"LLaMA q, k, v, {m} rows, p = {p}", shared(m, 4096, qkv, p=p), quick=m == 8192)
+        yield Case(f"LLaMA q, k, v, {m} rows, p = {p}", shared(m, 4096, qkv, p=p), quick=m == 8192 or p > 0)
     call = SharedCall(tuple(LayerCall(1024, 768, n, r) for n, r in two))
     chosen = [*(Choice(path) for path in get_args(SharedPath)), *shared_choices(call, DEVICE)]
     for (i, choice), p in product(enumerate(chosen), (0.0, 0.1)):

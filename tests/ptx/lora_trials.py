@@ -1,5 +1,7 @@
 """A launch of every LoRA kernel, DoRA's among them, and its comparison with float64."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from fastlora_kernels.lora.forward import lora_forward
 from fastlora_kernels.lora.grad_x_a import lora_grad_x_a
 from fastlora_kernels.lora.persistent import lora_forward_persistent, lora_grad_x_a_persistent
 from fastlora_kernels.lora.single import lora_forward_single
+from fastlora_kernels.shared.down import shared_down
 from fastlora_kernels.shared.grad_x import shared_grad_x
 from fastlora_kernels.tile import cdiv
 from tests.kernel_harness import assert_exact, shared_dx
@@ -114,6 +117,34 @@ def _grad_x_a(t: Trial) -> None:
     assert_exact(da.sum(0), lambda x, ds: ds.t() @ (x * keep), x, ds)
 
 
+def _shared_down(t: Trial) -> None:
+    """Two layers or three, each with a mask of its own and, where rows are not aligned, of its own rank."""
+    x, r, count = t.layer("M", "K"), t.size["R"], 3 if t.has("HAS_THIRD") else 2
+    tensors, keeps = list[Tensor | None](), list[Tensor]()
+    for i in range(count):
+        t.size["R"] = r if t.spec.aligned else r - i
+        mask, keep = t.drawn_mask("M", "K", i)
+        tensors += t.trainable("R", "K"), t.seed(i), mask
+        keeps.append(keep)
+    lora_as, masks = [a for a in tensors[::3] if a is not None], tensors[2::3]
+    sizes = [t.size["M"] * a.shape[0] for a in lora_as]
+    partial = t.partial(t.plan.splits, sum(sizes))
+    settings: dict[str, Any] = {"drop_thresholds": [THRESHOLD] * count, "scales": [0.5, 1.5, 2.5][:count]}
+    shared_down(x, partial, *tensors, *[None] * (9 - len(tensors)), **settings, plan=t.plan)
+    for a, mask, keep, scale, s in zip(
+        lora_as, masks, keeps, settings["scales"], partial.sum(0).split(sizes), strict=True
+    ):
+        if mask is not None:
+            assert torch.equal(unpack_mask(mask, keep.shape[1]), keep), "another mask than NumPy's"
+        # bound now, and called now
+        assert_exact(
+            s.view(t.size["M"], -1),
+            lambda x, a, keep=keep, scale=scale: scale * (x * keep) @ a.t(),
+            x,
+            t.low(a),
+        )
+
+
 def _shared_grad_x(t: Trial) -> None:
     """Two layers or three, each of a length of its own and, where rows are not aligned, of its own rank."""
     n, r, step = t.size["N"], t.size["R"], 16 if t.spec.aligned else 5
@@ -153,5 +184,5 @@ LORA_TRIALS = {
     "lora_grad_x": _grad_x, "lora_grad_a": _grad_a, "lora_grad_x_a": _grad_x_a,
     "lora_grad_x_a persistent": _grad_x_a, "dora_forward": _dora_forward,
     "dora_weight_norm": _dora_weight_norm, "dora_grad_product": _dora_grad_product,
-    "shared_grad_x": _shared_grad_x,
+    "shared_down": _shared_down, "shared_grad_x": _shared_grad_x,
 }  # fmt: skip

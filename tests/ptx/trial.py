@@ -169,16 +169,16 @@ class Trial:
             return None, torch.ones(m, n, dtype=torch.bool)
         return self.harness.mask(m, n)
 
-    def seed(self) -> Tensor | None:
-        """That of dropout, if there is any."""
-        return torch.tensor([SEED]) if self.spec.dropout else None
+    def seed(self, layer: int = 0) -> Tensor | None:
+        """That of a layer's dropout, if there is any."""
+        return torch.tensor([SEED + layer]) if self.spec.dropout else None
 
-    def drawn_mask(self, rows: str, cols: str) -> tuple[Tensor | None, Tensor]:
-        """Room for a packed mask, and what NumPy draws for it."""
+    def drawn_mask(self, rows: str, cols: str, layer: int = 0) -> tuple[Tensor | None, Tensor]:
+        """Room for a layer's packed mask, and what NumPy draws for it."""
         m, n = self.size[rows], self.size[cols]
         if not self.spec.dropout:
             return None, torch.ones(m, n, dtype=torch.bool)
-        keep = torch.from_numpy(mask_uniforms(SEED, m, n) >= THRESHOLD)
+        keep = torch.from_numpy(mask_uniforms(SEED + layer, m, n) >= THRESHOLD)
         return self.out(rows, cdiv(n, 32), dtype=torch.int32), keep
 
     def low(self, tensor: Tensor) -> Tensor:

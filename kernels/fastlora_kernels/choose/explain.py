@@ -10,6 +10,7 @@ from fastlora_kernels.choose import adapter, paths, plan, quantised, shared
 from fastlora_kernels.choose.lora import Call
 from fastlora_kernels.choose.paths import Candidate, Pass, large_kernel
 from fastlora_kernels.choose.quantised import Stored
+from fastlora_kernels.choose.shared_forward import shared_forward_candidates
 from fastlora_kernels.predict.launches import Launch, library_product, total_us
 from fastlora_kernels.targets import Target
 from fastlora_kernels.tile import Shape, Tile
@@ -30,8 +31,8 @@ class Explanation:
             chooses.
         ceiling_us: Microseconds of what nothing can beat: the frozen layer alone, forward and dX, as one with
             all outputs where several share their input; for an adapter, every large tensor moved once.
-        rejected: The other paths of both passes, of backward alone where layers share their input: slower
-            ones with their prediction, impossible ones with the reason.
+        rejected: The other paths of both passes: slower ones with their prediction, impossible ones with the
+            reason.
         apart: How these layers run where each is computed by itself and autograd adds up dX; None for one
             layer.
     """
@@ -129,8 +130,6 @@ def explain_shared(
 ) -> Explanation:
     """Predict a call of ``shared_lora_linear``: LoRA layers with dense weights on one x.
 
-    Forward, every layer takes the path that it takes alone.
-
     Args:
         shapes: Sizes of each layer's call, two at least, the same rows and inputs in all.
         dtype: The dtype of x: float32, float16 or bfloat16.
@@ -145,32 +144,33 @@ def explain_shared(
         >>> from fastlora_kernels.targets import find_card
         >>> layers = [Shape(8192, outputs, 4096, 16) for outputs in (4096, 1024, 1024)]
         >>> explain_shared(layers, torch.bfloat16, find_card("H100"), dropout=0.1).path
-        'split, then shared'
+        'shared'
     """
     if len(shapes) < 2 or len({(shape.m, shape.k) for shape in shapes}) > 1:
         raise ValueError(f"expected at least two layers of the same rows and inputs, got {[*shapes]}")
     for shape in shapes:
         _check("lora_linear", shape, dtype, dropout, None)
     calls = [Call(shape, dtype, target, dropout > 0) for shape in shapes]
-    forward = [paths.fastest(paths.candidates("forward", call)) for call in calls]
-    backward = shared.shared_candidates(calls)
-    chosen = paths.fastest(backward)
+    both: dict[Pass, list[Candidate]] = {
+        "forward": shared_forward_candidates(calls),
+        "backward": shared.shared_candidates(calls),
+    }
+    chosen = {part: paths.fastest(found) for part, found in both.items()}
+    alone = {part: next(each for each in found if each.path == "separate") for part, found in both.items()}
     ceiling = frozen(shared.joined(shapes), dtype.itemsize, target)
     apart = Explanation(
-        forward=Candidate(
-            " + ".join(dict.fromkeys(each.path for each in forward)),
-            launches=[launch for each in forward for launch in each.launches],
-        ),
-        backward=next(each for each in backward if each.path == "separate"),
+        alone["forward"],
+        alone["backward"],
         tile=None,
         ceiling_us=sum(total_us([launch]) for launch in ceiling),
         rejected={},
     )
     return replace(
         apart,
-        backward=chosen,
-        tile=shared.shared_plan(shapes, dtype, target).tile if chosen.path == "shared" else None,
-        rejected={"backward": [each for each in backward if each is not chosen]},
+        forward=chosen["forward"],
+        backward=chosen["backward"],
+        tile=shared.shared_plan(shapes, dtype, target).tile if chosen["backward"].path == "shared" else None,
+        rejected={part: [each for each in found if each is not chosen[part]] for part, found in both.items()},
         apart=apart,
     )
 

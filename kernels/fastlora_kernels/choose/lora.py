@@ -98,16 +98,29 @@ def backward(path: Path, call: Call) -> list[Launch]:
 
 def down(call: Call) -> list[Launch]:
     """The launches that compute S and, with dropout, the mask."""
-    (m, k, r), plan = (call.shape.m, call.shape.k, call.shape.r), call.plan(kernels.LORA_DOWN)
+    plan = call.plan(kernels.LORA_DOWN)
     # a higher rank reads x once for every chunk of it
-    reads = cdiv(r, plan.tile.rank)
+    return down_by(kernels.LORA_DOWN, call, plan, reads=cdiv(call.shape.r, plan.tile.rank))
+
+
+def down_by(kernel: Kernel, call: Call, plan: Plan, *, reads: int, masks: int = 1) -> list[Launch]:
+    """The launches that compute S by a kernel.
+
+    Args:
+        kernel: Record of the kernel.
+        call: The call; where layers share x, of the sum of their ranks.
+        plan: The kernel's.
+        reads: How often it reads x.
+        masks: Masks that it draws with dropout.
+    """
+    m, k, r = call.shape.m, call.shape.k, call.shape.r
     partial = plan.splits * m * r * 4 if plan.splits > 1 else 0
     launch = stream(
-        kernels.LORA_DOWN.name,
-        reads * call.x_bytes + call.mask_bytes + (0 if partial else call.s_bytes),
+        kernel.name,
+        reads * call.x_bytes + masks * call.mask_bytes + (0 if partial else call.s_bytes),
         call.target,
         flops=2.0 * m * k * r,
-        integers=call.elements(_DRAW + _UNPACK) * reads,
+        integers=call.elements(_DRAW + _UNPACK) * masks * reads,
         cached=partial,
         programs=cdiv(m, plan.tile.rows) * plan.splits * reads,
     )

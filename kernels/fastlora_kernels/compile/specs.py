@@ -128,7 +128,7 @@ def signature(function: Any, spec: Spec) -> tuple[dict[str, str], dict[tuple[int
     types: dict[str, str] = {}
     aligned: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, parameter in enumerate(function.params):
-        name = parameter.name
+        name, plain = parameter.name, plain_name(parameter.name)
         if parameter.is_constexpr:
             types[name] = "constexpr"
             continue
@@ -136,8 +136,8 @@ def signature(function: Any, spec: Spec) -> tuple[dict[str, str], dict[tuple[int
             types[name] = _descriptor_type(name, spec)
             continue
         types[name] = _argument_type(name, spec)
-        specialised = not parameter.do_not_specialize and name not in ("scale", "drop_threshold", "da_tiles")
-        divided = spec.rank_aligned if plain_name(name) in ("R", "D") else spec.aligned
+        specialised = not parameter.do_not_specialize and plain not in ("scale", "drop_threshold", "da_tiles")
+        divided = spec.rank_aligned if plain in ("R", "D") else spec.aligned
         if name.endswith("_ptr") or (specialised and divided):
             aligned[(index,)] = [["tt.divisibility", 16]]
     return types, aligned
