@@ -11,8 +11,9 @@ pytest.importorskip("triton", reason="the check is of the kernels")
 
 from fastlora.bench.gpu_check import shared
 from fastlora.bench.gpu_check.items import Item
-from fastlora.ops import shared_triton
+from fastlora.ops import shared_triton, shared_triton_forward
 from fastlora_kernels.choose.shared import SHARED_PATHS
+from fastlora_kernels.shared.down import shared_down
 from fastlora_kernels.shared.grad_x import shared_grad_x
 
 
@@ -31,8 +32,8 @@ def outcomes(items: Sequence[Item]) -> list[Any]:
 
 def test_what_is_right_passes(items: Sequence[Item]) -> None:
     found = outcomes(items)
-    # a path, or one and a tile
-    assert [each["what"].split()[0] for each in found] == [*SHARED_PATHS] * len(items)
+    # a path, or one and a tile, after the forward pass
+    assert [each["what"].split()[0] for each in found] == ["one", *SHARED_PATHS] * len(items)
     assert all(each["right"] for each in found)
 
 
@@ -47,3 +48,16 @@ def test_another_mask_is_told(items: Sequence[Item], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(shared_triton, "shared_grad_x", off)
     wrong = [each for each in outcomes(items) if not each["right"]]
     assert [(each["case"], each["what"].split()[0]) for each in wrong] == [(items[1].name, "shared")]
+
+
+def test_another_seed_is_told(items: Sequence[Item], monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the first layer for the second one."""
+
+    def off(x: Tensor, s: Tensor, *tensors: Tensor | None, **settings: Any) -> Any:
+        changed = [*tensors]
+        changed[4] = changed[1]
+        return shared_down(x, s, *changed, **settings)
+
+    monkeypatch.setattr(shared_triton_forward, "shared_down", off)
+    wrong = [each for each in outcomes(items) if not each["right"]]
+    assert [(each["case"], each["what"]) for each in wrong] == [(items[1].name, "one read of x")]

@@ -17,7 +17,7 @@ from fastlora.ops.lora_triton import fill_from_s
 from fastlora.ops.prepared import prepared
 from fastlora.ops.runtime import contiguous, in_dtype, row_major, rows_of
 from fastlora_kernels import targets
-from fastlora_kernels.choose.shared_forward import shared_down_plan
+from fastlora_kernels.choose.shared_forward import SharedForwardPath, shared_down_plan
 from fastlora_kernels.launch import Ready
 from fastlora_kernels.partials import sum_partials
 from fastlora_kernels.shared.down import shared_down
@@ -35,6 +35,7 @@ def forward(
     *,
     scalings: tuple[float, ...],
     dropouts: tuple[float, ...],
+    path: SharedForwardPath | None = None,
 ) -> list[_Made] | None:
     """y, S and mask of two or three layers; None where each is predicted to be faster by itself.
 
@@ -44,12 +45,13 @@ def forward(
         seeds: Of each layer's mask, all or none.
         scalings: Factor of each low-rank path.
         dropouts: Probabilities of zeroing an element, 0 without a seed.
+        path: Chosen unless it is given.
     """
     flat = rows_of(x)
     absent = [None] * (MOST_LAYERS - len(layers))
     tensors = (*(layer[2] for layer in layers), *absent, *seeds, *absent)
     outputs = tuple(layer[0].shape[0] for layer in layers)
-    made = _make_s(flat, *tensors, outputs=outputs, scalings=scalings, dropouts=dropouts)
+    made = _make_s(flat, *tensors, outputs=outputs, scalings=scalings, dropouts=dropouts, path=path)
     if made is None:
         return None
     found = list[_Made]()
@@ -69,10 +71,12 @@ def _make_s(
     outputs: tuple[int, ...],
     scalings: tuple[float, ...],
     dropouts: tuple[float, ...],
+    path: SharedForwardPath | None,
 ) -> Callable[..., list[tuple[Tensor, Tensor | None]] | None]:
     """S and, with seeds, the mask of every layer, or None; tensors are every lora_A, then every seed."""
     shapes, dropping = _shapes(x, tensors, outputs), tensors[MOST_LAYERS] is not None
-    if kernel_paths.choose_shared_forward(shapes, x.dtype, x.device, dropping=dropping) == "separate":
+    path = path or kernel_paths.choose_shared_forward(shapes, x.dtype, x.device, dropping=dropping)
+    if path == "separate":
         return lambda *_: None
     m, ranks = x.shape[0], [shape.r for shape in shapes]
     plan = shared_down_plan(shapes, x.dtype, targets.detect(x.device))

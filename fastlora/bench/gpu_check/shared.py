@@ -1,4 +1,4 @@
-"""Layers that share their input on the card: every path backward against float64, and times of q, k and v."""
+"""Layers that share their input on the card: every path against float64, and times of q, k and v."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -15,10 +15,11 @@ from fastlora.bench.gpu_check.layers import timed_rows
 from fastlora.bench.gpu_check.profiled import profile_item
 from fastlora.bench.results import EAGER_MODE, OURS
 from fastlora.bench.turns import Step
+from fastlora.ops import shared_triton_forward
 from fastlora.ops.lora_linear import lora_linear
 from fastlora.ops.shared_lora_linear import Projection, shared_lora_linear
 from fastlora.tuning.calls import LayerCall
-from fastlora.tuning.candidates import run_eager
+from fastlora.tuning.candidates import SCALING, Tensors, run_eager
 from fastlora.tuning.search import name_of
 from fastlora.tuning.shared import draw_shared, keeps_of, work_of
 from fastlora_kernels import targets
@@ -53,14 +54,16 @@ def items(device: torch.device) -> list[Item]:
 
 
 def every_path(case: str, calls: Sequence[LayerCall], device: torch.device) -> Iterator[Found]:
-    """dX, and each layer's dA and dB, by every path of the backward pass and every tile of ours."""
+    """Each y by one read of x; dX, and each layer's dA and dB, by every path and every tile of ours."""
     layers = draw_shared(calls, device)
     keeps = keeps_of(layers)
     wide = [layer.to(torch.float64) for layer in layers]
-    eager, exact = (
-        _gradients([run_eager(layer, keep=keep) for layer, keep in zip(each, keeps, strict=True)])
+    of_eager, of_exact = (
+        [run_eager(layer, keep=keep) for layer, keep in zip(each, keeps, strict=True)]
         for each in (layers, wide)
     )
+    yield from _one_read(case, layers, [y for y, *_ in of_eager], [y for y, *_ in of_exact])
+    eager, exact = _gradients(of_eager), _gradients(of_exact)
     terms = max(layers[0].x.shape[0], sum(call.outputs for call in calls))
     for choice in _choices(calls, device):
         name = name_of(choice)
@@ -72,6 +75,24 @@ def every_path(case: str, calls: Sequence[LayerCall], device: torch.device) -> I
         except Exception as error:
             yield failure(f"{case}: {name}", error)
             refuse_lost_gpu(name)
+
+
+def _one_read(
+    case: str, layers: Sequence[Tensors], eager: Sequence[Tensor], exact: Sequence[Tensor]
+) -> Iterator[Found]:
+    """Each layer's y, of S and masks from one launch that reads x; masks are those of a launch for each."""
+    name, count = "one read of x", len(layers)
+    tensors = [(each.weight, each.bias, each.lora_A, each.lora_B) for each in layers]
+    seeds, dropouts = [each.seed for each in layers], tuple(each.dropout for each in layers)
+    settings: Any = {"scalings": (SCALING,) * count, "dropouts": dropouts, "path": "shared"}
+    try:
+        made = shared_triton_forward.forward(layers[0].x, tensors, seeds, **settings)
+        assert made is not None
+        yield outcome(case, name, [y for y, *_ in made], eager, exact, layers[0].x.shape[1])
+    # the backward pass takes what a launch for each has made
+    except Exception as error:
+        yield failure(f"{case}: {name}", error)
+        refuse_lost_gpu(name)
 
 
 def _choices(calls: Sequence[LayerCall], device: torch.device) -> list[Choice]:
