@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from fastlora.interop import _peft_mlp_spread as spread
 from fastlora.interop import _peft_siblings as siblings
 from fastlora.interop._peft_fused import Fused
 from fastlora.interop._peft_mlp_forms import Form, form_of, gate_of
@@ -92,7 +93,10 @@ def _restored(plain: Any, gate: Gate, activation: Any) -> Any:
 
 
 def fuse(module: nn.Module) -> None:
-    """Change a module's class, if it is an MLP with a known activation whose last layer is fused."""
+    """Change a module's class, if it is an MLP, or a layer with one spread over its modules, with a known
+    activation and a fused last layer.
+    """
+    spread.fuse(module)
     kind = type(module)
     form = None if isinstance(module, FusedMLP) else form_of(kind)
     if form is None or "forward" in vars(module):
@@ -108,7 +112,7 @@ def fuse(module: nn.Module) -> None:
 
 
 def unfuse(module: Any) -> None:
-    """Give an MLP its own class back, if it lost it."""
+    """Give an MLP, or a layer with one, its own class back, if it lost it."""
     # FSDP's class of one stays: it computes the same
-    if FusedMLP in type(module).__bases__:
+    if {FusedMLP, spread.FusedLayer} & set(type(module).__bases__):
         module.__class__ = module._plain

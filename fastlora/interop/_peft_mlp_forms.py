@@ -109,6 +109,60 @@ _FORMS: dict[Callable[..., Any], Form] = {
 }
 
 
+class Spread(NamedTuple):
+    """Names of what BERT's layer calls for its MLP, which is spread over two modules.
+
+    Attributes:
+        first: The module of projection and activation.
+        projection: In ``first``.
+        activation: In ``first``.
+        last: The module of last projection, dropout and norm of the sum with the layer's input.
+        down: In ``last``.
+        dropout: In ``last``.
+        norm: In ``last``.
+    """
+
+    first: str
+    projection: str
+    activation: str
+    last: str
+    down: str
+    dropout: str
+    norm: str
+
+
+def _chunk(self: Any, x: Any) -> Any:
+    inner = self.first(x)
+    out = self.last(inner, x)
+    return out
+
+
+def _first(self: Any, x: Any) -> Any:
+    x = self.projection(x)
+    x = self.activation(x)
+    return x
+
+
+def _last(self: Any, x: Any, given: Any) -> Any:
+    x = self.down(x)
+    x = self.dropout(x)
+    x = self.norm(x + given)
+    return x
+
+
+def spread_of(layer: nn.Module) -> Spread | None:
+    """The names of a layer as BERT's; None if it is none."""
+    chunk = names_like(_chunk, getattr(type(layer), "feed_forward_chunk", None))
+    if chunk is None:
+        return None
+    kinds = [type(layer._modules.get(chunk[name])) for name in ("first", "last")]
+    first, last = (
+        names_like(template, getattr(kind, "forward", None))
+        for template, kind in zip((_first, _last), kinds, strict=True)
+    )
+    return None if first is None or last is None else Spread(**chunk, **first, **last)
+
+
 def form_of(kind: type[nn.Module]) -> Form | None:
     """The form of a class's forward; None if it is none of these."""
     for template, form in _FORMS.items():

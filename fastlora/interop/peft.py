@@ -30,8 +30,8 @@ def accelerate(model: Model, *, loss: Literal["model", "chunked"] = "model") -> 
 
     A gated MLP (of Llama, Mistral, Qwen, Gemma, Phi and whatever computes as they do) whose last layer runs
     fused keeps gate and up for backward, half of what it kept, and computes their product again. One without
-    a gate (of ViT, CLIP, Phi, GPT-NeoX, timm and whatever computes as they do) keeps what its GELU or SiLU is
-    applied to, a half to a fifth.
+    a gate (of BERT, ViT, CLIP, Phi, GPT-NeoX, timm and whatever computes as they do) keeps what its GELU or
+    SiLU is applied to, a half to a fifth.
 
     Layers that their module's forward calls with one variable (query, key and value; gate and up) are all
     computed by the first one's call, where a gradient of their input is wanted: that is kept once, and its

@@ -1,0 +1,186 @@
+"""BERT's MLP, spread over two modules, in accelerated PEFT models: the same numbers, with one tensor kept."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, ElectraConfig, RobertaConfig
+from transformers.models.bert.modeling_bert import BertLayer, BertOutput
+from transformers.models.electra.modeling_electra import ElectraLayer
+from transformers.models.roberta.modeling_roberta import RobertaLayer
+
+import fastlora
+from fastlora.functional import gated_lora_linear
+from fastlora.interop import _peft_compute, _peft_mlp
+from fastlora.interop.peft import restore
+
+WIDTH, INNER, ROWS = 32, 96, (2, 6)
+SIZES: Any = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_attention_heads": 2}
+LAYERS: Any = {
+    "BERT": (BertLayer, BertConfig),
+    "RoBERTa": (RobertaLayer, RobertaConfig),
+    "ELECTRA": (ElectraLayer, ElectraConfig),
+}
+
+
+def twins(family: str = "BERT", **given: Any) -> tuple[Any, Any]:
+    """An accelerated model of one layer whose MLP is apart, and its copy with the MLP fused."""
+    torch.manual_seed(0)
+    kind, config = LAYERS[family]
+    model = nn.Sequential(kind(config(attn_implementation="eager", **SIZES | given)))
+    targets = ["intermediate.dense", "output.dense"]
+    lora: Any = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+    plain: Any = peft.get_peft_model(model, lora).train()
+    fused = fastlora.accelerate(copy.deepcopy(plain))
+    fastlora.accelerate(plain)
+    _peft_mlp.unfuse(layer_of(plain))
+    return plain, fused
+
+
+def layer_of(model: Any) -> Any:
+    """The model's layer."""
+    return model.base_model.model[0]
+
+
+def step(model: Any) -> dict[str, Tensor]:
+    """The output, and gradients of x and all parameters."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    x = torch.randn(*ROWS, WIDTH, requires_grad=True)
+    y = model(x)
+    y.backward(torch.randn(y.shape))
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert x.grad is not None
+    return {"y": y.detach(), "x": x.grad, **gradients}
+
+
+def assert_equal_steps(plain: Any, fused: Any) -> None:
+    expected, got = step(plain), step(fused)
+    assert expected.keys() == got.keys()
+    assert torch.equal(got["y"], expected["y"])
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, msg=f"{name} is another")
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Activations with which the op is called from now on."""
+    activations: list[str] = []
+
+    def spy(*given: Any, activation: Any, **options: Any) -> Tensor:
+        activations.append(activation)
+        return gated_lora_linear(*given, activation=activation, **options)
+
+    monkeypatch.setattr(_peft_compute, "gated_lora_linear", spy)
+    return activations
+
+
+@pytest.mark.parametrize("family", LAYERS)
+def test_a_step_is_that_of_modules_apart(family: str, seen: list[str]) -> None:
+    assert_equal_steps(*twins(family))
+    assert seen == ["gelu"]
+
+
+def test_the_mlp_in_chunks_is_the_same(seen: list[str]) -> None:
+    assert_equal_steps(*twins(chunk_size_feed_forward=2))
+    assert seen == ["gelu"] * 3
+
+
+@pytest.mark.parametrize(("hidden_act", "of_modules_apart"), [("gelu", 2), ("gelu_new", 5)])
+def test_one_tensor_of_the_inner_width_is_kept(hidden_act: str, of_modules_apart: int) -> None:
+    kept = []
+    for model in twins(hidden_act=hidden_act):
+        places = set[int]()
+
+        def pack(tensor: Tensor, places: set[int] = places) -> Tensor:
+            if tensor.shape == (*ROWS, INNER):
+                places.add(tensor.untyped_storage().data_ptr())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = model(torch.randn(*ROWS, WIDTH, requires_grad=True))
+        del out
+        kept.append(len(places))
+    assert kept == [of_modules_apart, 1]
+
+
+def _hook_on(name: str) -> Callable[[Any], None]:
+    def change(layer: Any) -> None:
+        hook = lambda module, inputs: (inputs[0] * 2, *inputs[1:])  # noqa: E731
+        layer.get_submodule(name).register_forward_pre_hook(hook)
+
+    return change
+
+
+def _other_activation(layer: Any) -> None:
+    layer.intermediate.intermediate_act_fn = nn.SiLU()
+
+
+@pytest.mark.parametrize(
+    ("change", "activations"),
+    [
+        *((_hook_on(name), []) for name in ("intermediate", "intermediate.intermediate_act_fn")),
+        *((_hook_on(name), []) for name in ("output", "output.dense")),
+        *((_hook_on(name), ["gelu"]) for name in ("intermediate.dense", "output.dropout")),
+        (_hook_on("output.LayerNorm"), ["gelu"]),
+        (_other_activation, []),
+    ],
+)
+def test_what_changes_later_counts(
+    change: Callable[[Any], None], activations: list[str], seen: list[str]
+) -> None:
+    models = twins()
+    for model in models:
+        change(layer_of(model))
+    assert_equal_steps(*models)
+    assert seen == activations
+
+
+def _doubled(self: Any, x: Tensor) -> Any:
+    return self.output(self.intermediate(x), x * 2)
+
+
+def test_a_class_that_is_patched_later_is_patched(monkeypatch: pytest.MonkeyPatch, seen: list[str]) -> None:
+    models = twins()
+    with monkeypatch.context() as patched:
+        patched.setattr(BertLayer, "feed_forward_chunk", _doubled)
+        assert_equal_steps(*models)
+    with monkeypatch.context() as patched:
+        patched.setattr(BertOutput, "forward", lambda self, x, given: self.dense(x) * 2 + given)
+        assert_equal_steps(*models)
+    assert not seen
+
+
+def test_two_adapters_are_computed_apart(seen: list[str]) -> None:
+    models = twins()
+    config: Any = peft.LoraConfig(r=2, target_modules=["output.dense"], init_lora_weights=False)
+    for model in models:
+        torch.manual_seed(2)
+        model.add_adapter("second", config)
+        model.base_model.set_adapter(["default", "second"])
+    assert_equal_steps(*models)
+    assert not seen
+
+
+def test_its_own_class_comes_back_and_copies_stay_fused() -> None:
+    plain, fused = twins()
+    kind = type(layer_of(fused))
+    # policies of sharding look for it by its name
+    assert kind is not BertLayer
+    assert kind.__name__ == "BertLayer"
+    for copied in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert type(layer_of(copied)) is kind
+        assert_equal_steps(plain, copied)
+    assert type(layer_of(restore(fused))) is BertLayer
+    assert_equal_steps(plain, fused)
+
+
+def test_it_compiles_without_graph_breaks() -> None:
+    layer, x = layer_of(twins(hidden_dropout_prob=0.0)[1]), torch.randn(*ROWS, WIDTH)
+    compiled: Any = torch.compile(layer.feed_forward_chunk, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer.feed_forward_chunk(x))
