@@ -47,8 +47,8 @@ def main() -> None:
 
 
 def _check_files(wheel: Path, source: Path) -> None:
-    packages = {"fastlora": "fastlora", "kernels/fastlora_kernels": "fastlora_kernels"}
-    listed = subprocess.check_output(["git", "ls-files", *packages], cwd=ROOT, text=True).splitlines()
+    command = ["git", "ls-files", "fastlora", "kernels/fastlora_kernels"]
+    listed = subprocess.check_output(command, cwd=ROOT, text=True).splitlines()
     tracked = {name.removeprefix("kernels/") for name in listed} - NOT_INSTALLED
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}

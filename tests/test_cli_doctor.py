@@ -1,7 +1,10 @@
 """``fastlora doctor``: what it finds, and how it ends."""
 
+import importlib
 import json
+import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,17 +31,31 @@ def test_json() -> None:
     assert found["problem"] == ""
 
 
-def test_a_torchvision_of_another_torch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(name: str) -> None:
-        raise RuntimeError("operator torchvision::nms does not exist")
-
-    monkeypatch.setattr("fastlora.cli.doctor.importlib.import_module", fails)
-    result = run()
-    assert result.exit_code == 0, result.output
-    told = (
+@pytest.fixture
+def another_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """A torchvision that fails as one of another torch does, and what is told of it."""
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    return (
         f"torchvision {metadata.version('torchvision')} was built for another torch than {torch.__version__}"
     )
-    assert told in result.stdout
+
+
+def test_a_torchvision_of_another_torch_is_told(another_torch: str) -> None:
+    result = run()
+    assert result.exit_code == 0, result.output
+    assert another_torch in result.stdout
+
+
+def test_every_command_tells_it_in_one_line(another_torch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "fastlora.transfer.places.check_run", lambda run: importlib.import_module("torchvision")
+    )
+    result = CliRunner().invoke(app, ["export", "run"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: {another_torch}")
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_words_name_what_an_extra_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
