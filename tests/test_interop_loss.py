@@ -5,14 +5,12 @@ import inspect
 import logging
 import pickle
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -369,13 +367,6 @@ def test_mixed_precision_by_accelerate_reads_no_logits(tmp_path: Path) -> None:
     batch = {"input_ids": IDS, "labels": LABELS}
     logits = trainer.model_wrapped.train()(**batch).logits
     assert (type(logits), logits.dtype) == (LazyLogits, torch.float32)
-
-
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_process")
