@@ -1,6 +1,7 @@
 """What is launched: every path, tile, dtype, rank, gradient, layout and layer, in calls that differ in kind.
 
-Quick cases are the default run's, on every target; the others are near-equals of them.
+Quick cases are launched for every target, the others, near-equals of them, for Hopper. The default run takes
+the quick cases of :data:`FEW`.
 """
 
 import functools
@@ -284,3 +285,5 @@ SUITES = (
     usual_layers, every_path_and_tile, by_name, gradients, layouts, dora, sharing, adapters, quantised,
     modules, changes, huge,
 )  # fmt: skip
+# every kernel: the tiles and ranks of the others are other constants in what these launch
+FEW = tuple(cases for cases in SUITES if cases not in (every_path_and_tile, by_name))

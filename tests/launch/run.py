@@ -19,7 +19,7 @@ from typing import Any
 from fastlora.ops.prepared import Memory
 from tests.launch.calls import Case, lora
 from tests.launch.cards import CARDS
-from tests.launch.launched import SUITES
+from tests.launch.launched import FEW, SUITES
 from tests.launch.library import Library
 from tests.launch.refusals import refusals
 from tests.launch.stage import Stage
@@ -112,7 +112,7 @@ def rehearse(target: str, suite: str, cache: Path) -> dict[str, Any]:
 
     Args:
         target: One of ``CARDS``.
-        suite: ``quick`` or ``full``.
+        suite: ``few``, ``quick`` or ``full``.
         cache: Folder that keeps compiled kernels.
 
     Returns:
@@ -123,7 +123,7 @@ def rehearse(target: str, suite: str, cache: Path) -> dict[str, Any]:
     stage.install()
     rehearsal = Rehearsal(stage)
     compiled = recompilations(rehearsal)
-    for case in (case for cases in SUITES for case in cases()):
+    for case in (case for cases in (FEW if suite == "few" else SUITES) for case in cases()):
         if case.quick or suite == "full":
             rehearsal.run(case)
     call = lora(256, 640, 640, p=0.1, backend="triton")
@@ -151,7 +151,7 @@ def main() -> None:
     """Print what was learnt."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--target", choices=CARDS, default="sm_90")
-    parser.add_argument("--suite", choices=("quick", "full"), default="quick")
+    parser.add_argument("--suite", choices=("few", "quick", "full"), default="quick")
     parser.add_argument("--cache", type=Path, required=True, help="folder that keeps compiled kernels")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
