@@ -143,6 +143,8 @@ def test_a_method_alone_gives_the_same_numbers_in_a_folder_of_an_older_run(
         assert method[key] == same[key]
 
 
+# test_demo trains the other two by default
+@pytest.mark.full
 def test_epochs_are_those_of_all_methods_but_the_probe(rest: DemoRun, tmp_path: Path) -> None:
     both = demo("elpv", tmp_path, "--methods", "probe,lora", "--epochs", "1")
     records = both.report["methods"] + rest.report["methods"]

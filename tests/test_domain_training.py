@@ -163,10 +163,12 @@ def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], told: str,
     "how",
     cases(
         [
-            ["--method", "mmd", "--cache-features", "--strategy", "feature_extraction"],
             ["--method", "dann_norm", "--strategy", "lora", "--rank", "2", "--weighting", "importance"],
         ],
-        [["--method", "cdan_e", "--strategy", "gradual", "--separate-batch-norm"]],
+        [
+            ["--method", "mmd", "--cache-features", "--strategy", "feature_extraction"],
+            ["--method", "cdan_e", "--strategy", "gradual", "--separate-batch-norm"],
+        ],
     ),
 )
 def test_a_run_is_written_whole_and_resumes(how: list[str], domains: list[object], tmp_path: Path) -> None:

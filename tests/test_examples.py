@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from fastlora.transfer.demo.language.dialogues import corpus_folder, load_dialogues
-from tests.cases import cases
 from tests.chat_models import save_tiny
 
 ROOT = Path(__file__).parents[1]
@@ -38,9 +37,9 @@ def test_a_configuration_is_read_by_accelerate(name: str, machines: int) -> None
     assert found.mixed_precision == "bf16"
 
 
-@pytest.mark.parametrize(
-    "name", cases(["solar_cells_with_timm.py"], ["news_with_trainer.py", "digits_with_lightning.py"])
-)
+# by default TRL's stands for them
+@pytest.mark.full
+@pytest.mark.parametrize("name", [name for name in SHORT if name != "chat_with_trl.py"])
 def test_an_example_runs(name: str) -> None:
     printed = _run(name)
     told = re.findall(r"^(PEFT|PEFT, accelerated|fastlora): [\d.]+ s a step, [\d.]+% right$", printed, re.M)
@@ -102,6 +101,7 @@ def _run_chat(
     return capsys.readouterr().out, trainers
 
 
+@pytest.mark.full
 def test_too_few_steps_are_refused() -> None:
     command = [sys.executable, str(ROOT / "examples" / "chat_with_trl.py"), "--steps", "3"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -1,5 +1,7 @@
 """The kernels of the other paths, one launch and a library's epilogue, held to float64 as the split are."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -11,8 +13,9 @@ from fastlora_kernels.lora import kernels
 from fastlora_kernels.lora.epilogue import lora_add
 from fastlora_kernels.lora.single import lora_forward_single
 from fastlora_kernels.tile import Plan, Shape
+from tests.cases import cases
 from tests.kernel_harness import Harness, assert_exact
-from tests.test_kernels_lora import SHAPES, choose, shape_id
+from tests.test_kernels_lora import MORE_SHAPES, QUICK_SHAPES, SHAPES, choose, shape_id
 
 SCALE = 1.5
 
@@ -54,8 +57,14 @@ def test_the_single_launch_holds_the_whole_rank(rank: int) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "transposed", "dropout"),
-    [(shape, *use) for use in ((True, False), (False, True)) for shape in SHAPES]
-    + [(SHAPES[0], False, False)],
+    cases(
+        [*product(QUICK_SHAPES, [True], [False]), *product(QUICK_SHAPES, [False], [True])],
+        [
+            *product(MORE_SHAPES, [True], [False]),
+            *product(MORE_SHAPES, [False], [True]),
+            (QUICK_SHAPES[0], False, False),
+        ],
+    ),
     ids=lambda value: shape_id(value) if isinstance(value, Shape) else str(value),
 )
 def test_lora_add(harness: Harness, shape: Shape, transposed: bool, dropout: bool) -> None:
@@ -86,7 +95,7 @@ def test_lora_add_into_columns_of_a_wider_matrix(harness: Harness) -> None:
         assert torch.equal(wide[:, untouched], before[:, untouched])
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("target", cases(["sm_90"], ["sm_80"]))
 def test_pinned_tiles_compute_the_same(target: str, kernel_device: torch.device) -> None:
     """The large tiles that GPUs get, with a ragged edge on every axis."""
     shape = Shape(m=150, n=270, k=145, r=96)

@@ -19,6 +19,7 @@ from fastlora_kernels.kernel import Kernel
 from fastlora_kernels.lora.kernels import LORA_FORWARD, LORA_GRAD_X_A
 from fastlora_kernels.lora.persistent import lora_forward_persistent, lora_grad_x_a_persistent
 from fastlora_kernels.tile import Plan, Shape, Tile, cdiv
+from tests.cases import cases
 from tests.kernel_harness import Harness, assert_exact
 from tests.lora_yardstick import unpack_mask
 
@@ -63,7 +64,7 @@ def test_lora_grad_x_a_persistent(harness: Harness, shape: Shape, dropout: bool,
     _check_grad_x_a(harness, shape, TILE, programs, dropout=dropout)
 
 
-@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("target", cases(["sm_90"], ["sm_100"]))
 def test_pinned_tiles_compute_the_same(target: str, kernel_device: torch.device) -> None:
     """The large tiles that GPUs get, with ranks in chunks and a ragged edge on every axis."""
     shape = Shape(m=150, n=272, k=144, r=96)

@@ -20,6 +20,7 @@ from tests.lora_yardstick import DTYPES, EACH_DTYPE
 
 # rows, hidden size, bottleneck
 SIZES = [(33, 41, 5), (1, 64, 16), (64, 1, 8), (65, 48, 1), (130, 96, 64), (31, 63, 70), (20, 48, 256)]
+LARGEST = (130, 96, 64)
 # every activation is 0 there, so the backends store it where dropout struck
 FAR_BELOW = -20000.0
 
@@ -63,7 +64,10 @@ def run_with_dropout(case: Case, backend: Any, dropout: float) -> list[Tensor]:
 @EACH_DTYPE
 @pytest.mark.parametrize(
     ("size", "activation"),
-    [*((size, "gelu") for size in SIZES), (SIZES[0], "relu"), (SIZES[0], "silu")],
+    cases(
+        [*((size, "gelu") for size in SIZES if size != LARGEST), (SIZES[0], "relu"), (SIZES[0], "silu")],
+        [(LARGEST, "gelu")],
+    ),
     ids=str,
 )
 def test_as_exact_as_eager(
@@ -181,9 +185,16 @@ def test_zero_up_projection_changes_nothing_bit_for_bit(
 @pytest.mark.parametrize(
     ("target", "size", "dropout"),
     cases(
-        [("sm_80", 64, 0.3), ("sm_90", 16, 0.0), ("sm_90", 256, 0.3), ("gfx942", 128, 0.0)],
+        [("sm_90", 16, 0.0), ("sm_90", 256, 0.3)],
         [
-            *[("sm_80", 16, 0.0), ("sm_80", 128, 0.0), ("sm_80", 256, 0.3), ("sm_90", 64, 0.3)],
+            *[
+                ("sm_80", 64, 0.3),
+                ("gfx942", 128, 0.0),
+                ("sm_80", 16, 0.0),
+                ("sm_80", 128, 0.0),
+                ("sm_80", 256, 0.3),
+                ("sm_90", 64, 0.3),
+            ],
             *[("sm_90", 128, 0.0), ("gfx942", 16, 0.0), ("gfx942", 64, 0.3), ("gfx942", 256, 0.3)],
         ],
     ),

@@ -12,6 +12,7 @@ from fastlora import reference
 from fastlora.functional import adapter
 from fastlora.ops import adapter as adapter_op
 from tests.adapter_yardstick import NAMES
+from tests.cases import cases
 from tests.exactness import assert_as_exact
 from tests.test_ops_autograd import kept_bytes
 
@@ -46,7 +47,7 @@ def test_gradcheck(backend: str, separate: bool, activation: Any, dropout: float
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("leading", [(), (M,), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize("leading", cases([(2, 3), (0,)], [pytest.param(()), pytest.param((M,))]), ids=str)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_opcheck(backend: Any, leading: tuple[int, ...], dropout: float, kernel_device: torch.device) -> None:
     device = kernel_device if backend == "triton" else torch.device("cpu")
@@ -170,7 +171,7 @@ def test_autocast(input_dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("residual", ["input", "own", "none"])
+@pytest.mark.parametrize("residual", cases(["own"], ["input", "none"]))
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 def test_compiles_without_graph_breaks(dropout: float, residual: str, autocast: bool) -> None:
     tensors, own = make(), torch.randn(M, H)

@@ -41,7 +41,7 @@ def draw(backend: Any, shape: tuple[int, int], dropout: float, seed: int, device
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"], indirect=True)
-@pytest.mark.parametrize("dropout", cases([0.1, 0.9], [0.001, 0.5]))
+@pytest.mark.parametrize("dropout", cases([0.1], [0.001, 0.5, 0.9]))
 def test_keep_rate(backend: str, device: torch.device, dropout: float) -> None:
     shape = (100, 1000)
     keep = draw(backend, shape, dropout, 3, device).double()

@@ -28,8 +28,8 @@ SIZES = [
     (1, 64, 32, 16),
     (64, 1, 48, 8),
     (65, 48, 1, 3),
-    (130, 96, 160, 16),
     (31, 33, 63, 70),
+    (130, 96, 160, 16),
 ]
 
 
@@ -71,7 +71,7 @@ def run_with_dropout(case: Case, backend: Any, dropout: float) -> list[Tensor]:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["no-dropout", "dropout"])
 @EACH_DTYPE
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", cases(SIZES[:-1], [pytest.param(SIZES[-1])]), ids=str)
 def test_as_exact_as_eager(
     backend: str,
     device: torch.device,
@@ -164,8 +164,11 @@ def test_weight_and_bias_that_train_get_their_gradients(backend: str, device: to
 @pytest.mark.parametrize(
     ("target", "rank"),
     cases(
-        [("sm_80", 32), ("sm_90", 96), ("gfx942", 16)],
-        [("sm_80", 16), ("sm_80", 96), ("sm_90", 16), ("sm_90", 32), ("gfx942", 32), ("gfx942", 96)],
+        [("sm_90", 96), ("gfx942", 16)],
+        [
+            *[("sm_80", 16), ("sm_80", 32), ("sm_80", 96), ("sm_90", 16), ("sm_90", 32)],
+            *[("gfx942", 32), ("gfx942", 96)],
+        ],
     ),
 )
 def test_plans_of_real_gpus(
