@@ -42,7 +42,7 @@ def forward(
     Args:
         x: ``[..., K]``.
         layers: Weight, bias, lora_A and lora_B of each.
-        seeds: Of each layer's mask, all or none.
+        seeds: A seed for each layer's mask, or none at all.
         scalings: Factor of each low-rank path.
         dropouts: Probabilities of zeroing an element, 0 without a seed.
         path: Chosen unless it is given.
