@@ -5,7 +5,6 @@ act(gate), up and their product; of one without a gate, what the activation is a
 a formula in Python has in between. Gate and up say it all.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ from fastlora._core.checks import check_gated
 from fastlora.ops.lora_linear import decided, layer_gradients
 from fastlora.ops.lora_passes import lora_linear_forward
 from fastlora.ops.lora_torch import row_blocks
-from fastlora.ops.runtime import autocast_dtype, draw_seed, in_dtype, refuse_second_derivative, rows_of
+from fastlora.ops.runtime import draw_seed, in_dtype, refuse_second_derivative, rows_of
 from fastlora.ops.weights import in_parts
 from fastlora.ops.weights.frozen import FrozenWeight, Unchanged
 from fastlora.reference import GATES, Gate
@@ -28,6 +27,8 @@ def _gelu_tanh_backward(grad: Tensor, gate: Tensor) -> Tensor:
     return dgate
 
 
+# backward's: what differs by rounding alone takes a step instead of many
+_AGAIN = GATES | {"gelu_new": GATES["gelu_tanh"]}
 # given the gradient of act(gate) and the gate
 _BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "silu": torch.ops.aten.silu_backward,
@@ -56,9 +57,9 @@ def gated_lora_linear(
     """:func:`lora_linear` of x = act(gate)·up, the last layer of an MLP with LoRA, gated or not.
 
     Equal to it, gradients too, on a CPU to the bit; of gelu_new and quick_gelu, which are formulas of several
-    steps, the gradient is computed in one. Backward keeps gate and up, which the layers before have computed
-    anyway, instead of gate, act(gate), up and x: half of what a gated MLP's activations take, and half to a
-    fifth of another's.
+    steps, only the output: backward rounds less often. It keeps gate and up, which the layers before have
+    computed anyway, instead of gate, act(gate), up and x: half of what a gated MLP's activations take, and
+    half to a fifth of another's.
 
     Args:
         gate: ``[..., in_features]``, what the activation is applied to.
@@ -116,10 +117,9 @@ class GatedLoRALinearFunction(torch.autograd.Function):
         """y, S and the dropout mask; keeps what the wanted gradients need."""
         weight, bias, lora_A, lora_B, seed, ctx.activation, ctx.dtype, *settings = call
         ctx.scaling, ctx.dropout, ctx.decision = settings
-        ctx.autocast = autocast_dtype(gate)
         quantised = isinstance(weight, FrozenWeight)
         run: Any = in_parts.forward if quantised else lora_linear_forward
-        x = _product(gate, up, ctx)
+        x = _product(gate, up, GATES[ctx.activation], ctx.dtype)
         y, s, mask = run(x, weight, bias, lora_A, lora_B, seed, *settings)
         ctx.mark_non_differentiable(*((s,) if mask is None else (s, mask)))
         ctx.set_materialize_grads(False)
@@ -143,7 +143,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     need_gate, need_up, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
     gate, up, weight, *kept = ctx.saved_tensors
     weight = weight if ctx.quantised is None else ctx.quantised.weight()
-    x = _product(gate, up, ctx) if need_A or need_weight else None
+    x = _product(gate, up, _AGAIN[ctx.activation], ctx.dtype) if need_A or need_weight else None
     needed = (need_gate or need_up, need_weight, need_bias, need_A, need_B)
     dx, *of_layer = layer_gradients(ctx, needed, dy, dy, (x, weight, *kept))
     # its memory serves what follows
@@ -154,18 +154,12 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dgate if need_gate else None, dup if need_up else None, *of_layer
 
 
-def _product(gate: Tensor, up: Tensor | None, call: Any) -> Tensor:
-    """act(gate)·up, in the call's dtype, as its forward pass has computed it."""
-    with _autocast(gate, call.autocast):
-        x = GATES[call.activation](gate)
-        return in_dtype(x if up is None else x.mul_(up), call.dtype)
-
-
-def _autocast(tensor: Tensor, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
-    """A context in which powers, too, are computed as under autocast in this dtype, or without it."""
-    if autocast_dtype(tensor) == dtype:
-        return contextlib.nullcontext()
-    return torch.autocast(tensor.device.type, dtype=dtype, enabled=dtype is not None)
+def _product(
+    gate: Tensor, up: Tensor | None, activation: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> Tensor:
+    """act(gate)·up, or act(gate), in the call's dtype."""
+    x = activation(gate)
+    return in_dtype(x if up is None else x.mul_(up), dtype)
 
 
 def _split_gradient(
@@ -179,7 +173,7 @@ def _split_gradient(
     dgate = torch.empty_like(dx)
     for dx_rows, gate_rows, up_rows, dgate_rows in _blocks(dx, gate, up, dgate):
         dgate_rows.copy_(_BACKWARD[activation](dx_rows * up_rows, gate_rows))
-        dx_rows.mul_(GATES[activation](gate_rows))
+        dx_rows.mul_(_AGAIN[activation](gate_rows))
     return dgate, dx
 
 
