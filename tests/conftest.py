@@ -18,8 +18,9 @@ if not torch.cuda.is_available():
     # read when the kernels are decorated, so it has to stand before their first import
     os.environ.setdefault("TRITON_INTERPRET", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # the workers share the cores
+    # the workers and what they start share the cores
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -410,6 +410,8 @@ def test_missing_bitsandbytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("_packages")
+# by default test_demo_stopped interrupts a demo
+@pytest.mark.full
 def test_an_interrupted_demo_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def interrupted(
         self: LiveReporter, task: str, done: int, total: int, loss: float | None, memory: int | None = None

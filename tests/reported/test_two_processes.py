@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -40,6 +41,8 @@ def train_a_part(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+# by default test_sharding_quantised learns LoRA in two processes
+@pytest.mark.full
 def test_every_sharded_lora_tensor_gets_its_gradient(tmp_path: Path) -> None:
     spawn(train_a_part, (tmp_path,), PROCESSES)
     found = torch.load(tmp_path / "gradients.pt", weights_only=True)
