@@ -5,7 +5,7 @@ import gc
 import pickle
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -786,6 +786,14 @@ def test_autocast_keeps_one_x() -> None:
         with apart():
             assert torch.equal(module.q(x) + module.k(x) + module.v(x), together)
     assert len({t.data_ptr() for t in kept if t.shape == x.shape and t.dtype == torch.bfloat16}) == 1
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """A process group of one."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_process")
