@@ -1,4 +1,4 @@
-"""Accelerated PEFT models whose layers share inputs, and the same with every layer on its own."""
+"""Models with LoRA whose layers share inputs, and the same with every layer on its own."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -11,9 +11,11 @@ import transformers
 from torch import Tensor, nn
 
 import fastlora
+from fastlora.anatomy.names import lora_layers
 from fastlora.functional import shared_lora_linear
-from fastlora.interop import _peft_compute, _peft_siblings
+from fastlora.interop.peft import restore
 from fastlora.ops.gated_lora_linear import GatedLoRALinearFunction
+from fastlora.together import compute, siblings
 
 WIDTH = 64
 _TEXT: dict[str, Any] = {
@@ -69,26 +71,121 @@ FAMILIES: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
 }
 
 
-def accelerated(model: nn.Module, **settings: Any) -> Any:
-    """With LoRA on all linear layers; no B is zero."""
-    torch.manual_seed(0)
-    options: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
-    wrapped: Any = peft.get_peft_model(model, peft.LoraConfig(**options | settings))
-    return fastlora.accelerate(wrapped.train())
+class Way:
+    """A way to put LoRA into a model, so that layers compute together."""
+
+    def adapt(self, model: nn.Module, *, dropout: float = 0.0, **settings: Any) -> Any:
+        """LoRA of rank 4 on all linear layers of a model, in place; no B is zero."""
+        raise NotImplementedError
+
+    def inside(self, adapted: Any) -> Any:
+        """What was adapted, within what :meth:`adapt` gave."""
+        return adapted
+
+    def undo(self, model: Any) -> Any:
+        """Let nothing compute together."""
+        raise NotImplementedError
+
+    def frozen(self, layer: Any) -> Any:
+        """Holds weight and bias."""
+        return layer
+
+    def factor(self, layer: Any, name: str) -> nn.Parameter:
+        """lora_A or lora_B."""
+        raise NotImplementedError
+
+    def exchange(self, layer: Any, name: str, values: Tensor) -> None:
+        """Put another Parameter in the place of lora_A or lora_B."""
+        raise NotImplementedError
+
+    def rescale(self, layer: Any, factor: float) -> None:
+        """Multiply the update's factor."""
+        raise NotImplementedError
+
+    def set_dropout(self, layer: Any, probability: float) -> None:
+        """Give a layer another dropout."""
+        raise NotImplementedError
+
+
+class Accelerated(Way):
+    """PEFT's layers, accelerated."""
+
+    def adapt(self, model: nn.Module, *, dropout: float = 0.0, **settings: Any) -> Any:
+        """As PEFT's model."""
+        torch.manual_seed(0)
+        options: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+        config = peft.LoraConfig(**options | settings, lora_dropout=dropout)
+        wrapped: Any = peft.get_peft_model(model, config)
+        return fastlora.accelerate(wrapped.train())
+
+    def inside(self, adapted: Any) -> Any:
+        return adapted.base_model.model
+
+    def undo(self, model: Any) -> Any:
+        return restore(model)
+
+    def frozen(self, layer: Any) -> Any:
+        return layer.base_layer
+
+    def factor(self, layer: Any, name: str) -> nn.Parameter:
+        found: nn.Parameter = getattr(layer, name)["default"].weight
+        return found
+
+    def exchange(self, layer: Any, name: str, values: Tensor) -> None:
+        getattr(layer, name)["default"].weight = nn.Parameter(values)
+
+    def rescale(self, layer: Any, factor: float) -> None:
+        layer.scaling["default"] *= factor
+
+    def set_dropout(self, layer: Any, probability: float) -> None:
+        layer.lora_dropout["default"] = nn.Dropout(probability)
+
+
+class Applied(Way):
+    """Our own layers."""
+
+    def adapt(self, model: nn.Module, *, dropout: float = 0.0, **settings: Any) -> Any:
+        torch.manual_seed(0)
+        options: dict[str, Any] = {"rank": 4, "alpha": 8, "dropout": dropout}
+        fastlora.apply_lora(model, **options | settings)
+        for layer in lora_layers(model).values():
+            nn.init.kaiming_uniform_(layer.lora_B, a=5**0.5)
+        return model.train()
+
+    def undo(self, model: Any) -> Any:
+        return fastlora.remove_adapters(model)
+
+    def factor(self, layer: Any, name: str) -> nn.Parameter:
+        found: nn.Parameter = getattr(layer, name)
+        return found
+
+    def exchange(self, layer: Any, name: str, values: Tensor) -> None:
+        setattr(layer, name, nn.Parameter(values))
+
+    def rescale(self, layer: Any, factor: float) -> None:
+        layer.alpha *= factor
+
+    def set_dropout(self, layer: Any, probability: float) -> None:
+        layer.lora_dropout = probability
+
+
+WAYS = {"accelerate": Accelerated(), "apply_lora": Applied()}
+# what models are made by; a fixture takes one after the other
+way: Way = WAYS["accelerate"]
 
 
 def family(name: str, **settings: Any) -> tuple[Any, dict[str, Tensor]]:
-    """An accelerated model, and a batch."""
+    """A model with LoRA, and a batch."""
     torch.manual_seed(0)
     model, batch = FAMILIES[name]()
-    return accelerated(model, **settings), batch
+    return way.adapt(model, **settings), batch
 
 
 @contextlib.contextmanager
 def apart() -> Iterator[None]:
     """Every layer computes alone."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(_peft_siblings, "_parts", lambda layers, x: None)
+        patched.setattr(siblings, "_parts", lambda layers, x: None)
         yield
 
 
@@ -102,7 +199,7 @@ def groups() -> Iterator[list[int]]:
         return shared_lora_linear(x, layers)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(_peft_compute, "shared_lora_linear", spy)
+        patched.setattr(compute, "shared_lora_linear", spy)
         yield seen
 
 
@@ -150,10 +247,10 @@ def interrupt(module: Any, between: Between) -> None:
 
 
 def attention(module: nn.Module | None = None, **settings: Any) -> Any:
-    """An attention, accelerated; by default one whose weights are always the same."""
+    """An attention with LoRA; by default one whose weights are always the same."""
     torch.manual_seed(0)
     model = nn.Sequential(Attention() if module is None else module)
-    return accelerated(model, **settings).base_model.model[0]
+    return way.inside(way.adapt(model, **settings))[0]
 
 
 def an_input() -> Tensor:
@@ -193,3 +290,29 @@ def assert_as_apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> No
         else:
             atol = 1e-5 * max(1.0, float(tensor.abs().max()))
             torch.testing.assert_close({name: found[name]}, {name: tensor}, rtol=1e-4, atol=atol)
+
+
+def assert_counts(change: Between) -> None:
+    """What happens between two calls has the effect that it has on layers apart."""
+    modules = attention(), attention()
+    for module in modules:
+        module.seen = None
+        interrupt(module, change)
+    with groups() as seen:
+        found = run(modules[0])
+    with apart():
+        expected = run(modules[1])
+    assert_as_apart(found, expected)
+    assert modules[0].seen == modules[1].seen
+    assert seen[0] == 3
+
+
+def assert_none_share(change: Callable[[Any], None]) -> None:
+    """Once this has happened to an attention, every layer computes alone."""
+    module = attention()
+    change(module)
+    with apart():
+        expected = run(module)
+    with groups() as seen:
+        assert_as_apart(run(module), expected)
+    assert not seen

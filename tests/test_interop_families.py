@@ -42,7 +42,7 @@ def test_it_generates_what_peft_generates(name: str, cache: bool) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", EVERY)
 def test_a_checkpoint_repeats_what_was_computed(name: str, reentrant: bool) -> None:
-    model, batch = family(name, lora_dropout=0.1)
+    model, batch = family(name, dropout=0.1)
     # a reentrant checkpoint computes gradients for inputs that want some
     for module in model.modules():
         if isinstance(module, nn.Embedding) or type(module).__name__.endswith("Embeddings"):

@@ -105,7 +105,7 @@ QUANTISED: dict[str, Callable[[], Any]] = {
 def test_quantised_layers_beside_a_dense_one(kind: str, dropout: float) -> None:
     parent: Any = Attention()
     parent.q, parent.k = QUANTISED[kind](), QUANTISED[kind]()
-    module = attention(parent, lora_dropout=dropout)
+    module = attention(parent, dropout=dropout)
     assert isinstance(frozen_weight(module.q.base_layer), FrozenWeight)
     with apart():
         expected = run(module)

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 import fastlora
 from fastlora.functional import gated_lora_linear
-from fastlora.interop import _peft_compute
 from fastlora.interop.peft import restore
+from fastlora.together import compute
 
 # with their activations
 FAMILIES = dict.fromkeys(("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3"), "silu")
@@ -77,7 +77,7 @@ def calls_of_the_op(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(activation)
         return original(*given, activation=activation, **options)
 
-    monkeypatch.setattr(_peft_compute, "gated_lora_linear", spy)
+    monkeypatch.setattr(compute, "gated_lora_linear", spy)
     return seen
 
 

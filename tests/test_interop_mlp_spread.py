@@ -16,8 +16,9 @@ from transformers.models.roberta.modeling_roberta import RobertaLayer
 
 import fastlora
 from fastlora.functional import gated_lora_linear
-from fastlora.interop import _peft_compute, _peft_mlp
 from fastlora.interop.peft import restore
+from fastlora.together import compute
+from fastlora.together.mlp import unfuse
 
 WIDTH, INNER, ROWS = 32, 96, (2, 6)
 SIZES: Any = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_attention_heads": 2}
@@ -38,7 +39,7 @@ def twins(family: str = "BERT", **given: Any) -> tuple[Any, Any]:
     plain: Any = peft.get_peft_model(model, lora).train()
     fused = fastlora.accelerate(copy.deepcopy(plain))
     fastlora.accelerate(plain)
-    _peft_mlp.unfuse(layer_of(plain))
+    unfuse(layer_of(plain))
     return plain, fused
 
 
@@ -76,7 +77,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         activations.append(activation)
         return gated_lora_linear(*given, activation=activation, **options)
 
-    monkeypatch.setattr(_peft_compute, "gated_lora_linear", spy)
+    monkeypatch.setattr(compute, "gated_lora_linear", spy)
     return activations
 
 

@@ -18,8 +18,9 @@ from transformers.models.vit.modeling_vit import ViTMLP
 
 import fastlora
 from fastlora.functional import gated_lora_linear
-from fastlora.interop import _peft_compute, _peft_mlp
 from fastlora.interop.peft import restore
+from fastlora.together import compute
+from fastlora.together.mlp import unfuse
 from tests.quantised import four_bit
 
 WIDTH, INNER, ROWS = 32, 96, (2, 5)
@@ -79,7 +80,7 @@ def twins(make: Callable[[], nn.Module] = _vit, **given: Any) -> tuple[Any, Any]
     plain: Any = peft.get_peft_model(nn.Sequential(mlp), peft.LoraConfig(**options | given)).train()
     fused = fastlora.accelerate(copy.deepcopy(plain))
     fastlora.accelerate(plain)
-    _peft_mlp.unfuse(mlp_of(plain))
+    unfuse(mlp_of(plain))
     return plain, fused
 
 
@@ -117,7 +118,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         activations.append(activation)
         return gated_lora_linear(gate, up, *given, activation=activation, **options)
 
-    monkeypatch.setattr(_peft_compute, "gated_lora_linear", spy)
+    monkeypatch.setattr(compute, "gated_lora_linear", spy)
     return activations
 
 

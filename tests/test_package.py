@@ -48,7 +48,7 @@ PathFinder.find_spec = staticmethod(hidden)
 import fastlora, fastlora_kernels, torch
 for name in fastlora.__all__:
     getattr(fastlora, name)
-rooms = "_core ops nn anatomy inject parameters init state interop distributed tuning".split()
+rooms = "_core ops together nn anatomy inject parameters init state interop distributed tuning".split()
 names = ["fastlora_kernels", *(f"fastlora.{room}" for room in rooms)]
 for package in map(importlib.import_module, names):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):

@@ -33,6 +33,7 @@ from fastlora.nn.lora.checks import check_carrier
 from fastlora.nn.lora.layout import fitted, layout_of
 from fastlora.nn.settings import LoRASettings
 from fastlora.ops.weights.repacking import keep_as_stored
+from fastlora.together.model import follow_layers
 
 # what can carry LoRA, and how the LoRA layer is made of it
 _MAKERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
@@ -63,6 +64,12 @@ def apply_lora(
     changed is logged at INFO on the logger ``fastlora`` and told by :func:`fastlora.adapter_summary`. From
     then on ``save_pretrained`` of a Hugging Face model writes every update into its weight, for
     ``from_pretrained``, with A and B beside it, for a training that goes on.
+
+    Linear layers that their module's forward calls with one variable (query, key and value; gate and up) and
+    gated MLPs compute together, as :func:`fastlora.accelerate` tells: the same bits, x kept and its gradient
+    summed once, half of an MLP's activations kept. Where one of them has dropout, the first one's call draws
+    the masks of all. They have one backward pass: gradients of one output after the other need
+    ``retain_graph=True``. What has DoRA, is merged or compiled computes alone.
 
     Args:
         model: Any model with ``nn.Linear``, ``nn.MultiheadAttention``, ``nn.Conv2d`` or ``nn.Embedding``.
@@ -160,6 +167,7 @@ def remove_adapters(model: Model) -> Model:
     originals: dict[nn.Module, nn.Module] = {place: place.original_module for place in here.places.values()}
     replace_modules(root, originals)
     follow_blocks(root, originals)
+    follow_layers(root)
     forget_tuners(root)
     return model
 
@@ -218,6 +226,7 @@ def cannot_carry(module: nn.Module) -> str | None:
 def add_lora(model: nn.Module, plan: Mapping[nn.Module, LoRASettings]) -> None:
     """Replace the plan's modules by LoRA layers; ``train_only_tuners`` decides what trains."""
     replace_modules(model, {module: _adapted(module, settings) for module, settings in plan.items()})
+    follow_layers(model)
 
 
 def _adapted(module: nn.Module, settings: LoRASettings) -> nn.Module:

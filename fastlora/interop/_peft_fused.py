@@ -3,27 +3,19 @@
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.modules import module as torch_module
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from fastlora.interop import _peft_siblings as siblings
-from fastlora.interop._peft_compute import dora, gated_lora
-from fastlora.interop._peft_parts import PLAIN, Parts, read
+from fastlora.functional import dora_linear, dora_weight_norm
+from fastlora.interop._peft_parts import read
 from fastlora.ops.runtime import autocast_dtype
 from fastlora.ops.weights.frozen import FrozenWeight
 from fastlora.ops.weights.repacking import refuse_changed
-from fastlora.reference import Gate
-
-# torch fills these dicts in place
-_GLOBAL_HOOKS = (
-    torch_module._global_forward_hooks,
-    torch_module._global_forward_pre_hooks,
-    torch_module._global_backward_hooks,
-    torch_module._global_backward_pre_hooks,
-)
+from fastlora.together import siblings
+from fastlora.together.parts import PLAIN, Adapter, LayerOfParts, Parts, has_global_hooks
 
 
-class Fused:
+class Fused(LayerOfParts):
     """A LoRA layer of PEFT's, with everything of it but the way the forward is computed.
 
     An instance of PEFT's class whose class was changed to one of both: parameters, adapters, state dict and
@@ -46,7 +38,7 @@ class Fused:
         if not isinstance(self, Fused):
             out: Tensor = type(self).forward(self, x, *args, **kwargs)
             return out
-        parts = None if args or kwargs else self.fused_parts(x)
+        parts = None if args or kwargs else self._parts_of(x)
         if parts is None:
             refuse_changed(self._modules["base_layer"], x)
             peft: Any = super()
@@ -54,29 +46,24 @@ class Fused:
             return out
         first = parts.adapters[0]
         if first.magnitude is not None:
-            return dora(x, parts, first, first.magnitude)
+            return _dora(x, parts, first, first.magnitude)
         return siblings.compute(self, x, parts)
 
-    def forward_gated(self, gate: Tensor, up: Tensor | None, activation: Gate) -> Tensor | None:
-        """:meth:`forward` of act(gate)·up, or of act(gate), which is not kept; None where the fused op serves
-        no such call.
-        """
-        plain = up is None or (gate.shape == up.shape and gate.dtype is up.dtype and type(up) in PLAIN)
-        parts = self.fused_parts(gate) if plain else None
-        if parts is None or len(parts.adapters) > 1 or parts.adapters[0].magnitude is not None:
-            return None
-        return gated_lora(gate, up, parts, activation)
-
-    def fused_parts(self, x: Tensor) -> Parts | None:
-        """What a call is computed from; None if PEFT has to compute it."""
+    def _parts_of(self, x: Tensor) -> Parts | None:
         return None if self.disable_adapters or self.merged_adapters else self._parts(x)
+
+    def _draws_masks(self) -> bool:
+        return any(
+            type(dropout) is nn.Dropout and dropout.training and dropout.p
+            for dropout in self._modules["lora_dropout"]._modules.values()
+        )
 
     def _parts(self, x: Tensor) -> Parts | None:
         adapters = self._modules["lora_A"]._modules
         names = [name for name in self.active_adapters if name in adapters]
         if not names or type(x) not in PLAIN or x.layout is not torch.strided or x.is_nested:
             return None
-        if any(_GLOBAL_HOOKS):
+        if has_global_hooks():
             return None
         base = self._modules["base_layer"]
         if not base.__dict__.get("compute_type_is_set", True):
@@ -109,3 +96,25 @@ class Fused:
         if x.dtype is not dtype or not (parts.bias is None or parts.bias.dtype is dtype):
             return False
         return self.cast_input_dtype_enabled or all(a.lora_A.dtype is dtype for a in parts.adapters)
+
+
+def _dora(x: Tensor, parts: Parts, adapter: Adapter, magnitude: Tensor) -> Tensor:
+    """m / ‖W + s·B·A‖ ⊙ (W·x + s·B·A·x) + bias (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
+
+    With dropout the published code and PEFT let W see the dropped x in the first product and the whole x
+    beside it: W·x + (m / ‖…‖ - 1) ⊙ W·dropped.
+    """
+    weight, bias, scaling = parts.weight, parts.bias, adapter.scaling
+    assert not isinstance(weight, FrozenWeight)
+    dropped = F.dropout(x, adapter.dropout) if adapter.dropout else x
+    y = dora_linear(
+        dropped,
+        weight,
+        None if adapter.dropout else bias,
+        adapter.lora_A,
+        adapter.lora_B,
+        magnitude,
+        scaling=scaling,
+        weight_norm=dora_weight_norm(weight, adapter.lora_A, adapter.lora_B, scaling),
+    )
+    return y + F.linear(x - dropped, weight, bias) if adapter.dropout else y

@@ -8,9 +8,9 @@ from peft.tuners.lora.layer import LoraLayer as PeftLayer
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch.distributed.tensor import DTensor
 
-from fastlora.interop import _peft_siblings as siblings
 from fastlora.interop._peft_fused import Fused
-from fastlora.interop._peft_parts import PLAIN, read
+from fastlora.interop._peft_parts import read
+from fastlora.together.parts import PLAIN
 
 
 class FusedLinear(Fused, Linear):
@@ -59,7 +59,6 @@ def fuse(layer: Any) -> None:
 
 def unfuse(layer: PeftLayer) -> None:
     """Give a layer PEFT's class back, if it lost it."""
-    siblings.forget(layer)
     if isinstance(layer, Fused):
         layer.__class__ = _without_fused(type(layer))
 

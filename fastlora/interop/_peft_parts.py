@@ -1,7 +1,7 @@
 """What the fused op reads out of a PEFT layer, whose modules it does not call."""
 
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.lora.dora import DoraLinearLayer
@@ -11,11 +11,7 @@ from torch import Tensor, nn
 from fastlora._core.checks import FLOATING_DTYPES
 from fastlora.ops.weights.frozen import FrozenWeight
 from fastlora.ops.weights.read import frozen_weight, is_compressed
-
-# types of tensors that are their values: no quantised, sharded, nested or masked ones
-PLAIN: frozenset[type] = frozenset({Tensor, nn.Parameter})
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from fastlora.together.parts import DROPOUT, HOOKS, PLAIN, Adapter, Parts
 
 _Kinds = Mapping[type[nn.Module], Any]
 _Found = tuple[Tensor, Tensor | None]
@@ -23,38 +19,9 @@ _Base = tuple[Tensor | FrozenWeight, Tensor | None]
 
 # the classes that PEFT puts in with what they compute, so that whoever patches one of these is noticed
 _LINEAR: _Kinds = {nn.Linear: nn.Linear.forward}
-_DROPOUT: _Kinds = {nn.Identity: nn.Identity.forward, nn.Dropout: nn.Dropout.forward}
 _DORA: _Kinds = {DoraLinearLayer: DoraLinearLayer.forward}
 # quantised layers, whose libraries are not imported for their sake: as they were when the first one was met
 _QUANTISED: dict[type[nn.Module], Any] = {}
-
-
-class Adapter(NamedTuple):
-    """What one adapter brings into a call.
-
-    Attributes:
-        lora_A: ``[rank, in]``.
-        lora_B: ``[out, rank]``.
-        bias: PEFT's ``lora_bias`` ``[out]``, or None.
-        scaling: Factor of the update, finite.
-        dropout: Probability of zeroing an element of the update's input now; 0 when not training.
-        magnitude: DoRA's ``[out]``, or None.
-    """
-
-    lora_A: Tensor
-    lora_B: Tensor
-    bias: Tensor | None
-    scaling: float
-    dropout: float
-    magnitude: Tensor | None
-
-
-class Parts(NamedTuple):
-    """Weight ``[out, in]`` and bias of the base layer, and its adapters."""
-
-    weight: Tensor | FrozenWeight
-    bias: Tensor | None
-    adapters: list[Adapter]
 
 
 def read(layer: Any, names: Collection[str], *, accepted: Collection[type] = PLAIN) -> Parts | str:
@@ -110,7 +77,7 @@ def _adapter(layer: Any, name: str, accepted: Collection[type]) -> Adapter | str
     if isinstance(up, str):
         return up
     drop = modules["lora_dropout"]._modules[name]
-    reason = _changed("lora_dropout", drop, _DROPOUT)
+    reason = _changed("lora_dropout", drop, DROPOUT)
     if reason is not None:
         return reason
     (lora_A, bias_A), (lora_B, bias) = down, up
@@ -163,19 +130,6 @@ def _linear(part: str, module: Any, accepted: Collection[type]) -> _Found | str:
     return reason or (weight, bias)
 
 
-def is_called_plainly(module: nn.Module) -> bool:
-    """Whether calling a module means its class's forward and nothing else."""
-    own = module.__dict__
-    return "forward" not in own and not any(own[name] for name in _HOOKS)
-
-
-def passes_on(module: Any) -> bool:
-    """Whether a call of a module gives back what it is given, and nobody would notice that there is none."""
-    if not isinstance(module, nn.Identity | nn.Dropout) or _changed("dropout", module, _DROPOUT) is not None:
-        return False
-    return not (isinstance(module, nn.Dropout) and module.training and module.p > 0)
-
-
 def _changed(part: str, module: nn.Module, kinds: _Kinds, *, own_forward: bool = False) -> str | None:
     """What would notice that a module is not called; ``own_forward``: its own one is its quantiser's."""
     kind, own = type(module), module.__dict__
@@ -183,7 +137,7 @@ def _changed(part: str, module: nn.Module, kinds: _Kinds, *, own_forward: bool =
         return f"{kind.__name__} as {part}"
     if "forward" in own and not own_forward:
         return f"a forward of its own in {part}"
-    if any([own[name] for name in _HOOKS]):
+    if any([own[name] for name in HOOKS]):
         return f"hooks on {part}"
     return None
 

@@ -10,6 +10,7 @@ from fastlora._core.extras import require
 from fastlora._core.log import logger
 from fastlora.interop._chunked_loss import chunk, chunkable, unchunk
 from fastlora.ops.weights.repacking import keep_as_stored, let_rewrite
+from fastlora.together.model import follow_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -107,16 +108,14 @@ def restore(model: Model) -> Model:
     let_rewrite(model)
     if not _peft_is_loaded():
         return model
-    linear, mlp = _layers()
-    for module in model.modules():
-        mlp.unfuse(module)
     for layer in _peft_layers(model):
-        linear.unfuse(layer)
+        _layers().unfuse(layer)
+    follow_layers(model)
     return model
 
 
 def _fuse(model: nn.Module, layers: list[Any]) -> None:
-    linear, mlp = _layers()
+    linear = _layers()
     left: Counter[str] = Counter()
     for layer in layers:
         reason = linear.why_not(layer)
@@ -125,9 +124,7 @@ def _fuse(model: nn.Module, layers: list[Any]) -> None:
             linear.unfuse(layer)
         else:
             linear.fuse(layer)
-    for module in model.modules():
-        mlp.fuse(module)
-    linear.siblings.find(model, linear.Fused)
+    follow_layers(model)
     if left:
         told = ", ".join(f"{count} {reason}" for reason, count in sorted(left.items()))
         logger.warning("%d of %d LoRA layers run fused; left to PEFT: %s", _fused(layers), len(layers), told)
@@ -138,18 +135,18 @@ def _peft_is_loaded() -> bool:
     return "peft" in sys.modules
 
 
-def _layers() -> tuple[Any, Any]:
+def _layers() -> Any:
     require("peft", distribution="peft", purpose="accelerating a PEFT model", extra="peft")
-    from fastlora.interop import _peft_linear, _peft_mlp
+    from fastlora.interop import _peft_linear
 
-    return _peft_linear, _peft_mlp
+    return _peft_linear
 
 
 def _peft_layers(model: nn.Module) -> list[Any]:
-    kind = _layers()[0].PeftLayer
+    kind = _layers().PeftLayer
     return [module for module in model.modules() if isinstance(module, kind)]
 
 
 def _fused(layers: list[Any]) -> int:
-    kind = _layers()[0].Fused
+    kind = _layers().Fused
     return sum(isinstance(layer, kind) for layer in layers)

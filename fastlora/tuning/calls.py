@@ -178,8 +178,8 @@ def calls_of_model(
 
 def _sharing(model: nn.Module, made: Mapping[nn.Module, Sequence[LayerCall]]) -> list[SharedCall]:
     """Calls of the layers that their module's forward calls with one variable."""
-    from fastlora.interop._sources import sharing
     from fastlora.nn import LoRALinear
+    from fastlora.together.sources import sharing
 
     return [
         SharedCall(layers)

@@ -5,18 +5,23 @@ from typing import Self, Unpack
 import torch
 from torch import Tensor, nn
 
+from fastlora._core import backend
 from fastlora._core.option_checks import check_flag
 from fastlora.nn.lora.base import LoRAModule
 from fastlora.nn.lora.checks import check_plain
 from fastlora.nn.lora.quantised import lora_around, new_linear, share_linear
+from fastlora.nn.lora.start import START_A, START_B, has_start
 from fastlora.nn.lora.stored import stored_weight
 from fastlora.nn.settings import LoRAOptions, LoRASettings, lora_settings
+from fastlora.ops.runtime import autocast_dtype
 from fastlora.ops.weights.frozen import FrozenWeight
 from fastlora.ops.weights.read import is_compressed
 from fastlora.ops.weights.repacking import keep_as_stored
+from fastlora.together import siblings
+from fastlora.together.parts import PLAIN, Adapter, LayerOfParts, Parts
 
 
-class LoRALinear(LoRAModule, nn.Linear):
+class LoRALinear(LoRAModule, LayerOfParts, nn.Linear):
     """``nn.Linear`` with a frozen weight and a trainable low-rank update (https://arxiv.org/abs/2106.09685).
 
     y = x·Wᵀ + bias + scaling · dropout(x)·Aᵀ·Bᵀ, with scaling = alpha/rank. B starts at zero, so the first
@@ -114,7 +119,11 @@ class LoRALinear(LoRAModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """x·Wᵀ + bias + scaling · dropout(x)·Aᵀ·Bᵀ, ``[..., in_features]`` to ``[..., out_features]``."""
-        return self._linear(input, self.bias)
+        # most layers have none, and pay nothing for it
+        if torch.compiler.is_compiling() or self._siblings is None or backend.is_watched():
+            return self._linear(input, self.bias)
+        parts = self._parts_of(input)
+        return self._linear(input, self.bias) if parts is None else siblings.compute(self, input, parts)
 
     def reset_parameters(self) -> None:
         """Draw the weight and bias as ``nn.Linear`` does, and start a fresh update."""
@@ -130,6 +139,26 @@ class LoRALinear(LoRAModule, nn.Linear):
     def _stored(self) -> Tensor | FrozenWeight:
         return stored_weight(self, self._read_as)
 
+    def _draws_masks(self) -> bool:
+        return self.training and self.lora_dropout > 0
+
+    def _parts_of(self, x: Tensor) -> Parts | None:
+        # DoRA's product is another, and what is parametrized is another tensor in each call
+        if self.merged or self.dora or "parametrizations" in self._modules:
+            return None
+        dropout, starts = self.lora_dropout if self._draws_masks() else 0.0, has_start(self)
+        weight, bias, (lora_A, lora_B) = self._stored(), self.bias, self._pair()
+        # of adapters each has a mask of its own, but a start has that of the update
+        if (starts and dropout) or not _are_plain(x, weight, bias, lora_A, lora_B):
+            return None
+        if not _fits(x, weight, bias):
+            return None
+        adapters = [Adapter(lora_A, lora_B, None, self.scaling, dropout, None)]
+        if starts:
+            start = self.get_buffer(START_A), self.get_buffer(START_B)
+            adapters.append(Adapter(*start, None, -self.scaling, dropout, None))
+        return Parts(weight, bias, adapters)
+
     def extra_repr(self) -> str:
         """What ``print`` shows between the brackets."""
         return f"{super().extra_repr()}, {describe(self)}"
@@ -140,3 +169,19 @@ def describe(layer: LoRAModule) -> str:
     text = f"rank={layer.rank}, alpha={layer.alpha:g}, lora_dropout={layer.lora_dropout:g}"
     flags = [name for name in ("rslora", "dora", "merged") if getattr(layer, name)]
     return text + "".join(f", {name}=True" for name in flags)
+
+
+def _are_plain(x: Tensor, *others: Tensor | FrozenWeight | None) -> bool:
+    """Whether all are torch's own tensors, x with rows."""
+    if type(x) not in PLAIN or x.layout is not torch.strided or x.is_nested:
+        return False
+    return all([type(each) in PLAIN for each in others if isinstance(each, Tensor)])
+
+
+def _fits(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None) -> bool:
+    """Whether neither x nor the bias is cast before the op."""
+    autocast = autocast_dtype(x)
+    if not isinstance(weight, FrozenWeight):
+        return autocast is not None or weight.dtype is x.dtype
+    dtype = weight.compute_dtype or x.dtype
+    return dtype in (x.dtype, autocast) and (bias is None or bias.dtype is dtype)

@@ -1,14 +1,14 @@
-"""BERT's MLP, which is spread over two modules that its layer calls, with a last projection of PEFT's."""
+"""BERT's MLP, which is spread over two modules that its layer calls, with LoRA in its last projection."""
 
 import functools
 from typing import Any
 
 from torch import nn
 
-from fastlora.interop._peft_fused import Fused
-from fastlora.interop._peft_mlp_forms import Spread, gate_of, spread_of
-from fastlora.interop._peft_parts import is_called_plainly
 from fastlora.reference import Gate
+from fastlora.together.compute import of_gated
+from fastlora.together.mlp_forms import Spread, gate_of, spread_of
+from fastlora.together.parts import LayerOfParts, is_called_plainly
 
 
 class FusedLayer:
@@ -16,7 +16,7 @@ class FusedLayer:
 
     The base of classes that :func:`fuse` makes, each with a layer's own class and its name, by which policies
     of sharding look for layers. A call is fused while every module inside is called as it stands there, and
-    the MLP's last projection is a fused layer with one adapter.
+    the MLP's last projection tells what it is computed from.
     """
 
     # for the type checker
@@ -37,10 +37,10 @@ class FusedLayer:
         first, last = self._modules[names.first], self._modules[names.last]
         activation, down = first._modules[names.activation], last._modules[names.down]
         plainly = all(map(is_called_plainly, (first, activation, last, down)))
-        if not (plainly and isinstance(down, Fused) and self._knows(first, activation, last)):
+        if not (plainly and isinstance(down, LayerOfParts) and self._knows(first, activation, last)):
             return self._plain.feed_forward_chunk(self, x)
         gate = first._modules[names.projection](x)
-        out = down.forward_gated(gate, None, self._gate)
+        out = of_gated(down, gate, None, self._gate)
         if out is None:
             return last(activation(gate), x)
         return last._modules[names.norm](last._modules[names.dropout](out) + x)
@@ -70,7 +70,7 @@ def _restored(*made_of: Any) -> Any:
 
 
 def fuse(layer: nn.Module) -> None:
-    """Change a layer's class, if it is one as BERT's with a known activation and a fused last projection."""
+    """Change a layer's class, if it is one as BERT's with a known activation and LoRA in its last layer."""
     names = None if isinstance(layer, FusedLayer) else spread_of(layer)
     if names is None or "feed_forward_chunk" in vars(layer):
         return
@@ -78,6 +78,6 @@ def fuse(layer: nn.Module) -> None:
     first, last = modules[names.first], modules[names.last]
     activation = first._modules.get(names.activation)
     gate = gate_of(activation)
-    if gate is not None and isinstance(last._modules.get(names.down), Fused):
+    if gate is not None and isinstance(last._modules.get(names.down), LayerOfParts):
         made: Any = _fused_class
         layer.__class__ = made(type(layer), names, gate, type(first), type(activation), type(last))

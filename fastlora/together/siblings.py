@@ -1,6 +1,6 @@
-"""PEFT's LoRA layers that share x: the first one's call computes them all.
+"""LoRA layers that share x: the first one's call computes them all.
 
-Siblings are fused layers that their module's forward calls with one variable, by its source. What is computed
+Siblings are layers that their module's forward calls with one variable, by its source. What is computed
 for a layer ahead of its call is taken only if nothing has changed by then: x is the same tensor with the same
 values, the layer's parts are what they were, and so are the stream and autograd's and autocast's settings.
 Else, and where neither a gradient of x nor a dropout mask is wanted, a layer computes alone. Nothing is
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 from fastlora._core import backend
-from fastlora.interop._peft_compute import completed, has_masks_apart, lora, lora_of_several
-from fastlora.interop._peft_parts import Parts, is_called_plainly
-from fastlora.interop._peft_state import of_call, of_layer
-from fastlora.interop._sources import sharing
+from fastlora.together.compute import completed, has_masks_apart, lora, lora_of_several
+from fastlora.together.parts import LayerOfParts, Parts, is_called_plainly
+from fastlora.together.sources import sharing
+from fastlora.together.state import of_call, of_layer
 
-# where a layer has its place, and a module its groups
+# where a layer, one of parts, has its place, and a module its groups
 _PLACE, _GROUPS = "_siblings", "_sibling_groups"
 
 
@@ -118,14 +118,13 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def find(model: nn.Module, kind: type) -> None:
-    """Give siblings among a model's layers of this class their places."""
+def find(model: nn.Module) -> None:
+    """Give siblings among a model's LoRA layers their places."""
     for module in model.modules():
-        if isinstance(module, kind):
-            forget(module)
+        forget(module)
     for module in model.modules():
         # one that has a place is called in another module, too
-        found = sharing(module, kind, lambda layer: _PLACE not in layer.__dict__)
+        found = sharing(module, LayerOfParts, lambda layer: _PLACE not in layer.__dict__)
         groups = [Group(tuple(names)) for names in found]
         for group in groups:
             for number, name in enumerate(group.names):
@@ -134,13 +133,14 @@ def find(model: nn.Module, kind: type) -> None:
             module.__dict__[_GROUPS] = _Groups(module, groups)
 
 
-def forget(layer: Any) -> None:
-    """Take a layer out of its group; what was computed ahead of calls is dropped."""
-    place = layer.__dict__.pop(_PLACE, None)
-    if place is not None:
-        parent = None if place.group.parent is None else place.group.parent()
+def forget(module: Any) -> None:
+    """Take a layer out of its group, and a module's groups away; what was computed ahead is dropped."""
+    place, groups = (module.__dict__.pop(name, None) for name in (_PLACE, _GROUPS))
+    if place is not None and place.group.parent is not None:
+        parent = place.group.parent()
         if parent is not None:
             parent.__dict__.pop(_GROUPS, None)
+    if place is not None or groups is not None:
         _thread.take()
 
 
@@ -148,7 +148,7 @@ def compute(layer: Any, x: Tensor, parts: Parts) -> Tensor:
     """The layer's output: taken, if it was computed ahead, or computed, as a first sibling with all others.
 
     Args:
-        layer: A fused layer.
+        layer: A LoRA layer.
         x: ``[..., in_features]``.
         parts: What the call is computed from.
     """
@@ -165,7 +165,7 @@ def compute(layer: Any, x: Tensor, parts: Parts) -> Tensor:
 
 
 def together(layers: Sequence[Any], x: Tensor) -> list[Tensor] | None:
-    """Each fused layer's output for one x; None where that gains nothing, or PEFT has to compute one."""
+    """Each layer's output for one x; None where that gains nothing, or one has to compute its own."""
     if torch.compiler.is_compiling() or backend.is_watched():
         return None
     parts = _parts(layers, x) if _gains(x) else None
@@ -216,10 +216,10 @@ def _taken(place: Place | None, x: Tensor, parts: Parts) -> Tensor | None:
 
 
 def _parts(layers: Sequence[Any], x: Tensor) -> list[Parts] | None:
-    """What the layers' calls would be computed from; None if one is PEFT's, or would be noticed by a hook."""
+    """What the layers' calls would be computed from; None if one is told by its layer alone, or by a hook."""
     found = list[Parts]()
     for layer in layers:
-        parts = layer.fused_parts(x) if is_called_plainly(layer) else None
+        parts = layer._parts_of(x) if is_called_plainly(layer) else None
         if parts is None or not _can_share(parts, x):
             return None
         found.append(parts)
@@ -236,11 +236,7 @@ def _draw_masks(layers: Sequence[Any], x: Tensor) -> bool:
     first runs without gradients what it repeats with them, and may draw other numbers between two calls.
     """
     # of an inference tensor nothing tells that it has changed, and no checkpoint repeats it
-    return not x.is_inference() and any(
-        type(dropout) is nn.Dropout and dropout.training and dropout.p
-        for layer in layers
-        for dropout in layer._modules["lora_dropout"]._modules.values()
-    )
+    return not x.is_inference() and any(layer._draws_masks() for layer in layers)
 
 
 def _can_share(parts: Parts, x: Tensor) -> bool:

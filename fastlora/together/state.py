@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fastlora._core import backend
-from fastlora.interop._peft_parts import Parts
 from fastlora.ops.runtime import autocast_dtype
 from fastlora.ops.weights.frozen import FrozenWeight
+from fastlora.together.parts import Parts
 
 
 def of_layer(parts: Parts) -> Any:

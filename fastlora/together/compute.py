@@ -1,4 +1,4 @@
-"""What a LoRA layer of PEFT's computes, from its parts, on the fused ops."""
+"""What a linear layer with LoRA computes, from its parts, on the fused ops."""
 
 from typing import Any
 
@@ -6,18 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastlora.functional import (
-    Projection,
-    dora_linear,
-    dora_weight_norm,
-    gated_lora_linear,
-    lora_linear,
-    shared_lora_linear,
-)
-from fastlora.interop._peft_parts import Adapter, Parts
+from fastlora.functional import Projection, gated_lora_linear, lora_linear, shared_lora_linear
 from fastlora.ops.runtime import in_dtype
 from fastlora.ops.weights.frozen import FrozenWeight
 from fastlora.reference import Gate
+from fastlora.together.parts import PLAIN, Adapter, LayerOfParts, Parts
 
 
 def lora(x: Tensor, parts: Parts) -> Tensor:
@@ -36,8 +29,14 @@ def lora_of_several(x: Tensor, layers: list[Parts]) -> tuple[Tensor, ...]:
     return shared_lora_linear(x, [_projection(parts) for parts in layers])
 
 
-def gated_lora(gate: Tensor, up: Tensor | None, parts: Parts, activation: Gate) -> Tensor:
-    """The output for act(gate)·up, or act(gate), of a layer with one adapter."""
+def of_gated(layer: LayerOfParts, gate: Tensor, up: Tensor | None, activation: Gate) -> Tensor | None:
+    """A layer's output for act(gate)·up, or act(gate), which is not kept; None where the op serves no such
+    call.
+    """
+    plain = up is None or (gate.shape == up.shape and gate.dtype is up.dtype and type(up) in PLAIN)
+    parts = layer._parts_of(gate) if plain else None
+    if parts is None or len(parts.adapters) > 1 or parts.adapters[0].magnitude is not None:
+        return None
     weight, bias, lora_A, lora_B, scaling, dropout = _projection(parts)
     options: dict[str, Any] = {"activation": activation, "scaling": scaling, "dropout": dropout}
     return completed(gated_lora_linear(gate, up, weight, bias, lora_A, lora_B, **options), gate, parts)
@@ -73,25 +72,3 @@ def completed(y: Tensor, x: Tensor, parts: Parts) -> Tensor:
             y = (y + adapter.scaling * adapter.bias).to(y.dtype)
     # under autocast, too, a quantised layer gives x's dtype back
     return in_dtype(y, x.dtype) if isinstance(parts.weight, FrozenWeight) else y
-
-
-def dora(x: Tensor, parts: Parts, adapter: Adapter, magnitude: Tensor) -> Tensor:
-    """m / ‖W + s·B·A‖ ⊙ (W·x + s·B·A·x) + bias (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
-
-    With dropout the published code and PEFT let W see the dropped x in the first product and the whole x
-    beside it: W·x + (m / ‖…‖ - 1) ⊙ W·dropped.
-    """
-    weight, bias, scaling = parts.weight, parts.bias, adapter.scaling
-    assert not isinstance(weight, FrozenWeight)
-    dropped = F.dropout(x, adapter.dropout) if adapter.dropout else x
-    y = dora_linear(
-        dropped,
-        weight,
-        None if adapter.dropout else bias,
-        adapter.lora_A,
-        adapter.lora_B,
-        magnitude,
-        scaling=scaling,
-        weight_norm=dora_weight_norm(weight, adapter.lora_A, adapter.lora_B, scaling),
-    )
-    return y + F.linear(x - dropped, weight, bias) if adapter.dropout else y

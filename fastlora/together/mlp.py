@@ -1,7 +1,7 @@
-"""MLPs whose last layer is a fused LoRA layer of PEFT's: half of what they keep for backward, or less.
+"""MLPs whose last layer has LoRA: half of what they keep for backward, or less.
 
 Gated ones, down(act(gate(x)) · up(x)), and others, down(act(up(x))), of the forms that
-:mod:`fastlora.interop._peft_mlp_forms` knows.
+:mod:`fastlora.together.mlp_forms` knows.
 """
 
 import functools
@@ -9,19 +9,19 @@ from typing import Any
 
 from torch import nn
 
-from fastlora.interop import _peft_mlp_spread as spread
-from fastlora.interop import _peft_siblings as siblings
-from fastlora.interop._peft_fused import Fused
-from fastlora.interop._peft_mlp_forms import Form, form_of, gate_of
-from fastlora.interop._peft_parts import is_called_plainly, passes_on
 from fastlora.reference import Gate
+from fastlora.together import mlp_spread as spread
+from fastlora.together import siblings
+from fastlora.together.compute import of_gated
+from fastlora.together.mlp_forms import Form, form_of, gate_of
+from fastlora.together.parts import LayerOfParts, is_called_plainly, passes_on
 
 
 class FusedMLP:
     """An MLP with everything of it but what its forward keeps for backward.
 
     The base of classes that :func:`fuse` makes, each with an MLP's own class. A call is fused while every
-    module inside is called as it stands there, its last layer is a fused one with one adapter, and dropout
+    module inside is called as it stands there, its last layer tells what it is computed from, and dropout
     before that drops nothing.
     """
 
@@ -44,10 +44,10 @@ class FusedMLP:
         known = self._plain.forward is self._own_forward and self._knows(activation)
         plainly = not kwargs and is_called_plainly(activation) and is_called_plainly(down)
         between = [self._modules[name] for name in self._form.between]
-        if not (known and plainly and isinstance(down, Fused) and all(map(passes_on, between))):
+        if not (known and plainly and isinstance(down, LayerOfParts) and all(map(passes_on, between))):
             return self._plain.forward(self, *args, **kwargs)
         gate, up = self._gate_and_up(*args)
-        out = down.forward_gated(gate, up, self._gate)
+        out = of_gated(down, gate, up, self._gate)
         if out is None:
             x = activation(gate) if up is None else activation(gate) * up
             for module in (*between, down):
@@ -59,7 +59,7 @@ class FusedMLP:
 
     def _gate_and_up(self, x: Any) -> Any:
         modules = [self._modules[name] for name in self._form.projections]
-        if all(isinstance(module, Fused) for module in modules) and len(modules) == 2:
+        if all(isinstance(module, LayerOfParts) for module in modules) and len(modules) == 2:
             found = siblings.together(modules, x)
             if found is not None:
                 return found
@@ -94,7 +94,7 @@ def _restored(plain: Any, gate: Gate, activation: Any) -> Any:
 
 def fuse(module: nn.Module) -> None:
     """Change a module's class, if it is an MLP, or a layer with one spread over its modules, with a known
-    activation and a fused last layer.
+    activation and a last layer with LoRA.
     """
     spread.fuse(module)
     kind = type(module)
@@ -106,7 +106,7 @@ def fuse(module: nn.Module) -> None:
         return
     activation = module._modules[form.activation]
     gate = gate_of(activation)
-    if gate is not None and isinstance(module._modules[form.down], Fused):
+    if gate is not None and isinstance(module._modules[form.down], LayerOfParts):
         made: Any = _fused_class
         module.__class__ = made(kind, gate, type(activation))
 
