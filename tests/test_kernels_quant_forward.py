@@ -40,7 +40,7 @@ def _launch(harness: Harness, stored: FourBits, plan: Plan, *layer: Tensor | Non
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
-@pytest.mark.parametrize(("blocksize", "k"), [(64, 64), (64, 192), (128, 256), (256, 256)])
+@pytest.mark.parametrize(("blocksize", "k"), cases([(64, 64), (64, 192)], [(128, 256), (256, 256)]))
 def test_it_multiplies_by_the_bits_of_the_dense_weight(
     harness: Harness, blocksize: int, k: int, nested: bool
 ) -> None:
