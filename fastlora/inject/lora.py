@@ -66,8 +66,8 @@ def apply_lora(
     ``from_pretrained``, with A and B beside it, for a training that goes on.
 
     Linear layers that their module's forward calls with one variable (query, key and value; gate and up) and
-    gated MLPs compute together, as :func:`fastlora.accelerate` tells: the same bits, x kept and its gradient
-    summed once, half of an MLP's activations kept. Where one of them has dropout, the first one's call draws
+    MLPs compute together, as :func:`fastlora.accelerate` tells: the same bits, x kept and its gradient summed
+    once, half of an MLP's activations kept or less. Where one of them has dropout, the first one's call draws
     the masks of all. They have one backward pass: gradients of one output after the other need
     ``retain_graph=True``. What has DoRA, is merged or compiled computes alone.
 

@@ -1,1 +1,1 @@
-"""Layers of a module that are computed together: those that share their input, and gated MLPs."""
+"""Layers of a module that are computed together: those that share their input, and MLPs."""

@@ -42,7 +42,7 @@ def sharing(
         name for name, each in children.items() if any(isinstance(m, kind) for m in each.modules())
     }
     runs, current = list[list[str]](), dict[str, list[str]]()
-    # a gated MLP's own, where its class was changed
+    # an MLP's own, where its class was changed
     forward = getattr(type(module), "_own_forward", type(module).forward)
     for event in events_of(forward) if len(with_layers) > 1 else ():
         if event is None:
