@@ -104,6 +104,14 @@ def test_less_is_kept_for_backward(name: str) -> None:
     assert less < more if name in MLPS else less == more
 
 
+def test_a_report_is_an_upper_bound_of_what_is_kept() -> None:
+    model, batch = family("Llama")
+    words = {name: batch[name] for name in ("input_ids",)}
+    for execute in (False, True):
+        reported = fastlora.parameter_report(model, sample_input=words, execute=execute).kept_bytes
+        assert reported == kept(separated(model), words) > kept(model, words)
+
+
 @pytest.mark.parametrize("name", cases(QUICK, MORE))
 def test_a_saved_adapter_is_reloaded_and_computes_together(name: str, tmp_path: Path) -> None:
     model, batch = family(name)
@@ -193,9 +201,52 @@ def _start_and_dropout(module: Any) -> None:
     module.k.lora_dropout = 0.5
 
 
-@pytest.mark.parametrize("change", [_with_dora, _parametrized, _start_and_dropout])
+class Mine(fastlora.LoRALinear):
+    """Does something else."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+def _of_a_subclass(module: Any) -> None:
+    module.k.__class__ = Mine
+
+
+def _first_of_a_subclass(module: Any) -> None:
+    module.q.__class__ = Mine
+
+
+def _another_product(module: Any) -> None:
+    vars(module.k)["_lora_linear"] = lambda x, *parts: module.k.lora_A.sum() * x
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _with_dora,
+        _parametrized,
+        _start_and_dropout,
+        _of_a_subclass,
+        _first_of_a_subclass,
+        _another_product,
+    ],
+)
 def test_what_is_computed_otherwise_is_computed_alone(change: Callable[[Any], None]) -> None:
     assert_none_share(change)
+
+
+@pytest.mark.parametrize("name", ["forward", "_lora_linear"])
+def test_whoever_patches_the_class_sees_every_call(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlp, seen = family("Llama")[0].model.layers[0].mlp, list[nn.Module]()
+    original = getattr(fastlora.LoRALinear, name)
+
+    def patched(layer: Any, *given: Any) -> Any:
+        seen.append(layer)
+        return original(layer, *given)
+
+    monkeypatch.setattr(fastlora.LoRALinear, name, patched)
+    mlp(an_input())
+    assert seen == [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
 def test_a_start_is_subtracted() -> None:
@@ -259,7 +310,24 @@ def _wrapped(mlp: Any) -> None:
     mlp.up_proj = nn.Sequential(mlp.up_proj)
 
 
-@pytest.mark.parametrize("change", [_hook_on("down_proj"), _hook_on("act_fn"), _merged, _wrapped])
+def _subclassed(name: str) -> Callable[[Any], None]:
+    def change(mlp: Any) -> None:
+        mlp.get_submodule(name).__class__ = Mine
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _hook_on("down_proj"),
+        _hook_on("act_fn"),
+        _merged,
+        _wrapped,
+        _subclassed("down_proj"),
+        _subclassed("up_proj"),
+    ],
+)
 def test_what_happens_to_a_gated_mlp_counts(change: Callable[[Any], None]) -> None:
     model, batch = family("Llama")
     change(model.model.layers[0].mlp)
