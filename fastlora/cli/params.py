@@ -75,7 +75,8 @@ def params(
 
     Full fine-tuning, last layers, LoRA, adapters, prompts and a linear probe, with AdamW. Nothing is
     downloaded and no weights are held: even llama-7b (about 7 billion parameters) takes seconds. Kept
-    activations are what a forward pass in train mode leaves for backward, without the loss.
+    activations are what a forward pass in train mode leaves for backward, without the loss; for LoRA an upper
+    bound, because layers count one by one, also those that compute together and keep less.
 
     [bold]Example[/bold]: fastlora params vit_b_16 --rank 8 --batch-size 32
     """

@@ -47,7 +47,8 @@ class ParameterReport:
         gradient_bytes: One gradient for every trainable parameter, in its dtype.
         optimizer_bytes: What ``torch.optim.AdamW`` keeps: two moments in the parameter's dtype and a step
             count for each trainable parameter.
-        kept_bytes: What a forward pass keeps for backward; None without a ``sample_input``.
+        kept_bytes: What a forward pass keeps for backward, at most where layers compute together; None
+            without a ``sample_input``.
         modules: One row for each module, in the model's order; their numbers add up to those above.
     """
 
@@ -117,7 +118,9 @@ def parameter_report(
     **Not covered**: the loss, parameters and buffers (they are counted as such), what a Function keeps as an
     attribute instead of saving it, sparse tensors, and what lives only for a moment: workspaces, the
     activations' gradients, the optimiser's temporaries. A parameter object counts once; two that share
-    memory count as two.
+    memory count as two. What layers save by computing together (:func:`fastlora.apply_lora`,
+    :func:`fastlora.accelerate`) is not subtracted: in a run that is watched each computes by itself, and of
+    such a model the number is an upper bound.
 
     Args:
         model: Any model. Forward hooks on it run, with the copy's modules.
