@@ -66,10 +66,13 @@ def apply_lora(
     ``from_pretrained``, with A and B beside it, for a training that goes on.
 
     Linear layers that their module's forward calls with one variable (query, key and value; gate and up) and
-    MLPs compute together, as :func:`fastlora.accelerate` tells: the same bits, x kept and its gradient summed
-    once, half of an MLP's activations kept or less. Where one of them has dropout, the first one's call draws
-    the masks of all. They have one backward pass: gradients of one output after the other need
-    ``retain_graph=True``. What has DoRA, is merged or compiled computes alone.
+    MLPs compute together, as :func:`fastlora.accelerate` tells: on a CPU outputs are the same bits, x is kept
+    and its gradient summed once, half of an MLP's activations kept or less. Where one of them has dropout,
+    the first one's call draws the masks of all. They have one backward pass: gradients of one output after
+    the other need ``retain_graph=True``. A layer computes alone if it or one of them has hooks (a global one
+    counts), DoRA, parametrizations, a class with a forward of its own, or a start to subtract
+    (:func:`fastlora.init.pissa_`, ``olora_``) beside dropout, or is merged. In compiled graphs layers that
+    share their input compute alone, and MLPs as here.
 
     Args:
         model: Any model with ``nn.Linear``, ``nn.MultiheadAttention``, ``nn.Conv2d`` or ``nn.Embedding``.
