@@ -10,18 +10,13 @@ import torch
 from torch import Tensor
 
 from fastlora._core import backend
-from fastlora.ops import shared_torch
-from fastlora.ops.lora_linear import Call, decided, frozen_gradients, layer_gradients, lora_linear, needed_of
-from fastlora.ops.lora_passes import lora_linear_forward
-from fastlora.ops.runtime import draw_seed, in_dtype, refuse_second_derivative, rows_of, unrecorded
-from fastlora.ops.weights import in_parts
+from fastlora.ops import shared_passes
+from fastlora.ops.lora_linear import Call, decided, lora_linear, needed_of
+from fastlora.ops.runtime import draw_seed, in_dtype, refuse_second_derivative
 from fastlora.ops.weights.frozen import FrozenWeight, Unchanged
 
 # tensors of a layer among a Function's arguments, and among what it keeps
 _GIVEN, _KEPT = 4, 5
-_Gradients = tuple[Tensor | None, ...]
-# gradients of x, of every A and of every B
-_Sums = tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]
 
 
 class Projection(NamedTuple):
@@ -90,7 +85,7 @@ def shared_lora_linear(
     _check_layers(layers)
     calls = [decided(x, *layer, training) for layer in layers]
     watched = torch.compiler.is_compiling() or backend.is_watched()
-    if watched or {_backend(call) for call in calls} not in ({"torch"}, {"triton"}):
+    if watched or {call.decision.backend for call in calls} not in ({"torch"}, {"triton"}):
         return _apart(x, layers, training, generator)
     seeds = [draw_seed(x.device, generator) if call.dropout else None for call in calls]
     tensors = [tensor for layer in layers for tensor in layer[:_GIVEN]]
@@ -112,10 +107,6 @@ def _check_layers(layers: Sequence[Projection]) -> None:
                 f"{expected}, got a {type(layers).__name__} with a {type(layer).__name__} in it; write "
                 "Projection(weight, bias, lora_A, lora_B, scaling), and put a single one into a list, too"
             )
-
-
-def _backend(call: Call) -> str:
-    return call.decision.backend
 
 
 def _apart(
@@ -140,7 +131,7 @@ class SharedLoRALinearFunction(torch.autograd.Function):
         ys, kept, kept_x = [], list[Tensor | None](), None
         ctx.calls, ctx.quantised = calls, list[Unchanged | None]()
         layers = [*_by_layer(tensors, _GIVEN)]
-        made = _forward(x, calls, seeds, layers)
+        made = shared_passes.forward(x, calls, seeds, layers)
         for (y, s, mask), layer, needed in zip(made, layers, _needed(ctx), strict=True):
             weight, _, lora_A, lora_B = layer
             quantised = isinstance(weight, FrozenWeight)
@@ -162,143 +153,20 @@ class SharedLoRALinearFunction(torch.autograd.Function):
         return refuse_second_derivative("shared_lora_linear", ctx, dys, wanted)
 
 
-def _forward(
-    x: Tensor, calls: Sequence[Call], seeds: Sequence[Tensor | None], layers: Sequence[Sequence[Any]]
-) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """y, S and mask of every layer."""
-    if _share_a_launch(x, calls, seeds, layers):
-        # imported late: Triton is not installed everywhere
-        from fastlora.ops import shared_triton_forward
-
-        scalings, dropouts = tuple(call.scaling for call in calls), tuple(call.dropout for call in calls)
-        made = shared_triton_forward.forward(x, layers, seeds, scalings=scalings, dropouts=dropouts)
-        if made is not None:
-            return made
-    found = []
-    for call, seed, layer in zip(calls, seeds, layers, strict=True):
-        run: Any = in_parts.forward if isinstance(layer[0], FrozenWeight) else lora_linear_forward
-        found.append(run(x, *layer, seed, *call[1:]))
-    return found
-
-
-def _share_a_launch(
-    x: Tensor, calls: Sequence[Call], seeds: Sequence[Tensor | None], layers: Sequence[Sequence[Any]]
-) -> bool:
-    """Whether a kernel can compute S of all: of dense layers, all with dropout or none."""
-    if _backend(calls[0]) != "triton" or len({seed is None for seed in seeds}) > 1:
-        return False
-    if not all(isinstance(layer[0], Tensor) and backend.are_plain(x, *layer) for layer in layers):
-        return False
-    # imported late: a CPU needs no kernels' records
-    from fastlora_kernels.shared.kernels import MOST_LAYERS
-
-    return 2 <= len(layers) <= MOST_LAYERS
-
-
-class _Layer(NamedTuple):
-    """Of a layer whose y has a gradient: its call, which gradients are wanted, its dY, and what was kept."""
-
-    call: Call
-    needed: tuple[bool, ...]
-    dy: Tensor
-    saved: tuple[Any, ...]
-
-
-def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, list[_Gradients]]:
+def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, list[shared_passes.Gradients]]:
     """dX, and of every layer the gradients of weight, bias, lora_A and lora_B."""
     x, *kept = ctx.saved_tensors
-    layers = dict[int, _Layer]()
+    layers = dict[int, shared_passes.Layer]()
     given = zip(ctx.calls, _needed(ctx), dys, ctx.quantised, _by_layer(kept, _KEPT), strict=True)
     for index, (call, needed, dy, quantised, (weight, *more)) in enumerate(given):
         if dy is not None:
             weight = weight if quantised is None else quantised.weight()
-            layers[index] = _Layer(call, needed, dy, (x, weight, *more))
-    dx, found = _of_all(list(layers.values())) if layers else (None, [])
-    of_layers: list[_Gradients] = [(None,) * _GIVEN] * len(dys)
+            layers[index] = shared_passes.Layer(call, needed, dy, (x, weight, *more))
+    dx, found = shared_passes.backward(list(layers.values())) if layers else (None, [])
+    of_layers: list[shared_passes.Gradients] = [(None,) * _GIVEN] * len(dys)
     for index, gradients in zip(layers, found, strict=True):
         of_layers[index] = gradients
     return dx, of_layers
-
-
-def _of_all(layers: Sequence[_Layer]) -> tuple[Tensor | None, list[_Gradients]]:
-    """dX, and every layer's other gradients."""
-    if _are_summed_by_library(layers):
-        sums = _by_library(layers)
-    elif _are_summed_by_kernels(layers):
-        sums = _by_kernels(layers)
-    else:
-        return _one_by_one(layers)
-    dx, das, dbs = sums
-    found, dy = list[_Gradients](), layers[0].dy
-    for (_, (_, need_weight, need_bias, *_), dy, (x, *_)), da, db in zip(layers, das, dbs, strict=True):
-        found.append((*frozen_gradients(need_weight, need_bias, dy, dy, x), da, db))
-    return dx if dx is None else dx.view(*dy.shape[:-1], dx.shape[1]), found
-
-
-def _are_summed_by_library(layers: Sequence[_Layer]) -> bool:
-    """Whether library products sum dX where it lies; in 16 bits very many parts would round too often."""
-    return all(
-        _backend(layer.call) == "torch" and in_parts.in_few_parts(layer.saved[1], layer.dy.dtype)
-        for layer in layers
-    )
-
-
-def _are_summed_by_kernels(layers: Sequence[_Layer]) -> bool:
-    """Whether kernels sum dX of dense layers, or choose to compute them one by one."""
-    if torch.compiler.is_compiling() or backend.is_watched() or any(
-        _backend(call) != "triton" or not needed[0] or not backend.are_plain(dy, *saved)
-        # a quantised weight is dense for its own product alone
-        or not isinstance(saved[1], Tensor)
-        for call, needed, dy, saved in layers
-    ):  # fmt: skip
-        return False
-    # imported late: a CPU needs no kernels' records
-    from fastlora_kernels.shared.kernels import MOST_LAYERS
-
-    return 2 <= len(layers) <= MOST_LAYERS
-
-
-def _one_by_one(layers: Sequence[_Layer]) -> tuple[Tensor | None, list[_Gradients]]:
-    dx, found = None, list[_Gradients]()
-    for call, needed, dy, saved in layers:
-        part, *of_layer = layer_gradients(call, needed, dy, dy, saved)
-        dx = part if dx is None or part is None else dx.add_(part)
-        found.append(tuple(of_layer))
-    return dx, found
-
-
-def _by_library(layers: Sequence[_Layer]) -> _Sums:
-    dy, need_x, x = layers[0].dy, layers[0].needed[0], layers[0].saved[0]
-    with unrecorded(dy):
-        given = [_for_library(layer) for layer in layers]
-        return shared_torch.backward(None if x is None else rows_of(x), given, need_x=need_x)
-
-
-def _by_kernels(layers: Sequence[_Layer]) -> _Sums:
-    # imported late: Triton is not installed everywhere
-    from fastlora.ops import shared_triton
-
-    tensors, settings, x = list[Tensor | None](), [], layers[0].saved[0]
-    for call, (*_, need_A, need_B), dy, (_, weight, lora_A, lora_B, s, mask) in layers:
-        tensors += rows_of(dy), in_dtype(weight, dy.dtype), lora_A, lora_B, s, mask
-        dropout = call.dropout if mask is not None else 0.0
-        settings.append(shared_triton.Layer(call.scaling, dropout, need_A, need_B, call.decision.paths))
-    return shared_triton.backward(*tensors, None if x is None else rows_of(x), layers=tuple(settings))
-
-
-def _for_library(layer: _Layer) -> shared_torch.Layer:
-    call, (*_, need_A, _), dy, (_, weight, lora_A, lora_B, s, mask) = layer
-    return shared_torch.Layer(
-        rows_of(dy),
-        weight,
-        lora_A,
-        lora_B,
-        s,
-        mask,
-        call.scaling,
-        call.dropout if mask is not None else 0.0,
-        need_A,
-    )
 
 
 def _by_layer(tensors: Sequence[Any], count: int) -> Iterator[Sequence[Any]]:

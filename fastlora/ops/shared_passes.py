@@ -1,0 +1,145 @@
+"""Both passes of layers that share their input, beneath :mod:`fastlora.ops.shared_lora_linear`.
+
+:mod:`fastlora.ops.shared_torch` sums dX by library products, :mod:`fastlora.ops.shared_triton` by kernels.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlora._core import backend
+from fastlora.ops import shared_torch
+from fastlora.ops.lora_linear import Call, frozen_gradients, layer_gradients
+from fastlora.ops.lora_passes import lora_linear_forward
+from fastlora.ops.runtime import in_dtype, rows_of, unrecorded
+from fastlora.ops.weights import in_parts
+from fastlora.ops.weights.frozen import FrozenWeight
+
+Gradients = tuple[Tensor | None, ...]
+# gradients of x, of every A and of every B
+_Sums = tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]
+
+
+def forward(
+    x: Tensor, calls: Sequence[Call], seeds: Sequence[Tensor | None], layers: Sequence[Sequence[Any]]
+) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """y, S and mask of every layer."""
+    if _share_a_launch(x, calls, seeds, layers):
+        # imported late: Triton is not installed everywhere
+        from fastlora.ops import shared_triton_forward
+
+        scalings, dropouts = tuple(call.scaling for call in calls), tuple(call.dropout for call in calls)
+        made = shared_triton_forward.forward(x, layers, seeds, scalings=scalings, dropouts=dropouts)
+        if made is not None:
+            return made
+    found = []
+    for call, seed, layer in zip(calls, seeds, layers, strict=True):
+        run: Any = in_parts.forward if isinstance(layer[0], FrozenWeight) else lora_linear_forward
+        found.append(run(x, *layer, seed, *call[1:]))
+    return found
+
+
+def _share_a_launch(
+    x: Tensor, calls: Sequence[Call], seeds: Sequence[Tensor | None], layers: Sequence[Sequence[Any]]
+) -> bool:
+    """Whether a kernel can compute S of all: of dense layers, all with dropout or none."""
+    if calls[0].decision.backend != "triton" or len({seed is None for seed in seeds}) > 1:
+        return False
+    if not all(isinstance(layer[0], Tensor) and backend.are_plain(x, *layer) for layer in layers):
+        return False
+    # imported late: a CPU needs no kernels' records
+    from fastlora_kernels.shared.kernels import MOST_LAYERS
+
+    return 2 <= len(layers) <= MOST_LAYERS
+
+
+class Layer(NamedTuple):
+    """Of a layer whose y has a gradient: its call, which gradients are wanted, its dY, and what was kept."""
+
+    call: Call
+    needed: tuple[bool, ...]
+    dy: Tensor
+    saved: tuple[Any, ...]
+
+
+def backward(layers: Sequence[Layer]) -> tuple[Tensor | None, list[Gradients]]:
+    """dX, and every layer's other gradients."""
+    if _are_summed_by_library(layers):
+        sums = _by_library(layers)
+    elif _are_summed_by_kernels(layers):
+        sums = _by_kernels(layers)
+    else:
+        return _one_by_one(layers)
+    dx, das, dbs = sums
+    found, dy = list[Gradients](), layers[0].dy
+    for (_, (_, need_weight, need_bias, *_), dy, (x, *_)), da, db in zip(layers, das, dbs, strict=True):
+        found.append((*frozen_gradients(need_weight, need_bias, dy, dy, x), da, db))
+    return dx if dx is None else dx.view(*dy.shape[:-1], dx.shape[1]), found
+
+
+def _are_summed_by_library(layers: Sequence[Layer]) -> bool:
+    """Whether library products sum dX where it lies; in 16 bits very many parts would round too often."""
+    return all(
+        layer.call.decision.backend == "torch" and in_parts.in_few_parts(layer.saved[1], layer.dy.dtype)
+        for layer in layers
+    )
+
+
+def _are_summed_by_kernels(layers: Sequence[Layer]) -> bool:
+    """Whether kernels sum dX of dense layers, or choose to compute them one by one."""
+    if torch.compiler.is_compiling() or backend.is_watched() or any(
+        call.decision.backend != "triton" or not needed[0] or not backend.are_plain(dy, *saved)
+        # a quantised weight is dense for its own product alone
+        or not isinstance(saved[1], Tensor)
+        for call, needed, dy, saved in layers
+    ):  # fmt: skip
+        return False
+    # imported late: a CPU needs no kernels' records
+    from fastlora_kernels.shared.kernels import MOST_LAYERS
+
+    return 2 <= len(layers) <= MOST_LAYERS
+
+
+def _one_by_one(layers: Sequence[Layer]) -> tuple[Tensor | None, list[Gradients]]:
+    dx, found = None, list[Gradients]()
+    for call, needed, dy, saved in layers:
+        part, *of_layer = layer_gradients(call, needed, dy, dy, saved)
+        dx = part if dx is None or part is None else dx.add_(part)
+        found.append(tuple(of_layer))
+    return dx, found
+
+
+def _by_library(layers: Sequence[Layer]) -> _Sums:
+    dy, need_x, x = layers[0].dy, layers[0].needed[0], layers[0].saved[0]
+    with unrecorded(dy):
+        given = [_for_library(layer) for layer in layers]
+        return shared_torch.backward(None if x is None else rows_of(x), given, need_x=need_x)
+
+
+def _by_kernels(layers: Sequence[Layer]) -> _Sums:
+    # imported late: Triton is not installed everywhere
+    from fastlora.ops import shared_triton
+
+    tensors, settings, x = list[Tensor | None](), [], layers[0].saved[0]
+    for call, (*_, need_A, need_B), dy, (_, weight, lora_A, lora_B, s, mask) in layers:
+        tensors += rows_of(dy), in_dtype(weight, dy.dtype), lora_A, lora_B, s, mask
+        dropout = call.dropout if mask is not None else 0.0
+        settings.append(shared_triton.Layer(call.scaling, dropout, need_A, need_B, call.decision.paths))
+    return shared_triton.backward(*tensors, None if x is None else rows_of(x), layers=tuple(settings))
+
+
+def _for_library(layer: Layer) -> shared_torch.Layer:
+    call, (*_, need_A, _), dy, (_, weight, lora_A, lora_B, s, mask) = layer
+    return shared_torch.Layer(
+        rows_of(dy),
+        weight,
+        lora_A,
+        lora_B,
+        s,
+        mask,
+        call.scaling,
+        call.dropout if mask is not None else 0.0,
+        need_A,
+    )
