@@ -63,7 +63,7 @@ def load(
     backward = any(wanted) and (here is None or paths.backward != here.backward)
     if not (forward or backward):
         return
-    kernels = _kernels(x, weight, bias, lora_A, lora_B, dtype, dropout, in_graph)
+    kernels = kernels_of(x, weight, bias, lora_A, lora_B, dtype, dropout, in_graph)
     settings = (scaling, dropout)
     if forward:
         given: tuple[Any, ...] = (x, dtype, weight, bias, lora_A, lora_B, *settings, in_graph)
@@ -128,7 +128,7 @@ def _run_backward(
     run(dy, x, weight, lora_A, lora_B, s, mask, scaling, dropout, *wanted_and_decision)
 
 
-def _kernels(
+def kernels_of(
     x: Tensor,
     weight: Tensor | FrozenWeight,
     bias: Tensor | None,
@@ -141,6 +141,16 @@ def _kernels(
     """All that says which kernels a path launches; of the rows what they change, which is little.
 
     Batches have many lengths, and loading costs a pass: it would be paid for each of them.
+
+    Args:
+        x: ``[..., in_features]``.
+        weight: ``[out_features, in_features]``.
+        bias: ``[out_features]``, or None.
+        lora_A: ``[rank, in_features]``.
+        lora_B: ``[out_features, rank]``.
+        dtype: What products compute in.
+        dropout: Probability; 0 where it is not active.
+        decision: What was decided for the call, with paths.
     """
     # imported late: most calls have no kernels to choose from
     from fastlora_kernels import targets

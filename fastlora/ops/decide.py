@@ -49,15 +49,28 @@ class Decision:
             a compiled graph, which serves any number of rows, and where torch's dispatcher calls the op.
         known: What the forward pass prepares, of a decision for one signature alone; None where it serves
             others, or calls that something watches.
+        in_graph: How a CUDA graph computes the call, where that is otherwise.
     """
 
     backend: Backend
     paths: Paths | None = None
     known: dict[Any, Any] | None = None
+    in_graph: "Decision | None" = None
 
     def of_one_signature(self) -> "Decision":
         """The same, for calls of one signature alone: it keeps what the kernels' forward pass prepares."""
         return Decision(self.backend, self.paths, {}) if self.backend == "triton" else self
+
+    def differs(self, other: "Decision") -> bool:
+        """Whether it launches other kernels than another decision.
+
+        Args:
+            other: Of the same call, for instance as in a CUDA graph.
+        """
+        mine, others = (
+            (each.paths.forward, each.paths.backward) if each.paths else None for each in (self, other)
+        )
+        return self.backend != other.backend or mine != others
 
 
 # for any number of layouts

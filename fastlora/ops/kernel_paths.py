@@ -118,6 +118,7 @@ def choose_shared_forward(
 ) -> SharedForwardPath:
     """Path of the forward pass of layers that share their input.
 
+    Each by itself where the winner was measured for every one of them: the shared launch is only predicted.
     The kernel's where kernels were asked for by name and none is meant for such calls or for this GPU.
 
     Args:
@@ -126,6 +127,9 @@ def choose_shared_forward(
         device: Where they are computed.
         dropping: Whether dropout is active, in each of them.
     """
+    gpu = tuned_file.gpu_of(device)
+    if all(tuned.find(gpu, shape, dtype, dropping=dropping) is not None for shape in shapes):
+        return "separate"
     target = targets.detect(device)
     if not (backend.is_automatic() or all(paths.has_kernels(shape, target) for shape in shapes)):
         return "shared"

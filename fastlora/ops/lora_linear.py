@@ -5,6 +5,7 @@ Beneath the Function stand the two ops of :mod:`fastlora.ops.lora_passes`; for q
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -172,11 +173,13 @@ def _decide_and_load(*arguments: Any) -> Call:
     """What is known of a call that was not made before; a CUDA graph of it finds its kernels loaded."""
     call = _decide(*arguments)
     call = call._replace(decision=call.decision.of_one_signature())
-    load_for_graphs(call, lambda: _decide(*arguments, in_graph=True), *arguments[:5])
-    return call
+    in_graph = load_for_graphs(call, lambda: _decide(*arguments, in_graph=True), *arguments[:5])
+    return call if in_graph is None else call._replace(decision=replace(call.decision, in_graph=in_graph))
 
 
-def load_for_graphs(call: Call, decide_for_graph: Callable[[], Call], x: Tensor, *layer: Any) -> None:
+def load_for_graphs(
+    call: Call, decide_for_graph: Callable[[], Call], x: Tensor, *layer: Any
+) -> Decision | None:
     """Load what a CUDA graph of a call would launch, where ``fastlora tune`` found other winners for graphs.
 
     Args:
@@ -184,11 +187,18 @@ def load_for_graphs(call: Call, decide_for_graph: Callable[[], Call], x: Tensor,
         decide_for_graph: How a graph would compute it.
         x: ``[..., in_features]``.
         layer: Weight, bias, lora_A and lora_B.
+
+    Returns:
+        What was decided for a graph; None where it launches the same.
     """
-    if PINNED.tell_hosts_apart:
-        settings: Any = {"dtype": call.dtype, "scaling": call.scaling, "dropout": call.dropout}
-        in_graph = decide_for_graph().decision
-        before_graphs.load(x, *layer, **settings, now=call.decision, in_graph=in_graph)
+    if not PINNED.tell_hosts_apart:
+        return None
+    in_graph = decide_for_graph().decision
+    if not call.decision.differs(in_graph):
+        return None
+    settings: Any = {"dtype": call.dtype, "scaling": call.scaling, "dropout": call.dropout}
+    before_graphs.load(x, *layer, **settings, now=call.decision, in_graph=in_graph)
+    return in_graph
 
 
 class LoRALinearFunction(torch.autograd.Function):

@@ -97,8 +97,11 @@ def fill_from_s(
     """Fill y = x·Wᵀ + bias + S·Bᵀ, which may be columns of a wider matrix: the second half of a call."""
     (m, k), (n, r) = x.shape, lora_B.shape
     shape = Shape(m=m, n=n, k=k, r=r, aligned=is_aligned(x, weight, y))
-    # S is there, with a mask or without: as with one, no path is left that makes its own
     choice, target = choice_of("forward", paths, shape, x, dropping=True), targets.detect(x.device)
+    if choice.path not in ("split", "epilogue"):
+        # decided for a call that makes its own S: as with a mask, no such path is left
+        in_graph = paths is None or paths.in_graph
+        choice = kernel_paths.choose("forward", shape, x.dtype, x.device, dropping=True, in_graph=in_graph)
     if choice.path == "epilogue":
         return _epilogue(shape, y, target)
     assert choice.path == "split"

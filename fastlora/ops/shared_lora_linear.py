@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlora._core import backend
-from fastlora.ops import shared_passes
+from fastlora.ops import shared_before_graphs, shared_passes
 from fastlora.ops.lora_linear import Call, decided, lora_linear, needed_of
 from fastlora.ops.runtime import draw_seed, in_dtype, refuse_second_derivative
 from fastlora.ops.weights.frozen import FrozenWeight, Unchanged
@@ -85,7 +85,9 @@ def shared_lora_linear(
     _check_layers(layers)
     calls = [decided(x, *layer, training) for layer in layers]
     watched = torch.compiler.is_compiling() or backend.is_watched()
-    if watched or {call.decision.backend for call in calls} not in ({"torch"}, {"triton"}):
+    if not watched and any(call.decision.in_graph for call in calls):
+        shared_before_graphs.load(x, layers, calls)
+    if watched or not shared_passes.are_together(call.decision for call in calls):
         return _apart(x, layers, training, generator)
     seeds = [draw_seed(x.device, generator) if call.dropout else None for call in calls]
     tensors = [tensor for layer in layers for tensor in layer[:_GIVEN]]

@@ -3,7 +3,7 @@
 :mod:`fastlora.ops.shared_torch` sums dX by library products, :mod:`fastlora.ops.shared_triton` by kernels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastlora._core import backend
 from fastlora.ops import shared_torch
+from fastlora.ops.decide import Decision
 from fastlora.ops.lora_linear import Call, frozen_gradients, layer_gradients
 from fastlora.ops.lora_passes import lora_linear_forward
 from fastlora.ops.runtime import in_dtype, rows_of, unrecorded
@@ -22,16 +23,34 @@ Gradients = tuple[Tensor | None, ...]
 _Sums = tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]
 
 
+def are_together(decisions: Iterable[Decision]) -> bool:
+    """Whether layers are computed by one Function, as all do by kernels or by library products.
+
+    Args:
+        decisions: How each layer by itself is computed.
+    """
+    return {decision.backend for decision in decisions} in ({"torch"}, {"triton"})
+
+
 def forward(
     x: Tensor, calls: Sequence[Call], seeds: Sequence[Tensor | None], layers: Sequence[Sequence[Any]]
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """y, S and mask of every layer."""
+    """y, S and mask of every layer.
+
+    Args:
+        x: ``[..., in_features]``.
+        calls: What is known of each layer's call.
+        seeds: Of each layer's mask; None without dropout.
+        layers: Weight, bias, lora_A and lora_B of each.
+    """
     if _share_a_launch(x, calls, seeds, layers):
         # imported late: Triton is not installed everywhere
         from fastlora.ops import shared_triton_forward
 
         scalings, dropouts = tuple(call.scaling for call in calls), tuple(call.dropout for call in calls)
-        made = shared_triton_forward.forward(x, layers, seeds, scalings=scalings, dropouts=dropouts)
+        paths = [call.decision.paths for call in calls]
+        settings: Any = {"scalings": scalings, "dropouts": dropouts, "paths": paths}
+        made = shared_triton_forward.forward(x, layers, seeds, **settings)
         if made is not None:
             return made
     found = []
@@ -65,7 +84,11 @@ class Layer(NamedTuple):
 
 
 def backward(layers: Sequence[Layer]) -> tuple[Tensor | None, list[Gradients]]:
-    """dX, and every layer's other gradients."""
+    """dX, and every layer's other gradients.
+
+    Args:
+        layers: Those whose y has a gradient, one at least.
+    """
     if _are_summed_by_library(layers):
         sums = _by_library(layers)
     elif _are_summed_by_kernels(layers):

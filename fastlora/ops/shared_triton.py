@@ -125,7 +125,12 @@ def _load_for_graphs(
     frozen = [layouts(*each[1:4]) for each in given]
     # without its own paths a layer takes those of a graph
     as_there = tuple(layer._replace(paths=None) for layer in layers)
-    kernels = (in_graph, as_there, given[0][-1] is not None, *tiles, *rows, *frozen)
+    dropping = given[0][-1] is not None
+    own = [
+        kernel_paths.choose("backward", shape, dy.dtype, dy.device, dropping=dropping, in_graph=True)
+        for shape in (shapes if in_graph.path == "separate" else ())
+    ]
+    kernels = (in_graph, *own, as_there, dropping, *tiles, *rows, *frozen)
     before_graphs.once(kernels, backward, *tensors, layers=as_there, choice=in_graph)
 
 

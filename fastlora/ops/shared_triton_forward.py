@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlora.ops import kernel_paths
-from fastlora.ops.decide import in_wide_words, is_aligned
+from fastlora.ops.decide import Paths, in_wide_words, is_aligned
 from fastlora.ops.keep_mask import drop_threshold, empty_keep_mask, keep_probability
 from fastlora.ops.lora_triton import fill_from_s
 from fastlora.ops.prepared import prepared
@@ -35,9 +35,10 @@ def forward(
     *,
     scalings: tuple[float, ...],
     dropouts: tuple[float, ...],
+    paths: Sequence[Paths | None],
     path: SharedForwardPath | None = None,
 ) -> list[_Made] | None:
-    """y, S and mask of two or three layers; None where each is predicted to be faster by itself.
+    """y, S and mask of two or three layers; None where each is computed by itself.
 
     Args:
         x: ``[..., K]``.
@@ -45,6 +46,7 @@ def forward(
         seeds: A seed for each layer's mask, or none at all.
         scalings: Factor of each low-rank path.
         dropouts: Probabilities of zeroing an element, 0 without a seed.
+        paths: Each layer's own, of which those that fill y from S are taken.
         path: Chosen unless it is given.
     """
     flat = rows_of(x)
@@ -55,11 +57,11 @@ def forward(
     if made is None:
         return None
     found = list[_Made]()
-    for (weight, bias, _, lora_B), (s, mask) in zip(layers, made, strict=True):
+    for (weight, bias, _, lora_B), (s, mask), own in zip(layers, made, paths, strict=True):
         # allocated in its final shape: autograd refuses in-place changes of an output that is a view
         y = x.new_empty(*x.shape[:-1], weight.shape[0])
         bias = None if bias is None else in_dtype(bias, x.dtype)
-        fill_from_s(flat, in_dtype(weight, x.dtype), bias, s, lora_B, rows_of(y), paths=None)
+        fill_from_s(flat, in_dtype(weight, x.dtype), bias, s, lora_B, rows_of(y), paths=own)
         found.append((y, s, mask))
     return found
 

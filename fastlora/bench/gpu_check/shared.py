@@ -85,6 +85,7 @@ def _one_read(
     tensors = [(each.weight, each.bias, each.lora_A, each.lora_B) for each in layers]
     seeds, dropouts = [each.seed for each in layers], tuple(each.dropout for each in layers)
     settings: Any = {"scalings": (SCALING,) * count, "dropouts": dropouts, "path": "shared"}
+    settings["paths"] = [None] * count
     try:
         made = shared_triton_forward.forward(layers[0].x, tensors, seeds, **settings)
         assert made is not None
