@@ -16,7 +16,7 @@ from triton.runtime.errors import OutOfResources
 from typer.testing import CliRunner
 
 import fastlora
-from fastlora.cli import app, tune
+from fastlora.cli import _tuned, app, tune
 from fastlora.functional import lora_linear
 from fastlora.ops import kernel_paths, lora_torch, lora_triton, tuned_file
 from fastlora.ops.weights import decode_triton
@@ -258,7 +258,7 @@ def test_eager_that_fails_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(found.microseconds["step"]) == ["fused"]
     # JSON has no infinity
     json.dumps(asdict(found), allow_nan=False)
-    assert tune._cells(found, "graph", found.in_graph)[-2:] == ["", ""]
+    assert _tuned._cells(found, "graph", found.in_graph)[-2:] == ["", ""]
 
 
 @pytest.mark.usefixtures("card")

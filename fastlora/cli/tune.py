@@ -1,18 +1,15 @@
 """``fastlora tune``: measure every candidate on this GPU, and keep the fastest for every later run."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from fastlora._core.words import visible
 from fastlora.cli._console import make_console
 from fastlora.cli._progress import LiveReporter
+from fastlora.cli._tuned import print_records, ranks, sizes
 from fastlora.cli._weight import Weight
 from fastlora.cli.plan import Dtype
 
@@ -21,8 +18,7 @@ if TYPE_CHECKING:
 
     from fastlora.tuning.calls import Call
     from fastlora.tuning.search import LeftOut
-    from fastlora_kernels.choose.tuned import AnyRecord, Record, SharedRecord, Winners
-    from fastlora_kernels.tile import Shape
+    from fastlora_kernels.choose.tuned import AnyRecord
 
 
 def tune(
@@ -73,13 +69,13 @@ def tune(
     device = _device()
     gpu = tuned_file.gpu_key(device)
     if show:
-        _print(_kept(gpu), as_json)
+        print_records(_kept(gpu), as_json)
         return
     console = make_console(to_stderr=True)
     asked = _calls(shapes, model, rank, dropout, dtype.value, weight, batch_size, sequence_length)
     calls = _with_kernels(asked, device, console)
     records, left_out = _tune(calls, device, gpu, console)
-    _print(records, as_json)
+    print_records(records, as_json)
     for where, each in left_out:
         typer.echo(f"left out: {where}: {each.candidate}: {visible(each.reason)}", err=True)
     # what doesn't fit this GPU is no failure, a kernel that fails or computes something else is
@@ -152,24 +148,13 @@ def _with_kernels(calls: "list[Call]", device: "torch.device", console: Console)
         if serves:
             kept.append(call)
         else:
-            console.print(f"{_sizes(call.shapes)}, rank {_ranks(call.shapes)}: {why}, not tuned")
+            console.print(f"{sizes(call.shapes)}, rank {ranks(call.shapes)}: {why}, not tuned")
     if not kept:
         raise ValueError(
             f"expected a call that the kernels serve on this GPU ({target.name}), got none of {len(calls)}; "
             "sizes have to be multiples of 16, ranks above 16 as well"
         )
     return kept
-
-
-def _sizes(shapes: "Sequence[Shape]") -> str:
-    """Rows, inputs and the outputs of each layer."""
-    return f"{shapes[0].m} × {shapes[0].k} × {' + '.join(str(shape.n) for shape in shapes)}"
-
-
-def _ranks(shapes: "Sequence[Shape]") -> str:
-    """One for all, or each layer's."""
-    ranks = [str(shape.r) for shape in shapes]
-    return " + ".join(ranks) if len({*ranks}) > 1 else ranks[0]
 
 
 def _tune(
@@ -186,7 +171,7 @@ def _tune(
     left_out: list[tuple[str, LeftOut]] = []
     with LiveReporter(console) as reporter:
         for done, call in enumerate(calls):
-            where = _sizes(call.shapes)
+            where = sizes(call.shapes)
 
             def tell(what: str, done: int = done, where: str = where) -> None:
                 reporter.show("tuning", done, len(calls), f"{where}: {what}")
@@ -203,72 +188,3 @@ def _tune(
                 records.append(record)
             reporter.show("tuning", done + 1, len(calls))
     return records, left_out
-
-
-def _print(records: "list[AnyRecord]", as_json: bool) -> None:
-    from fastlora_kernels.choose.tuned import Record, SharedRecord
-
-    if as_json:
-        typer.echo(json.dumps([asdict(record) for record in records], indent=1))
-        return
-    console = make_console()
-    console.print(_table([record for record in records if isinstance(record, Record)]))
-    shared = [record for record in records if isinstance(record, SharedRecord)]
-    if shared:
-        console.print(_shared_table(shared))
-
-
-def _table(records: "list[Record]") -> Table:
-    table = Table(
-        caption="Medians: graph, of CUDA graphs with a cold cache; host, where Python launches every kernel. "
-        "Shape: rows × inputs × outputs."
-    )
-    for heading in ("Shape", "Rank", "Dtype", "Weight", "Dropout", "Run", "Forward", "Backward"):
-        table.add_column(heading)
-    for heading in ("µs", "Eager µs", "Gain"):
-        table.add_column(heading, justify="right")
-    for record in records:
-        for run, won in (("graph", record.in_graph), ("host", record.from_host)):
-            if won is not None:
-                table.add_row(*_cells(record, run, won))
-    return table
-
-
-def _shared_table(records: "list[SharedRecord]") -> Table:
-    from fastlora.tuning.search import name_of
-
-    table = Table(
-        caption="Layers that share their input, backward. One by one: each as it is alone, and their sums."
-    )
-    for heading in ("Shape", "Rank", "Dtype", "Dropout", "Run", "Backward"):
-        table.add_column(heading)
-    for heading in ("µs", "One by one", "Gain"):
-        table.add_column(heading, justify="right")
-    for record in records:
-        named = (_sizes(record.shapes), _ranks(record.shapes), record.dtype, "yes" if record.dropping else "")
-        for run, won in (("graph", record.in_graph), ("host", record.from_host)):
-            us = record.microseconds[run]
-            best, apart = us[name_of(won)], us.get("separate")
-            gain = ("", "") if apart is None else (f"{apart:,.0f}", f"{apart / best:.2f}×")
-            table.add_row(*named, run, name_of(won), f"{best:,.0f}", *gain)
-    return table
-
-
-def _cells(record: "Record", run: str, won: "Winners") -> list[str]:
-    from fastlora.tuning.search import name_of
-
-    shape, step = record.shape, won.microseconds["step"]
-    best, eager = min(step.values()), step.get("eager")
-    return [
-        _sizes([shape]),
-        str(shape.r),
-        record.dtype,
-        record.weight or "dense",
-        "yes" if record.dropping else "",
-        run,
-        name_of(won.forward),
-        name_of(won.backward),
-        f"{best:,.0f}",
-        "" if eager is None else f"{eager:,.0f}",
-        "" if eager is None else f"{eager / best:.2f}×",
-    ]
