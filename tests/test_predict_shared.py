@@ -41,6 +41,13 @@ def test_query_key_and_value_gain_on_an_h100() -> None:
     assert predicted_gain(dropout=0.1) == pytest.approx(1.10, abs=0.005)
 
 
+@pytest.mark.parametrize(("card", "outputs"), [("RTX 4090", (11008,) * 2), ("L4", (4096,) * 3)])
+def test_nothing_is_faster_than_the_ceiling(card: str, outputs: Sequence[int]) -> None:
+    """Of few rows the frozen layers one by one may be faster than one with all outputs."""
+    found = explain_shared(shapes(outputs, m=16), torch.bfloat16, targets.find_card(card))
+    assert found.overhead >= 1
+
+
 @pytest.mark.parametrize(
     "layers", [shapes((64,)), (*shapes((64,)), *shapes((64,), m=100)), (*shapes((64,)), *shapes((64,), k=64))]
 )

@@ -73,7 +73,7 @@ def plan(
     With --sharing the plan is of several layers on one input (query, key and value; gate and up), which
     fastlora.accelerate computes together: launches stand in the order of the layers, and beside the plan is
     what the same layers take one by one, with autograd's sums of their gradients. The ceiling is a frozen
-    layer with the outputs of all.
+    layer with the outputs of all, or the frozen layers one by one where that is faster.
 
     [bold]Example[/bold]: fastlora plan --gpu H100 --shape 8192x4096x4096 --rank 16 --dropout 0.1
 

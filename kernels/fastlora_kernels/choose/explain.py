@@ -29,8 +29,9 @@ class Explanation:
         backward: What the backward pass takes.
         tile: Tile of the large product forward, of dX where layers share their input; None where a library
             chooses.
-        ceiling_us: Microseconds of what nothing can beat: the frozen layer alone, forward and dX, as one with
-            all outputs where several share their input; for an adapter, every large tensor moved once.
+        ceiling_us: Microseconds of what nothing can beat: the frozen layer alone, forward and dX; where
+            several share their input, one with all outputs, or each by itself in a pass where that is
+            faster; for an adapter, every large tensor moved once.
         rejected: The other paths of both passes: slower ones with their prediction, impossible ones with the
             reason.
         apart: How these layers run where each is computed by itself and autograd adds up dX; None for one
@@ -157,12 +158,11 @@ def explain_shared(
     }
     chosen = {part: paths.fastest(found) for part, found in both.items()}
     alone = {part: next(each for each in found if each.path == "separate") for part, found in both.items()}
-    ceiling = frozen(shared.joined(shapes), dtype.itemsize, target)
     apart = Explanation(
         alone["forward"],
         alone["backward"],
         tile=None,
-        ceiling_us=sum(total_us([launch]) for launch in ceiling),
+        ceiling_us=_shared_ceiling_us(shapes, dtype.itemsize, target),
         rejected={},
     )
     return replace(
@@ -188,6 +188,13 @@ def frozen(shape: Shape, itemsize: int, target: Target) -> list[Launch]:
         library_product("x·Wᵀ", m, n, k, itemsize, target),
         library_product("dY·W", m, k, n, itemsize, target),
     ]
+
+
+def _shared_ceiling_us(shapes: Sequence[Shape], itemsize: int, target: Target) -> float:
+    """Of each pass the shorter: one frozen layer with all outputs, or every layer's own."""
+    together = frozen(shared.joined(shapes), itemsize, target)
+    alone = zip(*(frozen(shape, itemsize, target) for shape in shapes), strict=True)
+    return sum(min(total_us([one]), total_us(several)) for one, several in zip(together, alone, strict=True))
 
 
 def _adapter_passes(
