@@ -177,7 +177,10 @@ def calls_of_model(
 
 
 def _sharing(model: nn.Module, made: Mapping[nn.Module, Sequence[LayerCall]]) -> list[SharedCall]:
-    """Calls of the layers that their module's forward calls with one variable."""
+    """Calls of the layers that their module's forward calls with one variable.
+
+    Rows differ where one of them is called more often, with something else: it then shares nothing.
+    """
     from fastlora.nn import LoRALinear
     from fastlora.together.sources import sharing
 
@@ -187,6 +190,7 @@ def _sharing(model: nn.Module, made: Mapping[nn.Module, Sequence[LayerCall]]) ->
         for names in sharing(module, LoRALinear)
         # as often as each of them was called
         for layers in zip(*(made.get(module.get_submodule(name), ()) for name in names), strict=False)
+        if len({layer.rows for layer in layers}) == 1
     ]
 
 

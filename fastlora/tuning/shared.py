@@ -131,9 +131,12 @@ def _prepared(call: SharedCall, device: torch.device) -> tuple[list[Tensors], li
 
 def _checked_times(layers: Sequence[Tensors], choice: Choice, truths: Sequence[Truth], timer: Timer) -> Times:
     """Of each way to run with what its layers take there."""
-    graph, host = (work_of(layers, choice, in_graph=in_graph) for in_graph in (True, False))
-    for work in (graph, host):
+    # together, layers take nothing of their own
+    ways = (True, False) if choice.path == "separate" else (True,)
+    works = [work_of(layers, choice, in_graph=in_graph) for in_graph in ways]
+    for work in works:
         dx, others = work()
         for number, (truth, pair) in enumerate(zip(truths, others, strict=True)):
             truth.check(pair if number else (dx, *pair), first=2 if number else 1)
-    return Times(timer(graph).in_graph, timer(host).from_host)
+    graph, *host = map(timer, works)
+    return Times(graph.in_graph, host[0].from_host) if host else graph
