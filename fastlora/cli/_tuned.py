@@ -25,13 +25,24 @@ def print_records(records: "list[AnyRecord]", as_json: bool) -> None:
     from fastlora_kernels.choose.tuned import Record, SharedRecord
 
     if as_json:
-        typer.echo(json.dumps([asdict(record) for record in records], indent=1))
+        typer.echo(json.dumps([_as_json(record) for record in records], indent=1))
         return
     console = make_console()
-    console.print(_table([record for record in records if isinstance(record, Record)]))
+    alone = [record for record in records if isinstance(record, Record)]
+    console.print(_table(alone))
     shared = [record for record in records if isinstance(record, SharedRecord)]
     if shared:
-        console.print(_shared_table(shared))
+        console.print(_shared_table(shared, alone))
+
+
+def _as_json(record: "AnyRecord") -> dict[str, Any]:
+    from fastlora_kernels.choose.shared import joined
+    from fastlora_kernels.choose.tuned import SharedRecord
+
+    if isinstance(record, SharedRecord):
+        # as one layer of all outputs and ranks
+        return {"kind": "shared", "shape": asdict(joined(record.shapes)), **asdict(record)}
+    return {"kind": "layer", **asdict(record)}
 
 
 def _table(records: "list[Record]") -> Table:
@@ -50,7 +61,7 @@ def _table(records: "list[Record]") -> Table:
     return table
 
 
-def _shared_table(records: "list[SharedRecord]") -> Table:
+def _shared_table(records: "list[SharedRecord]", alone: "list[Record]") -> Table:
     from fastlora.tuning.search import name_of
 
     table = Table(
@@ -63,18 +74,41 @@ def _shared_table(records: "list[SharedRecord]") -> Table:
     for record in records:
         named = (sizes(record.shapes), ranks(record.shapes), record.dtype, "yes" if record.dropping else "")
         for run, won in (("graph", record.in_graph), ("host", record.from_host)):
-            us = record.microseconds[run]
-            best, apart = us[name_of(won)], us.get("separate")
-            gain = ("", "") if apart is None else (f"{apart:,.0f}", f"{apart / best:.2f}×")
-            table.add_row(*named, run, name_of(won), f"{best:,.0f}", *gain)
+            us = record.microseconds.get(run, {})
+            best, apart = us.get(name_of(won)), us.get("separate")
+            gain = (
+                "not taken: eager won for a layer" if _eager_won(record, run, alone) else _gain(apart, best)
+            )
+            table.add_row(*named, run, name_of(won), _us(best), _us(apart), gain)
     return table
+
+
+def _eager_won(record: "SharedRecord", run: str, alone: "list[Record]") -> bool:
+    """Whether the eager formula is taken for one of these layers by itself, so that all are apart."""
+    from fastlora_kernels.choose.tuned import REFERENCE
+
+    of_layers = [
+        each.in_graph if run == "graph" or each.from_host is None else each.from_host
+        for each in alone
+        if each.shape in record.shapes
+        and (each.dtype, each.dropping, each.weight) == (record.dtype, record.dropping, None)
+    ]
+    return any(won.forward.path == REFERENCE for won in of_layers)
+
+
+def _us(time: float | None) -> str:
+    return "" if time is None else f"{time:,.0f}"
+
+
+def _gain(before: float | None, after: float | None) -> str:
+    return f"{before / after:.2f}×" if before and after else ""
 
 
 def _cells(record: "Record", run: str, won: "Winners") -> list[str]:
     from fastlora.tuning.search import name_of
 
-    shape, step = record.shape, won.microseconds["step"]
-    best, eager = min(step.values()), step.get("eager")
+    shape, step = record.shape, won.microseconds.get("step", {})
+    best, eager = min(step.values(), default=None), step.get("eager")
     return [
         sizes([shape]),
         str(shape.r),
@@ -84,9 +118,9 @@ def _cells(record: "Record", run: str, won: "Winners") -> list[str]:
         run,
         name_of(won.forward),
         name_of(won.backward),
-        f"{best:,.0f}",
-        "" if eager is None else f"{eager:,.0f}",
-        "" if eager is None else f"{eager / best:.2f}×",
+        _us(best),
+        _us(eager),
+        _gain(eager, best),
     ]
 
 

@@ -59,7 +59,8 @@ def tune(
     one, in CUDA graphs and compiled ones the other. What was kept for other layers stays.
 
     Of layers that share their input the backward pass is timed, too: together, and one by one with what won
-    for each. A model's are those that fastlora.accelerate would find, with dense weights.
+    for each. A model's are those that fastlora.accelerate would find with every linear layer adapted, with
+    dense weights; list others with "sharing".
 
     [bold]Example[/bold]: fastlora tune --model vit_b_16 --batch-size 64 --dropout 0.1
     """

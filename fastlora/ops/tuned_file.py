@@ -148,7 +148,7 @@ def _record(values: Mapping[str, Any]) -> Record:
     if weight is not None and weight not in get_args(Stored):
         raise ValueError(f"a weight that is stored as {weight!r}")
     return Record(
-        shape=Shape(**values["shape"]),
+        shape=_shape(values["shape"]),
         **own,
         **_won(values),
         from_host=None if other is None else Winners(**_won(other)),
@@ -158,11 +158,18 @@ def _record(values: Mapping[str, Any]) -> Record:
 
 def _shared_record(values: Mapping[str, Any]) -> SharedRecord:
     return SharedRecord(
-        shapes=tuple(Shape(**shape) for shape in values["shapes"]),
+        shapes=tuple(_shape(shape) for shape in values["shapes"]),
         in_graph=_choice(values["in_graph"]),
         from_host=_choice(values["from_host"]),
         **{name: values[name] for name in ("dtype", "dropping", "microseconds")},
     )
+
+
+def _shape(values: Mapping[str, Any]) -> Shape:
+    sizes = [values[name] for name in ("m", "n", "k", "r")]
+    if not all(isinstance(size, int) and size >= 1 for size in sizes):
+        raise ValueError(f"sizes that are not whole numbers of at least 1: {dict(values)!r}")
+    return Shape(**values)
 
 
 def _won(values: Mapping[str, Any]) -> dict[str, Any]:
