@@ -116,6 +116,23 @@ def test_without_dropout_x_is_read_once_for_every_gradient_of_an_a() -> None:
     assert joins_ranks(shapes((64, 64), r=8), dropping=False)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_without_kernels_library_products_are_summed(dropout: float) -> None:
+    """Of layers without kernels all run by library products; one with kernels leaves them apart."""
+    layers = shapes(QKV, r=24)
+    found = explain_shared(layers, torch.bfloat16, H100, dropout=dropout)
+    assert (found.forward.path, found.backward.path) == ("separate", "library")
+    assert found.apart is not None
+    assert found.flops == pytest.approx(found.apart.flops)
+    x_bytes = 2 * layers[0].m * layers[0].k
+    assert found.apart.bytes - found.bytes >= 2 * 2 * x_bytes
+    mixed = explain_shared((*layers[:2], *shapes((1024,))), torch.bfloat16, H100, dropout=dropout)
+    assert mixed.path == "separate"
+    # whoever runs kernels, or times what they may do, has no such path
+    of = [Call(shape, torch.bfloat16, H100, dropout > 0) for shape in layers]
+    assert [each.path for each in shared_candidates(of) if not each.refused] == ["separate"]
+
+
 @pytest.mark.parametrize(
     ("outputs", "card", "m", "dropping", "path"),
     [

@@ -236,7 +236,7 @@ def test_the_command_measures_keeps_and_shows(tmp_path: Path, monkeypatch: pytes
     runner = CliRunner(env={"COLUMNS": "200"})
     measured = runner.invoke(app, ["tune", "--shapes", str(shapes), "--json"])
     assert measured.exit_code == 0, measured.output
-    assert "20 × 32 × 48 + 48 + 48 + 48, rank 16: always computed one by one, not tuned" in measured.stderr
+    assert "20 × 32 × 48 + 48 + 48 + 48, rank 16: no kernel to choose, not tuned" in measured.stderr
     alone, together = json.loads(measured.stdout)
     assert alone["shape"]["n"] == 48
     assert [shape["n"] for shape in together["shapes"]] == [48, 48]

@@ -143,7 +143,7 @@ def _with_kernels(calls: "list[Call]", device: "torch.device", console: Console)
     kept: list[Call] = []
     for call in calls:
         if isinstance(call, SharedCall):
-            serves, why = len(choices_of(call, device)) > 1, "always computed one by one"
+            serves, why = len(choices_of(call, device)) > 1, "no kernel to choose"
         else:
             serves, why = paths.has_kernels(call.shape, target), "always takes library products"
         if serves:

@@ -156,6 +156,8 @@ def explain_shared(
         "forward": shared_forward_candidates(calls),
         "backward": shared.shared_candidates(calls),
     }
+    if not any(paths.has_kernels(shape, target) for shape in shapes):
+        both["backward"].append(shared.summed_by_library(calls))
     chosen = {part: paths.fastest(found) for part, found in both.items()}
     alone = {part: next(each for each in found if each.path == "separate") for part, found in both.items()}
     apart = Explanation(

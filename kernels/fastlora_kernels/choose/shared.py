@@ -24,7 +24,7 @@ from fastlora_kernels.tile import TILES_PER_GROUP, Plan, Shape, Tile, cdiv
 SharedPath = Literal["shared", "epilogue", "separate"]
 SHARED_PATHS: tuple[SharedPath, ...] = get_args(SharedPath)
 # launches of a layer alone, by the names that the cost model has for them
-_BASE, _SUM = "dY·W", "sum dA, dB"
+_BASE, _SUM, _ADD_MASKED = "dY·W", "sum dA, dB", "dX + masked"
 
 
 @functools.lru_cache(maxsize=8192)
@@ -68,6 +68,25 @@ def shared_candidates(calls: Sequence[Call]) -> list[Candidate]:
     ]
     launches = [launch for each in alone for launch in paths.fastest(each).launches]
     return [*found, Candidate("separate", "", [*launches, *added(calls)])]
+
+
+def summed_by_library(calls: Sequence[Call]) -> Candidate:
+    """The backward pass where no kernel is meant for any of the layers: library products summed in one dX.
+
+    Args:
+        calls: A call of each layer, all of the same rows, inputs, dtype, GPU and dropout.
+    """
+    alone = [lora.backward("library", call) for call in calls]
+    if calls[0].dropping:
+        # the first one's low-rank term is where the others are added
+        (first, *others), left_out = alone, (_BASE, _ADD_MASKED)
+        of_first = [launch for launch in first if launch.name not in left_out]
+        of_others = [launch for each in others for launch in each if launch.name != _BASE]
+        return Candidate("library", "", [*of_first, *of_others, *_summed(calls, filled=True)])
+    together = replace(calls[0], shape=joined([call.shape for call in calls]))
+    of_layers = [launch for each in alone for launch in each if launch.name in ("dS", "dB")]
+    of_all = [each for each in lora.backward("library", together) if each.name in ("dA", "dX + dS·A")]
+    return Candidate("library", "", [*of_layers, *_summed(calls), _side_by_side(together), *of_all])
 
 
 def shared_plan(
@@ -123,13 +142,19 @@ def _shared(calls: Sequence[Call]) -> list[Launch]:
 
 
 def _epilogue(calls: Sequence[Call]) -> list[Launch]:
+    low_rank = [*_of_ranks(calls, kernels.LORA_ADD), *_of_ranks(calls, kernels.LORA_GRAD_A)]
+    return [*_grads_s_b(calls), *_summed(calls), *low_rank, *_sums(calls)]
+
+
+def _summed(calls: Sequence[Call], *, filled: bool = False) -> list[Launch]:
+    """The library's products, each added to dX; the first one fills it where it isn't filled before."""
     (m, k), b, target = (calls[0].shape.m, calls[0].shape.k), calls[0].itemsize, calls[0].target
-    products = [
-        library_product("dX + dY·W", m, k, call.shape.n, b, target, extra_bytes=call.x_bytes if i else 0)
+    return [
+        library_product(
+            "dX + dY·W", m, k, call.shape.n, b, target, extra_bytes=call.x_bytes if i or filled else 0
+        )
         for i, call in enumerate(calls)
     ]
-    low_rank = [*_of_ranks(calls, kernels.LORA_ADD), *_of_ranks(calls, kernels.LORA_GRAD_A)]
-    return [*_grads_s_b(calls), *products, *low_rank, *_sums(calls)]
 
 
 def _product(calls: Sequence[Call]) -> Launch:
@@ -163,8 +188,11 @@ def _of_ranks(calls: Sequence[Call], kernel: Kernel) -> list[Launch]:
     if not joins_ranks(shapes, dropping=calls[0].dropping):
         return [launch for call in calls for launch in _alone(call) if launch.name == kernel.name]
     together = replace(calls[0], shape=joined(shapes))
-    side_by_side = stream("dS or A side by side", 2 * together.s_bytes, together.target, from_library=True)
-    return [side_by_side, *(launch for launch in _alone(together) if launch.name == kernel.name)]
+    return [_side_by_side(together), *(launch for launch in _alone(together) if launch.name == kernel.name)]
+
+
+def _side_by_side(together: Call) -> Launch:
+    return stream("dS or A side by side", 2 * together.s_bytes, together.target, from_library=True)
 
 
 def _alone(call: Call) -> list[Launch]:
