@@ -12,7 +12,7 @@ from fastlora.ops.runtime import autocast_dtype
 from fastlora.ops.weights.frozen import FrozenWeight
 from fastlora.ops.weights.repacking import refuse_changed
 from fastlora.together import siblings
-from fastlora.together.parts import PLAIN, Adapter, LayerOfParts, Parts, has_global_hooks
+from fastlora.together.parts import Adapter, LayerOfParts, Parts, has_global_hooks, is_plain_input
 
 
 class Fused(LayerOfParts):
@@ -61,9 +61,7 @@ class Fused(LayerOfParts):
     def _parts(self, x: Tensor) -> Parts | None:
         adapters = self._modules["lora_A"]._modules
         names = [name for name in self.active_adapters if name in adapters]
-        if not names or type(x) not in PLAIN or x.layout is not torch.strided or x.is_nested:
-            return None
-        if has_global_hooks():
+        if not (names and is_plain_input(x)) or has_global_hooks():
             return None
         base = self._modules["base_layer"]
         if not base.__dict__.get("compute_type_is_set", True):

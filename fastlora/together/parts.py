@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -92,3 +93,8 @@ def passes_on(module: Any) -> bool:
 def has_global_hooks() -> bool:
     """Whether something is called with every module that is."""
     return any(_GLOBAL_HOOKS)
+
+
+def is_plain_input(x: Tensor) -> bool:
+    """Whether x is one of torch's own tensors, with rows."""
+    return type(x) in PLAIN and x.layout is torch.strided and not x.is_nested

@@ -18,7 +18,7 @@ from fastlora.ops.weights.frozen import FrozenWeight
 from fastlora.ops.weights.read import is_compressed
 from fastlora.ops.weights.repacking import keep_as_stored
 from fastlora.together import siblings
-from fastlora.together.parts import PLAIN, Adapter, LayerOfParts, Parts
+from fastlora.together.parts import Adapter, LayerOfParts, Parts, is_plain_input
 
 
 class LoRALinear(LoRAModule, LayerOfParts, nn.Linear):
@@ -148,10 +148,10 @@ class LoRALinear(LoRAModule, LayerOfParts, nn.Linear):
             return None
         dropout, starts = self.lora_dropout if self._draws_masks() else 0.0, has_start(self)
         weight, bias, (lora_A, lora_B) = self._stored(), self.bias, self._pair()
-        # of adapters each has a mask of its own, but a start has that of the update
-        if (starts and dropout) or not _are_plain(x, weight, bias, lora_A, lora_B):
+        if not (is_plain_input(x) and backend.are_plain(weight, bias, lora_A, lora_B)):
             return None
-        if not _fits(x, weight, bias):
+        # of adapters each has a mask of its own, but a start has that of the update
+        if (starts and dropout) or not _fits(x, weight, bias):
             return None
         adapters = [Adapter(lora_A, lora_B, None, self.scaling, dropout, None)]
         if starts:
@@ -180,13 +180,6 @@ def describe(layer: LoRAModule) -> str:
     text = f"rank={layer.rank}, alpha={layer.alpha:g}, lora_dropout={layer.lora_dropout:g}"
     flags = [name for name in ("rslora", "dora", "merged") if getattr(layer, name)]
     return text + "".join(f", {name}=True" for name in flags)
-
-
-def _are_plain(x: Tensor, *others: Tensor | FrozenWeight | None) -> bool:
-    """Whether all are torch's own tensors, x with rows."""
-    if type(x) not in PLAIN or x.layout is not torch.strided or x.is_nested:
-        return False
-    return all([type(each) in PLAIN for each in others if isinstance(each, Tensor)])
 
 
 def _fits(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None) -> bool:
