@@ -18,6 +18,7 @@ from fastlora.together.mlp import unfuse
 from fastlora.together.sources import sharing
 from tests import sibling_models
 from tests.cases import cases
+from tests.mlp_models import hook_on
 from tests.quantised import four_bit
 from tests.sibling_models import (
     FAMILIES,
@@ -295,13 +296,6 @@ def test_gate_and_up_are_found_in_an_mlp_whose_class_was_changed() -> None:
     assert seen == [2]
 
 
-def _hook_on(name: str) -> Callable[[Any], None]:
-    def change(mlp: Any) -> None:
-        mlp.get_submodule(name).register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
-
-    return change
-
-
 def _merged(mlp: Any) -> None:
     mlp.down_proj.merge()
 
@@ -320,8 +314,8 @@ def _subclassed(name: str) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     "change",
     [
-        _hook_on("down_proj"),
-        _hook_on("act_fn"),
+        hook_on("down_proj"),
+        hook_on("act_fn"),
         _merged,
         _wrapped,
         _subclassed("down_proj"),

@@ -15,12 +15,18 @@ from transformers.models.electra.modeling_electra import ElectraLayer
 from transformers.models.roberta.modeling_roberta import RobertaLayer
 
 import fastlora
-from fastlora.functional import gated_lora_linear
 from fastlora.interop.peft import restore
-from fastlora.together import compute
 from fastlora.together.mlp import unfuse
+from tests.mlp_models import (
+    INNER,
+    ROWS,
+    WIDTH,
+    assert_equal_steps,
+    calls_of_the_op,
+    hook_on,
+    kept_of_inner_width,
+)
 
-WIDTH, INNER, ROWS = 32, 96, (2, 6)
 SIZES: Any = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_attention_heads": 2}
 LAYERS: Any = {
     "BERT": (BertLayer, BertConfig),
@@ -48,37 +54,10 @@ def layer_of(model: Any) -> Any:
     return model.base_model.model[0]
 
 
-def step(model: Any) -> dict[str, Tensor]:
-    """The output, and gradients of x and all parameters."""
-    torch.manual_seed(1)
-    model.zero_grad()
-    x = torch.randn(*ROWS, WIDTH, requires_grad=True)
-    y = model(x)
-    y.backward(torch.randn(y.shape))
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert x.grad is not None
-    return {"y": y.detach(), "x": x.grad, **gradients}
-
-
-def assert_equal_steps(plain: Any, fused: Any) -> None:
-    expected, got = step(plain), step(fused)
-    assert expected.keys() == got.keys()
-    assert torch.equal(got["y"], expected["y"])
-    for name, gradient in expected.items():
-        torch.testing.assert_close(got[name], gradient, msg=f"{name} is another")
-
-
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Activations with which the op is called from now on."""
-    activations: list[str] = []
-
-    def spy(*given: Any, activation: Any, **options: Any) -> Tensor:
-        activations.append(activation)
-        return gated_lora_linear(*given, activation=activation, **options)
-
-    monkeypatch.setattr(compute, "gated_lora_linear", spy)
-    return activations
+    return calls_of_the_op(monkeypatch)
 
 
 @pytest.mark.parametrize("family", LAYERS)
@@ -94,28 +73,8 @@ def test_the_mlp_in_chunks_is_the_same(seen: list[str]) -> None:
 
 @pytest.mark.parametrize(("hidden_act", "of_modules_apart"), [("gelu", 2), ("gelu_new", 5)])
 def test_one_tensor_of_the_inner_width_is_kept(hidden_act: str, of_modules_apart: int) -> None:
-    kept = []
-    for model in twins(hidden_act=hidden_act):
-        places = set[int]()
-
-        def pack(tensor: Tensor, places: set[int] = places) -> Tensor:
-            if tensor.shape == (*ROWS, INNER):
-                places.add(tensor.untyped_storage().data_ptr())
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            out = model(torch.randn(*ROWS, WIDTH, requires_grad=True))
-        del out
-        kept.append(len(places))
+    kept = [kept_of_inner_width(model) for model in twins(hidden_act=hidden_act)]
     assert kept == [of_modules_apart, 1]
-
-
-def _hook_on(name: str) -> Callable[[Any], None]:
-    def change(layer: Any) -> None:
-        hook = lambda module, inputs: (inputs[0] * 2, *inputs[1:])  # noqa: E731
-        layer.get_submodule(name).register_forward_pre_hook(hook)
-
-    return change
 
 
 def _other_activation(layer: Any) -> None:
@@ -125,10 +84,10 @@ def _other_activation(layer: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "activations"),
     [
-        *((_hook_on(name), []) for name in ("intermediate", "intermediate.intermediate_act_fn")),
-        *((_hook_on(name), []) for name in ("output", "output.dense")),
-        *((_hook_on(name), ["gelu"]) for name in ("intermediate.dense", "output.dropout")),
-        (_hook_on("output.LayerNorm"), ["gelu"]),
+        *((hook_on(name), []) for name in ("intermediate", "intermediate.intermediate_act_fn")),
+        *((hook_on(name), []) for name in ("output", "output.dense")),
+        *((hook_on(name), ["gelu"]) for name in ("intermediate.dense", "output.dropout")),
+        (hook_on("output.LayerNorm"), ["gelu"]),
         (_other_activation, []),
     ],
 )
@@ -157,15 +116,19 @@ def test_a_class_that_is_patched_later_is_patched(monkeypatch: pytest.MonkeyPatc
     assert not seen
 
 
-def test_two_adapters_are_computed_apart(seen: list[str]) -> None:
+@pytest.mark.parametrize(("dropout", "activations"), [(0.0, ["gelu"]), (0.5, [])])
+def test_two_adapters_are_computed_at_once_without_masks(
+    dropout: float, activations: list[str], seen: list[str]
+) -> None:
     models = twins()
-    config: Any = peft.LoraConfig(r=2, target_modules=["output.dense"], init_lora_weights=False)
+    targets = ["output.dense"]
+    config: Any = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False, lora_dropout=dropout)
     for model in models:
         torch.manual_seed(2)
         model.add_adapter("second", config)
         model.base_model.set_adapter(["default", "second"])
     assert_equal_steps(*models)
-    assert not seen
+    assert seen == activations
 
 
 def test_its_own_class_comes_back_and_copies_stay_fused() -> None:

@@ -35,7 +35,7 @@ def of_gated(layer: LayerOfParts, gate: Tensor, up: Tensor | None, activation: G
     """
     plain = up is None or (gate.shape == up.shape and gate.dtype is up.dtype and type(up) in PLAIN)
     parts = layer._parts_of(gate) if plain else None
-    if parts is None or len(parts.adapters) > 1 or parts.adapters[0].magnitude is not None:
+    if parts is None or has_masks_apart(parts) or parts.adapters[0].magnitude is not None:
         return None
     weight, bias, lora_A, lora_B, scaling, dropout = _projection(parts)
     options: dict[str, Any] = {"activation": activation, "scaling": scaling, "dropout": dropout}

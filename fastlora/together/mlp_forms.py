@@ -1,15 +1,10 @@
-"""How the forward of an MLP is known, whoever wrote it: by its bytecode, and its activation by its class."""
+"""How the forward of an MLP is known, whoever wrote it: by its bytecode."""
 
-import functools
-import sys
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
-from torch.nn import functional as F
-
-from fastlora.reference import Gate
 
 
 class Form(NamedTuple):
@@ -155,12 +150,22 @@ def spread_of(layer: nn.Module) -> Spread | None:
     chunk = names_like(_chunk, getattr(type(layer), "feed_forward_chunk", None))
     if chunk is None:
         return None
-    kinds = [type(layer._modules.get(chunk[name])) for name in ("first", "last")]
-    first, last = (
-        names_like(template, getattr(kind, "forward", None))
-        for template, kind in zip((_first, _last), kinds, strict=True)
+    first, last = (layer._modules.get(chunk[name]) for name in ("first", "last"))
+    return spread_of_kinds(type(layer), type(first), type(last))
+
+
+def spread_of_kinds(layer: Any, first: Any, last: Any) -> Spread | None:
+    """The names of a layer as BERT's, given the classes of it and of its two modules; None if it is none."""
+    called = (layer, "feed_forward_chunk"), (first, "forward"), (last, "forward")
+    found = [
+        names_like(template, getattr(kind, method, None))
+        for template, (kind, method) in zip((_chunk, _first, _last), called, strict=True)
+    ]
+    return (
+        None
+        if None in found
+        else Spread(**{role: name for each in found for role, name in (each or {}).items()})
     )
-    return None if first is None or last is None else Spread(**chunk, **first, **last)
 
 
 def form_of(kind: type[nn.Module]) -> Form | None:
@@ -176,11 +181,23 @@ def form_of(kind: type[nn.Module]) -> Form | None:
 def names_like(template: Any, function: Any) -> dict[str, str] | None:
     """A function's attribute for each that a template names; None if it does anything else."""
     code, known = getattr(function, "__code__", None), template.__code__
-    if code is None or code.co_code != known.co_code or code.co_consts[1:] != known.co_consts[1:]:
+    if code is None or code.co_code != known.co_code or _constants(code) != _constants(known):
         return None
-    if code.co_argcount != known.co_argcount or code.co_freevars or len(code.co_names) != len(known.co_names):
+    if _arguments(code) != _arguments(known) or len(code.co_names) != len(known.co_names):
         return None
     return dict(zip(known.co_names, code.co_names, strict=True))
+
+
+def _constants(code: Any) -> Any:
+    # up to Python 3.12 None stands in place of a docstring that there is not
+    has_docstring = isinstance(code.co_consts[0], str | None) if code.co_consts else False
+    return code.co_consts[has_docstring:]
+
+
+def _arguments(code: Any) -> Any:
+    """How many arguments, and by name only, whether ``*args`` and ``**kwargs``, and names from outside."""
+    more = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
+    return code.co_argcount, code.co_kwonlyargcount, more, code.co_freevars
 
 
 def _renamed(form: Form, names: dict[str, str]) -> Form:
@@ -188,25 +205,3 @@ def _renamed(form: Form, names: dict[str, str]) -> Form:
         tuple(names[name] for name in each) for each in (form.projections, form.between, form.after)
     )
     return Form(names[form.down], names[form.activation], projections, form.is_gated, between, after)
-
-
-def gate_of(activation: Any) -> Gate | None:
-    """The op's name of an activation; None if it is none that the op knows."""
-    kind = type(activation)
-    if kind is nn.GELU:
-        return "gelu" if activation.approximate == "none" else "gelu_tanh"
-    named = vars(sys.modules.get("transformers.activations", torch))
-    if kind in (nn.SiLU, named.get("SiLUActivation")):
-        return "silu"
-    if kind is named.get("NewGELUActivation"):
-        return "gelu_new"
-    if kind is named.get("QuickGELUActivation"):
-        return "quick_gelu"
-    # both have a slower formula in Python, too
-    act: Any = vars(activation).get("act") if isinstance(activation, nn.Module) else None
-    if kind is named.get("GELUActivation") and act is F.gelu:
-        return "gelu"
-    if kind in (named.get("GELUTanh"), named.get("PytorchGELUTanh")):
-        tanh = isinstance(act, functools.partial) and act.func is F.gelu
-        return "gelu_tanh" if tanh and act.keywords == {"approximate": "tanh"} else None
-    return None

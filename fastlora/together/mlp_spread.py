@@ -1,31 +1,35 @@
 """BERT's MLP, which is spread over two modules that its layer calls, with LoRA in its last projection."""
 
-import functools
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-from fastlora.reference import Gate
+from fastlora.together.activations import gate_of
 from fastlora.together.compute import of_gated
-from fastlora.together.mlp_forms import Spread, gate_of, spread_of
-from fastlora.together.parts import LayerOfParts, is_called_plainly
+from fastlora.together.fused_class import FusedModule, fused_class
+from fastlora.together.mlp_forms import Spread, spread_of, spread_of_kinds
+from fastlora.together.parts import LayerOfParts, can_tell
 
 
-class FusedLayer:
+class FusedLayer(FusedModule):
     """A layer with everything of it but what its MLP keeps for backward.
 
-    The base of classes that :func:`fuse` makes, each with a layer's own class and its name, by which policies
+    The base of classes that :func:`fuse` gives, each with a layer's own class and its name, by which policies
     of sharding look for layers. A call is fused while every module inside is called as it stands there, and
     the MLP's last projection tells what it is computed from.
     """
 
+    _method = "feed_forward_chunk"
+    _title = "{}"
+
     # for the type checker
-    _modules: dict[str, Any]
-    _plain: Any
-    _chunk: Any
     _names: Spread
-    _gate: Gate
-    _forwards: dict[Any, Any]
+
+    @staticmethod
+    def _names_in(plain: Any, *kinds: Any) -> Spread | None:
+        _, first, last = kinds
+        return spread_of_kinds(plain, first, last)
 
     # transformers counts its arguments
     def feed_forward_chunk(self, x: Any) -> Any:
@@ -34,39 +38,20 @@ class FusedLayer:
         if not isinstance(self, FusedLayer):
             return type(self).feed_forward_chunk(self, x)
         names = self._names
-        first, last = self._modules[names.first], self._modules[names.last]
-        activation, down = first._modules[names.activation], last._modules[names.down]
-        plainly = all(map(is_called_plainly, (first, activation, last, down)))
-        if not (plainly and isinstance(down, LayerOfParts) and self._knows(first, activation, last)):
-            return self._plain.feed_forward_chunk(self, x)
-        gate = first._modules[names.projection](x)
+        first: Any = self._modules.get(names.first)
+        last: Any = self._modules.get(names.last)
+        activation, down = _inside(first, names.activation), _inside(last, names.down)
+        if not (can_tell(down) and self._is_known(activation, first, last)):
+            return self._own_call(x)
+        gate = getattr(first, names.projection)(x)
         out = of_gated(down, gate, None, self._gate)
         if out is None:
             return last(activation(gate), x)
-        return last._modules[names.norm](last._modules[names.dropout](out) + x)
-
-    def _knows(self, first: Any, activation: Any, last: Any) -> bool:
-        """Whether the layer and these modules still compute what they did."""
-        kinds = [type(module) for module in (first, activation, last)]
-        unpatched = all(kind in self._forwards and kind.forward is self._forwards[kind] for kind in kinds)
-        known = unpatched and self._plain.feed_forward_chunk is self._chunk
-        return known and (type(activation) is not nn.GELU or gate_of(activation) == self._gate)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles by the layer's own class, because this one stands in no module."""
-        return _restored, (self._plain, self._names, self._gate, *self._forwards), self.__dict__
+        return getattr(last, names.norm)(getattr(last, names.dropout)(out) + x)
 
 
-@functools.cache
-def _fused_class(plain: Any, names: Spread, gate: Gate, *kinds: Any) -> Any:
-    own = {"_plain": plain, "_chunk": staticmethod(plain.feed_forward_chunk), "_names": names, "_gate": gate}
-    own |= {"_forwards": {kind: kind.forward for kind in kinds}, "__module__": __name__}
-    return type(plain.__name__, (FusedLayer, plain), own)
-
-
-def _restored(*made_of: Any) -> Any:
-    kind = _fused_class(*made_of)
-    return kind.__new__(kind)
+def _inside(module: Any, name: str) -> Any:
+    return None if module is None else module._modules.get(name)
 
 
 def fuse(layer: nn.Module) -> None:
@@ -74,10 +59,18 @@ def fuse(layer: nn.Module) -> None:
     names = None if isinstance(layer, FusedLayer) else spread_of(layer)
     if names is None or "feed_forward_chunk" in vars(layer):
         return
-    modules: Any = layer._modules
-    first, last = modules[names.first], modules[names.last]
-    activation = first._modules.get(names.activation)
+    first, last = layer._modules[names.first], layer._modules[names.last]
+    activation, down = _inside(first, names.activation), _inside(last, names.down)
     gate = gate_of(activation)
-    if gate is not None and isinstance(last._modules.get(names.down), LayerOfParts):
-        made: Any = _fused_class
-        layer.__class__ = made(type(layer), names, gate, type(first), type(activation), type(last))
+    if gate is not None and isinstance(down, LayerOfParts):
+        kinds: Any = type(layer), type(activation), type(first), type(last)
+        layer.__class__ = fused_class(FusedLayer, names, gate, *kinds)
+
+
+def give_all(modules: Iterable[Any]) -> None:
+    """Give the class that one layer got to all of its own class: by its name, one of them is looked for."""
+    modules = list(modules)
+    kinds: Any = {type(each)._plain: type(each) for each in modules if FusedLayer in type(each).__bases__}
+    for module in modules:
+        if type(module) in kinds:
+            module.__class__ = kinds[type(module)]

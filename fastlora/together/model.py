@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from fastlora.together import mlp, siblings
+from fastlora.together import mlp, mlp_spread, siblings
 
 
 def follow_layers(model: nn.Module) -> None:
@@ -16,4 +16,5 @@ def follow_layers(model: nn.Module) -> None:
     for module in model.modules():
         mlp.unfuse(module)
         mlp.fuse(module)
+    mlp_spread.give_all(model.modules())
     siblings.find(model)

@@ -82,10 +82,15 @@ def is_called_plainly(module: nn.Module) -> bool:
     return "forward" not in own and not any(own[name] for name in HOOKS) and not has_global_hooks()
 
 
+def can_tell(module: Any) -> bool:
+    """Whether a call of a module means what its parts tell, if it tells them."""
+    return isinstance(module, LayerOfParts) and is_called_plainly(module)  # type: ignore[arg-type]
+
+
 def passes_on(module: Any) -> bool:
     """Whether a call of a module gives back what it is given, and nobody would notice that there is none."""
     kind = type(module)
-    if DROPOUT.get(kind) is not kind.forward or not is_called_plainly(module):
+    if kind not in DROPOUT or DROPOUT[kind] is not kind.forward or not is_called_plainly(module):
         return False
     return not (kind is nn.Dropout and module.training and module.p > 0)
 
