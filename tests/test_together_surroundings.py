@@ -17,6 +17,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.multiprocessing.spawn import spawn
 from torch.utils.checkpoint import checkpoint
 
+import fastlora
 from fastlora.together import state
 from tests import sibling_models
 from tests.cases import cases
@@ -65,6 +66,20 @@ def test_checkpoints_repeat_what_was_computed(options: dict[str, Any]) -> None:
         found = run(Checkpointed(module, **options))
     assert_as_apart({name.removeprefix("module."): each for name, each in found.items()}, expected)
     assert set(seen) == {3}
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_kernels_compute_alike_what_a_checkpoint_repeats(trains: bool, kernel_device: torch.device) -> None:
+    """The first pass has no gradients, and no x that says whether one will be wanted."""
+    pytest.importorskip("triton", reason="kernels need Triton")
+    module = attention().to(kernel_device).train(trains)
+    x = an_input().detach().to(kernel_device).requires_grad_()
+    with fastlora.use_backend("triton"), groups() as seen:
+        expected = module(x * 1)
+        y = checkpoint(lambda x: module(x * 1), x, use_reentrant=True)
+        y.sum().backward()
+    assert torch.equal(y, expected)
+    assert seen == ([3, 3, 3] if trains else [])
 
 
 class WithDropoutBetween(Attention):

@@ -35,12 +35,13 @@ def accelerate(model: Model, *, loss: Literal["model", "chunked"] = "model") -> 
     SiLU is applied to, a half to a fifth.
 
     Layers that their module's forward calls with one variable (query, key and value; gate and up) are all
-    computed by the first one's call, where a gradient of their input is wanted: that is kept once, and its
-    gradient summed where it lies. Outputs are the same bits; a later call takes its own only if nothing has
-    changed since (what is written past autograd, by ``tensor.data``, is not seen), else its layer computes
-    alone, as all do in compiled graphs. Where one has dropout, the first call draws all masks, with and
-    without gradients. They have one backward pass: gradients of one output after the other need
-    ``retain_graph=True``, and x, A or B that change in place between two calls make it fail.
+    computed by the first one's call, on a GPU while one of them trains, elsewhere where a gradient of their
+    input is wanted: that is kept once, and its gradient summed where it lies. Outputs are the same bits on a
+    CPU; a later call takes its own only if nothing has changed since (what is written past autograd, by
+    ``tensor.data``, is not seen), else its layer computes alone, as all do in compiled graphs. Where one has
+    dropout, the first call draws all masks, with and without gradients. They have one backward pass:
+    gradients of one output after the other need ``retain_graph=True``, and x, A or B that change in place
+    between two calls make it fail.
 
     A quantised weight becomes dense for its product alone. A call is fused where the layer computes in x's
     dtype, or in autocast's: give 4-bit layers the ``bnb_4bit_compute_dtype`` that you train in. Layers that

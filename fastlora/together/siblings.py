@@ -3,8 +3,9 @@
 Siblings are layers that their module's forward calls with one variable, by its source. What is computed
 for a layer ahead of its call is taken only if nothing has changed by then: x is the same tensor with the same
 values, the layer's parts are what they were, and so are the stream and autograd's and autocast's settings.
-Else, and where neither a gradient of x nor a dropout mask is wanted, a layer computes alone. Nothing is
-learned from calls, so that the first step, a resumed one and one that a checkpoint repeats compute alike.
+Else a layer computes alone, and where none draws a dropout mask and, on a GPU, none trains, elsewhere no
+gradient of x is wanted. Nothing is learned from calls, so that the first step, a resumed one and one that a
+checkpoint repeats compute alike.
 A change that autograd's counter of versions misses (``tensor.data.mul_(2)``) is not seen.
 """
 
@@ -168,7 +169,7 @@ def together(layers: Sequence[Any], x: Tensor) -> list[Tensor] | None:
     """Each layer's output for one x; None where that gains nothing, or one has to compute its own."""
     if torch.compiler.is_compiling() or backend.is_watched():
         return None
-    parts = _parts(layers, x) if _gains(x) else None
+    parts = _parts(layers, x) if _share(layers, x) else None
     if parts is None:
         return None
     return [completed(y, x, of_y) for y, of_y in zip(lora_of_several(x, parts), parts, strict=True)]
@@ -177,7 +178,7 @@ def together(layers: Sequence[Any], x: Tensor) -> list[Tensor] | None:
 def _with_siblings(group: Group, x: Tensor, parts: Parts) -> Tensor | None:
     """The first one's output, if its siblings' are computed, too; they are left for their calls."""
     layers = group.layers()
-    if layers is None or not (_gains(x) or _draw_masks(layers, x)):
+    if layers is None or not _share(layers, x):
         return None
     first, *siblings = layers
     # a hook on the first alone, or whatever else calls it, may give it another x
@@ -226,17 +227,22 @@ def _parts(layers: Sequence[Any], x: Tensor) -> list[Parts] | None:
     return found
 
 
-def _gains(x: Tensor) -> bool:
-    """Whether there is a gradient to sum where it lies."""
-    return x.requires_grad and torch.is_grad_enabled()
+def _share(layers: Sequence[Any], x: Tensor) -> bool:
+    """Whether layers compute together: what a reentrant checkpoint first runs without gradients as what it
+    then repeats with them.
 
-
-def _draw_masks(layers: Sequence[Any], x: Tensor) -> bool:
-    """Whether a layer has dropout. Then masks are always drawn at once, because a reentrant checkpoint
-    first runs without gradients what it repeats with them, and may draw other numbers between two calls.
+    Kernels that read x once for all may give other bits, so on a GPU it counts whether layers train; else
+    whether there is a gradient to sum where it lies. Masks are always drawn at once, because a checkpoint may
+    draw other numbers between two calls.
     """
     # of an inference tensor nothing tells that it has changed, and no checkpoint repeats it
-    return not x.is_inference() and any(layer._draws_masks() for layer in layers)
+    if x.is_inference():
+        return False
+    if x.is_cuda or backend.selected() == "triton":
+        gains = any(layer.training for layer in layers)
+    else:
+        gains = x.requires_grad and torch.is_grad_enabled()
+    return gains or any(layer._draws_masks() for layer in layers)
 
 
 def _can_share(parts: Parts, x: Tensor) -> bool:
