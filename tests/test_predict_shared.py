@@ -1,6 +1,7 @@
 """What is predicted of layers that share their input, and the path that follows from it."""
 
 from collections.abc import Sequence
+from itertools import product
 
 import pytest
 import torch
@@ -179,3 +180,13 @@ def test_what_reads_x_for_each_layer_says_why(layers: tuple[Shape, ...], told: s
     shared, separate = shared_forward_candidates([Call(s, torch.bfloat16, H100, False) for s in layers])
     assert told in shared.refused
     assert not separate.refused
+
+
+@pytest.mark.parametrize("rank", range(1, 129))
+def test_every_rank_takes_a_tile_that_the_compile_gate_compiles(rank: int) -> None:
+    alike = [each for each in SHARED_DOWN.ranks if (each % 16 == 0) == (rank % 16 == 0)]
+    for target, dtype, aligned in product(
+        targets.TARGETS.values(), (torch.bfloat16, torch.float32), (True, False)
+    ):
+        compiled = [tile for each in alike for tile in SHARED_DOWN.tiles(each, dtype, target, aligned)]
+        assert set(SHARED_DOWN.tiles(rank, dtype, target, aligned)) <= set(compiled)

@@ -28,7 +28,7 @@ def _tiles(rank: int, dtype: torch.dtype, target: Target, aligned: bool) -> list
 def _down_tiles(rank: int, dtype: torch.dtype, target: Target, aligned: bool) -> list[Tile]:
     # as for a layer alone, with an A and an accumulator for each: beyond these ranks they spill
     most = 16 if target.name in ("sm_120", "sm_121") else 32
-    (tile,) = LORA_DOWN.tiles(min(rank, most), dtype, target, aligned)
+    (tile,) = LORA_DOWN.tiles(rank if rank % 16 else min(rank, most), dtype, target, aligned)
     # in float32 four warps spill there, too
     warps = 8 if dtype == torch.float32 and target.tiles == "sm_100" else tile.warps
     return [replace(tile, depth=min(tile.depth, 64), warps=warps)]
