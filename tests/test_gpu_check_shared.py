@@ -32,8 +32,9 @@ def outcomes(items: Sequence[Item]) -> list[Any]:
 
 def test_what_is_right_passes(items: Sequence[Item]) -> None:
     found = outcomes(items)
-    # a path, or one and a tile, after the forward pass
-    assert [each["what"].split()[0] for each in found] == ["one", *SHARED_PATHS] * len(items)
+    # a path, or one and a tile, after the forward pass and the second group's masks
+    expected = [*("one", *SHARED_PATHS), *("one", "one", "one", *SHARED_PATHS)]
+    assert [each["what"].split()[0] for each in found] == expected
     assert all(each["right"] for each in found)
 
 
@@ -60,4 +61,25 @@ def test_another_seed_is_told(items: Sequence[Item], monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(shared_triton_forward, "shared_down", off)
     wrong = [each for each in outcomes(items) if not each["right"]]
-    assert [(each["case"], each["what"]) for each in wrong] == [(items[1].name, "one read of x")]
+    assert [(each["case"], each["what"].partition(":")[0]) for each in wrong] == [
+        (items[1].name, "one read of x")
+    ] * 2
+    assert wrong[1]["what"].startswith("one read of x: mask 2: ")
+
+
+@pytest.mark.parametrize("number", [1, 2], ids=["S", "mask"])
+def test_what_is_wrong_beside_y_is_told(
+    items: Sequence[Item], number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """y is filled before: what is kept for the backward pass is another."""
+    forward = shared_triton_forward.forward
+
+    def off(*call: Any, **settings: Any) -> Any:
+        made: Any = forward(*call, **settings)
+        if made[1][number] is not None:
+            made[1][number].add_(1)
+        return made
+
+    monkeypatch.setattr(shared_triton_forward, "forward", off)
+    wrong = {each["what"].rpartition(":")[0] or each["what"] for each in outcomes(items) if not each["right"]}
+    assert wrong == {"one read of x" + ": mask 2" * (number == 2)}

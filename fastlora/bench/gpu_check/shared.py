@@ -6,16 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastlora.bench.candidates import DTYPES
 from fastlora.bench.cases import ALPHA, LLAMA_8B, ROWS, Case, layer_work
-from fastlora.bench.gpu_check.comparing import outcome
+from fastlora.bench.gpu_check.comparing import equality, outcome
 from fastlora.bench.gpu_check.items import Found, Item, failure, refuse_lost_gpu
 from fastlora.bench.gpu_check.layers import timed_rows
 from fastlora.bench.gpu_check.profiled import profile_item
 from fastlora.bench.results import EAGER_MODE, OURS
 from fastlora.bench.turns import Step
 from fastlora.ops import shared_triton_forward
+from fastlora.ops.keep_mask import keep_probability
 from fastlora.ops.lora_linear import lora_linear
 from fastlora.ops.shared_lora_linear import Projection, shared_lora_linear
 from fastlora.tuning.calls import LayerCall
@@ -54,7 +56,7 @@ def items(device: torch.device) -> list[Item]:
 
 
 def every_path(case: str, calls: Sequence[LayerCall], device: torch.device) -> Iterator[Found]:
-    """Each y by one read of x; dX, and each layer's dA and dB, by every path and every tile of ours."""
+    """Each y, S and mask by one read of x; dX, and each layer's dA and dB, by every path and tile of ours."""
     layers = draw_shared(calls, device)
     keeps = keeps_of(layers)
     wide = [layer.to(torch.float64) for layer in layers]
@@ -62,7 +64,11 @@ def every_path(case: str, calls: Sequence[LayerCall], device: torch.device) -> I
         [run_eager(layer, keep=keep) for layer, keep in zip(each, keeps, strict=True)]
         for each in (layers, wide)
     )
-    yield from _one_read(case, layers, [y for y, *_ in of_eager], [y for y, *_ in of_exact])
+    of_forward = (
+        [y for y, *_ in results] + [_s_of(layer, keep) for layer, keep in zip(each, keeps, strict=True)]
+        for results, each in ((of_eager, layers), (of_exact, wide))
+    )
+    yield from _one_read(case, layers, *of_forward)
     eager, exact = _gradients(of_eager), _gradients(of_exact)
     terms = max(layers[0].x.shape[0], sum(call.outputs for call in calls))
     for choice in _choices(calls, device):
@@ -80,7 +86,7 @@ def every_path(case: str, calls: Sequence[LayerCall], device: torch.device) -> I
 def _one_read(
     case: str, layers: Sequence[Tensors], eager: Sequence[Tensor], exact: Sequence[Tensor]
 ) -> Iterator[Found]:
-    """Each layer's y, of S and masks from one launch that reads x; masks are those of a launch for each."""
+    """Each layer's y and S, from one launch that reads x, and masks, which are those of a launch for each."""
     name, count = "one read of x", len(layers)
     tensors = [(each.weight, each.bias, each.lora_A, each.lora_B) for each in layers]
     seeds, dropouts = [each.seed for each in layers], tuple(each.dropout for each in layers)
@@ -89,11 +95,21 @@ def _one_read(
     try:
         made = shared_triton_forward.forward(layers[0].x, tensors, seeds, **settings)
         assert made is not None
-        yield outcome(case, name, [y for y, *_ in made], eager, exact, layers[0].x.shape[1])
+        got = [*(y for y, *_ in made), *(s for _, s, _ in made)]
+        yield outcome(case, name, got, eager, exact, layers[0].x.shape[1])
+        for number, (layer, (*_, mask)) in enumerate(zip(layers, made, strict=True), start=1):
+            if layer.mask is not None and mask is not None:
+                yield equality(case, f"{name}: mask {number}", mask, layer.mask)
     # the backward pass takes what a launch for each has made
     except Exception as error:
         yield failure(f"{case}: {name}", error)
         refuse_lost_gpu(name)
+
+
+def _s_of(layer: Tensors, keep: Tensor | None) -> Tensor:
+    """S by the eager formula, in the layer's dtype."""
+    dropped = layer.x if keep is None else layer.x * keep / keep_probability(layer.dropout)
+    return F.linear(dropped, layer.lora_A.to(dropped.dtype)) * SCALING
 
 
 def _choices(calls: Sequence[LayerCall], device: torch.device) -> list[Choice]:
