@@ -1,5 +1,6 @@
 """LoRA's linear op on layers that share x: the bits of separate calls, one backward pass."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ from torch import Tensor
 
 import fastlora
 from fastlora.functional import Projection, lora_linear, shared_lora_linear
+from fastlora.ops import shared_passes
+from fastlora.ops.lora_passes import lora_linear_forward
 from fastlora_kernels.quant import kernels
 from tests.quantised import four_bit, read
 
@@ -90,6 +93,26 @@ def test_it_gives_what_separate_calls_give(dtype: torch.dtype, dropouts: tuple[f
     else:
         # of x one sum rounds less often than three and two more; all others see the same dY
         assert_same_gradients(gradients[1:], expected[1:])
+
+
+def test_what_nothing_keeps_goes_with_its_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """S and masks of all would be a second x, where no gradient is wanted."""
+    made, alive = list[weakref.ref[Tensor]](), list[int]()
+
+    def forward(*call: Any) -> Any:
+        alive.append(sum(each() is not None for each in made))
+        y, s, mask = lora_linear_forward(*call)
+        assert mask is not None
+        made.extend(map(weakref.ref, (s, mask)))
+        return y, s, mask
+
+    monkeypatch.setattr(shared_passes, "lora_linear_forward", forward)
+    x, layers = make_x().requires_grad_(False), make_layers(dropouts=DROPOUTS["all"])
+    _freeze_all_but_x(x, layers)
+    with fastlora.use_backend("torch"):
+        shared_lora_linear(x, layers)
+    # the last layer's
+    assert alive == [0, 2, 2]
 
 
 @pytest.mark.parametrize("dropouts", [DROPOUTS["none"], DROPOUTS["some"]], ids=["none", "some"])

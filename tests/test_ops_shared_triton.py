@@ -12,7 +12,8 @@ pytest.importorskip("triton", reason="kernels need Triton; the other backends ar
 
 import fastlora
 from fastlora.functional import Projection, shared_lora_linear
-from fastlora.ops import kernel_paths, shared_triton, shared_triton_forward
+from fastlora.ops import kernel_paths, prepared, shared_triton, shared_triton_forward
+from fastlora.ops.prepared import layouts
 from fastlora_kernels.choose.shared import SharedPath
 from fastlora_kernels.choose.shared_forward import shared_down_plan
 from fastlora_kernels.choose.tuned import Choice
@@ -153,6 +154,38 @@ def test_what_no_launch_serves_reads_x_for_each_layer(
         expected = apart(x, layers)
     assert all(map(torch.equal, ys, expected))
     assert read_x == []
+
+
+@pytest.mark.parametrize("path", ["shared", "separate"])
+def test_a_second_call_is_known(
+    path: str, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither chosen anew, nor looked at but for each layer's signature; two layouts are two calls."""
+    chosen, looked_at = list[int](), list[int]()
+
+    def choose(shapes: Sequence[Shape], *_: Any, **__: Any) -> str:
+        chosen.append(shapes[0].m)
+        return path
+
+    def look(*tensors: Tensor | None) -> Any:
+        looked_at.append(len(tensors))
+        return layouts(*tensors)
+
+    monkeypatch.setattr(kernel_paths, "choose_shared_forward", choose)
+    monkeypatch.setattr(prepared, "layouts", look)
+    layers = make_layers(device=kernel_device)
+    # of one signature, in other places
+    layers = [layers[1], layers[1]._replace(lora_A=layers[1].lora_A.detach() + 1), layers[0]]
+    x = make_x(device=kernel_device).detach()
+    with fastlora.use_backend("triton"), torch.no_grad():
+        for given in (x, torch.cat([x, x])):
+            first = shared_lora_linear(given, layers)
+            looked_at.clear()
+            assert all(map(torch.equal, shared_lora_linear(given, layers), first))
+            assert len(looked_at) == len(layers)
+            for y, alone in zip(first, apart(given, layers), strict=True):
+                torch.testing.assert_close(y, alone)
+    assert chosen == [10, 20]
 
 
 def dense(layer: Projection) -> Tensor:

@@ -174,9 +174,9 @@ def test_each_layer_fills_its_y_by_its_own_paths(ran: list[str], monkeypatch: py
     given: list[Paths | None] = []
     fill = lora_triton.fill_from_s
 
-    def noted(*tensors: Any, paths: Paths | None) -> Any:
+    def noted(*tensors: Any, paths: Paths | None, **known: Any) -> Any:
         given.append(paths)
-        return fill(*tensors, paths=paths)
+        return fill(*tensors, paths=paths, **known)
 
     monkeypatch.setattr(forward, "fill_from_s", noted)
     monkeypatch.setattr(kernel_paths, "choose_shared_forward", lambda *_, **__: "shared")

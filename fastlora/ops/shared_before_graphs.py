@@ -54,7 +54,7 @@ def _run(
     x = in_dtype(x, calls[0].dtype)
     # not drawn: torch's generator stays as it is
     seeds = [torch.zeros(1, dtype=torch.int64, device=x.device) if call.dropout else None for call in calls]
-    made = shared_passes.forward(x, calls, seeds, [layer[:4] for layer in layers])
+    made = [*shared_passes.forward(x, calls, seeds, [layer[:4] for layer in layers])]
     if not any(map(any, wanted)):
         return
     given = []

@@ -3,7 +3,7 @@
 :mod:`fastlora.ops.shared_torch` sums dX by library products, :mod:`fastlora.ops.shared_triton` by kernels.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,8 @@ from fastlora.ops.weights import in_parts
 from fastlora.ops.weights.frozen import FrozenWeight
 
 Gradients = tuple[Tensor | None, ...]
+# y, S and, with dropout, the mask of a layer
+_Made = tuple[Tensor, Tensor, Tensor | None]
 # gradients of x, of every A and of every B
 _Sums = tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]
 
@@ -34,8 +36,8 @@ def are_together(decisions: Iterable[Decision]) -> bool:
 
 def forward(
     x: Tensor, calls: Sequence[Call], seeds: Sequence[Tensor | None], layers: Sequence[Sequence[Any]]
-) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """y, S and mask of every layer.
+) -> Iterable[_Made]:
+    """y, S and mask of every layer; where none shares a launch, each is computed when it is asked for.
 
     Args:
         x: ``[..., in_features]``.
@@ -50,13 +52,29 @@ def forward(
         scalings, dropouts = tuple(call.scaling for call in calls), tuple(call.dropout for call in calls)
         paths = [call.decision.paths for call in calls]
         settings: Any = {"scalings": scalings, "dropouts": dropouts, "paths": paths}
-        made = shared_triton_forward.forward(x, layers, seeds, **settings)
+        made = shared_triton_forward.forward(x, layers, seeds, **settings, known=_known(calls))
         if made is not None:
             return made
-    found = []
+    return _one_after_the_other(x, calls, seeds, layers)
+
+
+def _one_after_the_other(
+    x: Tensor, calls: Sequence[Call], seeds: Sequence[Tensor | None], layers: Sequence[Sequence[Any]]
+) -> Iterator[_Made]:
+    # not as a list: S and mask of a layer go before the next but one's come, where nothing keeps them
     for call, seed, layer in zip(calls, seeds, layers, strict=True):
         run: Any = in_parts.forward if isinstance(layer[0], FrozenWeight) else lora_linear_forward
-        found.append(run(x, *layer, seed, *call[1:]))
+        yield run(x, *layer, seed, *call[1:])
+
+
+def _known(calls: Sequence[Call]) -> dict[Any, Any] | None:
+    """What is remembered of these layers together; None where one's decision serves other calls, too."""
+    decisions = tuple([call.decision for call in calls])
+    if any(decision.known is None for decision in decisions):
+        return None
+    known = decisions[0].known
+    assert known is not None
+    found: dict[Any, Any] = known.setdefault(decisions, {})
     return found
 
 

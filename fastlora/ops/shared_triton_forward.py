@@ -15,7 +15,7 @@ from fastlora.ops.decide import Paths, in_wide_words, is_aligned
 from fastlora.ops.keep_mask import drop_threshold, empty_keep_mask, keep_probability
 from fastlora.ops.lora_triton import fill_from_s
 from fastlora.ops.prepared import prepared
-from fastlora.ops.runtime import contiguous, in_dtype, row_major, rows_of
+from fastlora.ops.runtime import contiguous, current_device, in_dtype, row_major, rows_of
 from fastlora_kernels import targets
 from fastlora_kernels.choose.shared_forward import SharedForwardPath, shared_down_plan
 from fastlora_kernels.launch import Ready
@@ -37,6 +37,7 @@ def forward(
     dropouts: tuple[float, ...],
     paths: Sequence[Paths | None],
     path: SharedForwardPath | None = None,
+    known: dict[Any, Any] | None = None,
 ) -> list[_Made] | None:
     """y, S and mask of two or three layers; None where each is computed by itself.
 
@@ -48,22 +49,37 @@ def forward(
         dropouts: Probabilities of zeroing an element, 0 without a seed.
         paths: Each layer's own, of which those that fill y from S are taken.
         path: Chosen unless it is given.
+        known: Keeps what is chosen and prepared, of calls whose every layer has the same signature.
     """
-    flat = rows_of(x)
-    absent = [None] * (MOST_LAYERS - len(layers))
-    tensors = (*(layer[2] for layer in layers), *absent, *seeds, *absent)
-    outputs = tuple(layer[0].shape[0] for layer in layers)
-    made = _make_s(flat, *tensors, outputs=outputs, scalings=scalings, dropouts=dropouts, path=path)
-    if made is None:
+    flat, outputs = rows_of(x), tuple([layer[0].shape[0] for layer in layers])
+    path = path or (None if known is None else known.get(forward))
+    if path is None:
+        path = _choose(flat, layers, dropping=seeds[0] is not None)
+        if known is not None:
+            known[forward] = path
+    if path == "separate":
         return None
+    # what lies otherwise is copied once for all
+    flat, absent = row_major(flat), [None] * (MOST_LAYERS - len(layers))
+    tensors = (*(layer[2] for layer in layers), *absent, *seeds, *absent)
+    made = _make_s(flat, *tensors, outputs=outputs, scalings=scalings, dropouts=dropouts, known=known)
     found = list[_Made]()
-    for (weight, bias, _, lora_B), (s, mask), own in zip(layers, made, paths, strict=True):
+    for number, ((weight, bias, _, lora_B), (s, mask), own) in enumerate(
+        zip(layers, made, paths, strict=True)
+    ):
         # allocated in its final shape: autograd refuses in-place changes of an output that is a view
         y = x.new_empty(*x.shape[:-1], weight.shape[0])
         bias = None if bias is None else in_dtype(bias, x.dtype)
-        fill_from_s(flat, in_dtype(weight, x.dtype), bias, s, lora_B, rows_of(y), paths=own)
+        tensors = (flat, in_dtype(weight, x.dtype), bias, s, lora_B, rows_of(y))
+        fill_from_s(*tensors, paths=own, known=None if known is None else known.setdefault(number, {}))
         found.append((y, s, mask))
     return found
+
+
+def _choose(x: Tensor, layers: Sequence[Sequence[Any]], *, dropping: bool) -> SharedForwardPath:
+    shapes = _shapes(x, [layer[2] for layer in layers], [layer[0].shape[0] for layer in layers])
+    with current_device(x):
+        return kernel_paths.choose_shared_forward(shapes, x.dtype, x.device, dropping=dropping)
 
 
 @prepared(row_major, *(contiguous,) * MOST_LAYERS)
@@ -73,13 +89,9 @@ def _make_s(
     outputs: tuple[int, ...],
     scalings: tuple[float, ...],
     dropouts: tuple[float, ...],
-    path: SharedForwardPath | None,
-) -> Callable[..., list[tuple[Tensor, Tensor | None]] | None]:
-    """S and, with seeds, the mask of every layer, or None; tensors are every lora_A, then every seed."""
-    shapes, dropping = _shapes(x, tensors, outputs), tensors[MOST_LAYERS] is not None
-    path = path or kernel_paths.choose_shared_forward(shapes, x.dtype, x.device, dropping=dropping)
-    if path == "separate":
-        return lambda *_: None
+) -> Callable[..., list[tuple[Tensor, Tensor | None]]]:
+    """S and, with seeds, the mask of every layer; tensors are every lora_A, then every seed."""
+    shapes = _shapes(x, tensors, outputs)
     m, ranks = x.shape[0], [shape.r for shape in shapes]
     plan = shared_down_plan(shapes, x.dtype, targets.detect(x.device))
     scales = [
