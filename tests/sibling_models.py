@@ -1,6 +1,7 @@
 """Models with LoRA whose layers share inputs, and the same with every layer on its own."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastlora.functional import shared_lora_linear
 from fastlora.interop.peft import restore
 from fastlora.ops.gated_lora_linear import GatedLoRALinearFunction
 from fastlora.together import compute, siblings
+from fastlora.together.mlp import unfuse
 
 WIDTH = 64
 _TEXT: dict[str, Any] = {
@@ -179,6 +181,15 @@ def family(name: str, **settings: Any) -> tuple[Any, dict[str, Tensor]]:
     torch.manual_seed(0)
     model, batch = FAMILIES[name]()
     return way.adapt(model, **settings), batch
+
+
+def separated(model: Any) -> Any:
+    """A copy of which every layer computes by itself."""
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        unfuse(module)
+        siblings.forget(module)
+    return copied
 
 
 @contextlib.contextmanager

@@ -13,8 +13,6 @@ from torch.nn.utils import parametrize
 
 import fastlora
 from fastlora.nn.lora.shelf import Shelf
-from fastlora.together import siblings
-from fastlora.together.mlp import unfuse
 from fastlora.together.sources import sharing
 from tests import sibling_models
 from tests.cases import cases
@@ -36,6 +34,7 @@ from tests.sibling_models import (
     groups,
     interrupt,
     run,
+    separated,
     step,
 )
 
@@ -49,15 +48,6 @@ MLPS = ("Llama", "Qwen2", "Gemma", "Mistral", "Phi", "ViT", "BERT")
 def way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models by ``apply_lora``."""
     monkeypatch.setattr(sibling_models, "way", WAYS["apply_lora"])
-
-
-def separated(model: Any) -> Any:
-    """A copy of which every layer computes by itself."""
-    copied = copy.deepcopy(model)
-    for module in copied.modules():
-        unfuse(module)
-        siblings.forget(module)
-    return copied
 
 
 def kept(model: nn.Module, batch: dict[str, Tensor]) -> int:

@@ -18,7 +18,6 @@ class FusedModule:
 
     _modules: dict[str, Any]
     _plain: Any
-    _own_forward: Any
     _names: Any
     _gate: Gate
     _read_gate: Any
@@ -66,10 +65,17 @@ def fused_class(base: Any, names: Any, gate: Gate, plain: Any, *kinds: Any) -> A
         plain: The module's own class.
         *kinds: Classes of the activation, and of other modules whose forward is not called.
     """
-    own = {"_plain": plain, "_own_forward": staticmethod(plain.forward), "_names": names, "_gate": gate}
+    method, own_method = getattr(base, base._method), getattr(plain, base._method)
+
+    # with the signature and the source of the module's own, for whoever reads them
+    @functools.wraps(own_method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return method(self, *args, **kwargs)
+
+    own = {base._method: call, "_plain": plain, "_names": names, "_gate": gate}
     read_gate: Any = reader_of(kinds[0])
     own |= {"_read_gate": staticmethod(read_gate), "_made_of": (base, names, gate, plain, *kinds)}
-    forwards = {kind: kind.forward for kind in kinds} | {plain: getattr(plain, base._method)}
+    forwards = {kind: kind.forward for kind in kinds} | {plain: own_method}
     own |= {"_forwards": forwards, "__module__": base.__module__}
     return type(base._title.format(plain.__name__), (base, plain), own)
 

@@ -14,7 +14,7 @@ from fastlora.together.activations import gate_of
 from fastlora.together.compute import of_gated
 from fastlora.together.fused_class import FusedModule, fused_class
 from fastlora.together.mlp_forms import Form, form_of
-from fastlora.together.parts import LayerOfParts, can_tell, passes_on
+from fastlora.together.parts import PLAIN, LayerOfParts, can_tell, passes_on
 
 
 class FusedMLP(FusedModule):
@@ -40,7 +40,7 @@ class FusedMLP(FusedModule):
         form = self._names
         inside: list[Any] = [self._modules.get(name) for name in (form.activation, form.down, *form.between)]
         activation, down, *between = inside
-        known = len(args) == 1 and not kwargs and self._is_known(activation)
+        known = len(args) == 1 and not kwargs and type(args[0]) in PLAIN and self._is_known(activation)
         if not (known and can_tell(down) and all(map(passes_on, between))):
             return self._own_call(*args, **kwargs)
         gate, up = self._gate_and_up(*args)

@@ -42,9 +42,7 @@ def sharing(
         name for name, each in children.items() if any(isinstance(m, kind) for m in each.modules())
     }
     runs, current = list[list[str]](), dict[str, list[str]]()
-    # an MLP's own, where its class was changed
-    forward = getattr(type(module), "_own_forward", type(module).forward)
-    for event in events_of(forward) if len(with_layers) > 1 else ():
+    for event in events_of(type(module).forward) if len(with_layers) > 1 else ():
         if event is None:
             # what was called in another one is not called in this
             current.clear()
