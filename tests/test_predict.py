@@ -8,8 +8,9 @@ import torch
 
 from fastlora_kernels import compiled, targets
 from fastlora_kernels.choose import lora, paths, plan
+from fastlora_kernels.choose.call import Call
 from fastlora_kernels.choose.explain import OPS, Explanation, explain
-from fastlora_kernels.choose.lora import Call, Path
+from fastlora_kernels.choose.lora import Path
 from fastlora_kernels.lora.kernels import LORA_FORWARD
 from fastlora_kernels.predict import occupancy
 from fastlora_kernels.predict.launches import Launch, library_product, total_us

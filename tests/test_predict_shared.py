@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fastlora_kernels import targets
+from fastlora_kernels.choose.call import Call
 from fastlora_kernels.choose.explain import explain_shared
-from fastlora_kernels.choose.lora import Call
 from fastlora_kernels.choose.shared import choose_shared_path, joins_ranks, shared_candidates
 from fastlora_kernels.choose.shared_forward import choose_shared_forward_path, shared_forward_candidates
 from fastlora_kernels.lora.kernels import LORA_ADD, LORA_DOWN, LORA_GRAD_A

@@ -18,7 +18,7 @@ from fastlora.tuning.weights import draw_weight
 from fastlora_kernels import targets
 from fastlora_kernels.choose import plan as plans
 from fastlora_kernels.choose import quantised
-from fastlora_kernels.choose.lora import Call
+from fastlora_kernels.choose.call import Call
 from fastlora_kernels.choose.paths import Pass, large_kernel
 from fastlora_kernels.choose.tuned import Choice
 from fastlora_kernels.quant.kernels import DECODE, most_rows

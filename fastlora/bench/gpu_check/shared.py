@@ -25,8 +25,8 @@ from fastlora.tuning.candidates import SCALING, Tensors, run_eager
 from fastlora.tuning.search import name_of
 from fastlora.tuning.shared import draw_shared, keeps_of, work_of
 from fastlora_kernels import targets
+from fastlora_kernels.choose.call import Call
 from fastlora_kernels.choose.explain import explain_shared, frozen
-from fastlora_kernels.choose.lora import Call
 from fastlora_kernels.choose.shared import SHARED_PATHS, added, shared_tiles
 from fastlora_kernels.choose.tuned import Choice
 from fastlora_kernels.predict.launches import total_us

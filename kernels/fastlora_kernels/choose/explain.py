@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 
 from fastlora_kernels.choose import adapter, paths, plan, quantised, shared
-from fastlora_kernels.choose.lora import Call
+from fastlora_kernels.choose.call import Call
 from fastlora_kernels.choose.paths import Candidate, Pass, large_kernel
 from fastlora_kernels.choose.quantised import Stored
 from fastlora_kernels.choose.shared_forward import shared_forward_candidates

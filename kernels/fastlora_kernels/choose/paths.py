@@ -10,7 +10,8 @@ import torch
 from fastlora_kernels.adapter.kernels import WIDEST, WIDEST_ONE_LAUNCH, one_launch
 from fastlora_kernels.choose import adapter, lora
 from fastlora_kernels.choose.adapter import AdapterPath
-from fastlora_kernels.choose.lora import Call, Path
+from fastlora_kernels.choose.call import Call
+from fastlora_kernels.choose.lora import Path
 from fastlora_kernels.kernel import Kernel
 from fastlora_kernels.lora import kernels
 from fastlora_kernels.predict.launches import Launch, total_us

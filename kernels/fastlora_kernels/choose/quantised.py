@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 
 from fastlora_kernels.choose import paths
-from fastlora_kernels.choose.lora import Call, down, own_product
+from fastlora_kernels.choose.call import Call
+from fastlora_kernels.choose.lora import down, own_product
 from fastlora_kernels.choose.paths import Candidate, Pass
 from fastlora_kernels.lora.kernels import LORA_DOWN
 from fastlora_kernels.predict.launches import Launch, stream

@@ -9,7 +9,7 @@ import torch
 
 from fastlora_kernels.choose import lora, paths
 from fastlora_kernels.choose import plan as plans
-from fastlora_kernels.choose.lora import Call
+from fastlora_kernels.choose.call import Call
 from fastlora_kernels.choose.paths import Candidate
 from fastlora_kernels.choose.shared import joined
 from fastlora_kernels.predict.launches import Launch

@@ -13,7 +13,7 @@ import torch
 
 from fastlora_kernels.choose import plan as plans
 from fastlora_kernels.choose import quantised
-from fastlora_kernels.choose.lora import Call
+from fastlora_kernels.choose.call import Call
 from fastlora_kernels.choose.paths import PATHS, Pass, large_kernel
 from fastlora_kernels.choose.pinned import PINNED
 from fastlora_kernels.choose.quantised import Stored
