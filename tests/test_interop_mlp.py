@@ -1,4 +1,4 @@
-"""Gated MLPs of accelerated PEFT models: the same numbers, with half of what they kept."""
+"""Gated MLPs of accelerated PEFT models, and of our own: the same numbers, with half of what they kept."""
 
 import copy
 import pickle
@@ -15,6 +15,9 @@ from torch.nn import functional as F
 import fastlora
 from fastlora.interop.peft import restore
 from tests.mlp_models import calls_of_the_op, hook_on
+from tests.sibling_models import WAYS, separated
+
+Twins = Callable[[], tuple[Any, Any]]
 
 # with their activations
 FAMILIES = dict.fromkeys(("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3"), "silu")
@@ -44,6 +47,16 @@ def twins(family: str = "Llama", *, hidden_act: str | None = None, **given: Any)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     plain: Any = peft.get_peft_model(model, peft.LoraConfig(**options | given)).train()
     return plain, fastlora.accelerate(copy.deepcopy(plain))
+
+
+def applied_twins() -> tuple[Any, Any]:
+    """A model of ``apply_lora`` whose MLPs compute as their own classes do, and one with fused MLPs."""
+    config = transformers.LlamaConfig(**SIZES)
+    model = WAYS["apply_lora"].adapt(transformers.LlamaForCausalLM(config))
+    return separated(model), model
+
+
+WAYS_TO_TWINS = pytest.mark.parametrize("twins", [twins, applied_twins], ids=["accelerate", "apply_lora"])
 
 
 def mlps(model: nn.Module) -> list[Any]:
@@ -92,16 +105,22 @@ def test_it_keeps_two_of_four_tensors() -> None:
     assert kept[1] * 2 == kept[0] > 0
 
 
-def test_the_models_own_classes_come_back_and_copies_stay_fused() -> None:
-    plain, accelerated = twins()
-    names = [type(mlp).__name__ for mlp in mlps(accelerated)]
+@WAYS_TO_TWINS
+def test_copies_stay_fused(twins: Twins) -> None:
+    plain, fused = twins()
+    names = [type(mlp).__name__ for mlp in mlps(fused)]
     assert names == ["FusedLlamaMLP"] * 2
-    copied = copy.deepcopy(accelerated)
+    copied = copy.deepcopy(fused)
     assert [type(mlp).__name__ for mlp in mlps(copied)] == names
     assert_equal_steps(plain, copied)
-    mlp = pickle.loads(pickle.dumps(mlps(accelerated)[0]))
+    mlp = pickle.loads(pickle.dumps(mlps(fused)[0]))
     x = torch.randn(3, 64)
-    assert torch.equal(mlp(x), mlps(accelerated)[0](x))
+    assert type(mlp) is type(mlps(fused)[0])
+    assert torch.equal(mlp(x), mlps(fused)[0](x))
+
+
+def test_the_models_own_classes_come_back() -> None:
+    plain, accelerated = twins()
     restore(accelerated)
     assert [type(mlp).__name__ for mlp in mlps(accelerated)] == ["LlamaMLP"] * 2
     assert_equal_steps(plain, accelerated)
@@ -117,7 +136,10 @@ def _own_forward(mlp: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [hook_on("down_proj"), hook_on("act_fn"), _other_activation, _own_forward])
-def test_what_changes_later_counts(change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> None:
+@WAYS_TO_TWINS
+def test_what_changes_later_counts(
+    twins: Twins, change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     models = twins()
     for model in models:
         change(mlps(model)[0])
@@ -204,7 +226,8 @@ def test_it_generates_as_peft() -> None:
     assert torch.equal(*words)
 
 
-def test_it_compiles_without_graph_breaks() -> None:
+@WAYS_TO_TWINS
+def test_it_compiles_without_graph_breaks(twins: Twins) -> None:
     _, accelerated = twins()
     mlp, x = mlps(accelerated)[0], torch.randn(2, 5, 64)
     compiled: Any = torch.compile(mlp, fullgraph=True, backend="aot_eager")
