@@ -19,7 +19,7 @@ def print_records(records: "list[AnyRecord]", as_json: bool) -> None:
     """Print what was measured.
 
     Args:
-        records: Of layers alone, and of those that share their input.
+        records: What was measured of layers alone, and of those that share their input.
         as_json: Whether as JSON on stdout instead of tables.
     """
     from fastlora_kernels.choose.tuned import Record, SharedRecord

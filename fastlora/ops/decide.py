@@ -65,7 +65,7 @@ class Decision:
         """Whether it launches other kernels than another decision.
 
         Args:
-            other: Of the same call, for instance as in a CUDA graph.
+            other: What was decided for the same call, for instance as in a CUDA graph.
         """
         mine, others = (
             (each.paths.forward, each.paths.backward) if each.paths else None for each in (self, other)

@@ -42,7 +42,7 @@ def forward(
     Args:
         x: ``[..., in_features]``.
         calls: What is known of each layer's call.
-        seeds: Of each layer's mask; None without dropout.
+        seeds: One for each layer's mask; None without dropout.
         layers: Weight, bias, lora_A and lora_B of each.
     """
     if _share_a_launch(x, calls, seeds, layers):
@@ -105,7 +105,7 @@ def backward(layers: Sequence[Layer]) -> tuple[Tensor | None, list[Gradients]]:
     """dX, and every layer's other gradients.
 
     Args:
-        layers: Those whose y has a gradient, one at least.
+        layers: One at least, all whose y has a gradient.
     """
     if _are_summed_by_library(layers):
         sums = _by_library(layers)

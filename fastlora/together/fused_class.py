@@ -60,7 +60,7 @@ def fused_class(base: Any, names: Any, gate: Gate, plain: Any, *kinds: Any) -> A
 
     Args:
         base: Brings the method, a subclass of :class:`FusedModule`.
-        names: Of what the module's own method calls.
+        names: What the module's own method calls, by name.
         gate: The op's name of the activation.
         plain: The module's own class.
         *kinds: Classes of the activation, and of other modules whose forward is not called.
