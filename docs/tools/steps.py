@@ -63,7 +63,7 @@ class _Panel(NamedTuple):
         return self.left + (self.right - self.left) * (value - self.first) / (self.last - self.first)
 
 
-_TIMES = _Panel("Time of a step; 1 is the frozen model's", 150, 392, 0.9, 3.5, (1, 1.5, 2, 2.5, 3), "×")
+_TIMES = _Panel("Time of a step; 1 is the frozen model's", 150, 392, 0.9, 2.7, (1, 1.5, 2, 2.5), "×")
 _KEPT = _Panel("Kept for backward, MiB", 430, 618, 0, 1250, (0, 400, 800, 1200), "")
 
 
