@@ -14,17 +14,17 @@ from transformers.models.bert.modeling_bert import BertLayer, BertOutput
 from transformers.models.electra.modeling_electra import ElectraLayer
 from transformers.models.roberta.modeling_roberta import RobertaLayer
 
-import fastlora
 from fastlora.interop.peft import restore
-from fastlora.together.mlp import unfuse
 from tests.mlp_models import (
     INNER,
     ROWS,
     WIDTH,
+    apart_and_fused,
     assert_equal_steps,
     calls_of_the_op,
     hook_on,
     kept_of_inner_width,
+    module_of,
 )
 
 SIZES: Any = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_attention_heads": 2}
@@ -39,19 +39,8 @@ def twins(family: str = "BERT", **given: Any) -> tuple[Any, Any]:
     """An accelerated model of one layer whose MLP is apart, and its copy with the MLP fused."""
     torch.manual_seed(0)
     kind, config = LAYERS[family]
-    model = nn.Sequential(kind(config(attn_implementation="eager", **SIZES | given)))
-    targets = ["intermediate.dense", "output.dense"]
-    lora: Any = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
-    plain: Any = peft.get_peft_model(model, lora).train()
-    fused = fastlora.accelerate(copy.deepcopy(plain))
-    fastlora.accelerate(plain)
-    unfuse(layer_of(plain))
-    return plain, fused
-
-
-def layer_of(model: Any) -> Any:
-    """The model's layer."""
-    return model.base_model.model[0]
+    layer = kind(config(attn_implementation="eager", **SIZES | given))
+    return apart_and_fused(layer, target_modules=["intermediate.dense", "output.dense"])
 
 
 @pytest.fixture
@@ -96,7 +85,7 @@ def test_what_changes_later_counts(
 ) -> None:
     models = twins()
     for model in models:
-        change(layer_of(model))
+        change(module_of(model))
     assert_equal_steps(*models)
     assert seen == activations
 
@@ -133,18 +122,18 @@ def test_two_adapters_are_computed_at_once_without_masks(
 
 def test_its_own_class_comes_back_and_copies_stay_fused() -> None:
     plain, fused = twins()
-    kind = type(layer_of(fused))
+    kind = type(module_of(fused))
     # policies of sharding look for it by its name
     assert kind is not BertLayer
     assert kind.__name__ == "BertLayer"
     for copied in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
-        assert type(layer_of(copied)) is kind
+        assert type(module_of(copied)) is kind
         assert_equal_steps(plain, copied)
-    assert type(layer_of(restore(fused))) is BertLayer
+    assert type(module_of(restore(fused))) is BertLayer
     assert_equal_steps(plain, fused)
 
 
 def test_it_compiles_without_graph_breaks() -> None:
-    layer, x = layer_of(twins(hidden_dropout_prob=0.0)[1]), torch.randn(*ROWS, WIDTH)
+    layer, x = module_of(twins(hidden_dropout_prob=0.0)[1]), torch.randn(*ROWS, WIDTH)
     compiled: Any = torch.compile(layer.feed_forward_chunk, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), layer.feed_forward_chunk(x))

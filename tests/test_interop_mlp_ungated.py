@@ -16,17 +16,17 @@ from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionConfig, GPTJConfig, NemotronConfig, PhiConfig, ViTConfig, Wav2Vec2Config
 from transformers.models.vit.modeling_vit import ViTMLP
 
-import fastlora
 from fastlora.interop.peft import restore
-from fastlora.together.mlp import unfuse
 from tests.mlp_models import (
     INNER,
     ROWS,
     WIDTH,
+    apart_and_fused,
     assert_equal_steps,
     calls_of_the_op,
     hook_on,
     kept_of_inner_width,
+    module_of,
     step,
 )
 from tests.quantised import four_bit
@@ -83,17 +83,7 @@ def twins(make: Callable[[], nn.Module] = _vit, **given: Any) -> tuple[Any, Any]
     torch.manual_seed(0)
     mlp = make()
     targets = [name for name, module in mlp.named_modules() if isinstance(module, nn.Linear)]
-    options: dict[str, Any] = {"r": 4, "target_modules": targets, "init_lora_weights": False}
-    plain: Any = peft.get_peft_model(nn.Sequential(mlp), peft.LoraConfig(**options | given)).train()
-    fused = fastlora.accelerate(copy.deepcopy(plain))
-    fastlora.accelerate(plain)
-    unfuse(mlp_of(plain))
-    return plain, fused
-
-
-def mlp_of(model: Any) -> Any:
-    """The model's MLP."""
-    return model.base_model.model[0]
+    return apart_and_fused(mlp, **{"target_modules": targets} | given)
 
 
 @pytest.fixture
@@ -177,7 +167,7 @@ def test_what_changes_later_counts(
 ) -> None:
     models = twins(CASES["timm"].make)
     for model in models:
-        change(mlp_of(model))
+        change(module_of(model))
     assert_equal_steps(*models)
     assert seen == activations
 
@@ -198,16 +188,16 @@ def test_other_activations_and_forwards_are_left_alone() -> None:
             return hidden_states * 2
 
     relu, scaled = twins(lambda: _vit("relu"))[1], twins(lambda: Scaled(ViTConfig(**SIZES)))[1]
-    assert [type(mlp_of(model)) for model in (relu, scaled)] == [ViTMLP, Scaled]
+    assert [type(module_of(model)) for model in (relu, scaled)] == [ViTMLP, Scaled]
 
 
 def test_the_models_own_class_comes_back_and_copies_stay_fused() -> None:
     plain, fused = twins()
-    assert type(mlp_of(fused)).__name__ == "FusedViTMLP"
+    assert type(module_of(fused)).__name__ == "FusedViTMLP"
     for copied in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
-        assert type(mlp_of(copied)) is type(mlp_of(fused))
+        assert type(module_of(copied)) is type(module_of(fused))
         assert_equal_steps(plain, copied)
-    assert type(mlp_of(restore(fused))) is ViTMLP
+    assert type(module_of(restore(fused))) is ViTMLP
 
 
 def test_adapters_switched_off_or_two_at_once(seen: list[str]) -> None:
@@ -238,7 +228,7 @@ def test_checkpointing_repeats_it(reentrant: bool) -> None:
 
 @pytest.mark.parametrize("make", [_vit, CASES["Phi"].make])
 def test_it_compiles_without_graph_breaks(make: Callable[[], nn.Module]) -> None:
-    mlp = mlp_of(twins(make)[1])
+    mlp = module_of(twins(make)[1])
     x = torch.randn(*ROWS, WIDTH)
     compiled: Any = torch.compile(mlp, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), mlp(x))
