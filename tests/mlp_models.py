@@ -1,40 +1,16 @@
 """What tests of fused MLPs share: steps to compare, calls of the op, what autograd keeps."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
-import peft
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import fastlora
 from fastlora.functional import gated_lora_linear
 from fastlora.together import compute
-from fastlora.together.mlp import unfuse
 
 WIDTH, INNER, ROWS = 32, 96, (2, 6)
-
-
-def apart_and_fused(module: nn.Module, **given: Any) -> tuple[Any, Any]:
-    """An accelerated model of one module whose MLP is apart, and its copy with the MLP fused.
-
-    Args:
-        module: An MLP, or a layer with one.
-        **given: Of peft's LoraConfig, at least its ``target_modules``.
-    """
-    config = peft.LoraConfig(**{"r": 4, "init_lora_weights": False} | given)
-    plain: Any = peft.get_peft_model(nn.Sequential(module), config).train()
-    fused = fastlora.accelerate(copy.deepcopy(plain))
-    fastlora.accelerate(plain)
-    unfuse(module_of(plain))
-    return plain, fused
-
-
-def module_of(model: Any) -> Any:
-    """The module of which :func:`apart_and_fused` made a model."""
-    return model.base_model.model[0]
 
 
 def step(model: Any) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora.interop._peft_fused import Fused
+from fastlora.together.mlp import unfuse
 
 IN, OUT = 32, 12
 
@@ -51,7 +52,7 @@ def twins(model: Any, *, change: Callable[[Any], object] | None = None) -> tuple
 
 
 def layer_of(model: Any) -> Any:
-    """The one LoRA layer."""
+    """The one module that :func:`peft_model` or :func:`apart_and_fused` made a model of."""
     return model.base_model.model[0]
 
 
@@ -90,3 +91,18 @@ def assert_equal_runs(
         # the gradient's name beside the difference
         pair = ({name: found[name]}, {name: tensor})
         torch.testing.assert_close(*pair, rtol=rtol, atol=atol, equal_nan=True)
+
+
+def apart_and_fused(module: nn.Module, **given: Any) -> tuple[Any, Any]:
+    """An accelerated model of one module whose MLP is apart, and its copy with the MLP fused.
+
+    Args:
+        module: An MLP, or a layer with one.
+        **given: Of peft's LoraConfig, at least its ``target_modules``.
+    """
+    config = LoraConfig(**{"r": 4, "init_lora_weights": False} | given)
+    plain: Any = get_peft_model(nn.Sequential(module), config).train()
+    fused = fastlora.accelerate(copy.deepcopy(plain))
+    fastlora.accelerate(plain)
+    unfuse(layer_of(plain))
+    return plain, fused

@@ -19,13 +19,12 @@ from tests.mlp_models import (
     INNER,
     ROWS,
     WIDTH,
-    apart_and_fused,
     assert_equal_steps,
     calls_of_the_op,
     hook_on,
     kept_of_inner_width,
-    module_of,
 )
+from tests.peft_twins import apart_and_fused, layer_of
 
 SIZES: Any = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_attention_heads": 2}
 LAYERS: Any = {
@@ -85,7 +84,7 @@ def test_what_changes_later_counts(
 ) -> None:
     models = twins()
     for model in models:
-        change(module_of(model))
+        change(layer_of(model))
     assert_equal_steps(*models)
     assert seen == activations
 
@@ -122,18 +121,18 @@ def test_two_adapters_are_computed_at_once_without_masks(
 
 def test_its_own_class_comes_back_and_copies_stay_fused() -> None:
     plain, fused = twins()
-    kind = type(module_of(fused))
+    kind = type(layer_of(fused))
     # policies of sharding look for it by its name
     assert kind is not BertLayer
     assert kind.__name__ == "BertLayer"
     for copied in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
-        assert type(module_of(copied)) is kind
+        assert type(layer_of(copied)) is kind
         assert_equal_steps(plain, copied)
-    assert type(module_of(restore(fused))) is BertLayer
+    assert type(layer_of(restore(fused))) is BertLayer
     assert_equal_steps(plain, fused)
 
 
 def test_it_compiles_without_graph_breaks() -> None:
-    layer, x = module_of(twins(hidden_dropout_prob=0.0)[1]), torch.randn(*ROWS, WIDTH)
+    layer, x = layer_of(twins(hidden_dropout_prob=0.0)[1]), torch.randn(*ROWS, WIDTH)
     compiled: Any = torch.compile(layer.feed_forward_chunk, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), layer.feed_forward_chunk(x))

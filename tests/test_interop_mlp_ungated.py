@@ -21,14 +21,13 @@ from tests.mlp_models import (
     INNER,
     ROWS,
     WIDTH,
-    apart_and_fused,
     assert_equal_steps,
     calls_of_the_op,
     hook_on,
     kept_of_inner_width,
-    module_of,
     step,
 )
+from tests.peft_twins import apart_and_fused, layer_of
 from tests.quantised import four_bit
 
 SIZES: Any = {"hidden_size": WIDTH, "intermediate_size": INNER}
@@ -167,7 +166,7 @@ def test_what_changes_later_counts(
 ) -> None:
     models = twins(CASES["timm"].make)
     for model in models:
-        change(module_of(model))
+        change(layer_of(model))
     assert_equal_steps(*models)
     assert seen == activations
 
@@ -188,16 +187,16 @@ def test_other_activations_and_forwards_are_left_alone() -> None:
             return hidden_states * 2
 
     relu, scaled = twins(lambda: _vit("relu"))[1], twins(lambda: Scaled(ViTConfig(**SIZES)))[1]
-    assert [type(module_of(model)) for model in (relu, scaled)] == [ViTMLP, Scaled]
+    assert [type(layer_of(model)) for model in (relu, scaled)] == [ViTMLP, Scaled]
 
 
 def test_the_models_own_class_comes_back_and_copies_stay_fused() -> None:
     plain, fused = twins()
-    assert type(module_of(fused)).__name__ == "FusedViTMLP"
+    assert type(layer_of(fused)).__name__ == "FusedViTMLP"
     for copied in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
-        assert type(module_of(copied)) is type(module_of(fused))
+        assert type(layer_of(copied)) is type(layer_of(fused))
         assert_equal_steps(plain, copied)
-    assert type(module_of(restore(fused))) is ViTMLP
+    assert type(layer_of(restore(fused))) is ViTMLP
 
 
 def test_adapters_switched_off_or_two_at_once(seen: list[str]) -> None:
@@ -228,7 +227,7 @@ def test_checkpointing_repeats_it(reentrant: bool) -> None:
 
 @pytest.mark.parametrize("make", [_vit, CASES["Phi"].make])
 def test_it_compiles_without_graph_breaks(make: Callable[[], nn.Module]) -> None:
-    mlp = module_of(twins(make)[1])
+    mlp = layer_of(twins(make)[1])
     x = torch.randn(*ROWS, WIDTH)
     compiled: Any = torch.compile(mlp, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), mlp(x))
