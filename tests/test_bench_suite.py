@@ -63,6 +63,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     return done.stdout + done.stderr, path
 
 
+@pytest.mark.full
 def test_rows(ran: tuple[str, Path]) -> None:
     results = load_results(ran[1])
     assert results.kind == "cpu"
@@ -75,6 +76,7 @@ def test_rows(ran: tuple[str, Path]) -> None:
     assert layer.flops == 2 * 8 * (16 * 16 + 2 * 16 * 4) + 2 * 8 * (16 * 16 + 4 * 16 * 4)
 
 
+@pytest.mark.full
 def test_kept_bytes_are_those_of_the_formulas(ran: tuple[str, Path]) -> None:
     _, adapter, memory = load_results(ran[1]).rows
     # z before the activation, and in the eager formula after it too
@@ -86,6 +88,7 @@ def test_kept_bytes_are_those_of_the_formulas(ran: tuple[str, Path]) -> None:
     assert all(memory.peak_bytes[name] >= memory.kept_bytes[name] for name in memory.kept_bytes)
 
 
+@pytest.mark.full
 def test_a_case_that_fails_leaves_the_others(ran: tuple[str, Path]) -> None:
     output, path = ran
     assert "1 failed, 3 passed" in output
@@ -95,6 +98,7 @@ def test_a_case_that_fails_leaves_the_others(ran: tuple[str, Path]) -> None:
     assert "addmm: result 0 differs from the reference by" in failure["error"]
 
 
+@pytest.mark.full
 def test_results_are_named_for_the_device_and_the_day(ran: tuple[str, Path]) -> None:
     content = json.loads(ran[1].read_text())
     assert ran[1].stem.endswith(content["environment"]["date"])

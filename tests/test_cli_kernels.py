@@ -44,6 +44,7 @@ def test_json_is_all_there_is_on_stdout() -> None:
     assert all(row["registers"] > 0 and row["shared_bytes"] > 0 for row in rows)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("one_spec")
 def test_table() -> None:
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["kernels", "--target", "sm_80"])

@@ -285,6 +285,7 @@ def test_every_strategy_has_a_record_without_objects() -> None:
     assert list(ROWS) == [row.name for row in ROWS.values()]
 
 
+@pytest.mark.full
 def test_measured_peak_covers_the_computed_sum_and_a_step_takes_time() -> None:
     """A network of a few megabytes: what is measured can't be less than what is held at the same time."""
     spec = ModelSpec("squeezenet1_1", batch_size=1)

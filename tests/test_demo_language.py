@@ -267,6 +267,7 @@ def test_what_is_printed_and_told(run: LanguageRun) -> None:
     ]
 
 
+@pytest.mark.full
 def test_two_steps_in_bfloat16(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The dtype of most machines; too few steps for a ratio of their seconds."""
     monkeypatch.setattr(smollm2, "check_installed", lambda: None)

@@ -65,6 +65,7 @@ def rest(tmp_path_factory: pytest.TempPathFactory, held: list[int]) -> DemoRun:
         return demo("elpv", folder, "--epochs", "1", "--methods", "full, prompts,adapter")
 
 
+@pytest.mark.full
 def test_chosen_methods_are_reported_in_their_order(rest: DemoRun) -> None:
     assert [m["strategy"] for m in rest.report["methods"]] == list(ADDED)
     assert rest.report["eager_reference"] is None
@@ -75,6 +76,7 @@ def test_chosen_methods_are_reported_in_their_order(rest: DemoRun) -> None:
     }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("strategy", ADDED)
 def test_report_of_a_method(rest: DemoRun, strategy: str) -> None:
     method = rest.method(strategy)
@@ -99,11 +101,13 @@ def test_report_of_a_method(rest: DemoRun, strategy: str) -> None:
         assert method["peak_memory_bytes"] > 2e8
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("strategy", FOLDERS)
 def test_saved_files_make_the_reported_predictions(rest: DemoRun, strategy: str) -> None:
     assert rest.accuracy_of_file(FOLDERS[strategy]) == rest.method(strategy)["accuracy"]
 
 
+@pytest.mark.full
 def test_plot_has_a_labelled_point_for_each(rest: DemoRun) -> None:
     methods = rest.report["methods"]
     (axes,) = accuracy_figure(methods, "cells").axes
@@ -113,6 +117,7 @@ def test_plot_has_a_labelled_point_for_each(rest: DemoRun) -> None:
     assert labels == [m["title"] for m in methods]
 
 
+@pytest.mark.full
 def test_what_is_printed(rest: DemoRun) -> None:
     for method in rest.report["methods"]:
         assert f"{method['trainable_parameters']:,}" in rest.stdout
@@ -125,11 +130,13 @@ def test_what_is_printed(rest: DemoRun) -> None:
     assert "confusion.png, bottleneck/, prompts/ to" in " ".join(rest.stdout.split())
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("rest")
 def test_no_model_outlives_its_method(held: list[int]) -> None:
     assert held == [0] * len(ADDED)
 
 
+@pytest.mark.full
 def test_a_method_alone_gives_the_same_numbers_in_a_folder_of_an_older_run(
     rest: DemoRun, tmp_path: Path
 ) -> None:

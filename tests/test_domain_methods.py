@@ -153,6 +153,7 @@ def moons(angle: float, seed: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(points), torch.from_numpy(labels)
 
 
+@pytest.mark.full
 def test_dann_wins_on_turned_moons() -> None:
     torch.set_num_threads(1)
     pairs = [(moons(0, seed), moons(35, seed + 100)) for seed in range(3)]

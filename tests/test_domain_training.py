@@ -195,6 +195,7 @@ def test_a_run_is_written_whole_and_resumes(how: list[str], domains: list[object
     assert "strength was 1.0, is 0.5 now" in refused.stderr
 
 
+@pytest.mark.full
 def test_two_processes_learn_what_one_does(domains: list[object], tmp_path: Path) -> None:
     arguments = [*domains, *RESNET, *SHORT, "--method", "source_only", "--strategy", "feature_extraction"]
     arguments += ["--precision", "no", "--select", "last", "--output"]
@@ -212,6 +213,7 @@ def test_two_processes_learn_what_one_does(domains: list[object], tmp_path: Path
         torch.testing.assert_close(other[name], one[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.full
 def test_a_target_without_labels_has_no_oracle(domains: list[object], tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()

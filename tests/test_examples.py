@@ -47,6 +47,7 @@ def test_an_example_runs(name: str) -> None:
     assert told[0] == "PEFT"
 
 
+@pytest.mark.full
 def test_the_example_of_trl_runs_and_both_learn_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -102,10 +102,9 @@ def test_merged_weights_are_the_plain_models(runs: Runs, tmp_path: Path) -> None
     assert agreement.same_answers
 
 
+@pytest.mark.full
 # the graph of a ResNet is made in a quarter of the time
-@pytest.mark.parametrize(
-    "name", cases(["lora of resnet18"], ["lora", "prompt", "adapter", "feature_extraction"])
-)
+@pytest.mark.parametrize("name", ["lora of resnet18", "lora", "prompt", "adapter", "feature_extraction"])
 def test_a_program_answers_the_same_for_any_batch(runs: Runs, tmp_path: Path, name: str) -> None:
     agreement = export_run(runs[name], "torch", tmp_path / "model.pt2")
     images, expected = logits_of(runs[name])
@@ -132,7 +131,8 @@ def test_onnx_answers_the_same_for_any_batch(runs: Runs, tmp_path: Path, name: s
     torch.testing.assert_close(torch.from_numpy(answer), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("strategy", cases(["adapter"], ["prompt"]))
+@pytest.mark.full
+@pytest.mark.parametrize("strategy", ["adapter", "prompt"])
 def test_what_plain_weights_can_not_hold_is_refused(runs: Runs, strategy: str) -> None:
     result = invoke("export", runs[strategy], "--format", "state_dict")
     assert result.exit_code == 2
@@ -154,7 +154,7 @@ def test_a_model_that_answers_otherwise_is_not_written(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("format", ["onnx", "torch"])
+@pytest.mark.parametrize("format", cases(["onnx"], ["torch"]))
 def test_a_file_that_the_disk_does_not_take_leaves_the_older_one(
     format: export.Format, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

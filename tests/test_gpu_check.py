@@ -220,6 +220,7 @@ def test_a_process_takes_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found[-1] == {"end": "layers"}
 
 
+@pytest.mark.full
 def test_without_a_card_and_optional_packages(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(without(OPTIONAL))
     path = os.pathsep.join([str(tmp_path), *sys.path])
@@ -234,6 +235,7 @@ def test_without_a_card_and_optional_packages(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.full
 def test_without_triton_the_first_look_says_so(tmp_path: Path) -> None:
     code = f"""
 {without("triton")}

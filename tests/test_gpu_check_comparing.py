@@ -74,6 +74,7 @@ def test_every_path_is_compared(part: Any, card: torch.device, monkeypatch: pyte
         assert {each["what"].split()[0] for each in found if not each["right"]} == {"split"}
 
 
+@pytest.mark.full
 def test_masks_are_those_of_the_interpreter(card: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     call = LayerCall(20, 70, 16, 16, 0.5, "float16")
     with monkeypatch.context() as compiling:

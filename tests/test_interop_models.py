@@ -14,7 +14,6 @@ from transformers import AutoModelForSequenceClassification
 
 import fastlora
 from fastlora.interop._peft_linear import FusedLinear
-from tests.cases import cases
 from tests.interop_processes import MODELS, STEPS, train
 from tests.launching import in_two_processes
 
@@ -64,6 +63,7 @@ def test_a_hugging_face_model_learns_as_with_peft(words: dict[str, Tensor]) -> N
         )
 
 
+@pytest.mark.full
 def test_it_trains_compiled_with_dropout_and_checkpointing(words: dict[str, Tensor]) -> None:
     _, model = minilm(0.1)
     model.train()
@@ -108,7 +108,9 @@ def test_a_gradient_scaler_and_autocast_train_it(words: dict[str, Tensor]) -> No
     assert len(changed) == len(before)
 
 
-@pytest.mark.parametrize("how", cases(["fsdp2"], ["ddp"]))
+# by default test_sharding_quantised shards over two
+@pytest.mark.full
+@pytest.mark.parametrize("how", ["fsdp2", "ddp"])
 def test_two_processes_learn_what_one_does(how: str, tmp_path: Path) -> None:
     in_two_processes("tests.interop_processes", how, str(tmp_path / "found.pt"))
     found = torch.load(tmp_path / "found.pt", weights_only=True)

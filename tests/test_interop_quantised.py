@@ -20,6 +20,7 @@ from transformers.integrations.finegrained_fp8 import FP8Linear
 
 import fastlora
 from fastlora.interop._peft_fused import Fused
+from tests.cases import cases
 from tests.peft_twins import assert_equal_runs, awake
 from tests.quantised import compressed, read
 from tests.quantised_twins import (
@@ -108,7 +109,7 @@ def test_dropout_and_two_adapters(base: str) -> None:
     assert_as_good(run(model, inputs()), run(eager, inputs()), run(exact_model(eager), inputs().double()))
 
 
-@pytest.mark.parametrize("base", ["nf4", "int8", "torchao int8", "torchao float8", "torchao nf4"])
+@pytest.mark.parametrize("base", cases(["nf4", "torchao int8"], ["int8", "torchao float8", "torchao nf4"]))
 def test_compiled_without_a_graph_break(base: str) -> None:
     model = fastlora.accelerate(peft_model(base, torch.float32))
     expected = run(model, inputs())

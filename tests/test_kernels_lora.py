@@ -23,10 +23,9 @@ from tests.cases import cases
 from tests.kernel_harness import Harness, assert_exact
 from tests.lora_yardstick import unpack_mask
 
-# every axis at 1, around the tile of 32, odd, and several tiles, the others staying ragged
+# every axis at 1, around the tile of 32, odd, and several tiles: several at once, and then the others ragged
 BASE = Shape(m=33, n=37, k=41, r=5)
-AXES = {"m": (1, 32, 77), "n": (1, 77), "k": (1, 64), "r": (1, 17, 64)}
-MORE_AXES = {"m": (31,), "n": (31, 32), "k": (31, 77), "r": (16, 33)}
+AXES = {"m": (1, 31, 32, 77), "n": (1, 31, 32, 77), "k": (1, 31, 64, 77), "r": (1, 16, 17, 33, 64)}
 
 
 def along(axes: dict[str, tuple[int, ...]]) -> list[Shape]:
@@ -34,7 +33,8 @@ def along(axes: dict[str, tuple[int, ...]]) -> list[Shape]:
     return [Shape(**(asdict(BASE) | {axis: size})) for axis in axes for size in axes[axis]]
 
 
-QUICK_SHAPES, MORE_SHAPES = [BASE, *along(AXES)], along(MORE_AXES)
+QUICK_SHAPES = [BASE, Shape(m=1, n=77, k=64, r=17), Shape(m=77, n=1, k=1, r=64), Shape(m=32, n=32, k=77, r=1)]
+MORE_SHAPES = along(AXES)
 SHAPES = cases(QUICK_SHAPES, MORE_SHAPES)
 
 

@@ -55,7 +55,7 @@ def test_it_multiplies_by_the_bits_of_the_dense_weight(
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
-@pytest.mark.parametrize("card", ["A100", "H100", "MI300X"])
+@pytest.mark.parametrize("card", cases(["H100"], ["A100", "MI300X"]))
 @pytest.mark.parametrize(("m", "n", "k", "r"), [(1, 33, 64, 3), (16, 32, 256, 16), (70, 80, 192, 40)])
 def test_as_exact_as_torch(harness: Harness, m: int, n: int, k: int, r: int, card: str, nested: bool) -> None:
     """Every tile; y from S as it is stored, in x's dtype. Only nested factors come with a bias."""
@@ -97,7 +97,7 @@ def _fill_y(
 @pytest.mark.parametrize("card", cases(["H100"], ["A100", "unknown"]))
 @pytest.mark.parametrize(
     ("m", "n", "k", "r"),
-    cases([(1, 33, 67, 3), (70, 80, 192, 40), (16, 31, 129, 16)], [(65, 130, 64, 64), (17, 1, 1, 1)]),
+    cases([(1, 33, 67, 3), (70, 80, 192, 40)], [(16, 31, 129, 16), (65, 130, 64, 64), (17, 1, 1, 1)]),
 )
 def test_eight_bits_are_as_exact_as_torch(
     harness: Harness, m: int, n: int, k: int, r: int, card: str, is_float: bool, of_rows: bool

@@ -63,9 +63,10 @@ def decoding(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes_filled(monkeypatch, decode_triton, "_four_bits", "_eight_bits")
 
 
-@pytest.mark.parametrize(("quant_type", "blocksize", "nested"), [
-    ("nf4", 64, True), ("nf4", 128, False), ("fp4", 64, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("quant_type", "blocksize", "nested"),
+    cases([("nf4", 64, True)], [("nf4", 128, False), ("fp4", 64, True)]),
+)
 def test_a_call_that_decodes_errs_no_more_than_eager(
     quant_type: str, blocksize: int, nested: bool, dtype: torch.dtype, kernel_device: torch.device,
     decoding: list[tuple[int, ...]], launches: list[tuple[int, ...]],

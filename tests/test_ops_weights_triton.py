@@ -1,6 +1,7 @@
 """Quantised weights by the kernels, in the interpreter or on a GPU: values, and whole calls of LoRA's op."""
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -44,6 +45,14 @@ def eight_bit(
     return ScaledWeight(stored.to(device), scales.to(device), block, **more)
 
 
+# a size of which blocks make whole rows and one of which they don't, and how the weight is stored
+STORED = [(64, "nf4", True), (33, "fp4", False)]
+# how many parts the workspace asks for, nested statistics, dropout, path
+CALLS: list[tuple[int, bool, float, Path]] = [
+    (1, False, 0.0, "split"), (8, True, 0.3, "split"),
+    (1, True, 0.3, "epilogue"), (8, False, 0.0, "epilogue"),
+]  # fmt: skip
+PATHS: tuple[Path, ...] = ("split", "epilogue")
 EIGHT_BIT: dict[str, Callable[[torch.device], ScaledWeight]] = {
     "LLM.int8": lambda device: eight_bit(device, torch.int8, (132, 1), (1, 300), unit=1 / 127),
     "int8": lambda device: eight_bit(device, torch.int8, (1, 1), (132, 300)),
@@ -60,9 +69,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize("k", [64, 33])
+@pytest.mark.parametrize(
+    ("k", "quant_type", "nested"),
+    cases(STORED, [each for each in product((64, 33), ("nf4", "fp4"), (True, False)) if each not in STORED]),
+)
 def test_values_are_bitsandbytes_own(
     k: int, quant_type: str, nested: bool, dtype: torch.dtype,
     kernel_device: torch.device, launches: list[tuple[int, ...]],
@@ -78,7 +88,7 @@ def test_values_are_bitsandbytes_own(
     assert (35, k) in launches
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", cases(DTYPES[-1:], DTYPES[:-1]), ids=str)
 @pytest.mark.parametrize("kind", EIGHT_BIT)
 def test_values_of_eight_bits_are_the_same_bits(
     kind: str, dtype: torch.dtype, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
@@ -93,10 +103,13 @@ def test_values_of_eight_bits_are_the_same_bits(
     assert launches == [(132, 300), (4, 300), (128, 300)]
 
 
-@pytest.mark.parametrize("path", ["split", "epilogue"])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
-@pytest.mark.parametrize("parts", cases([1, 8], [3, 12]))
+@pytest.mark.parametrize(
+    ("parts", "nested", "dropout", "path"),
+    cases(
+        CALLS,
+        [call for call in product((1, 3, 8, 12), (True, False), (0.0, 0.3), PATHS) if call not in CALLS],
+    ),
+)
 def test_a_call_errs_no_more_than_eager(
     parts: int, nested: bool, dropout: float, path: Path, dtype: torch.dtype, kernel_device: torch.device,
     launches: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch,

@@ -16,6 +16,7 @@ from tests.launching import in_two_processes
 from tests.tensor_parallel_processes import make, train
 
 
+@pytest.mark.full
 def test_two_processes_compute_and_learn_what_one_does(tmp_path: Path) -> None:
     in_two_processes("tests.tensor_parallel_processes", str(tmp_path))
     model = make()

@@ -73,7 +73,6 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], P
     return launched
 
 
-# by default test_domain_training runs DDP
 @pytest.mark.parametrize(
     ("launcher", "sharding"), cases([("torchrun", "fsdp2")], [("torchrun", "ddp"), ("accelerate", "fsdp2")])
 )

@@ -12,7 +12,6 @@ import torch
 
 from fastlora.transfer.training import Trainer
 from fastlora.transfer.training.checkpoint import Checkpoints
-from tests.cases import cases
 from tests.training_runs import RUNS, make_net, make_trainer, pictures, run
 
 ROOT = Path(__file__).parents[1]
@@ -49,8 +48,9 @@ def logged_steps(output: Path) -> list[str]:
     return (output / "steps.csv").read_text().splitlines()
 
 
-# test_domain_training resumes a run of two domains
-@pytest.mark.parametrize("name", cases(["unfreezing"], [name for name in RUNS if name != "unfreezing"]))
+# by default reported/test_runs_stopped stops a run, and test_domain_training resumes one of two domains
+@pytest.mark.full
+@pytest.mark.parametrize("name", RUNS)
 def test_a_run_killed_at_any_step_ends_as_if_it_had_not_been(name: str, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "tests.training_runs", name, str(tmp_path)], cwd=ROOT, check=True)
     whole, steps = final_state(tmp_path / "whole"), logged_steps(tmp_path / "whole")

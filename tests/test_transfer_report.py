@@ -22,6 +22,7 @@ from fastlora.transfer.metrics import (
     confusion_matrix,
 )
 from fastlora.transfer.plots import accuracy_figure, draw_accuracies, draw_confusions, draw_curves
+from tests.cases import cases
 
 
 def test_scores_against_their_definitions() -> None:
@@ -128,8 +129,7 @@ def test_standard_error_is_that_of_draws() -> None:
     assert accuracy_standard_error(confusion) == pytest.approx(spread, rel=0.02)
 
 
-@pytest.mark.parametrize("classes", [2, 10])
-@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize(("count", "classes"), cases([(1, 2), (5, 10)], [(1, 10), (5, 2)]))
 def test_every_method_is_drawn(count: int, classes: int) -> None:
     methods = [method(f"Method {n}", 10 ** (n + 1), 200 + n, classes=classes) for n in range(count)]
     names = [str(label) for label in range(classes)]

@@ -159,5 +159,6 @@ def test_no_file_is_no_warning(recwarn: pytest.WarningsRecorder) -> None:
     assert not recwarn.list
 
 
+@pytest.mark.full
 def test_two_processes_take_what_the_first_has() -> None:
     in_two_processes("tests.tuning_processes")

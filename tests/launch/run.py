@@ -13,13 +13,14 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from fastlora.ops.prepared import Memory
 from tests.launch.calls import Case, lora
 from tests.launch.cards import CARDS
-from tests.launch.launched import FEW, SUITES
+from tests.launch.launched import SUITES, few
 from tests.launch.library import Library
 from tests.launch.refusals import refusals
 from tests.launch.stage import Stage
@@ -123,7 +124,7 @@ def rehearse(target: str, suite: str, cache: Path) -> dict[str, Any]:
     stage.install()
     rehearsal = Rehearsal(stage)
     compiled = recompilations(rehearsal)
-    for case in (case for cases in (FEW if suite == "few" else SUITES) for case in cases()):
+    for case in few() if suite == "few" else chain.from_iterable(cases() for cases in SUITES):
         if case.quick or suite == "full":
             rehearsal.run(case)
     call = lora(256, 640, 640, p=0.1, backend="triton")

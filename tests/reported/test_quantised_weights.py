@@ -92,6 +92,7 @@ print(hashlib.sha256(dense.numpy().tobytes()).hexdigest())
 """
 
 
+@pytest.mark.full
 def test_a_folder_called_kernels_changes_no_value(tmp_path: Path) -> None:
     """bitsandbytes takes ours for Hugging Face's package of that name, and logs that it lacks something."""
     for name, folder in (("fastlora", ROOT), ("tests", ROOT), ("fastlora_kernels", ROOT / "kernels")):
