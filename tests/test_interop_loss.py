@@ -2,91 +2,32 @@
 
 import copy
 import inspect
-import logging
-import pickle
-import weakref
-from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import fastlora
 from fastlora.bench.turns import peak_bytes
-from fastlora.interop._chunked_loss import ChunkedLoss, _tell_at_once
 from fastlora.interop._lazy_logits import LazyLogits
-from fastlora.interop.peft import restore
 from tests import hf_models
 from tests.cases import cases
+from tests.chunked_models import (
+    CLASSES,
+    HEADS,
+    IDS,
+    LABELS,
+    Small,
+    assert_its_own_step,
+    chunked,
+    made,
+    step,
+    with_lora,
+)
 from tests.quantised import four_bit
-
-CLASSES = hf_models.SIZES["vocab_size"]
-IDS = torch.randint(3, CLASSES, (2, 16), generator=torch.Generator().manual_seed(0))
-# a prompt, and what pads the second text, don't count
-LABELS = torch.where(torch.tensor([[False] * 5 + [True] * 11, [True] * 9 + [False] * 7]), IDS, -100)
-
-
-def made(family: str = "Llama", **options: Any) -> Any:
-    """A tiny model that trains whole, its head's logits far from equal."""
-    if family == "GPT2":
-        model = hf_models.gpt2().apply(_without_dropout)
-    else:
-        config = getattr(transformers, f"{family.removesuffix('Model')}Config")
-        sizes = hf_models.SIZES | {"num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 1} | options
-        kind = "Gemma3ForCausalLM" if family == "Gemma3Text" else f"{family}ForCausalLM"
-        model = hf_models._made(kind, config(**sizes, eos_token_id=2))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1 if parameter.dim() == 1 else 3)
-    return model.train()
-
-
-def _without_dropout(module: nn.Module) -> None:
-    if isinstance(module, nn.Dropout):
-        module.p = 0.0
-
-
-def with_lora(model: Any, **settings: Any) -> Any:
-    """A PEFT model around it, whose update is not zero."""
-    defaults: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
-    torch.manual_seed(0)
-    config = peft.LoraConfig(**defaults | settings, task_type="CAUSAL_LM")
-    return peft.get_peft_model(model, config).train()
-
-
-def chunked(model: Any) -> Any:
-    """Its accelerated copy."""
-    return fastlora.accelerate(copy.deepcopy(model), loss="chunked")
-
-
-def step(model: Any, called: Any = None, **given: Any) -> dict[str, Tensor]:
-    """Loss and gradients, by parameter."""
-    model.zero_grad()
-    out = (called or model)(input_ids=IDS, **{"labels": LABELS} | given)
-    out.loss.backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": out.loss.detach(), **found}
-
-
-def assert_its_own_step(plain: Any, found: dict[str, Tensor], exact: Any = None, **given: Any) -> None:
-    """No further from the step in float64 than the model's own in its dtype, and a rounding of a sum."""
-    own = step(plain, **given)
-    exact = exact or step(copy.deepcopy(plain).double(), **given)
-    assert own.keys() == found.keys()
-    for name, truth in exact.items():
-        error, allowed = (float((each[name] - truth).norm()) for each in (found, own))
-        rounding = torch.finfo(torch.float32).eps / 2 * CLASSES**0.5 * float(truth.norm())
-        assert error <= allowed + rounding, f"{name}: error {error:.1e}, the model's own {allowed:.1e}"
-        assert found[name].dtype == own[name].dtype, name
-
 
 FAMILIES = cases(
     ["Llama", "Gemma2", "Cohere", "GPT2"],
@@ -101,14 +42,6 @@ def test_a_step_of_the_whole_model_is_its_own(family: str) -> None:
     accelerated = chunked(model)
     assert_its_own_step(model, step(accelerated))
     assert isinstance(accelerated(input_ids=IDS, labels=LABELS).logits, LazyLogits)
-
-
-HEADS: dict[str, dict[str, Any]] = {
-    "frozen": {},
-    "LoRA": {"target_modules": ["q_proj", "lm_head"]},
-    "DoRA": {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
-    "trained": {"modules_to_save": ["lm_head"]},
-}
 
 
 @pytest.mark.parametrize(
@@ -152,19 +85,6 @@ def test_labels_may_be_shifted_already() -> None:
     assert_its_own_step(model, step(chunked(model), **given), **given)
 
 
-def test_with_checkpointing_and_both_accelerated() -> None:
-    plain = with_lora(made())
-    accelerated = chunked(plain)
-    accelerated.gradient_checkpointing_enable()
-    accelerated.enable_input_require_grads()
-    found = step(accelerated)
-    trained = {"loss", *(name for name, each in plain.named_parameters() if each.requires_grad)}
-    assert_its_own_step(plain, {name: found[name] for name in trained})
-    with plain.disable_adapter(), accelerated.disable_adapter(), torch.no_grad():
-        losses = [model(input_ids=IDS, labels=LABELS).loss for model in (plain, accelerated)]
-    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
-
-
 def test_a_quantised_head() -> None:
     pytest.importorskip("bitsandbytes")
     model = made().requires_grad_(False)
@@ -197,65 +117,6 @@ def test_it_takes_an_eighth_of_the_memory() -> None:
     assert loss_alone(chunked(model)) <= loss_alone(model) / 8
 
 
-def test_logits_that_the_loss_has_taken_are_spent() -> None:
-    """They can be looked at and handed on; who reads them is told what to do, and nothing is kept for it."""
-    model = made("Cohere")
-    expected = model(input_ids=IDS).logits
-    out = chunked(model)(input_ids=IDS, labels=LABELS)
-    # as accelerate and FSDP hand outputs on, and DDP
-    handed = [out.logits.float(), out.logits.to("cpu"), out.logits.clone(), out.logits.detach()]
-    for logits in (out.logits, *handed):
-        assert (logits.shape, logits.dtype, logits.device) == (expected.shape, torch.float32, expected.device)
-        assert not logits.requires_grad
-        assert "shape=(2, 16, 60)" in repr(logits)
-        for read in (torch.argmax, torch.Tensor.tolist, pickle.dumps, lambda logits: logits * 2):
-            with pytest.raises(RuntimeError, match=r"call it under torch.no_grad\(\) or without labels"):
-                read(logits)
-    with pytest.raises(RuntimeError, match="never has all"), torch._C.DisableTorchFunctionSubclass():
-        out.logits * 1
-    assert out.logits.bfloat16().dtype == torch.bfloat16
-    hidden = weakref.ref(out.logits._call)
-    assert out.logits._call.hidden is None
-    del out, logits, handed
-    assert hidden() is None
-
-
-@pytest.mark.parametrize("without", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_what_forward_itself_reads_is_the_models(without: Any, after: bool) -> None:
-    """Before the loss or after it, with or without gradients; outputs have what was read."""
-    model = Small(made().config)
-    guesses = []
-
-    def look(logits: Tensor) -> Tensor:
-        with without():
-            guesses.append(logits.argmax(-1))
-        return logits
-
-    setattr(model, "look" if after else "change", look)
-    accelerated = chunked(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        outputs = [each(input_ids=IDS, labels=LABELS) for each in (model, accelerated)]
-    assert torch.equal(*guesses)
-    assert type(outputs[1].logits) is Tensor
-    assert torch.equal(outputs[0].logits, outputs[1].logits)
-    for each, out in zip((model, accelerated), outputs, strict=True):
-        each.zero_grad()
-        (out.loss + out.logits.float().logsumexp(-1).sum()).backward()
-    torch.testing.assert_close(
-        accelerated.lm_head.weight.grad, model.lm_head.weight.grad, rtol=0.02, atol=0.02
-    )
-
-
-def test_logits_that_no_loss_takes_are_the_models() -> None:
-    model = Small(made().config)
-    model.takes_loss = False
-    found, own = (each(input_ids=IDS, labels=LABELS).logits for each in (chunked(model), model))
-    assert type(found) is Tensor
-    assert found.requires_grad
-    assert torch.equal(found, own)
-
-
 def test_labels_by_position_and_a_tuple() -> None:
     model = made()
     at = list(inspect.signature(model.forward).parameters).index("labels")
@@ -266,157 +127,11 @@ def test_labels_by_position_and_a_tuple() -> None:
     assert isinstance(logits, LazyLogits)
 
 
-def test_evaluation_and_generation_are_the_models(caplog: pytest.LogCaptureFixture) -> None:
-    plain = with_lora(made())
-    accelerated = chunked(plain)
-    for model in (plain, accelerated):
-        model.eval()
-    assert type(accelerated(input_ids=IDS).logits) is Tensor
-    tokens = [
-        model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False) for model in (plain, accelerated)
-    ]
-    assert torch.equal(*tokens)
-    for without_gradients in (torch.no_grad, torch.inference_mode):
-        with without_gradients():
-            found, expected = (model(input_ids=IDS, labels=LABELS) for model in (accelerated, plain))
-            torch.testing.assert_close(found.loss, expected.loss, rtol=1e-6, atol=0)
-            assert type(found.logits) is Tensor
-            assert torch.equal(found.logits, expected.logits)
-    assert not caplog.records
-
-
 def test_a_failed_call_leaves_the_head_as_it_was() -> None:
     accelerated = chunked(made())
     with pytest.raises(ValueError, match="batch_size"):
         accelerated(input_ids=IDS, labels=LABELS, logits_to_keep=3)
     assert "forward" not in vars(accelerated.lm_head)
-
-
-def test_the_models_own_class_comes_back() -> None:
-    plain = with_lora(made())
-    accelerated = chunked(plain)
-    inside, own = accelerated.get_base_model(), type(plain.get_base_model())
-    assert isinstance(inside, ChunkedLoss)
-    assert (type(inside).__name__, type(inside).__module__) == (own.__name__, own.__module__)
-    assert inspect.signature(inside.forward) == inspect.signature(plain.get_base_model().forward)
-    copied = pickle.loads(pickle.dumps(copy.deepcopy(inside)))
-    assert isinstance(copied, ChunkedLoss)
-    kept = inside.forward
-    for undo in (restore, fastlora.accelerate):
-        fastlora.accelerate(accelerated, loss="chunked")
-        fastlora.accelerate(accelerated, loss="chunked")
-        undo(accelerated)
-        assert type(inside) is own
-        assert type(accelerated(input_ids=IDS, labels=LABELS).logits) is Tensor
-        assert type(kept(input_ids=IDS, labels=LABELS).logits) is Tensor
-        assert_its_own_step(plain, step(accelerated))
-
-
-def test_a_merged_model_is_saved_by_its_own_name(tmp_path: Path) -> None:
-    merged = chunked(with_lora(made())).merge_and_unload()
-    merged.save_pretrained(tmp_path)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(loaded).__name__ == "LlamaForCausalLM"
-    assert torch.equal(loaded(input_ids=IDS).logits, merged.eval()(input_ids=IDS).logits)
-
-
-def _best(given: Any) -> dict[str, Any]:
-    return {"best": given.predictions.argmax(-1).tolist()}
-
-
-def _trainer(model: Any, folder: Path, **options: Any) -> Any:
-    rows = [{"input_ids": ids, "labels": wanted} for ids, wanted in zip(IDS, LABELS, strict=True)] * 4
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        max_steps=1,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        **options,
-    )
-    return transformers.Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        eval_dataset=rows,
-        compute_metrics=_best,
-    )
-
-
-def test_the_trainer_counts_items_and_evaluates(tmp_path: Path) -> None:
-    found = []
-    plain = with_lora(made())
-    for model in (plain, chunked(plain)):
-        trainer = _trainer(model, tmp_path)
-        assert trainer.model_accepts_loss_kwargs
-        before = trainer.evaluate()
-        loss = trainer.train().training_loss
-        learnt = {n: p for n, p in model.named_parameters() if "lora" in n}
-        found.append({"loss": torch.tensor(loss), "before": torch.tensor(before["eval_loss"]), **learnt})
-        found[-1]["best"] = torch.tensor(before["eval_best"])
-    for name, expected in found[0].items():
-        torch.testing.assert_close(found[1][name], expected, rtol=1e-4, atol=1e-6)
-
-
-def test_mixed_precision_by_accelerate_reads_no_logits(tmp_path: Path) -> None:
-    """It casts all outputs to float32."""
-    trainer = _trainer(chunked(with_lora(made())), tmp_path, bf16=True)
-    trainer.train()
-    batch = {"input_ids": IDS, "labels": LABELS}
-    logits = trainer.model_wrapped.train()(**batch).logits
-    assert (type(logits), logits.dtype) == (LazyLogits, torch.float32)
-
-
-@pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize("settings", [{"find_unused_parameters": True}, {"static_graph": True}])
-def test_under_ddp(settings: dict[str, Any]) -> None:
-    plain = with_lora(made(tie_word_embeddings=True), **HEADS["LoRA"])
-    accelerated = chunked(plain)
-    called = nn.parallel.DistributedDataParallel(accelerated, **settings)
-    assert_its_own_step(plain, step(accelerated, called))
-    assert isinstance(called(input_ids=IDS, labels=LABELS).logits, LazyLogits)
-
-
-@pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize("head_apart", [False, True])
-def test_under_fsdp(head_apart: bool, caplog: pytest.LogCaptureFixture) -> None:
-    """A head that is sharded by itself can't be called by rows: the model computes its loss, and says so."""
-    plain = with_lora(made(), **HEADS["LoRA"])
-    accelerated = chunked(plain)
-    inside = accelerated.get_base_model()
-    for part in [*inside.model.layers, *([inside.lm_head] if head_apart else [])]:
-        fully_shard(part, mesh=init_device_mesh("cpu", (1,)))
-    fully_shard(accelerated, mesh=init_device_mesh("cpu", (1,)))
-    _tell_at_once.cache_clear()
-    with caplog.at_level(logging.WARNING, "fastlora"):
-        found = step(accelerated)
-    assert ("its head is sharded" in caplog.text) == head_apart
-    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in found.items()}
-    assert_its_own_step(plain, whole)
-
-
-@pytest.mark.usefixtures("one_process")
-def test_under_the_first_fsdp(caplog: pytest.LogCaptureFixture) -> None:
-    """PEFT's policy wraps each layer of LoRA by itself."""
-    plain = with_lora(made(), **HEADS["LoRA"])
-    accelerated = chunked(plain)
-    head = accelerated.get_base_model().lm_head
-    options: dict[str, Any] = {"use_orig_params": True, "device_id": torch.device("cpu")}
-    for layers in (head.lora_A, head.lora_B):
-        layers["default"] = FullyShardedDataParallel(layers["default"], **options)
-    called = FullyShardedDataParallel(accelerated, **options)
-    _tell_at_once.cache_clear()
-    with caplog.at_level(logging.WARNING, "fastlora"):
-        found = {name.replace("_fsdp_wrapped_module.", ""): each for name, each in step(called).items()}
-    assert "its head is sharded" in caplog.text
-    assert_its_own_step(plain, found)
-
-
-def test_replicas_of_data_parallel_give_what_it_gathers() -> None:
-    replica = chunked(made())._replicate_for_data_parallel()
-    assert type(replica(input_ids=IDS, labels=LABELS).logits) is Tensor
 
 
 def _masked() -> Any:
@@ -455,66 +170,6 @@ def test_what_it_does_not_know_is_refused(make: Any, reason: str) -> None:
         fastlora.accelerate(model, loss="whole")  # type: ignore[arg-type]
 
 
-class Small(transformers.LlamaForCausalLM):  # type: ignore[no-untyped-call]
-    """Embeddings and a head, and what it does to logits between it and the loss."""
-
-    change = look = staticmethod(lambda logits: logits)
-    takes_loss = True
-
-    def forward(self, input_ids: Any = None, labels: Any = None, **given: Any) -> Any:
-        logits = self.lm_head(self.model.embed_tokens(input_ids))
-        logits, loss = self.change(logits), None
-        if self.takes_loss:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        logits = self.look(logits)
-        return transformers.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
-
-
-def _centred(logits: Tensor) -> Tensor:
-    return logits - logits.mean(-1, keepdim=True)
-
-
-def _in_place(logits: Tensor) -> Tensor:
-    logits.mul_(0.5)
-    return logits.float()
-
-
-def _half_in_place(logits: Tensor) -> Tensor:
-    logits *= 0.5
-    return logits
-
-
-def _by_a_tensor(logits: Tensor) -> Tensor:
-    return logits * torch.linspace(0.5, 1, CLASSES)
-
-
-@pytest.mark.parametrize("change", [_centred, _in_place, _half_in_place, _by_a_tensor])
-def test_a_model_that_reads_its_logits_first_keeps_its_loss_and_says_so(
-    change: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = Small(made().config)
-    model.change = change
-    accelerated = chunked(model)
-    _tell_at_once.cache_clear()
-    with caplog.at_level(logging.WARNING, "fastlora"):
-        found = [step(accelerated), step(accelerated)]
-    for each in found:
-        assert_its_own_step(model, each)
-    assert len(caplog.records) == 1
-    assert "Small has its logits at once" in caplog.text
-
-
-def test_hooks_of_the_head_see_its_logits() -> None:
-    plain = with_lora(made(), **HEADS["LoRA"])
-    accelerated = chunked(plain)
-    for model in (plain, accelerated):
-        model.get_base_model().lm_head.lora_A["default"].register_forward_hook(
-            lambda part, given, out: 2 * out
-        )
-        model.get_base_model().lm_head.register_forward_hook(lambda head, given, out: out.softmax(-1))
-    assert_its_own_step(plain, step(accelerated))
-
-
 @pytest.mark.parametrize("head", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head"]}])
 def test_hooks_of_parameters_see_one_gradient(head: dict[str, Any]) -> None:
     plain = with_lora(made(), **head)
@@ -527,14 +182,6 @@ def test_hooks_of_parameters_see_one_gradient(head: dict[str, Any]) -> None:
     assert any("lm_head" in name for name in expected)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient)
-
-
-def test_a_head_that_moves_its_input_to_another_device() -> None:
-    model = Small(made().config)
-    own = model.lm_head.to("meta").forward
-    model.lm_head.forward = lambda hidden: own(hidden.to("meta"))
-    out = chunked(model)(input_ids=IDS, labels=LABELS)
-    assert out.loss.device.type == out.logits.device.type == "meta"
 
 
 class Static(Small):  # type: ignore[no-untyped-call]
@@ -552,26 +199,3 @@ def test_a_class_that_names_its_loss() -> None:
     out = accelerated(input_ids=IDS, labels=LABELS)
     assert out.loss == 0
     assert type(out.logits) is Tensor
-
-
-def test_within_a_checkpoint_of_the_caller() -> None:
-    model = made()
-
-    def called(input_ids: Tensor, labels: Tensor) -> Any:
-        loss = checkpoint(
-            lambda ids: accelerated(input_ids=ids, labels=labels).loss, input_ids, use_reentrant=False
-        )
-        return transformers.modeling_outputs.CausalLMOutput(loss=loss)
-
-    accelerated = chunked(model)
-    assert_its_own_step(model, step(accelerated, called))
-
-
-def test_in_a_compiled_graph_the_loss_is_the_models() -> None:
-    model = Small(made().config)
-    # of a class that transformers does not know
-    model.loss_type = "ForCausalLM"
-    compiled: Any = torch.compile(chunked(model), backend="eager", fullgraph=True)
-    found = step(compiled)
-    assert_its_own_step(model, {name.removeprefix("_orig_mod."): grad for name, grad in found.items()})
-    assert type(compiled(input_ids=IDS, labels=LABELS).logits) is Tensor
