@@ -1,4 +1,4 @@
-"""Layers that are computed together where models live: checkpointed, compiled, copied, sharded."""
+"""Layers that are computed together where models live: generating, compiled, copied, threaded, sharded."""
 
 import copy
 import pickle
@@ -10,20 +10,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.multiprocessing.spawn import spawn
-from torch.utils.checkpoint import checkpoint
 
-import fastlora
 from fastlora.together import state
 from tests import sibling_models
 from tests.cases import cases
 from tests.sibling_models import (
     WORDS,
-    Attention,
     an_input,
     apart,
     assert_as_apart,
@@ -42,76 +39,6 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sibling_models, "way", request.param)
 
 
-class Checkpointed(nn.Module):
-    """Calls a module under a checkpoint."""
-
-    def __init__(self, module: nn.Module, **options: Any) -> None:
-        super().__init__()
-        self.module, self.options = module, options
-
-    def forward(self, x: Tensor) -> Any:
-        """As the module."""
-        return checkpoint(self.module, x, **self.options)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"use_reentrant": True}, {"use_reentrant": False}, {"use_reentrant": False, "early_stop": False}],
-)
-def test_checkpoints_repeat_what_was_computed(options: dict[str, Any]) -> None:
-    module = attention(dropout=0.2)
-    with apart():
-        expected = run(module)
-    with groups() as seen:
-        found = run(Checkpointed(module, **options))
-    assert_as_apart({name.removeprefix("module."): each for name, each in found.items()}, expected)
-    assert set(seen) == {3}
-
-
-@pytest.mark.parametrize("trains", [True, False])
-def test_kernels_compute_alike_what_a_checkpoint_repeats(trains: bool, kernel_device: torch.device) -> None:
-    """The first pass has no gradients, and no x that says whether one will be wanted."""
-    pytest.importorskip("triton", reason="kernels need Triton")
-    module = attention().to(kernel_device).train(trains)
-    x = an_input().detach().to(kernel_device).requires_grad_()
-    with fastlora.use_backend("triton"), groups() as seen:
-        expected = module(x * 1)
-        y = checkpoint(lambda x: module(x * 1), x, use_reentrant=True)
-        y.sum().backward()
-    assert torch.equal(y, expected)
-    assert seen == ([3, 3, 3] if trains else [])
-
-
-class WithDropoutBetween(Attention):
-    """Draws random numbers between the calls."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., 64]`` to the same."""
-        q = nn.functional.dropout(self.q(x), 0.5)
-        mixed: Tensor = self.o(q * self.k(x) + self.v(x))
-        return mixed
-
-
-@pytest.mark.parametrize("first", [0.0, 0.2])
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpoints_repeat_what_is_drawn_between_calls(reentrant: bool, first: float) -> None:
-    module = attention(WithDropoutBetween(), dropout=0.2)
-    sibling_models.way.set_dropout(module.q, first)
-    expected = run(module)
-    found = run(Checkpointed(module, use_reentrant=reentrant))
-    assert_as_apart({name.removeprefix("module."): each for name, each in found.items()}, expected)
-
-
-def test_masks_are_drawn_at_once_whatever_wants_a_gradient() -> None:
-    module, x, found = attention(WithDropoutBetween(), dropout=0.2), an_input(), list[Tensor]()
-    for enabled, given in ((True, x), (True, x.detach()), (False, x)):
-        torch.manual_seed(1)
-        with torch.set_grad_enabled(enabled):
-            found.append(module(given * 1))
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
-
-
 def test_an_inference_tensor_that_changes_counts() -> None:
     module = attention(dropout=0.5)
     with torch.inference_mode(), groups() as seen:
@@ -127,51 +54,6 @@ def test_another_stream_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: next(streams))
     first, same, other = (state.of_call(stand_in) for _ in range(3))
     assert first == same != other
-
-
-def test_a_checkpoint_of_every_layer_repeats_what_was_computed() -> None:
-    module = attention(dropout=0.2)
-    with apart():
-        expected = run(module)
-    for layer in (module.q, module.k, module.v):
-        layer.forward = checkpointed(layer)
-    with groups() as seen:
-        assert_as_apart(run(module), expected)
-    assert not seen
-
-
-def checkpointed(layer: Any) -> Any:
-    """The layer's forward under a checkpoint."""
-    return lambda x: checkpoint(type(layer).forward, layer, x, use_reentrant=False)
-
-
-def test_a_checkpoint_of_a_call_between_the_others_repeats_what_was_computed() -> None:
-    module = attention()
-
-    def forward(x: Tensor) -> Tensor:
-        query: Tensor = module.q(x)
-        key: Tensor = checkpoint(lambda x: module.k(x), x, use_reentrant=False)
-        mixed: Tensor = module.o(query * key + module.v(x))
-        return mixed
-
-    module.forward = forward
-    with apart():
-        expected = run(module)
-    with groups() as seen:
-        assert_as_apart(run(module), expected)
-    assert seen == [3]
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_a_checkpointed_model_takes_the_steps_of_one_apart(reentrant: bool) -> None:
-    model, batch = family("Qwen2", dropout=0.1)
-    model.enable_input_require_grads()
-    with apart():
-        expected = step(model, batch)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    with groups() as seen:
-        assert_as_apart(step(model, batch), expected)
-    assert seen.count(3) == 4
 
 
 def test_it_generates_the_same_words() -> None:
