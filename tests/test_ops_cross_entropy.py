@@ -1,12 +1,10 @@
 """The chunked loss of language models: the numbers of all logits at once, an eighth of their memory."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from fastlora import reference, use_backend
@@ -14,18 +12,7 @@ from fastlora.bench.turns import peak_bytes
 from fastlora.functional import chunked_cross_entropy, lora_linear
 from tests.cases import cases
 from tests.exactness import assert_as_exact
-
-ROWS, HIDDEN, CLASSES = (3, 11), 16, 50
-# a head of its parameters
-Head = Callable[[Tensor, list[Tensor]], Tensor]
-
-
-def _linear(rows: Tensor, parameters: list[Tensor]) -> Tensor:
-    return F.linear(rows, *parameters)
-
-
-def _capped(rows: Tensor, parameters: list[Tensor]) -> Tensor:
-    return 3 * torch.tanh(F.linear(rows, *parameters) / 3)
+from tests.loss_yardstick import CLASSES, ROWS, capped, eager, labels, linear, numbers, step
 
 
 def _upcast(rows: Tensor, parameters: list[Tensor]) -> Tensor:
@@ -42,51 +29,10 @@ def _fused_lora(rows: Tensor, parameters: list[Tensor]) -> Tensor:
     return lora_linear(rows, *parameters, scaling=0.5)
 
 
-def eager(hidden: Tensor, labels: Tensor, head: Any, *, num_items: Any = None) -> Tensor:
-    """All logits at once, as transformers does it."""
-    logits, wanted = head(hidden.flatten(0, -2)), labels.flatten()
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if num_items is None:
-        return F.cross_entropy(logits, wanted)
-    total: Tensor = F.cross_entropy(logits, wanted, reduction="sum") / num_items
-    return total
-
-
-SHAPES = {"linear": ((CLASSES, HIDDEN),), "bias": ((CLASSES, HIDDEN), (CLASSES,))}
-SHAPES["lora"] = (*SHAPES["bias"], (4, HIDDEN), (CLASSES, 4))
-
-
-def numbers(shapes: str, dtype: torch.dtype) -> list[Tensor]:
-    """Hidden states and the head's parameters."""
-    generator = torch.Generator().manual_seed(0)
-    made = [torch.randn(shape, generator=generator) for shape in ((*ROWS, HIDDEN), *SHAPES[shapes])]
-    return [(each if index == 0 else each / 2).to(dtype) for index, each in enumerate(made)]
-
-
-def labels() -> Tensor:
-    """The last of each text, and some others, don't count."""
-    made = torch.randint(0, CLASSES, ROWS, generator=torch.Generator().manual_seed(1))
-    made[:, -1] = made[1, :4] = -100
-    return made
-
-
-def step(loss_of: Any, head: Head, operands: list[Tensor], frozen: int = 0, **options: Any) -> list[Tensor]:
-    """The loss and the gradients of what trains."""
-    leaves = [operand.detach().clone().requires_grad_() for operand in operands]
-    for parameter in leaves[1 : 1 + frozen]:
-        parameter.requires_grad_(False)
-    hidden, *parameters = leaves
-    named = () if loss_of is eager else (parameters,)
-    loss = loss_of(hidden, labels(), lambda rows: head(rows, parameters), *named, **options)
-    # the mean of four steps
-    gradients = torch.autograd.grad(loss / 4, [leaf for leaf in leaves if leaf.requires_grad])
-    return [loss.detach(), *gradients]
-
-
 HEADS = {
-    "frozen": (_linear, _linear, "linear", 1),
-    "trained": (_linear, _linear, "bias", 0),
-    "capped": (_capped, _capped, "bias", 2),
+    "frozen": (linear, linear, "linear", 1),
+    "trained": (linear, linear, "bias", 0),
+    "capped": (capped, capped, "bias", 2),
     "upcast": (_upcast, _upcast, "linear", 0),
     "lora": (_fused_lora, _lora, "lora", 2),
 }
@@ -134,7 +80,7 @@ def test_half_precision_keeps_gradients_of_many_items() -> None:
         hidden, labels(), lambda rows: F.linear(rows, weight), [weight], num_items=items
     )
     (scaled,) = torch.autograd.grad(loss * items, [hidden])
-    exact = step(eager, _linear, [each.double() for each in operands], num_items=1)
+    exact = step(eager, linear, [each.double() for each in operands], num_items=1)
     assert (scaled - 4 * exact[1]).norm() < 2e-3 * (4 * exact[1]).norm()
 
 
@@ -173,85 +119,6 @@ def test_half_precision_keeps_small_probabilities() -> None:
     loss = chunked_cross_entropy(hidden, wanted, lambda rows: F.linear(rows, weight), [weight])
     (found,) = torch.autograd.grad(loss * 1024, [weight])
     torch.testing.assert_close(found[1:].float(), torch.full((99_999, 1), 1024e-5), rtol=1e-2, atol=0)
-
-
-def test_hooks_of_the_caller_on_saved_tensors_see_what_is_kept_alone() -> None:
-    """A checkpoint counts what it sees."""
-    hidden, weight = (operand.requires_grad_() for operand in numbers("linear", torch.float32))
-    seen = list[tuple[int, ...]]()
-
-    def pack(tensor: Tensor) -> Tensor:
-        seen.append(tuple(tensor.shape))
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        chunked_cross_entropy(hidden, labels(), lambda rows: F.linear(rows, weight), [weight])
-    rows = (labels().numel(), HIDDEN)
-    # the head's weight and its gradient, that of hidden, and two that are nearly nothing
-    assert sorted(seen) == sorted([(0, HIDDEN), (), (CLASSES, HIDDEN), (CLASSES, HIDDEN), rows])
-
-
-def test_gradients_by_finite_differences() -> None:
-    operands = [operand.requires_grad_() for operand in numbers("bias", torch.float64)]
-
-    def loss(hidden: Tensor, *parameters: Tensor) -> Tensor:
-        return chunked_cross_entropy(hidden, labels(), lambda rows: _capped(rows, [*parameters]), parameters)
-
-    assert torch.autograd.gradcheck(loss, operands, fast_mode=True)
-
-
-def test_backward_twice_and_none_at_all() -> None:
-    hidden, weight = (operand.requires_grad_() for operand in numbers("linear", torch.float32))
-    loss = chunked_cross_entropy(hidden, labels(), lambda rows: F.linear(rows, weight), [weight])
-    first = torch.autograd.grad(loss, [hidden, weight], retain_graph=True)
-    for once, again in zip(first, torch.autograd.grad(loss, [hidden, weight]), strict=True):
-        assert torch.equal(once, again)
-    with torch.no_grad():
-        alone = chunked_cross_entropy(hidden, labels(), lambda rows: F.linear(rows, weight), [weight])
-    assert not alone.requires_grad
-    assert torch.equal(alone, loss)
-
-
-def test_a_tensor_used_twice_or_not_at_all() -> None:
-    hidden, weight = (operand.requires_grad_() for operand in numbers("linear", torch.float64))
-    unused = torch.ones(3, requires_grad=True)
-
-    def head(rows: Tensor) -> Tensor:
-        return F.linear(rows, weight) + F.linear(rows.tanh(), weight)
-
-    found = chunked_cross_entropy(hidden, labels(), head, [unused, weight])
-    expected = eager(hidden, labels(), head)
-    gradients = [torch.autograd.grad(loss, [weight], retain_graph=True)[0] for loss in (found, expected)]
-    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
-    # an optimiser leaves it alone, as it does without a gradient
-    assert torch.autograd.grad(found, [unused], allow_unused=True)[0] is None
-
-
-def test_hidden_states_that_want_no_gradient() -> None:
-    hidden, weight = numbers("linear", torch.float64)
-    weight.requires_grad_()
-
-    def head(rows: Tensor) -> Tensor:
-        return F.linear(rows, weight)
-
-    found = chunked_cross_entropy(hidden, labels(), head, [weight])
-    expected = eager(hidden, labels(), head)
-    gradients = [torch.autograd.grad(loss, [weight])[0] for loss in (found, expected)]
-    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
-
-
-def test_parameters_whose_gradients_are_one_tensor() -> None:
-    hidden, weight = numbers("linear", torch.float64)
-    ones = [torch.ones(CLASSES, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-
-    def head(rows: Tensor) -> Tensor:
-        return F.linear(rows, weight) + (ones[0] + ones[1])
-
-    found = chunked_cross_entropy(hidden, labels(), head, ones)
-    expected = eager(hidden, labels(), head)
-    gradients = [torch.autograd.grad(loss, ones) for loss in (found, expected)]
-    for pair in zip(*gradients, strict=True):
-        torch.testing.assert_close(*pair, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("num_items", [None, 5])
@@ -302,29 +169,6 @@ def test_it_takes_an_eighth_of_the_memory(dtype: torch.dtype) -> None:
     chunked = peak_bytes(train)
     with use_backend("reference"):
         assert chunked <= peak_bytes(train) / 8
-
-
-def test_no_second_derivative() -> None:
-    hidden, weight = (operand.requires_grad_() for operand in numbers("linear", torch.float32))
-    loss = chunked_cross_entropy(hidden, labels(), lambda rows: F.linear(rows, weight), [weight])
-    (gradient,) = torch.autograd.grad(loss, [hidden], create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(gradient.sum(), [hidden])
-
-
-def test_in_a_compiled_graph() -> None:
-    hidden, weight = (operand.requires_grad_() for operand in numbers("linear", torch.float32))
-
-    wanted = labels()
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def loss(hidden: Tensor, weight: Tensor) -> Any:
-        return chunked_cross_entropy(hidden, wanted, lambda rows: F.linear(rows, weight), [weight])
-
-    found = torch.autograd.grad(loss(hidden, weight), [hidden, weight])
-    expected = step(eager, _linear, [hidden, weight])
-    for value, quarter in zip(found, expected[1:], strict=True):
-        torch.testing.assert_close(value, 4 * quarter)
 
 
 def test_bad_input() -> None:
