@@ -173,3 +173,10 @@ def place(model: nn.Module, name: str) -> AdaptedModule:
     module = model.get_submodule(name)
     assert isinstance(module, AdaptedModule)
     return module
+
+
+def bottleneck(module: AdaptedModule, h: Tensor) -> Tensor:
+    """The adapter's own part, from its weights alone."""
+    layer = module.adapter
+    down = h @ layer.down_proj.weight.T + layer.down_proj.bias
+    return nn.functional.gelu(down) @ layer.up_proj.weight.T + layer.up_proj.bias
