@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import pytest
 import torch
@@ -20,31 +19,14 @@ from fastlora.transfer.finetune.predict import predict_files
 from fastlora.transfer.recommend import recommend_strategy
 from tests.cases import cases
 from tests.finetune_models import CLASSES, write_pictures
+from tests.finetune_runs import DINO, RESNET, SHORT, finetuned, invoke, report_of
 
-RESNET = ["--model", "resnet18", "--weights", "none", "--image-size", "32"]
-DINO = ["--model", "dinov2_vits14", "--image-size", "28"]
-SHORT = ["--epochs", "2", "--batch-size", "8", "--precision", "no"]
 LEARNING = [*RESNET, "--epochs", 8, "--batch-size", 8, "--strategy", "full", "--lr", 2e-4, "--head-factor", 1]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pictures(tmp_path_factory.mktemp("data") / "pictures")
-
-
-def invoke(*arguments: object) -> Any:
-    return CliRunner().invoke(app, ["finetune", *map(str, arguments)])
-
-
-def finetuned(*arguments: object) -> Any:
-    result = invoke(*arguments)
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def report_of(folder: Path) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
-    return report
 
 
 @pytest.mark.parametrize(
@@ -239,90 +221,12 @@ def test_batch_norms_of_frozen_stages_train_on_purpose(data: Path, tmp_path: Pat
     assert next(difference) + 2 * 4800 == next(difference)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["--model", "resnte18"], r"did you mean 'resnet18'"),
-        (["--strategy", "loar"], r"did you mean 'lora'\?"),
-        (["--strategy", "full", "--rank", "4"], r"expected no --rank for --strategy full"),
-        (["--strategy", "lora", "--cache-features"], r"only frozen features stay the same"),
-        (["--strategy", "lp_ft", "--epochs", "1"], r"expected --epochs >= 2 for lp_ft"),
-        (["--validation-share", "1.5"], r"expected --validation-share between 0 and 1, got 1.5"),
-        (["--batch-size", "0"], r"expected --batch-size as an integer of at least 1, got 0"),
-        (["--validation", "nowhere"], r"found nothing at nowhere"),
-        (["--config", "nowhere.toml"], r"expected a TOML file at nowhere.toml"),
-    ],
-)
-def test_bad_input_is_told_in_one_line(data: Path, tmp_path: Path, arguments: list[str], told: str) -> None:
-    given = [data, *RESNET, "--output", tmp_path / "run", *arguments]
-    result = invoke(*given)
-    assert result.exit_code == 2
-    assert re.search(told, result.stderr)
-    assert len(result.stderr.splitlines()) == 1
-    assert not list((tmp_path / "run").glob("*"))
-
-
-def test_bad_pictures_are_told(data: Path, tmp_path: Path) -> None:
-    one = write_pictures(tmp_path / "one", classes=("only",))
-    result = invoke(one, *RESNET, "--output", tmp_path / "run")
-    assert (result.exit_code, "two classes" in result.stderr) == (2, True), result.stderr
-    (tmp_path / "empty").mkdir()
-    result = invoke(tmp_path / "empty", *RESNET, "--output", tmp_path / "run")
-    assert (result.exit_code, "empty" in result.stderr) == (2, True), result.stderr
-    other = write_pictures(tmp_path / "other", classes=("dark", "light", "new"))
-    result = invoke(data, *RESNET, "--test", other, "--output", tmp_path / "run")
-    assert result.exit_code == 2
-    assert "expected only classes that training has (dark, light), got new" in result.stderr
-    broken = write_pictures(tmp_path / "broken")
-    (broken / "dark" / "00.png").write_bytes(b"no picture")
-    result = invoke(broken, *RESNET, "--output", tmp_path / "run")
-    assert result.exit_code == 2
-    assert "dark/00.png" in result.stderr
-    arguments = [*RESNET, *SHORT, "--on-corrupt", "skip", "--strategy", "feature_extraction"]
-    finetuned(broken, *arguments, "--output", tmp_path / "skipped")
-    assert sum(report_of(tmp_path / "skipped")["pictures"].values()) == 23
-
-
-def test_weights_that_cannot_be_fetched_are_told(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unreachable(*arguments: object, **more: object) -> None:
-        raise URLError("no route to host")
-
-    monkeypatch.setattr("torch.hub.load_state_dict_from_url", unreachable)
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
-    result = invoke(data, "--model", "resnet18", "--output", tmp_path / "run")
-    assert result.exit_code == 1
-    assert len(result.stderr.splitlines()) == 1
-    assert "the weights of resnet18 could not be downloaded" in result.stderr
-
-
 def test_a_hidden_layer_is_trained_and_saved(data: Path, tmp_path: Path) -> None:
     finetuned(data, *RESNET, *SHORT, "--strategy", "lora", "--hidden", 7, "--output", tmp_path)
     run = load_run(tmp_path)
     answers = predict_files(run, [data])
     assert run.model.get_submodule("fc.hidden").weight.shape == (7, 512)
     assert len(answers) == 24
-
-
-def test_a_config_with_an_unknown_name_is_refused(data: Path, tmp_path: Path) -> None:
-    config = tmp_path / "run.toml"
-    config.write_text('stratgy = "lora"\n')
-    result = invoke(data, "--config", config)
-    assert result.exit_code == 2
-    assert "did you mean 'strategy'?" in result.stderr
-    config.write_text("strategy = lora\n")
-    assert "expected TOML" in invoke(data, "--config", config).stderr
-
-
-def test_weights_of_another_architecture_are_refused(data: Path, tmp_path: Path) -> None:
-    from torchvision.models import resnet34
-
-    torch.save(resnet34().state_dict(), tmp_path / "weights.pt")
-    weights = ["--weights", tmp_path / "weights.pt"]
-    result = invoke(data, "--model", "resnet18", *weights, "--image-size", 32, "--output", tmp_path / "run")
-    assert result.exit_code == 2
-    assert "weights.pt" in result.stderr
 
 
 def test_help_teaches_every_option() -> None:
