@@ -1,7 +1,7 @@
 """Each kernel of the bottleneck adapter against float64, inputs between NaN and outputs between canaries."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,25 +20,11 @@ from fastlora_kernels.kernel import Kernel
 from fastlora_kernels.partials import sum_four_partials
 from fastlora_kernels.primitives import DROPPED
 from fastlora_kernels.tile import Plan, Shape
+from tests.adapter_kernels import BASE, Size, choose, make, partial_sums, rounded, sections
 from tests.cases import cases, full
 from tests.kernel_harness import Harness, assert_exact
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
-
-
-@dataclass(frozen=True)
-class Size:
-    """Rows m, hidden size h and bottleneck d; a bottleneck above 32 is cut into chunks in one kernel."""
-
-    m: int
-    h: int
-    d: int
-
-    def __str__(self) -> str:
-        return f"m{self.m}-h{self.h}-d{self.d}"
-
-
-BASE = Size(m=33, h=41, d=5)
 AXES = {"m": (1, 31, 32, 77), "h": (1, 31, 32, 77), "d": (1, 16, 17, 33, 64)}
 QUICK_SIZES = [BASE, Size(m=1, h=77, d=17), Size(m=77, h=1, d=64), Size(m=32, h=32, d=1)]
 MORE_SIZES = [replace(BASE, **{axis: size}) for axis in AXES for size in AXES[axis]]
@@ -48,49 +34,6 @@ CASES = cases(
     [(size, "gelu") for size in MORE_SIZES],
 )
 WIDE = [replace(BASE, d=100), replace(BASE, d=256, h=31)]
-
-
-def choose(kernel: Kernel, size: Size, dtype: torch.dtype, splits: int = 1) -> Plan:
-    chosen = plans.choose(kernel, Shape(size.m, size.h, size.h, size.d), dtype, targets.DEFAULT)
-    return Plan(chosen.tile, splits)
-
-
-@dataclass
-class Tensors:
-    """h, the four parameters and a residual, between NaN; parameters in fp32 or the layer's dtype."""
-
-    h: Tensor
-    down_weight: Tensor
-    down_bias: Tensor
-    up_weight: Tensor
-    up_bias: Tensor
-    residual: Tensor
-
-    @property
-    def parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.down_weight, self.down_bias, self.up_weight, self.up_bias
-
-
-def make(harness: Harness, size: Size, *, parameters: torch.dtype | None = None) -> Tensors:
-    def vector(length: int) -> Tensor:
-        return harness.random(1, length, dtype=parameters)[0]
-
-    return Tensors(
-        h=harness.random(size.m, size.h, padded=True),
-        down_weight=harness.random(size.d, size.h, dtype=parameters),
-        down_bias=vector(size.d),
-        up_weight=harness.random(size.h, size.d, dtype=parameters),
-        up_bias=vector(size.h),
-        residual=harness.random(size.m, size.h, padded=True),
-    )
-
-
-def rounded(tensors: Tensors, dtype: torch.dtype) -> list[Tensor]:
-    """The operands of a product: matrices in the layer's dtype, biases as they are."""
-    return [
-        tensors.h, tensors.down_weight.to(dtype), tensors.down_bias, tensors.up_weight.to(dtype),
-        tensors.up_bias, tensors.residual,
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("size", "activation"), CASES, ids=str)
@@ -201,11 +144,11 @@ def test_adapter_grad_h_weights(harness: Harness, size: Size, add_input: bool, s
     dout, h = harness.random(size.m, size.h, padded=True), harness.random(size.m, size.h, padded=True)
     dz, active = harness.random(size.m, size.d), harness.random(size.m, size.d)
     down_weight = harness.random(size.d, size.h)
-    dh, partial = harness.output(size.m, size.h), _partial(harness, size, splits)
+    dh, partial = harness.output(size.m, size.h), partial_sums(harness, size, splits)
     plan = choose(kernels.ADAPTER_GRAD_H_WEIGHTS, size, harness.dtype, splits)
     adapter_grad_h_weights(dout, h, dz, active, down_weight, dh, partial, add_input=add_input, plan=plan)
     assert_exact(dh, lambda dz, w, dout: dz @ w + (dout if add_input else 0), dz, down_weight, dout)
-    d_up, d_down, d_up_bias, d_down_bias = _sections(partial.sum(0), size)
+    d_up, d_down, d_up_bias, d_down_bias = sections(partial.sum(0), size)
     assert_exact(d_up, lambda dout, active: dout.t() @ active, dout, active)
     assert_exact(d_down, lambda dz, h: dz.t() @ h, dz, h)
     _assert_column_sums(d_up_bias, dout)
@@ -215,11 +158,11 @@ def test_adapter_grad_h_weights(harness: Harness, size: Size, add_input: bool, s
 def test_parameter_gradients_without_dh(harness: Harness) -> None:
     dout, h = (harness.random(BASE.m, BASE.h) for _ in range(2))
     dz, active = (harness.random(BASE.m, BASE.d) for _ in range(2))
-    partial = _partial(harness, BASE, 1)
+    partial = partial_sums(harness, BASE, 1)
     plan = choose(kernels.ADAPTER_GRAD_H_WEIGHTS, BASE, harness.dtype)
     unused = harness.random(BASE.d, BASE.h)
     adapter_grad_h_weights(dout, h, dz, active, unused, None, partial, add_input=True, plan=plan)
-    assert_exact(_sections(partial[0], BASE)[0], lambda dout, active: dout.t() @ active, dout, active)
+    assert_exact(sections(partial[0], BASE)[0], lambda dout, active: dout.t() @ active, dout, active)
 
 
 @pytest.mark.parametrize("parts", [1, 5])
@@ -262,12 +205,12 @@ def test_pinned_tiles_compute_the_same(target: str, d: int, kernel_device: torch
 
     dout, dz = harness.random(size.m, size.h), harness.random(size.m, size.d)
     backward = plan(kernels.ADAPTER_GRAD_H_WEIGHTS)
-    dh, partial = harness.output(size.m, size.h), _partial(harness, size, backward.splits)
+    dh, partial = harness.output(size.m, size.h), partial_sums(harness, size, backward.splits)
     source = harness.random(size.m, size.d)
     arguments = (dout, tensors.h, dz, source, tensors.down_weight, dh, partial)
     adapter_grad_h_weights(*arguments, add_input=True, plan=backward)
     assert_exact(dh, lambda dz, w, dout: dz @ w + dout, dz, tensors.down_weight, dout)
-    d_up, d_down, *_ = _sections(partial.sum(0), size)
+    d_up, d_down, *_ = sections(partial.sum(0), size)
     assert_exact(d_up, lambda dout, source: dout.t() @ source, dout, source)
     assert_exact(d_down, lambda dz, h: dz.t() @ h, dz, tensors.h)
     harness.assert_margins_untouched()
@@ -304,14 +247,3 @@ def _assert_column_sums(sums: Tensor, summands: Tensor) -> None:
     """Within one fp32 rounding of the absolute sum: eager's error of a single number may be zero by luck."""
     error = (sums.double() - summands.double().sum(0)).abs()
     assert (error <= torch.finfo(torch.float32).eps * summands.double().abs().sum(0)).all()
-
-
-def _partial(harness: Harness, size: Size, splits: int) -> Tensor:
-    return harness.output(splits, 2 * size.h * size.d + size.h + size.d, dtype=torch.float32)
-
-
-def _sections(flat: Tensor, size: Size) -> list[Tensor]:
-    """dW_u, dW_d, db_u and db_d out of the flat sums."""
-    product = size.h * size.d
-    up, down, up_bias, down_bias = flat.split([product, product, size.h, size.d])
-    return [up.view(size.h, size.d), down.view(size.d, size.h), up_bias, down_bias]
