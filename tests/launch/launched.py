@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from itertools import product
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from fastlora_kernels.choose.paths import Pass
 from fastlora_kernels.choose.shared import SharedPath
 from fastlora_kernels.choose.tuned import Choice
 from fastlora_kernels.compiled import tile_text
+from tests.launch.adapter_calls import adapters
 from tests.launch.calls import Backward, Case, Work, adapter, lora, measured, module, shared
 from tests.launch.quantised_calls import quantised
 from tests.launch.stage import DEVICE
@@ -172,40 +173,6 @@ def sharing() -> Iterator[Case]:
         yield Case(f"two layers, {dtype}", shared(96, 256, two, dtype=dtype, p=0.1, backend="triton"))
     ragged = shared(37, 70, ((50, 5), (33, 24), (1, 16)), p=0.1, backend="triton")
     yield Case("three layers, ragged", ragged, quick=True)
-
-
-def adapters() -> Iterator[Case]:
-    """Bottlenecks of one launch and of two."""
-    for size, p in product((64, 256, 1, 8, 16, 17, 48, 65, 128, 200), (0.1, 0.0)):
-        quick = size in (64, 256) and p > 0
-        yield Case(f"adapter {size}, p = {p}", adapter(512, 768, size, p=p), quick)
-        yield Case(
-            f"adapter {size}, p = {p}, as planned", adapter(4096, 1024, size, p=p, backend="auto"), quick
-        )
-    for activation in ("relu", "silu"):
-        yield Case(
-            f"adapter with {activation}", adapter(512, 768, 64, activation=activation), activation == "relu"
-        )
-    others: tuple[Literal["tensor"] | None, ...] = ("tensor", None)
-    for residual, size in product(others, (64, 128)):
-        yield Case(
-            f"adapter {size}, residual {residual}", adapter(512, 768, size, residual=residual), size == 64
-        )
-    for wanted in ("h", "d", "u", "hd", "du", "hu", ""):
-        yield Case(
-            f"adapter, gradients: {wanted or 'none'}", adapter(512, 768, 64, wanted=wanted), wanted in "hu"
-        )
-    for dtype, size in product((FP16, FP32), (64, 16, 256)):
-        yield Case(
-            f"adapter {size}, {dtype}",
-            adapter(96, 256, size, dtype=dtype, p=0.1),
-            quick=dtype == FP32 and size == 64,
-        )
-    same = adapter(512, 768, 64, parameter_dtype=None, p=0.1)
-    yield Case("adapter with 16-bit parameters", same, quick=True)
-    yield Case("adapter without biases", adapter(512, 768, 64, bias=False))
-    for sizes in ((37, 70, 5), (1, 1, 1), (0, 768, 64)):
-        yield Case(f"adapter, {sizes} rows, columns and bottleneck", adapter(*sizes), quick=sizes[0] == 37)
 
 
 def modules() -> Iterator[Case]:
