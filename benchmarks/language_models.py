@@ -42,8 +42,12 @@ def load(folder: Path, weights: str, dtype: torch.dtype) -> Any:
     return model
 
 
-def candidates(base: Any, dropout: float, loss: str = "model") -> dict[str, nn.Module]:
-    """The frozen model, PEFT's and the accelerated one; with ``chunked`` for loss another that chunks it."""
+def candidates(
+    base: Any, dropout: float, loss: str = "model", *, one_mask: bool = False
+) -> dict[str, nn.Module]:
+    """The frozen model, PEFT's and the accelerated one; with ``chunked`` for loss another that chunks it, and
+    on request one whose layers that share their input drop the same of it.
+    """
     peft = require("peft", distribution="peft", purpose="the comparison with PEFT", extra="bench")
     frozen = copy.deepcopy(base).requires_grad_(False).train()
     frozen.get_input_embeddings().register_forward_hook(lambda module, inputs, out: out.requires_grad_())
@@ -55,6 +59,8 @@ def candidates(base: Any, dropout: float, loss: str = "model") -> dict[str, nn.M
     found = {"frozen": frozen, "peft": own, "fastlora": fastlora.accelerate(copy.deepcopy(own))}
     if loss == "chunked":
         found["chunked"] = fastlora.accelerate(copy.deepcopy(own), loss="chunked")
+    if one_mask:
+        found["one mask"] = fastlora.accelerate(copy.deepcopy(own), one_mask=True)
     return found
 
 
@@ -82,9 +88,11 @@ def _furthest(values: Sequence[float], others: Sequence[float]) -> float:
     return max(abs(value - other) for value, other in zip(values, others, strict=True))
 
 
-def measure(base: Any, dropout: float, rounds: int, loss: str, tokens: int) -> dict[str, Any]:
+def measure(
+    base: Any, dropout: float, rounds: int, loss: str, tokens: int, *, one_mask: bool
+) -> dict[str, Any]:
     """Times, bytes kept and peaks of the candidates."""
-    models, words = candidates(base, dropout, loss), batch(0, tokens)
+    models, words = candidates(base, dropout, loss, one_mask=one_mask), batch(0, tokens)
     steps = {name: training_step(model, words) for name, model in models.items()}
     row: dict[str, Any] = dict(take_turns(steps, rounds))
     trained = [name for name in models if name != "frozen"]
@@ -109,6 +117,8 @@ def main() -> None:
     parser = page_parser(__doc__, "docs/results/language_models")
     parser.add_argument("--weights", choices=WEIGHTS, nargs="+", default=list(WEIGHTS))
     parser.add_argument("--loss", choices=("model", "chunked"), default="model", help="Add a chunked loss.")
+    parser.add_argument("--one-mask", action="store_true", help="Add layers that drop the same of their x.")
+    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
     parser.add_argument("--tokens", type=int, default=TOKENS, help="Of the text whose step is timed.")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
@@ -121,7 +131,7 @@ def main() -> None:
         save_dense(folder)
         for weights in arguments.weights:
             for dtype_name, dtype in DTYPES.items():
-                for dropout in (0.0, 0.1):
+                for dropout in arguments.dropout:
                     row = {"weights": weights, "dtype": dtype_name, "dropout": dropout}
                     row |= measure(
                         load(folder, weights, dtype),
@@ -129,6 +139,7 @@ def main() -> None:
                         arguments.rounds,
                         arguments.loss,
                         arguments.tokens,
+                        one_mask=arguments.one_mask,
                     )
                     rows.append(row)
                     print(json.dumps(row), flush=True)
@@ -169,6 +180,7 @@ def page(rows: list[dict[str, Any]], apart: dict[str, dict[str, float]], machine
             cells.append(", ".join(f"{memory[name] / 2**20:.0f}" for name in names))
         lines.append(cells)
     told = ', `chunked` after `accelerate(model, loss="chunked")`' if "chunked" in names else ""
+    told += ", `one mask` after `accelerate(model, one_mask=True)`" if "one mask" in names else ""
     options = {name: machine[name] for name in ("tokens", "rounds")}
     text = [INTRODUCTION.format(**options, rank=RANK, chunked=told), *table(heads, lines)]
     for weights, distances in apart.items():

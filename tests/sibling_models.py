@@ -76,7 +76,9 @@ FAMILIES: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
 class Way:
     """A way to put LoRA into a model, so that layers compute together."""
 
-    def adapt(self, model: nn.Module, *, dropout: float = 0.0, **settings: Any) -> Any:
+    def adapt(
+        self, model: nn.Module, *, dropout: float = 0.0, one_mask: bool = False, **settings: Any
+    ) -> Any:
         """LoRA of rank 4 on all linear layers of a model, in place; no B is zero."""
         raise NotImplementedError
 
@@ -112,13 +114,15 @@ class Way:
 class Accelerated(Way):
     """PEFT's layers, accelerated."""
 
-    def adapt(self, model: nn.Module, *, dropout: float = 0.0, **settings: Any) -> Any:
+    def adapt(
+        self, model: nn.Module, *, dropout: float = 0.0, one_mask: bool = False, **settings: Any
+    ) -> Any:
         """As PEFT's model."""
         torch.manual_seed(0)
         options: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
         config = peft.LoraConfig(**options | settings, lora_dropout=dropout)
         wrapped: Any = peft.get_peft_model(model, config)
-        return fastlora.accelerate(wrapped.train())
+        return fastlora.accelerate(wrapped.train(), one_mask=one_mask)
 
     def inside(self, adapted: Any) -> Any:
         return adapted.base_model.model
@@ -146,9 +150,11 @@ class Accelerated(Way):
 class Applied(Way):
     """Our own layers."""
 
-    def adapt(self, model: nn.Module, *, dropout: float = 0.0, **settings: Any) -> Any:
+    def adapt(
+        self, model: nn.Module, *, dropout: float = 0.0, one_mask: bool = False, **settings: Any
+    ) -> Any:
         torch.manual_seed(0)
-        options: dict[str, Any] = {"rank": 4, "alpha": 8, "dropout": dropout}
+        options: dict[str, Any] = {"rank": 4, "alpha": 8, "dropout": dropout, "one_mask": one_mask}
         fastlora.apply_lora(model, **options | settings)
         for layer in lora_layers(model).values():
             nn.init.kaiming_uniform_(layer.lora_B, a=5**0.5)
@@ -205,9 +211,9 @@ def groups() -> Iterator[list[int]]:
     """How many layers each computation of several had."""
     seen: list[int] = []
 
-    def spy(x: Tensor, layers: list[Any]) -> Any:
+    def spy(x: Tensor, layers: list[Any], **options: Any) -> Any:
         seen.append(len(layers))
-        return shared_lora_linear(x, layers)
+        return shared_lora_linear(x, layers, **options)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(compute, "shared_lora_linear", spy)

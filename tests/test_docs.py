@@ -212,7 +212,7 @@ def test_a_notebook_prints_what_it_shows(name: str) -> None:
         assert [line for line in lines(notebooks.shown(cell)) if line not in lines(printed)] == []
 
 
-LINKED = [*DOCS.parent.glob("*.md"), *DOCS.rglob("*.md"), *DOCS.parent.glob("*/README.md")]
+LINKED = [*DOCS.parent.glob("*.md"), *DOCS.rglob("*.md"), *DOCS.parent.glob("[!.]*/README.md")]
 
 
 @pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(DOCS.parent)))

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora._core.option_checks import check_flag
 from fastlora._core.words import first_few
 from fastlora.anatomy.all_linear import tell_frozen_head
 from fastlora.anatomy.names import (
@@ -34,6 +35,7 @@ from fastlora.nn.lora.layout import fitted, layout_of
 from fastlora.nn.settings import LoRASettings
 from fastlora.ops.weights.repacking import keep_as_stored
 from fastlora.together.model import follow_layers
+from fastlora.together.parts import LayerOfParts
 
 # what can carry LoRA, and how the LoRA layer is made of it
 _MAKERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
@@ -56,6 +58,7 @@ def apply_lora(
     rslora: bool = False,
     dora: bool = False,
     adapter_dtype: torch.dtype | None = None,
+    one_mask: bool = False,
 ) -> Model:
     """Replace layers of a model by LoRA layers (https://arxiv.org/abs/2106.09685) and freeze the rest.
 
@@ -97,6 +100,9 @@ def apply_lora(
         dora: Keep a trained norm for every output feature (DoRA, https://arxiv.org/abs/2402.09353); not for
             ``nn.MultiheadAttention`` and convolutions with groups.
         adapter_dtype: Dtype of A and B; None means float32 for 16-bit weights, else the weights' dtype.
+        one_mask: Let linear layers that share their input drop the same elements of it, with one mask for
+            all. Layers that compute alone, as in compiled graphs, have masks of their own. It is no part of
+            saved files; :func:`fastlora.load_adapter` leaves it as it is in an adapted model.
 
     Returns:
         The same model.
@@ -116,12 +122,13 @@ def apply_lora(
         8
     """
     settings = LoRASettings(rank, alpha, dropout, rslora, adapter_dtype, dora)
+    check_flag("one_mask", one_mask)
     root = unwrap(model)
     check_unadapted(root)
     chosen, whole = select_targets(root, target_modules, exclude_modules, modules_to_save)
     check_carriers(chosen, settings)
     keep_as_stored(root)
-    add_lora(root, {module: settings for module in chosen.values()})
+    add_lora(root, {module: settings for module in chosen.values()}, one_mask=one_mask)
     train_only_tuners(root, whole)
     if exclude_modules is None:
         tell_frozen_head(root)
@@ -226,9 +233,13 @@ def cannot_carry(module: nn.Module) -> str | None:
     return None
 
 
-def add_lora(model: nn.Module, plan: Mapping[nn.Module, LoRASettings]) -> None:
+def add_lora(model: nn.Module, plan: Mapping[nn.Module, LoRASettings], *, one_mask: bool = False) -> None:
     """Replace the plan's modules by LoRA layers; ``train_only_tuners`` decides what trains."""
-    replace_modules(model, {module: _adapted(module, settings) for module, settings in plan.items()})
+    made = {module: _adapted(module, settings) for module, settings in plan.items()}
+    for layer in made.values():
+        if isinstance(layer, LayerOfParts):
+            layer._ask_for_one_mask(asked=one_mask)
+    replace_modules(model, made)
     follow_layers(model)
 
 

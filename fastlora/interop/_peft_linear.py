@@ -51,15 +51,17 @@ def why_not(layer: PeftLayer) -> str | None:
     return f"{name} {found}" if found.startswith("on ") else f"{name} with {found}"
 
 
-def fuse(layer: Any) -> None:
-    """Change a layer's class to the one of both, if it has not one yet."""
+def fuse(layer: Any, *, one_mask: bool) -> None:
+    """Change a layer's class to the one of both, if it has not one yet; it may have one mask with others."""
     if not isinstance(layer, Fused):
         layer.__class__ = fused_class(type(layer))
+    layer._ask_for_one_mask(asked=one_mask)
 
 
 def unfuse(layer: PeftLayer) -> None:
     """Give a layer PEFT's class back, if it lost it."""
     if isinstance(layer, Fused):
+        layer._ask_for_one_mask(asked=False)
         layer.__class__ = _without_fused(type(layer))
 
 

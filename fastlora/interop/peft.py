@@ -8,6 +8,7 @@ from torch import nn
 
 from fastlora._core.extras import require
 from fastlora._core.log import logger
+from fastlora._core.option_checks import check_flag
 from fastlora.interop._chunked_loss import chunk, chunkable, unchunk
 from fastlora.ops.weights.repacking import keep_as_stored, let_rewrite
 from fastlora.together.model import follow_layers
@@ -15,7 +16,7 @@ from fastlora.together.model import follow_layers
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def accelerate(model: Model, *, loss: Literal["model", "chunked"] = "model") -> Model:
+def accelerate(model: Model, *, loss: Literal["model", "chunked"] = "model", one_mask: bool = False) -> Model:
     """Let a PEFT model's LoRA linear layers run on the fused op, in place.
 
     Layers, parameters and their names stay PEFT's own, so saving, switching, merging, disabling and deleting
@@ -60,12 +61,17 @@ def accelerate(model: Model, *, loss: Literal["model", "chunked"] = "model") -> 
     Args:
         model: With PEFT's LoRA layers anywhere inside.
         loss: "model", the model's own, or "chunked".
+        one_mask: Let layers that share their input and have the same dropout drop the same elements of it,
+            which PEFT's never do. One mask is kept for all of them; a CPU draws it once, and masks x once for
+            those of one factor. Layers that compute alone, as in compiled graphs, have masks of their own,
+            and so have all after another call without it.
 
     Returns:
         The same model.
 
     Raises:
         ImportError: PEFT is not installed.
+        TypeError: ``one_mask`` is neither True nor False.
         ValueError: There are no LoRA layers of PEFT in it, bitsandbytes has rewritten 4-bit weights in it
             for inference, or no model's loss in it can be chunked; nothing is changed then.
 
@@ -77,6 +83,7 @@ def accelerate(model: Model, *, loss: Literal["model", "chunked"] = "model") -> 
     """
     if loss not in ("model", "chunked"):
         raise ValueError(f'expected loss as "model" or "chunked", got {loss!r}')
+    check_flag("one_mask", one_mask)
     chunked = chunkable(model) if loss == "chunked" else []
     layers = _peft_layers(model) if _peft_is_loaded() or not chunked else []
     if not layers and not chunked:
@@ -86,7 +93,7 @@ def accelerate(model: Model, *, loss: Literal["model", "chunked"] = "model") -> 
         )
     keep_as_stored(model)
     if layers:
-        _fuse(model, layers)
+        _fuse(model, layers, one_mask=one_mask)
     unchunk(model)
     for causal in chunked:
         chunk(causal)
@@ -115,7 +122,7 @@ def restore(model: Model) -> Model:
     return model
 
 
-def _fuse(model: nn.Module, layers: list[Any]) -> None:
+def _fuse(model: nn.Module, layers: list[Any], *, one_mask: bool) -> None:
     linear = _layers()
     left: Counter[str] = Counter()
     for layer in layers:
@@ -124,7 +131,7 @@ def _fuse(model: nn.Module, layers: list[Any]) -> None:
             left[reason] += 1
             linear.unfuse(layer)
         else:
-            linear.fuse(layer)
+            linear.fuse(layer, one_mask=one_mask)
     follow_layers(model)
     if left:
         told = ", ".join(f"{count} {reason}" for reason, count in sorted(left.items()))

@@ -41,15 +41,20 @@ def make_s(
     x: Tensor, lora_A: Tensor, seed: Tensor | None, *, scaling: float, dropout: float
 ) -> tuple[Tensor, Tensor | None]:
     """S = scaling/(1 - p) · dropout(x)·Aᵀ and, with a seed, the dropout mask: the first half of a call."""
+    mask = None if seed is None else draw_keep_mask((x.shape[0], x.shape[1]), dropout, seed)
+    return s_of_dropped(x, lora_A, mask, scaling=scaling, dropout=dropout), mask
+
+
+def s_of_dropped(x: Tensor, lora_A: Tensor, mask: Tensor | None, *, scaling: float, dropout: float) -> Tensor:
+    """S = scaling/(1 - p) · dropped x·Aᵀ of a mask that was drawn, or without one."""
     x, a = packed(x), packed(in_dtype(lora_A, x.dtype))
-    s, mask = x.new_empty(x.shape[0], a.shape[0]), None
-    if seed is None:
+    s = x.new_empty(x.shape[0], a.shape[0])
+    if mask is None:
         scaled_product(x, a.t(), scaling, out=s)
     else:
-        mask = draw_keep_mask((x.shape[0], x.shape[1]), dropout, seed)
         for x_rows, keep, s_rows in row_blocks(x, mask, s):
             scaled_product(masked(x_rows, keep), a.t(), scaling / keep_probability(dropout), out=s_rows)
-    return s, mask
+    return s
 
 
 def fill_from_s(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, lora_B: Tensor, y: Tensor) -> None:

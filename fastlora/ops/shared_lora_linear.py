@@ -15,8 +15,9 @@ from fastlora.ops.lora_linear import Call, decided, lora_linear, needed_of
 from fastlora.ops.runtime import draw_seed, in_dtype, refuse_second_derivative
 from fastlora.ops.weights.frozen import FrozenWeight, Unchanged
 
-# tensors of a layer among a Function's arguments, and among what it keeps
+# tensors of a layer among a Function's arguments, and among what it keeps, of which the last is the mask
 _GIVEN, _KEPT = 4, 5
+_MASK = _KEPT - 1
 
 
 class Projection(NamedTuple):
@@ -44,14 +45,15 @@ def shared_lora_linear(
     layers: Sequence[Projection],
     *,
     training: bool = True,
+    one_mask: bool = False,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, ...]:
     """:func:`lora_linear` of several layers on one x, for instance an attention's query, key and value.
 
-    Every y, S and mask is the one that a call of its own gives, masks from the same seeds in the order of the
-    layers; on a CPU to the bit. The backward pass is one for all layers: x is kept once, and dX summed where
-    it lies. Where gradients are taken of one y after the other, all but the last time need
-    ``retain_graph=True``.
+    Without ``one_mask`` every y, S and mask is the one that a call of its own gives, masks from the same
+    seeds in the order of the layers; on a CPU to the bit. The backward pass is one for all layers: x is kept
+    once, and dX summed where it lies. Where gradients are taken of one y after the other, all but the last
+    time need ``retain_graph=True``.
 
     With kernels one launch reads x for S of two or three layers, and one writes their dX, where that is
     predicted to be faster; of layers with dense weights, all with dropout or none. Of others, and on a CPU,
@@ -64,6 +66,9 @@ def shared_lora_linear(
         x: ``[..., in_features]`` in float64, float32, float16 or bfloat16; autocast is honoured.
         layers: At least one; ranks, sizes, factors, dropout and what trains may differ.
         training: Without it dropout does nothing.
+        one_mask: Let layers of the same dropout drop the same elements of x. One mask is kept for all of
+            them; a CPU draws it once, and masks x once for those of one factor. Layers that compute one by
+            one have masks of their own.
         generator: Source of the masks' seeds, on x's device; torch's default generator without it.
 
     Returns:
@@ -89,12 +94,25 @@ def shared_lora_linear(
         shared_before_graphs.load(x, layers, calls)
     if watched or not shared_passes.are_together(call.decision for call in calls):
         return _apart(x, layers, training, generator)
-    seeds = [draw_seed(x.device, generator) if call.dropout else None for call in calls]
+    seeds = _seeds(x, calls, generator, one_mask=one_mask)
     tensors = [tensor for layer in layers for tensor in layer[:_GIVEN]]
     ys: tuple[Tensor, ...] = SharedLoRALinearFunction.apply(
         in_dtype(x, calls[0].dtype), calls, seeds, *tensors
     )
     return ys
+
+
+def _seeds(
+    x: Tensor, calls: Sequence[Call], generator: torch.Generator | None, *, one_mask: bool
+) -> list[Tensor | None]:
+    """Of every layer's mask; the same tensor for layers that have one mask."""
+    seeds, drawn = list[Tensor | None](), dict[float, Tensor]()
+    for call in calls:
+        seed = drawn.get(call.dropout) if one_mask else None
+        if call.dropout and seed is None:
+            seed = drawn[call.dropout] = draw_seed(x.device, generator)
+        seeds.append(seed)
+    return seeds
 
 
 def _check_layers(layers: Sequence[Projection]) -> None:
@@ -142,8 +160,9 @@ class SharedLoRALinearFunction(torch.autograd.Function):
             kept_x = kept_x if of_x is None else of_x
             ys.append(y)
             kept += of_layer
+        ctx.masks = _places(kept[_MASK::_KEPT])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(kept_x, *kept)
+        ctx.save_for_backward(kept_x, *_once(kept, ctx.masks))
         return tuple(ys)
 
     @staticmethod
@@ -158,6 +177,7 @@ class SharedLoRALinearFunction(torch.autograd.Function):
 def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, list[shared_passes.Gradients]]:
     """dX, and of every layer the gradients of weight, bias, lora_A and lora_B."""
     x, *kept = ctx.saved_tensors
+    kept[_MASK::_KEPT] = [None if place is None else kept[_MASK::_KEPT][place] for place in ctx.masks]
     layers = dict[int, shared_passes.Layer]()
     given = zip(ctx.calls, _needed(ctx), dys, ctx.quantised, _by_layer(kept, _KEPT), strict=True)
     for index, (call, needed, dy, quantised, (weight, *more)) in enumerate(given):
@@ -169,6 +189,19 @@ def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, l
     for index, gradients in zip(layers, found, strict=True):
         of_layers[index] = gradients
     return dx, of_layers
+
+
+def _places(masks: Sequence[Tensor | None]) -> list[int | None]:
+    """Of every layer the first that keeps the same mask."""
+    first = dict[int, int]()
+    return [None if mask is None else first.setdefault(id(mask), place) for place, mask in enumerate(masks)]
+
+
+def _once(kept: Sequence[Tensor | None], masks: Sequence[int | None]) -> list[Tensor | None]:
+    """What is kept, but of masks that several layers have only the first one's."""
+    once = list(kept)
+    once[_MASK::_KEPT] = [mask if masks[i] == i else None for i, mask in enumerate(kept[_MASK::_KEPT])]
+    return once
 
 
 def _by_layer(tensors: Sequence[Any], count: int) -> Iterator[Sequence[Any]]:

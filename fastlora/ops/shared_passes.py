@@ -12,6 +12,7 @@ from torch import Tensor
 from fastlora._core import backend
 from fastlora.ops import shared_torch
 from fastlora.ops.decide import Decision
+from fastlora.ops.keep_mask import draw_keep_mask
 from fastlora.ops.lora_linear import Call, frozen_gradients, layer_gradients
 from fastlora.ops.lora_passes import lora_linear_forward
 from fastlora.ops.runtime import in_dtype, rows_of, unrecorded
@@ -54,17 +55,58 @@ def forward(
         settings: Any = {"scalings": scalings, "dropouts": dropouts, "paths": paths}
         made = shared_triton_forward.forward(x, layers, seeds, **settings, known=_known(calls))
         if made is not None:
-            return made
-    return _one_after_the_other(x, calls, seeds, layers)
+            return _with_masks_once(made, seeds)
+    return _with_masks_once(_one_after_the_other(x, calls, seeds, layers), seeds)
+
+
+def _with_masks_once(made: Iterable[_Made], seeds: Sequence[Tensor | None]) -> Iterable[_Made]:
+    """Of layers with one seed the first one's mask, which is the others', too."""
+    places = _by_seed(seeds)
+    if all(len(of_seed) == 1 for of_seed in places):
+        return made
+    (ys, ss, masks), first = zip(*made, strict=True), {place: each[0] for each in places for place in each}
+    return [(y, s, masks[first.get(place, place)]) for place, (y, s) in enumerate(zip(ys, ss, strict=True))]
+
+
+def _by_seed(seeds: Sequence[Tensor | None]) -> list[list[int]]:
+    """The places of layers that have the same seed."""
+    found = dict[int, list[int]]()
+    for place, seed in enumerate(seeds):
+        if seed is not None:
+            found.setdefault(id(seed), []).append(place)
+    return list(found.values())
 
 
 def _one_after_the_other(
     x: Tensor, calls: Sequence[Call], seeds: Sequence[Tensor | None], layers: Sequence[Sequence[Any]]
 ) -> Iterator[_Made]:
+    ahead = _of_one_mask(x, calls, seeds, layers)
     # not as a list: S and mask of a layer go before the next but one's come, where nothing keeps them
-    for call, seed, layer in zip(calls, seeds, layers, strict=True):
+    for index, (call, seed, layer) in enumerate(zip(calls, seeds, layers, strict=True)):
+        if index in ahead:
+            (s, mask), (weight, bias, _, lora_B) = ahead.pop(index), layer
+            yield in_parts.from_s(x, weight, bias, s, lora_B), s, mask
+            continue
         run: Any = in_parts.forward if isinstance(layer[0], FrozenWeight) else lora_linear_forward
         yield run(x, *layer, seed, *call[1:])
+
+
+def _of_one_mask(
+    x: Tensor, calls: Sequence[Call], seeds: Sequence[Tensor | None], layers: Sequence[Sequence[Any]]
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """By their places, S and the mask of layers with one seed that a library computes."""
+    found = dict[int, tuple[Tensor, Tensor]]()
+    for places in _by_seed(seeds) if calls[0].decision.backend == "torch" else ():
+        seed, dropout = seeds[places[0]], calls[places[0]].dropout
+        if len(places) > 1 and seed is not None:
+            factors = [layers[place][2] for place in places]
+            with unrecorded(x):
+                rows = rows_of(x)
+                mask = draw_keep_mask((rows.shape[0], rows.shape[1]), dropout, seed)
+                scalings = [calls[place].scaling for place in places]
+                made = shared_torch.make_s(rows, factors, scalings, mask, dropout)
+            found |= {place: (s, mask) for place, s in zip(places, made, strict=True)}
+    return found
 
 
 def _known(calls: Sequence[Call]) -> dict[Any, Any] | None:

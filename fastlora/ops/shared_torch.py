@@ -1,8 +1,10 @@
-"""The backward pass of LoRA layers that share x, by library products: each adds to the one dX where it lies.
+"""LoRA layers that share x, by library products: S of those with one mask, and the backward pass of all, each
+of which adds to the one dX where it lies.
 
 Tensors are 2-D: x ``[M, K]``, a layer's dY ``[M, N]``, weight ``[N, K]``, lora_A ``[R, K]``, lora_B
 ``[N, R]``, S ``[M, R]``. dS carries the factor scaling / (1 - p), applied in float32. Of layers without
-dropout dS and A stand side by side, so that their low-rank terms are one product and all dA another.
+dropout, and of those with one mask, dS and A stand side by side, so that their low-rank terms are one product
+and all dA another.
 """
 
 from collections.abc import Sequence
@@ -11,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastlora.ops import lora_torch
 from fastlora.ops.keep_mask import keep_probability
 from fastlora.ops.lora_torch import dropped_gradients, scaled_product
 from fastlora.ops.runtime import in_dtype, packed
@@ -44,6 +47,29 @@ class Layer(NamedTuple):
     need_A: bool
 
 
+def make_s(
+    x: Tensor, factors: Sequence[Tensor], scalings: Sequence[float], mask: Tensor, dropout: float
+) -> list[Tensor]:
+    """Each layer's S, of layers with one mask: one product for those whose scaling is the same.
+
+    Args:
+        x: ``[M, K]``.
+        factors: Each layer's lora_A ``[R, K]``.
+        scalings: The factor of each low-rank path.
+        mask: ``[M, K]``.
+        dropout: Probability of zeroing an element of x.
+    """
+    found = dict[int, Tensor]()
+    for scaling in dict.fromkeys(scalings):
+        places = [place for place, other in enumerate(scalings) if other == scaling]
+        chosen = [in_dtype(factors[place], x.dtype) for place in places]
+        s = lora_torch.s_of_dropped(x, torch.cat(chosen), mask, scaling=scaling, dropout=dropout)
+        # a part's rows lie apart, and between them another layer's
+        parts = map(packed, s.split([lora_A.shape[0] for lora_A in chosen], dim=1))
+        found |= zip(places, parts, strict=True)
+    return [found[place] for place in range(len(factors))]
+
+
 def backward(
     x: Tensor | None, layers: Sequence[Layer], *, need_x: bool
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
@@ -53,31 +79,38 @@ def backward(
     das: list[Tensor | None] = [None] * len(layers)
     dbs = [None if s is None or b is None else in_dtype(dy.t() @ s, b.dtype) for dy, _, _, b, s, *_ in layers]
     dx = None
-    side_by_side = []
+    side_by_side = dict[int, list[int]]()
     for index, layer in enumerate(layers):
-        if layer.mask is None:
-            side_by_side += [index] if layer.lora_A is not None else []
-        elif layer.lora_A is not None:
-            dx, das[index] = _dropped(x if layer.need_A else None, layer, dx, need_x=need_x)
+        if layer.lora_A is not None:
+            side_by_side.setdefault(id(layer.mask), []).append(index)
+    without = side_by_side.pop(id(None), [])
+    for places in side_by_side.values():
+        dx, found = _dropped(x, [layers[place] for place in places], dx, need_x=need_x)
+        das = _put(found, places, das)
     if need_x:
         dx = _plus_products(dx, layers)
-    if side_by_side:
-        found = _side_by_side(x, [layers[index] for index in side_by_side], dx)
-        for index, da in zip(side_by_side, found, strict=True):
-            das[index] = da
+    if without:
+        das = _put(_side_by_side(x, [layers[place] for place in without], dx), without, das)
     return dx, das, dbs
 
 
+def _put(
+    found: Sequence[Tensor | None], places: Sequence[int], into: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    there = dict(zip(places, found, strict=True))
+    return [there.get(place, other) for place, other in enumerate(into)]
+
+
 def _dropped(
-    x: Tensor | None, layer: Layer, dx: Tensor | None, *, need_x: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """dX with a layer's mask ⊙ (dS·A) in it, and its dA where there is an x."""
-    ds, a = _grad_s(layer), _a(layer)
-    assert layer.mask is not None
-    assert layer.lora_A is not None
-    into = layer.dy.new_empty(ds.shape[0], a.shape[1]) if need_x and dx is None else dx
-    da = dropped_gradients(x, a, ds, layer.mask, into, add=dx is not None)
-    return into, None if da is None else in_dtype(da, layer.lora_A.dtype)
+    x: Tensor | None, layers: Sequence[Layer], dx: Tensor | None, *, need_x: bool
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dX with mask ⊙ (dS·A) of layers with one mask in it, and their dA where there is an x."""
+    ds, a, mask = *_beside(layers), layers[0].mask
+    assert mask is not None
+    into = ds.new_empty(ds.shape[0], a.shape[1]) if need_x and dx is None else dx
+    x = x if any(layer.need_A for layer in layers) else None
+    da = dropped_gradients(x, a, ds, mask, into, add=dx is not None)
+    return into, _each(da, layers)
 
 
 def _plus_products(dx: Tensor | None, layers: Sequence[Layer]) -> Tensor | None:
@@ -93,14 +126,27 @@ def _plus_products(dx: Tensor | None, layers: Sequence[Layer]) -> Tensor | None:
 
 def _side_by_side(x: Tensor | None, layers: Sequence[Layer], dx: Tensor | None) -> list[Tensor | None]:
     """dA of layers without dropout, whose dS·A are added to dX where there is one."""
-    ds = torch.cat([_grad_s(layer) for layer in layers], dim=1)
+    ds, a = _beside(layers)
     if dx is not None:
-        dx.addmm_(packed(ds), torch.cat([_a(layer) for layer in layers]))
-    das: list[Tensor | None] = [None] * len(layers)
-    if x is None or not any(layer.need_A for layer in layers):
-        return das
-    ranks = [layer.lora_B.shape[1] for layer in layers if layer.lora_B is not None]
-    parts = (packed(ds).t() @ x).split(ranks)
+        dx.addmm_(packed(ds), a)
+    return _each(
+        packed(ds).t() @ x if x is not None and any(layer.need_A for layer in layers) else None, layers
+    )
+
+
+def _beside(layers: Sequence[Layer]) -> tuple[Tensor, Tensor]:
+    """dS ``[M, ΣR]`` and A ``[ΣR, K]`` of layers side by side."""
+    if len(layers) == 1:
+        return _grad_s(layers[0]), _a(layers[0])
+    ds = torch.cat([_grad_s(layer) for layer in layers], dim=1)
+    return ds, torch.cat([_a(layer) for layer in layers])
+
+
+def _each(da: Tensor | None, layers: Sequence[Layer]) -> list[Tensor | None]:
+    """Every layer's dA of those side by side, where it is wanted."""
+    if da is None:
+        return [None] * len(layers)
+    parts = da.split([layer.lora_B.shape[1] for layer in layers if layer.lora_B is not None])
     return [
         in_dtype(da, layer.lora_A.dtype) if layer.need_A and layer.lora_A is not None else None
         for da, layer in zip(parts, layers, strict=True)

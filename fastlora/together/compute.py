@@ -24,9 +24,9 @@ def lora(x: Tensor, parts: Parts) -> Tensor:
     return y
 
 
-def lora_of_several(x: Tensor, layers: list[Parts]) -> tuple[Tensor, ...]:
+def lora_of_several(x: Tensor, layers: list[Parts], *, one_mask: bool) -> tuple[Tensor, ...]:
     """Each layer's output for one x, still to be completed, of layers without masks apart."""
-    return shared_lora_linear(x, [_projection(parts) for parts in layers])
+    return shared_lora_linear(x, [_projection(parts) for parts in layers], one_mask=one_mask)
 
 
 def of_gated(layer: LayerOfParts, gate: Tensor, up: Tensor | None, activation: Gate) -> Tensor | None:

@@ -62,6 +62,8 @@ class LayerOfParts:
 
     # its place among siblings, where it has some
     _siblings: Any = None
+    # whether it wants to drop the same of x as those of its siblings that want it, too
+    _one_mask: bool = False
 
     def _parts_of(self, x: Tensor) -> Parts | None:
         """What a call is computed from; None if the layer has to compute it itself.
@@ -74,6 +76,12 @@ class LayerOfParts:
     def _draws_masks(self) -> bool:
         """Whether the layer has dropout now, in any of its adapters."""
         raise NotImplementedError
+
+    def _ask_for_one_mask(self, *, asked: bool) -> None:
+        """Let the layer have one mask with its siblings, or no longer, without a trace."""
+        self.__dict__.pop("_one_mask", None)
+        if asked:
+            self.__dict__["_one_mask"] = True
 
 
 def is_called_plainly(module: nn.Module) -> bool:

@@ -172,7 +172,8 @@ def together(layers: Sequence[Any], x: Tensor) -> list[Tensor] | None:
     parts = _parts(layers, x) if _share(layers, x) else None
     if parts is None:
         return None
-    return [completed(y, x, of_y) for y, of_y in zip(lora_of_several(x, parts), parts, strict=True)]
+    ys = lora_of_several(x, parts, one_mask=_have_one_mask(layers))
+    return [completed(y, x, of_y) for y, of_y in zip(ys, parts, strict=True)]
 
 
 def _with_siblings(group: Group, x: Tensor, parts: Parts) -> Tensor | None:
@@ -186,7 +187,7 @@ def _with_siblings(group: Group, x: Tensor, parts: Parts) -> Tensor | None:
     found = _parts(siblings, x) if plainly else None
     if found is None:
         return None
-    y, *others = lora_of_several(x, [parts, *found])
+    y, *others = lora_of_several(x, [parts, *found], one_mask=_have_one_mask(layers))
     has_run = list[bool]()
     if y.grad_fn is not None:
         y.grad_fn.register_hook(functools.partial(_note, has_run))
@@ -195,6 +196,10 @@ def _with_siblings(group: Group, x: Tensor, parts: Parts) -> Tensor | None:
     }
     _thread.keep(group, _Ahead(TensorWeakRef(x), of_call(x), has_run, outputs))
     return y
+
+
+def _have_one_mask(layers: Sequence[Any]) -> bool:
+    return all(layer._one_mask for layer in layers)
 
 
 def _note(has_run: list[bool], *gradients: Any) -> None:

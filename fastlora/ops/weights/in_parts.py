@@ -97,16 +97,38 @@ def _fill(
 ) -> tuple[Tensor, Tensor | None]:
     """S and the mask, once; y where it lies, a part of its columns after the other."""
     make_s, fill_from_s = _halves(decision)
-    rows_of_x, rows_of_y = rows_of(x), rows_of(y)
-    bias = None if bias is None else in_dtype(bias, x.dtype)
     dropout = dropout if seed is not None else 0.0
     with unrecorded(x):
-        s, mask = make_s(rows_of_x, lora_A, seed, scaling=scaling, dropout=dropout)
-        for rows in parts:
-            of_rows = None if bias is None else bias[rows]
-            part = (rows_for(x, weight, rows), of_rows, s, lora_B[rows], rows_of_y[:, rows])
-            fill_from_s(rows_of_x, *part)
+        s, mask = make_s(rows_of(x), lora_A, seed, scaling=scaling, dropout=dropout)
+        _fill_rows(y, parts, x, weight, bias, s, lora_B, fill_from_s)
     return s, mask
+
+
+def _fill_rows(
+    y: Tensor, parts: list[slice], x: Tensor, weight: FrozenWeight, bias: Tensor | None, s: Tensor,
+    lora_B: Tensor, fill_from_s: Any,
+) -> None:  # fmt: skip
+    """y from S where it lies, a part of its columns after the other."""
+    rows_of_x, rows_of_y = rows_of(x), rows_of(y)
+    bias = None if bias is None else in_dtype(bias, x.dtype)
+    for rows in parts:
+        of_rows = None if bias is None else bias[rows]
+        part = (rows_for(x, weight, rows), of_rows, s, lora_B[rows], rows_of_y[:, rows])
+        fill_from_s(rows_of_x, *part)
+
+
+def from_s(
+    x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None, s: Tensor, lora_B: Tensor
+) -> Tensor:
+    """y ``[..., N]`` by library products, of a dense or quantised weight, from S ``[M, R]``."""
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    with unrecorded(x):
+        if isinstance(weight, FrozenWeight):
+            _fill_rows(y, list(weight.parts(x.dtype)), x, weight, bias, s, lora_B, lora_torch.fill_from_s)
+        else:
+            bias = None if bias is None else in_dtype(bias, x.dtype)
+            lora_torch.fill_from_s(rows_of(x), in_dtype(weight, x.dtype), bias, s, lora_B, rows_of(y))
+    return y
 
 
 def _halves(decision: Decision) -> tuple[Any, Any]:
