@@ -88,6 +88,7 @@ def logits_of(folder: Path, count: int = 5) -> tuple[torch.Tensor, torch.Tensor]
     return images, load_run(folder).model(images)
 
 
+@pytest.mark.full
 def test_merged_weights_are_the_plain_models(runs: Runs, tmp_path: Path) -> None:
     agreement = export_run(runs["lora"], "state_dict", tmp_path / "merged.safetensors")
     plain = dinov2_vits14(28, 2)

@@ -86,6 +86,7 @@ def test_masks_are_those_of_the_interpreter(card: torch.device, monkeypatch: pyt
     assert outcomes(exactness.masks(call, card))[0]["right"] is False
 
 
+@pytest.mark.full
 def test_strides_and_huge_outputs_are_compared(card: torch.device) -> None:
     assert_right(outcomes(exactness.strides(card)), least=12)
     assert_right(outcomes(exactness.huge(CALL, card)), least=2)

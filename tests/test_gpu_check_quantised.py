@@ -60,6 +60,7 @@ def test_another_table_is_told(items: Sequence[Item], monkeypatch: pytest.Monkey
     assert wrong(items)[0] == {"4 bits dense"}
 
 
+@pytest.mark.full
 def test_another_factor_is_told(items: Sequence[Item], monkeypatch: pytest.MonkeyPatch) -> None:
     fill = dense_triton._dequantise_8bit
 
@@ -70,6 +71,7 @@ def test_another_factor_is_told(items: Sequence[Item], monkeypatch: pytest.Monke
     assert wrong(items)[0] == {"8 bits dense"}
 
 
+@pytest.mark.full
 def test_another_scaling_is_told(items: Sequence[Item], monkeypatch: pytest.MonkeyPatch) -> None:
     run = lora_linear
     monkeypatch.setattr(quantised, "lora_linear", lambda *call, scaling: run(*call, scaling=scaling * 1.2))

@@ -51,6 +51,7 @@ def test_another_mask_is_told(items: Sequence[Item], monkeypatch: pytest.MonkeyP
     assert [(each["case"], each["what"].split()[0]) for each in wrong] == [(items[1].name, "shared")]
 
 
+@pytest.mark.full
 def test_another_seed_is_told(items: Sequence[Item], monkeypatch: pytest.MonkeyPatch) -> None:
     """That of the first layer for the second one."""
 
@@ -67,6 +68,7 @@ def test_another_seed_is_told(items: Sequence[Item], monkeypatch: pytest.MonkeyP
     assert wrong[1]["what"].startswith("one read of x: mask 2: ")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("number", [1, 2], ids=["S", "mask"])
 def test_what_is_wrong_beside_y_is_told(
     items: Sequence[Item], number: int, monkeypatch: pytest.MonkeyPatch

@@ -76,6 +76,7 @@ def test_imports_runs_and_plans_without_triton() -> None:
     assert "the package triton is not installed" in run_python(WITHOUT_TRITON)
 
 
+@pytest.mark.full
 def test_layers_and_ops_need_torch_numpy_and_safetensors_alone(tmp_path: Path) -> None:
     """Every public name too, and every module of the rooms that hold no command and no report."""
     printed = run_python(WITHOUT_EXTRAS.replace("FOLDER", repr(str(tmp_path))))

@@ -255,7 +255,8 @@ SUITES = (
 # in the names of quick cases that launch what others do with other constants, which takes seconds to compile
 _OTHER_CONSTANTS = (
     "float16", "float32", "rank 64", "ragged", "odd offset", "q, k, v, 64 rows", "relu",
-    "residual", "adapter, gradients: u", "16-bit", "bottleneck", "its A moved",
+    "residual", "adapter, gradients: u", "16-bit", "bottleneck", "its A moved", "16 bits", "odd row",
+    "two layers, separate", "AdapterLayer", "huge y",
 )  # fmt: skip
 
 

@@ -37,6 +37,7 @@ print([device["auto"] for device in _devices()], _devices()[-1]["kernels"])
 """
 
 
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is there on Linux")
 def test_library_products_take_over_and_say_so_once(tmp_path: Path) -> None:
     # the folder is empty: a driver that was built before would do, and CUDA's is not looked for
