@@ -13,9 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlora.ops import lora_torch
 from fastlora.ops.keep_mask import keep_probability
-from fastlora.ops.lora_torch import dropped_gradients, scaled_product
+from fastlora.ops.lora_torch import dropped_gradients, s_of_dropped, scaled_product
 from fastlora.ops.runtime import in_dtype, packed
 from fastlora.ops.weights.frozen import FrozenWeight
 from fastlora.ops.weights.in_parts import rows_of_both
@@ -63,7 +62,7 @@ def make_s(
     for scaling in dict.fromkeys(scalings):
         places = [place for place, other in enumerate(scalings) if other == scaling]
         chosen = [in_dtype(factors[place], x.dtype) for place in places]
-        s = lora_torch.s_of_dropped(x, torch.cat(chosen), mask, scaling=scaling, dropout=dropout)
+        s = s_of_dropped(x, torch.cat(chosen), mask, scaling=scaling, dropout=dropout)
         # a part's rows lie apart, and between them another layer's
         parts = map(packed, s.split([lora_A.shape[0] for lora_A in chosen], dim=1))
         found |= zip(places, parts, strict=True)
