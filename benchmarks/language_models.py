@@ -161,7 +161,8 @@ LoRA r = {rank} on all linear layers but the head, PEFT's own defaults. `fastlor
 after `fastlora.accelerate(model)`{chunked}. Times as multiples of
 the frozen model's, whose backward passes on dX alone; medians of {rounds} turns that alternate between the
 candidates. Kept is what forward leaves for backward, peak the most that a step's tensors hold, in MiB, in the
-candidates' order. `python -m benchmarks.language_models` regenerates the page.
+candidates' order. `python -m benchmarks.language_models`, with the options that the
+index of results names, regenerates the page.
 """
 
 

@@ -13,6 +13,7 @@ _RESULTS = Path(__file__).parents[1] / "results"
 _PAGES = {
     "peft": None,
     "language_models/dense": "SmolLM2-135M, 512 tokens",
+    "language_models/one_mask": "SmolLM2-135M, 512 tokens",
     "language_models": "SmolLM2-135M over NF4, 512 tokens",
 }
 _WIDTH, _ROW, _TOP = 640, 18, 62
@@ -68,13 +69,17 @@ _KEPT = _Panel("Kept for backward, MiB", 430, 618, 0, 1250, (0, 400, 800, 1200),
 
 
 def steps() -> list[Step]:
-    """LoRA's steps of all pages."""
-    found = []
+    """LoRA's steps of all pages; of one that several have measured, the figures of the most turns."""
+    found = dict[tuple[str, str], tuple[int, Step]]()
     for folder, heading in _PAGES.items():
-        for row in json.loads((_RESULTS / folder / "steps.json").read_text())["rows"]:
+        page = json.loads((_RESULTS / folder / "steps.json").read_text())
+        rounds = page["environment"]["rounds"]
+        for row in page["rows"]:
             if row.get("trained", "LoRA") != "DoRA":
-                found.append(_step(row, heading or row["model"]))
-    return found
+                step = _step(row, heading or row["model"])
+                which = (step.model, step.setting)
+                found[which] = max((rounds, step), found.get(which, (0, step)), key=lambda each: each[0])
+    return [step for _, step in found.values()]
 
 
 def _step(row: dict[str, Any], model: str) -> Step:
