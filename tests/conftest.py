@@ -55,6 +55,15 @@ def one_process(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.fixture(params=["accelerate", "apply_lora"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of ``sibling_models`` by both ways to put LoRA in: PEFT's layers, and our own."""
+    # imported late: most tests need no PEFT
+    from tests import sibling_models
+
+    monkeypatch.setattr(sibling_models, "way", sibling_models.WAYS[request.param])
+
+
 @pytest.fixture(scope="session")
 def kept_folder(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory

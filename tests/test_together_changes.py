@@ -20,11 +20,7 @@ from tests.sibling_models import (
     run,
 )
 
-
-@pytest.fixture(autouse=True, params=list(sibling_models.WAYS.values()), ids=list(sibling_models.WAYS))
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both PEFT's layers and our own."""
-    monkeypatch.setattr(sibling_models, "way", request.param)
+pytestmark = pytest.mark.usefixtures("way")
 
 
 def _x_by_its_data(module: Any, x: Tensor) -> Tensor:

@@ -21,11 +21,7 @@ from tests.sibling_models import (
     step,
 )
 
-
-@pytest.fixture(autouse=True, params=list(sibling_models.WAYS.values()), ids=list(sibling_models.WAYS))
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both PEFT's layers and our own."""
-    monkeypatch.setattr(sibling_models, "way", request.param)
+pytestmark = pytest.mark.usefixtures("way")
 
 
 class Checkpointed(nn.Module):

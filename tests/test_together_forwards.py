@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import sibling_models
 from tests.sibling_models import (
     Attention,
     apart,
@@ -16,11 +15,7 @@ from tests.sibling_models import (
     run,
 )
 
-
-@pytest.fixture(autouse=True, params=list(sibling_models.WAYS.values()), ids=list(sibling_models.WAYS))
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both PEFT's layers and our own."""
-    monkeypatch.setattr(sibling_models, "way", request.param)
+pytestmark = pytest.mark.usefixtures("way")
 
 
 class OfTwo(Attention):

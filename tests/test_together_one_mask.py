@@ -18,11 +18,7 @@ from tests import sibling_models
 from tests.sibling_models import an_input, assert_as_apart, attention, family, groups, run, step
 from tests.test_together_checkpoints import Checkpointed
 
-
-@pytest.fixture(autouse=True, params=list(sibling_models.WAYS.values()), ids=list(sibling_models.WAYS))
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both PEFT's layers and our own."""
-    monkeypatch.setattr(sibling_models, "way", request.param)
+pytestmark = pytest.mark.usefixtures("way")
 
 
 def masks_of(work: Callable[[], Any]) -> int:
@@ -82,7 +78,7 @@ def test_a_checkpoint_repeats_it(reentrant: bool) -> None:
     assert_as_apart({name.removeprefix("module."): each for name, each in found.items()}, expected)
 
 
-@pytest.mark.parametrize("way", [sibling_models.WAYS["accelerate"]], indirect=True)
+@pytest.mark.parametrize("way", ["accelerate"], indirect=True)
 def test_whoever_asks_no_longer_has_masks_apart() -> None:
     model, batch = family("Llama", dropout=0.1, one_mask=True)
     model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
@@ -119,7 +115,7 @@ def test_only_true_and_false_are_taken() -> None:
         family("Llama", dropout=0.1, one_mask="yes")
 
 
-@pytest.mark.parametrize("way", [sibling_models.WAYS["apply_lora"]], indirect=True)
+@pytest.mark.parametrize("way", ["apply_lora"], indirect=True)
 def test_loading_leaves_it(tmp_path: Path) -> None:
     model, words = family("Llama", dropout=0.1, one_mask=True)
     fastlora.load_adapter(model, fastlora.save_adapter(model, tmp_path))
